@@ -1,0 +1,13 @@
+"""Production serving of a dgm4 bundle: `Predictor(bundle).predict(image, caption)`.
+
+Importing this package loads neither torch nor a backend's library and touches no GPU.
+"""
+
+from engine import errors
+from engine.bundle import Bundle
+from engine.errors import Dgm4Error
+from engine.predictor import Predictor
+from engine.preprocess import ImageOptions
+from engine.result import Prediction, Word
+
+__all__ = ["Bundle", "Dgm4Error", "ImageOptions", "Prediction", "Predictor", "Word", "errors"]

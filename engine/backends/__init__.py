@@ -1,0 +1,76 @@
+"""Backends: what runs a bundle's network. Each module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+
+from engine.errors import BackendError
+
+if TYPE_CHECKING:
+    from engine.bundle import Bundle
+
+# name -> (library that must be installed, module with `create(bundle, device, threads)`), the best one first.
+_BACKENDS = {
+    "ort": ("onnxruntime", "engine.backends.ort"),
+}
+
+
+class Backend(Protocol):
+    """A loaded network. `run` may be called from several threads at once."""
+
+    name: str
+    device: str
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answer one batch: arrays by input name in, arrays by output name out; raises BackendError."""
+        ...
+
+    def close(self) -> None:
+        """Release the network; `run` may not be called afterwards."""
+        ...
+
+
+class _Module(Protocol):
+    def create(self, bundle: Bundle, device: str, threads: int | None) -> Backend: ...
+
+
+def available() -> list[str]:
+    """Names of the backends whose library is installed, the best one first; imports none of them."""
+    return [name for name, (library, _) in _BACKENDS.items() if importlib.util.find_spec(library)]
+
+
+def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
+    """Load `bundle` with the backend `name`, or with the best installed one for "auto".
+
+    Raises BackendError for an unknown or absent backend or device, BundleError for a model that does
+    not load.
+    """
+    present = available()
+    if name == "auto":
+        if not present:
+            raise BackendError(f"no backend is installed; install one of {_libraries()}")
+        name = present[0]
+    if name not in _BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
+    library, module = _BACKENDS[name]
+    if name not in present:
+        raise BackendError(f"the backend {name!r} needs {library}, which is not installed")
+    if threads is not None and threads < 1:
+        raise BackendError(f"expected threads >= 1 or None, got {threads}")
+    return cast(_Module, importlib.import_module(module)).create(bundle, device, threads)
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may run on (its affinity mask where the system has one)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _libraries() -> str:
+    return ", ".join(sorted({library for library, _ in _BACKENDS.values()}))

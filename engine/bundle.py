@@ -1,0 +1,148 @@
+"""Reading a bundle: the manifest, the set of files beside it, and their hashes.
+
+Nothing of a bundle is parsed before its SHA-256 agrees with the manifest's. The manifest itself has
+no hash: it says what belongs together, not who wrote it. Load only what you exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BundleError
+from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, FileEntry, Manifest, parse_manifest
+
+logger = logging.getLogger(__name__)
+
+_MAX_MANIFEST_BYTES = 4 * 2**20
+
+
+class Bundle:
+    """A bundle's directory whose manifest was read and whose files are all there, none foreign."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest of the bundle at `path` and compare the directory with it.
+
+        Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
+        that is missing, foreign, of another size, or a link out of the directory.
+        """
+        root = Path(path)
+        manifest = parse_manifest(_read_manifest(root))
+        found = _list_files(root)
+        missing = sorted(set(manifest.files) - set(found))
+        if missing:
+            raise BundleError(f"{root}: missing {', '.join(missing)}; export or copy the bundle again")
+        foreign = sorted(set(found) - set(manifest.files))
+        if foreign:
+            raise BundleError(f"{root}: {', '.join(foreign)} is not in the manifest; remove it")
+        for name, entry in manifest.files.items():
+            _check_size(root / name, found[name], entry)
+        logger.debug("opened the bundle %s: %s", root, manifest.model.name)
+        return cls(root, manifest)
+
+    def verified(self, name: str) -> Path:
+        """Return the path of the file `name` once its SHA-256 agrees; hashes each file only once.
+
+        Raises BundleError where the manifest lacks `name` or the file was altered.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(
+                f"{self.path}: the bundle has no {name}; it has {', '.join(self.manifest.files)}"
+            )
+        path = self.path / name
+        with self._lock:
+            if name not in self._verified:
+                _check_digest(path, entry)
+                self._verified.add(name)
+        return path
+
+    def verify_all(self) -> None:
+        """Verify every file of the bundle; raises BundleError naming the first altered one."""
+        for name in self.manifest.files:
+            self.verified(name)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes."""
+        fields = _plain(dataclasses.asdict(self.manifest))
+        total = sum(entry.bytes for entry in self.manifest.files.values())
+        return {
+            "path": str(self.path),
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "total_bytes": total,
+            **fields,
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Make lists of tuples, as JSON would."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read_manifest(root: Path) -> bytes:
+    path = root / MANIFEST
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{root}: not a bundle, its {MANIFEST} cannot be read: {error}") from error
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes")
+    return data
+
+
+def _list_files(root: Path) -> dict[str, int]:
+    """Return the size of every file of the directory but the manifest."""
+    sizes = {}
+    try:
+        real_root = root.resolve(strict=True)
+        for entry in os.scandir(root):
+            if not Path(entry.path).resolve(strict=True).is_relative_to(real_root):
+                raise BundleError(f"{root}: {entry.name} is a link out of the bundle; copy the file itself")
+            if not entry.is_file():
+                raise BundleError(
+                    f"{root}: {entry.name} is not a file, so it cannot be in the manifest; remove it"
+                )
+            if entry.name != MANIFEST:
+                sizes[entry.name] = entry.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{root}: cannot list the bundle: {error}") from error
+    return sizes
+
+
+def _check_size(path: Path, size: int, entry: FileEntry) -> None:
+    if size != entry.bytes:
+        raise BundleError(
+            f"{path}: expected {entry.bytes} bytes, got {size}; export or copy the bundle again"
+        )
+
+
+def _check_digest(path: Path, entry: FileEntry) -> None:
+    try:
+        with path.open("rb") as file:
+            _check_size(path, os.fstat(file.fileno()).st_size, entry)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{path}: expected SHA-256 {entry.sha256}, got {digest}; the file was altered, "
+            "export or copy the bundle again"
+        )

@@ -1,0 +1,356 @@
+"""The manifest of a bundle (format 1) as typed, frozen dataclasses, and its parser.
+
+Every mistake is a BundleError that names the field by its path, e.g. `limits.max_batch`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from engine.errors import BundleError
+
+FORMAT = "dgm4-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+INPUTS = ("image", "input_ids", "attention_mask")
+OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
+OPTIONAL_OUTPUTS = ("attention_map",)
+TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which network: its `name`, `size` and every field of its configuration."""
+
+    name: str
+    size: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights come from; `trained` is false for drawn ones."""
+
+    trained: bool
+    source: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What the network's inputs are made with; sizes in pixels, lengths in words and tokens."""
+
+    image_size: int
+    patch_size: int
+    resample: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    max_words: int
+    max_tokens: int
+    min_tokens: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the graph; a dimension is a number or a symbolic expression."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest batch and the most tokens that one call may have."""
+
+    max_batch: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Scores in [0, 1] from which an answer counts as manipulated."""
+
+    manipulated: float
+    types: float
+    words: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """SHA-256 (hex) and size in bytes of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """A prebuilt engine: what built it, for which GPUs and which range of shapes."""
+
+    file: str
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    onnx_sha256: str
+    profile: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One stage of the export against another: largest and RMS difference, and what was allowed."""
+
+    stage: str
+    against: str
+    max: float
+    rms: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest.json of format 1."""
+
+    created: str
+    model: ModelInfo
+    weights: Weights
+    precision: str
+    preprocess: Preprocess
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: Limits
+    types: tuple[str, ...]
+    thresholds: Thresholds
+    files: dict[str, FileEntry]
+    engines: tuple[EngineEntry, ...]
+    versions: dict[str, str]
+    verification: tuple[Verification, ...]
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
+    try:
+        raw = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST}: not valid JSON: {error}") from error
+    root = _Fields(raw, "")
+    if root.value("format") != FORMAT:
+        root.fail("format", repr(FORMAT))
+    if root.integer("format_version") != FORMAT_VERSION:
+        root.fail("format_version", f"{FORMAT_VERSION}; update the package or export the bundle again")
+    manifest = Manifest(
+        created=root.text("created"),
+        model=_model(root.child("model")),
+        weights=_weights(root.child("weights")),
+        precision=root.choice("precision", _PRECISIONS),
+        preprocess=_preprocess(root.child("preprocess")),
+        inputs=tuple(_tensor(f) for f in root.children("inputs")),
+        outputs=tuple(_tensor(f) for f in root.children("outputs")),
+        limits=_limits(root.child("limits")),
+        types=root.texts("types"),
+        thresholds=_thresholds(root.child("thresholds")),
+        files=_files(root.child("files")),
+        engines=tuple(_engine(f) for f in root.children("engines")),
+        versions={name: root.child("versions").text(name) for name in root.child("versions").raw},
+        verification=tuple(_verification(f) for f in root.children("verification")),
+    )
+    _check_consistency(manifest)
+    return manifest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class _Fields:
+    """A JSON object whose fields are read with a check of their type."""
+
+    def __init__(self, raw: object, path: str):
+        if not isinstance(raw, dict):
+            raise BundleError(f"{MANIFEST}: {path or 'the document'}: expected an object, got {_show(raw)}")
+        self.raw = raw
+        self.path = path
+
+    def fail(self, name: str, expected: str) -> NoReturn:
+        """Raise the BundleError of the field `name`."""
+        found = _show(self.raw[name]) if name in self.raw else "nothing"
+        raise BundleError(f"{MANIFEST}: {self._at(name)}: expected {expected}, got {found}")
+
+    def value(self, name: str) -> Any:
+        """Return the field as it is; it must be there."""
+        if name not in self.raw:
+            self.fail(name, "a value")
+        return self.raw[name]
+
+    def text(self, name: str) -> str:
+        """Return a string field."""
+        value = self.value(name)
+        return value if isinstance(value, str) else self.fail(name, "a string")
+
+    def choice(self, name: str, known: tuple[str, ...]) -> str:
+        """Return a string field that is one of `known`."""
+        value = self.text(name)
+        return value if value in known else self.fail(name, f"one of {', '.join(known)}")
+
+    def digest(self, name: str) -> str:
+        """Return a SHA-256 in lower-case hexadecimal."""
+        value = self.text(name)
+        return value if _SHA256.fullmatch(value) else self.fail(name, "64 lower-case hexadecimal digits")
+
+    def integer(self, name: str, low: int = 1) -> int:
+        """Return an integer field of at least `low`."""
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self.fail(name, f"an integer >= {low}")
+        return value
+
+    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+        """Return a finite number field within [low, high]."""
+        value = self.value(name)
+        if not _is_number(value) or not low <= value <= high:
+            self.fail(name, f"a finite number in [{low}, {high}]")
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        """Return a true or false field."""
+        value = self.value(name)
+        return value if isinstance(value, bool) else self.fail(name, "true or false")
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return a list of strings."""
+        value = self.value(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.fail(name, "a list of strings")
+        return tuple(value)
+
+    def triple(self, name: str) -> tuple[float, float, float]:
+        """Return a list of three finite numbers."""
+        value = self.value(name)
+        if not isinstance(value, list) or len(value) != 3 or not all(_is_number(item) for item in value):
+            self.fail(name, "a list of three numbers")
+        return float(value[0]), float(value[1]), float(value[2])
+
+    def child(self, name: str) -> _Fields:
+        """Return a field that is an object."""
+        return _Fields(self.value(name), self._at(name))
+
+    def children(self, name: str) -> list[_Fields]:
+        """Return a field that is a list of objects."""
+        value = self.value(name)
+        if not isinstance(value, list):
+            self.fail(name, "a list")
+        return [_Fields(item, f"{self._at(name)}[{i}]") for i, item in enumerate(value)]
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_number(value: object) -> bool:
+    # abs() <= a float's largest: an integer beyond it cannot become one.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1.7e308
+
+
+def _model(fields: _Fields) -> ModelInfo:
+    return ModelInfo(fields.text("name"), fields.text("size"), fields.child("config").raw)
+
+
+def _weights(fields: _Fields) -> Weights:
+    digest = None if fields.value("sha256") is None else fields.digest("sha256")
+    return Weights(fields.boolean("trained"), fields.text("source"), digest)
+
+
+def _preprocess(fields: _Fields) -> Preprocess:
+    spec = Preprocess(
+        image_size=fields.integer("image_size"),
+        patch_size=fields.integer("patch_size"),
+        resample=fields.choice("resample", ("bicubic",)),
+        mean=fields.triple("mean"),
+        std=fields.triple("std"),
+        max_words=fields.integer("max_words"),
+        max_tokens=fields.integer("max_tokens"),
+        min_tokens=fields.integer("min_tokens"),
+    )
+    if min(spec.std) <= 0:
+        fields.fail("std", "three numbers > 0")
+    if spec.image_size % spec.patch_size:
+        fields.fail("patch_size", f"a divisor of image_size {spec.image_size}")
+    if spec.min_tokens > spec.max_tokens:
+        fields.fail("min_tokens", f"at most max_tokens {spec.max_tokens}")
+    return spec
+
+
+def _tensor(fields: _Fields) -> TensorSpec:
+    shape = fields.value("shape")
+    if not isinstance(shape, list) or not all(type(n) in (int, str) for n in shape):
+        fields.fail("shape", "a list of numbers and names")
+    return TensorSpec(fields.text("name"), fields.choice("dtype", ("float32", "int64")), tuple(shape))
+
+
+def _limits(fields: _Fields) -> Limits:
+    return Limits(fields.integer("max_batch"), fields.integer("max_tokens"))
+
+
+def _thresholds(fields: _Fields) -> Thresholds:
+    manipulated, types, words = (fields.number(name, 0, 1) for name in ("manipulated", "types", "words"))
+    return Thresholds(manipulated, types, words)
+
+
+def _files(fields: _Fields) -> dict[str, FileEntry]:
+    entries = {}
+    for name in fields.raw:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise BundleError(f"{MANIFEST}: files: {name!r} is not a plain file name beside the manifest")
+        entry = fields.child(name)
+        entries[name] = FileEntry(entry.digest("sha256"), entry.integer("bytes", low=0))
+    return entries
+
+
+def _engine(fields: _Fields) -> EngineEntry:
+    return EngineEntry(
+        file=fields.text("file"),
+        library=fields.text("library"),
+        version=fields.text("version"),
+        compute_capabilities=fields.texts("compute_capabilities"),
+        onnx_sha256=fields.digest("onnx_sha256"),
+        profile=fields.child("profile").raw,
+    )
+
+
+def _verification(fields: _Fields) -> Verification:
+    largest, rms, tolerance = (fields.number(name, 0) for name in ("max", "rms", "tolerance"))
+    return Verification(fields.text("stage"), fields.text("against"), largest, rms, tolerance)
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    """Check what one field says about another; raises BundleError."""
+    _check_names("inputs", [spec.name for spec in manifest.inputs], INPUTS, ())
+    _check_names("outputs", [spec.name for spec in manifest.outputs], OUTPUTS, OPTIONAL_OUTPUTS)
+    if manifest.types != TYPES:
+        raise BundleError(f"{MANIFEST}: types: expected {list(TYPES)}, got {list(manifest.types)}")
+    if manifest.preprocess.max_tokens > manifest.limits.max_tokens:
+        raise BundleError(
+            f"{MANIFEST}: preprocess.max_tokens {manifest.preprocess.max_tokens} is above "
+            f"limits.max_tokens {manifest.limits.max_tokens}"
+        )
+    for engine in manifest.engines:
+        if engine.file not in manifest.files:
+            raise BundleError(f"{MANIFEST}: engines: {engine.file!r} is not among the files")
+
+
+def _check_names(kind: str, found: list[str], needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    missing = [name for name in needed if name not in found]
+    unknown = [name for name in found if name not in needed + optional]
+    if missing or unknown or len(set(found)) != len(found):
+        raise BundleError(f"{MANIFEST}: {kind}: expected {list(needed)}, got {found}; missing {missing}")

@@ -1,0 +1,84 @@
+"""A Prediction as a self-contained HTML fragment: no script, no outside address, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import TYPE_CHECKING
+
+from engine.preprocess import ImageInput
+from engine.render import INK, MANIPULATED, MUTED, TRACK, Color, annotate, caption_pieces, verdict, word_color
+
+if TYPE_CHECKING:
+    from engine.result import Prediction, Word
+
+_PICTURE_LIMIT = (640, 640)
+_JPEG_QUALITY = 88
+
+
+def write_fragment(prediction: Prediction, image: ImageInput | None = None) -> str:
+    """Return the fragment: the annotated photograph, verdict, types, caption and warnings.
+
+    `image` replaces the kept thumbnail. Raises InputError where it cannot be read.
+    """
+    headline, color = verdict(prediction)
+    panel = [
+        f'<h3 style="margin:0 0 12px;font-size:24px;color:{_css(color)}">{headline}</h3>',
+        _bar("score", prediction.score, color),
+        '<hr style="border:0;border-top:2px solid #e5e7eb;margin:14px 0">',
+    ]
+    for kind, score in prediction.types.items():
+        active = prediction.manipulated and kind in prediction.detected
+        panel.append(_bar(kind.replace("_", " "), score, MANIPULATED if active else MUTED))
+    notes = [" ".join(prediction.model.values()), *prediction.warnings]
+    panel += [f'<div style="color:{_css(MUTED)};font-size:13px">{_escape(note)}</div>' for note in notes]
+    return (
+        f'<div style="font-family:system-ui,sans-serif;color:{_css(INK)};background:#fff;'
+        'padding:20px;max-width:1060px">'
+        '<div style="display:flex;flex-wrap:wrap;gap:28px">'
+        f'<div style="flex:1 1 320px">{_picture(prediction, image)}</div>'
+        f'<div style="flex:1 1 280px">{"".join(panel)}</div></div>'
+        '<p dir="auto" style="font-size:18px;line-height:1.8;overflow-wrap:anywhere">'
+        f"{_caption(prediction)}</p></div>\n"
+    )
+
+
+def _picture(prediction: Prediction, image: ImageInput | None) -> str:
+    buffer = io.BytesIO()
+    annotate(prediction, image, _PICTURE_LIMIT).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="the picture" style="max-width:100%" src="data:image/jpeg;base64,{data}">'
+
+
+def _bar(label: str, score: float, color: Color) -> str:
+    return (
+        f'<div style="display:flex;justify-content:space-between"><span>{_escape(label)}</span>'
+        f"<span>{score:.1%}</span></div>"
+        f'<div style="background:{_css(TRACK)};border-radius:4px;margin:3px 0 12px">'
+        f'<div style="width:{score:.1%};height:8px;border-radius:4px;background:{_css(color)}"></div></div>'
+    )
+
+
+def _caption(prediction: Prediction) -> str:
+    return "".join(
+        _escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(prediction)
+    )
+
+
+def _mark(text: str, word: Word) -> str:
+    line = f";border-bottom:2px solid {_css(MANIPULATED)}" if word.manipulated else ""
+    style = f"color:inherit;border-radius:4px;padding:1px 2px;background:{_css(word_color(word))}{line}"
+    return f'<mark title="{word.score:.1%}" style="{style}">{_escape(text)}</mark>'
+
+
+def _css(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _escape(text: str) -> str:
+    """Escape for HTML; control characters, which it does not allow, become U+FFFD."""
+    allowed = "".join(
+        c if c >= " " and not "\x7f" <= c <= "\x9f" or c in "\t\n\r" else "\ufffd" for c in text
+    )
+    return html.escape(allowed, quote=True)

@@ -1,0 +1,48 @@
+"""The (image, caption) pairs that a batch is made of, and the checks of their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from engine.errors import InputError
+from engine.preprocess import ImageInput
+
+Caption = str | bytes
+Pair = tuple[ImageInput, Caption]
+
+
+def unpack_pair(name: str, pair: object) -> Pair:
+    """Return the pair as a tuple; raises InputError where it is none. `name` is what messages call it."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        found = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise InputError(f"{name}: expected a pair (image, caption), got {found}")
+    return pair[0], pair[1]
+
+
+def join_pairs(
+    pairs: Sequence[Pair] | Sequence[ImageInput], captions: Sequence[Caption] | None
+) -> Iterable[Pair]:
+    """Return pairs, made of images and captions where both are given.
+
+    Raises InputError for a single value in a list's place and for lists of unequal length.
+    """
+    _check_list("a list of (image, caption) pairs" if captions is None else "a list of images", pairs)
+    if captions is None:
+        return cast(Sequence[Pair], pairs)
+    _check_list("a list of captions", captions)
+    if len(pairs) != len(captions):
+        raise InputError(
+            f"got {_count(pairs, 'image')} but {_count(captions, 'caption')}; pass one caption for each image"
+        )
+    return zip(cast(Sequence[ImageInput], pairs), captions, strict=True)
+
+
+def _check_list(expected: str, value: object) -> None:
+    if isinstance(value, (str, bytes, bytearray, memoryview, dict, set)) or not hasattr(value, "__len__"):
+        hint = "; use stream for an iterator" if hasattr(value, "__next__") else ""
+        raise InputError(f"expected {expected}, got {type(value).__name__}{hint}")
+
+
+def _count(values: Sequence[object], noun: str) -> str:
+    return f"{len(values)} {noun}" if len(values) == 1 else f"{len(values)} {noun}s"

@@ -1,0 +1,116 @@
+"""From a network's raw outputs to the parts of a Prediction. Logits in float64, nothing non-finite passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import NumericalError
+from engine.manifest import Manifest
+from engine.result import Word
+from engine.text import Tokens
+
+# The benchmark's own test for "no box": all four corner values below this.
+_NO_BOX = 1e-4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The part of a Prediction that comes from the outputs; fields as there."""
+
+    manipulated: bool
+    score: float
+    types: dict[str, float]
+    detected: tuple[str, ...]
+    box: tuple[float, float, float, float] | None
+    words: tuple[Word, ...]
+    heatmap: np.ndarray | None
+
+
+def read_answer(
+    outputs: Mapping[str, np.ndarray],
+    index: int,
+    tokens: Tokens,
+    size: tuple[int, int],
+    manifest: Manifest,
+    name: str,
+) -> Answer:
+    """Read item `index` of a batch's outputs; `name` is what messages call the item.
+
+    `size` is the upright picture's (width, height). Raises NumericalError for NaN or infinity.
+    """
+    item = _valid_part(outputs, index, len(tokens.ids))
+    for output, values in item.items():
+        if not np.isfinite(values).all():
+            raise NumericalError(
+                f"{name}: the network's {output} holds NaN or infinity; no score is made of it"
+            )
+    thresholds = manifest.thresholds
+    score = float(softmax(item["logits_real_fake"])[1])
+    types = dict(zip(manifest.types, sigmoid(item["logits_multicls"]).tolist(), strict=True))
+    grid = manifest.preprocess.image_size // manifest.preprocess.patch_size
+    scores = item.get("attention_map")
+    return Answer(
+        manipulated=score >= thresholds.manipulated,
+        score=score,
+        types=types,
+        detected=tuple(kind for kind, value in types.items() if value >= thresholds.types),
+        box=read_box(item["box"], size),
+        words=read_words(item["logits_tok"], tokens, thresholds.words),
+        heatmap=None if scores is None else read_heatmap(scores, grid),
+    )
+
+
+def _valid_part(outputs: Mapping[str, np.ndarray], index: int, length: int) -> dict[str, np.ndarray]:
+    """One item's outputs in float64, without the rows of padding."""
+    item = {name: values[index].astype(np.float64) for name, values in outputs.items()}
+    item["logits_tok"] = item["logits_tok"][: length - 1]
+    if "attention_map" in item:
+        item["attention_map"] = item["attention_map"][:length]
+    return item
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis; finite for any finite logits."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logits)) without overflow for any finite logits."""
+    powers = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1.0, powers) / (1.0 + powers)
+
+
+def read_box(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Turn (cx, cy, w, h) in [0, 1] into (x1, y1, x2, y2) in pixels of a (width, height) picture.
+
+    Clipped to the picture; None where nothing is left or the benchmark would count no box.
+    """
+    corners = np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
+    if (corners < _NO_BOX).all():
+        return None
+    x1, y1, x2, y2 = (np.clip(corners, 0.0, 1.0) * [*size, *size]).tolist()
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+
+
+def read_words(logits_tok: np.ndarray, tokens: Tokens, threshold: float) -> tuple[Word, ...]:
+    """Score each word by the largest softmax [1] over its tokens; `logits_tok` [n - 1, 2] lacks [CLS]."""
+    scores = np.zeros(len(tokens.words))
+    if len(logits_tok):
+        np.maximum.at(scores, tokens.word_of[1:], softmax(logits_tok)[:, 1])
+    return tuple(
+        Word(span.text, span.start, span.end, score, score >= threshold)
+        for span, score in zip(tokens.words, scores.tolist(), strict=True)
+    )
+
+
+def read_heatmap(scores: np.ndarray, grid: int) -> np.ndarray:
+    """Mean over the words of sigmoid of the raw scores [n, 1 + grid * grid], as float32 [grid, grid].
+
+    The image's and the text's [CLS] are dropped; a text of [CLS] alone has only that row.
+    """
+    rows = scores[1:] if len(scores) > 1 else scores
+    return sigmoid(rows[:, 1:]).mean(axis=0).reshape(grid, grid).astype(np.float32)

@@ -1,0 +1,303 @@
+"""The Predictor: pictures and captions in, Predictions out."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from engine.backends import create, usable_cores
+from engine.bundle import Bundle
+from engine.errors import BackendError, InputError, NumericalError
+from engine.manifest import Manifest
+from engine.pairs import Caption, Pair, join_pairs, unpack_pair
+from engine.postprocess import read_answer
+from engine.preprocess import (
+    ImageInput,
+    ImageOptions,
+    decode_image,
+    make_thumbnail,
+    normalize_image,
+    resize_image,
+)
+from engine.result import Prediction
+from engine.text import CaptionTokenizer, Tokens
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "return"]
+# What stands in a failed item's place with on_error="return".
+ItemError = InputError | NumericalError
+
+TOKENIZER = "tokenizer.json"
+THUMBNAIL_SIDE = 1024
+_MAX_WORKERS = 4
+_WARM_UP_TOKENS = 24
+
+
+class _Item(NamedTuple):
+    """One prepared pair: what the network gets and what its Prediction needs besides."""
+
+    name: str
+    pixels: np.ndarray
+    tokens: Tokens
+    caption: str
+    size: tuple[int, int]
+    thumbnail: Image.Image | None
+    warnings: tuple[str, ...]
+    timing: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A pair to prepare: its place in the messages, and the pair or the error of its shape."""
+
+    name: str
+    pair: object
+
+
+class Predictor:
+    """Serves one bundle.
+
+    Safe to share between threads. Not across a fork: create it in the process that uses it.
+
+    Pairs of a batch are padded to the longest caption of that batch. The padding is masked, so with
+    float weights the answer for a pair moves by no more than rounding with its batch mates. Dynamic
+    INT8 picks one activation scale for the whole batch: there a score can move slightly with them.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle,
+        backend: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        image_options: ImageOptions | None = None,
+        thumbnail: int = THUMBNAIL_SIDE,
+    ):
+        """Open, verify and load a bundle.
+
+        `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
+        longer side in pixels of the picture that a Prediction keeps, 0 to keep none.
+        Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
+        lacks.
+        """
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        spec = self.manifest.preprocess
+        tokenizer_path = self.bundle.verified(TOKENIZER)
+        self._tokenizer = CaptionTokenizer(tokenizer_path, spec.max_words, spec.max_tokens)
+        self._options = image_options or ImageOptions()
+        self._thumbnail = thumbnail
+        self._backend = create(backend, self.bundle, device, threads)
+        self._pid = os.getpid()
+        self._warnings = _weights_warning(self.manifest)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.bundle.manifest
+
+    @property
+    def model(self) -> dict[str, str]:
+        """Name, size and precision of the model, and the backend and device that run it."""
+        info = self.manifest.model
+        return {
+            "name": info.name,
+            "size": info.size,
+            "precision": self.manifest.precision,
+            "backend": self._backend.name,
+            "device": self._backend.device,
+        }
+
+    def predict(self, image: ImageInput, caption: Caption) -> Prediction:
+        """Answer one pair.
+
+        `image` is a path, the bytes of a JPEG, PNG, WebP, BMP or GIF file, a PIL image, or an array of
+        height x width (x 3) as uint8 or as floats in [0, 1]; `caption` is str or UTF-8 bytes.
+        Raises InputError for a picture or caption that cannot be used, NumericalError for a
+        network that answers NaN or infinity, BackendError where the run fails.
+        """
+        item = self._prepare_pair("", image, caption)
+        result = self._answer([item])[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def predict_batch(
+        self,
+        pairs: Sequence[Pair] | Sequence[ImageInput],
+        captions: Sequence[Caption] | None = None,
+        *,
+        on_error: OnError = "raise",
+        batch_size: int | None = None,
+    ) -> list[Prediction | ItemError]:
+        """Answer many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
+
+        Runs in batches of `batch_size` (None: the bundle's largest). With on_error="raise" the first pair
+        that fails raises InputError or NumericalError naming its index; with "return" the error stands in
+        its place. Raises InputError for lists of unequal length.
+        """
+        joined = join_pairs(pairs, captions)
+        size = self.manifest.limits.max_batch if batch_size is None else batch_size
+        return list(self.stream(joined, batch_size=size, on_error=on_error))
+
+    def stream(
+        self, pairs: Iterable[Pair], batch_size: int = 32, on_error: OnError = "raise"
+    ) -> Iterator[Prediction | ItemError]:
+        """Answer pairs from an iterable of any length, lazily and in order.
+
+        Reads one batch ahead: the next batch is prepared in threads while the network runs, so a batch's
+        answers come once the batch after it was read. Never holds more than two batches. A `batch_size`
+        above the bundle's largest is lowered to it. Errors as for `predict_batch`.
+        """
+        if on_error not in ("raise", "return"):
+            raise InputError(f'expected on_error "raise" or "return", got {on_error!r}')
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"expected a batch_size of at least 1, got {batch_size!r}")
+        return self._stream(pairs, min(batch_size, self.manifest.limits.max_batch), on_error)
+
+    def warm_up(self) -> None:
+        """Run one blank pair, so that the first real one does not pay for allocations."""
+        spec = self.manifest.preprocess
+        length = min(_WARM_UP_TOKENS, spec.max_tokens)
+        self._run(
+            {
+                "image": np.zeros((1, 3, spec.image_size, spec.image_size), dtype=np.float32),
+                "input_ids": np.full((1, length), self._tokenizer.cls_id, dtype=np.int64),
+                "attention_mask": np.ones((1, length), dtype=np.int64),
+            }
+        )
+
+    def close(self) -> None:
+        """Release the network; later calls raise BackendError."""
+        self._backend.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stream(
+        self, pairs: Iterable[Pair], batch_size: int, on_error: OnError
+    ) -> Iterator[Prediction | ItemError]:
+        numbered = (_Job(f"item {i}", pair) for i, pair in enumerate(pairs))
+        workers = min(_MAX_WORKERS, usable_cores(), batch_size)
+        with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
+            ahead: list[Future[_Item | ItemError]] = []
+            while jobs := list(itertools.islice(numbered, batch_size)):
+                current, ahead = ahead, [pool.submit(self._prepare, job) for job in jobs]
+                yield from self._answer_batch(current, on_error)
+            yield from self._answer_batch(ahead, on_error)
+
+    def _answer_batch(
+        self, prepared: list[Future[_Item | ItemError]], on_error: OnError
+    ) -> Iterator[Prediction | ItemError]:
+        """Run the items that could be prepared and yield all results in their order."""
+        items = [future.result() for future in prepared]
+        answers = iter(self._answer([item for item in items if isinstance(item, _Item)]))
+        for item in items:
+            result = next(answers) if isinstance(item, _Item) else item
+            if on_error == "raise" and isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _prepare(self, job: _Job) -> _Item | ItemError:
+        """Prepare one pair of a batch; its InputError is the result where it cannot be used."""
+        try:
+            image, caption = unpack_pair(job.name, job.pair)
+            return self._prepare_pair(job.name, image, caption)
+        except InputError as error:
+            return error
+
+    def _prepare_pair(self, name: str, image: ImageInput, caption: Caption) -> _Item:
+        spec = self.manifest.preprocess
+        started = perf_counter()
+        decoded = decode_image(image, name=name or None, options=self._options)
+        thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
+        decode_end = perf_counter()
+        pixels = normalize_image(resize_image(decoded.rgb, spec.image_size), spec.mean, spec.std)
+        resize_end = perf_counter()
+        try:
+            text, tokens = self._tokenizer(caption)
+        except InputError as error:
+            raise InputError(f"{name}: {error}" if name else str(error)) from error
+        tokenize_end = perf_counter()
+        timing = {
+            "decode": _milliseconds(started, decode_end),
+            "resize": _milliseconds(decode_end, resize_end),
+            "tokenize": _milliseconds(resize_end, tokenize_end),
+        }
+        warnings = self._warnings + decoded.warnings + tokens.warnings
+        return _Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
+
+    def _answer(self, items: list[_Item]) -> list[Prediction | NumericalError]:
+        """Run prepared items as one batch; a NumericalError stands in the place of its item."""
+        if not items:
+            return []
+        started = perf_counter()
+        outputs = self._run(self._feeds(items))
+        share = _milliseconds(started, perf_counter()) / len(items)
+        results: list[Prediction | NumericalError] = []
+        for index, item in enumerate(items):
+            try:
+                results.append(self._finish(outputs, index, item, share))
+            except NumericalError as error:
+                results.append(error)
+        return results
+
+    def _feeds(self, items: list[_Item]) -> dict[str, np.ndarray]:
+        """Stack items, padded with id 0 and mask 0 to the longest caption."""
+        longest = max(len(item.tokens.ids) for item in items)
+        shape = (len(items), max(longest, self.manifest.preprocess.min_tokens))
+        input_ids = np.zeros(shape, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for row, item in enumerate(items):
+            input_ids[row, : len(item.tokens.ids)] = item.tokens.ids
+            attention_mask[row, : len(item.tokens.ids)] = 1
+        image = np.stack([item.pixels for item in items])
+        return {"image": image, "input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # A forked child has none of the parent's threads: the run would wait for them for ever.
+        if os.getpid() != self._pid:
+            raise BackendError("the Predictor was made before a fork; create it in the process that uses it")
+        return self._backend.run(feeds)
+
+    def _finish(
+        self, outputs: dict[str, np.ndarray], index: int, item: _Item, inference: float
+    ) -> Prediction:
+        started = perf_counter()
+        answer = read_answer(outputs, index, item.tokens, item.size, self.manifest, item.name or "the pair")
+        timing = item.timing | {
+            "inference": inference,
+            "postprocess": _milliseconds(started, perf_counter()),
+        }
+        return Prediction(
+            **vars(answer),
+            caption=item.caption,
+            size=item.size,
+            warnings=item.warnings,
+            model=self.model,
+            timing=timing | {"total": sum(timing.values())},
+            thumbnail=item.thumbnail,
+        )
+
+
+def _milliseconds(start: float, end: float) -> float:
+    return (end - start) * 1000
+
+
+def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.weights.trained:
+        return ()
+    logger.warning("the bundle's weights are untrained (%s)", manifest.weights.source)
+    return (f"untrained_weights: {manifest.weights.source}; the scores mean nothing",)

@@ -1,0 +1,274 @@
+"""Draws a Prediction as one picture: the photograph with its evidence, the verdict, the caption's words.
+
+Pillow only. Colours are fixed; sizes are in pixels of the drawn card.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.preprocess import ImageInput, decode_image, make_thumbnail
+
+if TYPE_CHECKING:
+    from engine.result import Prediction, Word
+
+Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+WHITE: Color = (255, 255, 255)
+INK: Color = (31, 41, 51)
+MUTED: Color = (107, 114, 128)
+TRACK: Color = (229, 231, 235)
+EMPTY: Color = (209, 213, 219)
+MANIPULATED: Color = (198, 40, 40)
+PRISTINE: Color = (46, 125, 50)
+BOX: Color = (255, 235, 59)
+# From no evidence to full evidence; between the anchors the colours are mixed.
+HEAT: tuple[Color, ...] = ((49, 18, 99), (160, 30, 120), (229, 80, 57), (252, 165, 10), (252, 255, 164))
+
+_MARGIN = 28
+_PICTURE_WIDTH = 620
+_PICTURE_HEIGHT = 520
+_PANEL_WIDTH = 360
+_LINE = 34
+_MAX_LINES = 12
+_MAX_HEAT_OPACITY = 0.75
+_BODY = 19
+_SMALL = 14
+_TITLE = 32
+
+
+class Piece(NamedTuple):
+    """A piece of the caption: a scored word, or the text between two words."""
+
+    text: str
+    word: Word | None
+
+
+def caption_pieces(prediction: Prediction) -> Iterator[Piece]:
+    """Split the caption into its words and what stands between them; joined they give the caption."""
+    position = 0
+    for word in prediction.words:
+        if word.start > position:
+            yield Piece(prediction.caption[position : word.start], None)
+        yield Piece(prediction.caption[word.start : word.end], word)
+        position = word.end
+    if position < len(prediction.caption):
+        yield Piece(prediction.caption[position:], None)
+
+
+def verdict(prediction: Prediction) -> tuple[str, Color]:
+    """Return the headline and its colour."""
+    return ("Manipulated", MANIPULATED) if prediction.manipulated else ("Not manipulated", PRISTINE)
+
+
+def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
+    """Return the photograph within `limit` (width, height), with heat map and box where it is manipulated.
+
+    `image` replaces the kept thumbnail; with neither, a grey field of the same shape is drawn.
+    """
+    photo = _photograph(prediction, image, limit)
+    if not prediction.manipulated:
+        return photo
+    if prediction.heatmap is not None:
+        photo = _blend_heat(photo, prediction.heatmap)
+    if prediction.box is not None:
+        _draw_box(photo, prediction.box, prediction.size)
+    return photo
+
+
+def draw_card(
+    prediction: Prediction, image: ImageInput | None, font: str | os.PathLike[str] | None
+) -> Image.Image:
+    """Draw the whole card: photograph on the left, verdict and types on the right, caption below."""
+    photo = annotate(prediction, image, (_PICTURE_WIDTH, _PICTURE_HEIGHT))
+    body, small = _font(font, _BODY), _font(font, _SMALL)
+    width = 3 * _MARGIN + _PICTURE_WIDTH + _PANEL_WIDTH
+    rows = list(_wrap(prediction, body, width - 2 * _MARGIN))
+    top = 2 * _MARGIN + max(photo.height, _panel_height(prediction))
+    height = top + _LINE * len(rows) + _MARGIN
+    card = Image.new("RGB", (width, height), WHITE)
+    card.paste(photo, (_MARGIN + (_PICTURE_WIDTH - photo.width) // 2, _MARGIN))
+    draw = ImageDraw.Draw(card)
+    _draw_panel(draw, prediction, (2 * _MARGIN + _PICTURE_WIDTH, _MARGIN), font)
+    _draw_caption(draw, rows, top, body, small)
+    return card
+
+
+def mix(low: Color, high: Color, share: float) -> Color:
+    """Return the colour `share` of the way from `low` to `high`."""
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def word_color(word: Word) -> Color:
+    """Background of a word: white at score 0, strongest at 1; words below the threshold stay pale."""
+    return mix(WHITE, MANIPULATED, (0.25 + 0.45 * word.score) if word.manipulated else 0.2 * word.score)
+
+
+def _font(path: str | os.PathLike[str] | None, size: int) -> Font:
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(os.fspath(path), size)
+
+
+def _photograph(prediction: Prediction, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
+    photo = prediction.thumbnail if image is None else decode_image(image).rgb
+    if photo is None:
+        photo = Image.new("RGB", prediction.size if max(prediction.size) <= 1024 else (256, 256), EMPTY)
+    scale = min(limit[0] / photo.width, limit[1] / photo.height)
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    if scale < 1:
+        photo = make_thumbnail(photo, max(size))
+    return photo.resize(size, Image.Resampling.BICUBIC)
+
+
+def _blend_heat(photo: Image.Image, heatmap: np.ndarray) -> Image.Image:
+    """Lay the map over the picture, more opaque where its value in [0, 1] is higher."""
+    field = Image.fromarray(heatmap.astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
+    values = np.clip(np.asarray(field), 0.0, 1.0)
+    anchors = np.linspace(0.0, 1.0, len(HEAT))
+    channels = [np.interp(values, anchors, [color[c] for color in HEAT]) for c in range(3)]
+    opacity = (_MAX_HEAT_OPACITY * values)[..., None]
+    pixels = np.asarray(photo, dtype=np.float32)
+    return Image.fromarray(
+        np.rint(pixels * (1 - opacity) + np.stack(channels, -1) * opacity).astype(np.uint8)
+    )
+
+
+def _draw_box(photo: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> None:
+    draw = ImageDraw.Draw(photo)
+    scale = (photo.width / size[0], photo.height / size[1])
+    x1, y1, x2, y2 = (value * scale[i % 2] for i, value in enumerate(box))
+    x2, y2 = min(x2, photo.width - 1), min(y2, photo.height - 1)
+    for grow, color in ((1, INK), (0, BOX)):
+        corners = (max(x1 - grow, 0), max(y1 - grow, 0), x2 + grow, y2 + grow)
+        draw.rectangle(corners, outline=color, width=3 + 2 * grow)
+
+
+def _panel_height(prediction: Prediction) -> int:
+    return 190 + 46 * len(prediction.types) + 22 * (2 + len(prediction.warnings))
+
+
+def _draw_panel(
+    draw: ImageDraw.ImageDraw,
+    prediction: Prediction,
+    corner: tuple[int, int],
+    font: str | os.PathLike[str] | None,
+) -> None:
+    x, y = corner
+    body, small = _font(font, _BODY), _font(font, _SMALL)
+    headline, color = verdict(prediction)
+    draw.text((x, y - 6), headline, INK if color == PRISTINE else color, _font(font, _TITLE))
+    y = _draw_bar(draw, (x, y + 44), "score", prediction.score, color, body)
+    draw.line((x, y + 6, x + _PANEL_WIDTH, y + 6), TRACK, 2)
+    y += 20
+    for kind, score in prediction.types.items():
+        active = prediction.manipulated and kind in prediction.detected
+        y = _draw_bar(draw, (x, y), kind.replace("_", " "), score, MANIPULATED if active else MUTED, body)
+    y += 8
+    if prediction.manipulated and prediction.heatmap is not None:
+        y = _draw_legend(draw, (x, y), small)
+    for line in _notes(prediction):
+        draw.text((x, y), _fit(line, small, _PANEL_WIDTH), MUTED, small)
+        y += 22
+
+
+def _notes(prediction: Prediction) -> list[str]:
+    model = " ".join(prediction.model.get(key, "") for key in ("name", "size", "precision", "backend"))
+    total = prediction.timing.get("total")
+    return [model + (f", {total:.0f} ms" if total is not None else ""), *map(_printable, prediction.warnings)]
+
+
+def _draw_bar(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], label: str, score: float, color: Color, font: Font
+) -> int:
+    """Draw a labelled bar and return the y below it."""
+    x, y = corner
+    value = f"{score:.1%}"
+    draw.text((x, y), label, INK, font)
+    draw.text((x + _PANEL_WIDTH - font.getlength(value), y), value, INK, font)
+    draw.rounded_rectangle((x, y + 26, x + _PANEL_WIDTH, y + 34), 4, TRACK)
+    if score >= 0.02:
+        draw.rounded_rectangle((x, y + 26, x + _PANEL_WIDTH * score, y + 34), 4, color)
+    return y + 46
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], font: Font) -> int:
+    """Draw the heat map's scale and return the y below it."""
+    x, y = corner
+    label = "patch evidence  0"
+    draw.text((x, y), label, MUTED, font)
+    left = x + round(font.getlength(label)) + 8
+    right = x + _PANEL_WIDTH - 18
+    for column in range(left, right):
+        position = (column - left) / (right - left) * (len(HEAT) - 1)
+        index = min(int(position), len(HEAT) - 2)
+        draw.line((column, y + 3, column, y + 13), mix(HEAT[index], HEAT[index + 1], position - index))
+    draw.text((right + 8, y), "1", MUTED, font)
+    return y + 26
+
+
+def _wrap(prediction: Prediction, font: Font, width: int) -> Iterator[list[Piece]]:
+    """Break the caption into at most _MAX_LINES rows that fit `width` pixels."""
+    row: list[Piece] = []
+    used = 0.0
+    count = 1
+    for piece in _atoms(prediction, font, width):
+        length = font.getlength(piece.text)
+        if used + length > width and row:
+            if count == _MAX_LINES:
+                yield [*row, Piece(" ...", None)]
+                return
+            yield row
+            row, used, count = [], 0.0, count + 1
+        if row or not piece.text.isspace():
+            row.append(piece)
+            used += length
+    if row:
+        yield row
+
+
+def _atoms(prediction: Prediction, font: Font, width: int) -> Iterator[Piece]:
+    """The caption's pieces, printable, white space as one space, none wider than `width`."""
+    for piece in caption_pieces(prediction):
+        for text in re.findall(r"\s+|\S+", piece.text):
+            shown = " " if text.isspace() else _fit(_printable(text), font, width)
+            yield Piece(shown, piece.word)
+
+
+def _draw_caption(
+    draw: ImageDraw.ImageDraw, rows: list[list[Piece]], top: int, font: Font, small: Font
+) -> None:
+    for number, row in enumerate(rows):
+        x, y = float(_MARGIN), top + number * _LINE
+        for text, word in row:
+            length = font.getlength(text)
+            if word is not None:
+                draw.rounded_rectangle((x - 2, y - 1, x + length + 2, y + 25), 4, word_color(word))
+                if word.manipulated:
+                    draw.line((x, y + 26, x + length, y + 26), MANIPULATED, 2)
+            draw.text((x, y), text, INK, font)
+            x += length
+
+
+def _fit(text: str, font: Font, width: int) -> str:
+    """Shorten `text` with an ellipsis until it is at most `width` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if font.getlength(text[:middle] + "...") <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

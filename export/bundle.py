@@ -1,0 +1,358 @@
+"""Write a bundle directory so that a reader sees the whole old bundle or the whole new one.
+
+The files are written into a temporary sibling `.<name>.<pid>-<random>.partial`, hashed and synced; the
+manifest is written last and the directory is swapped with its final name in one rename. The writer
+holds a lock on its temporary directory, so that the next writer can tell the leftovers of a killed
+process from the work of a living one, in another container too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from engine.errors import BundleError
+
+log = logging.getLogger(__name__)
+
+FORMAT = "dgm4-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SIGTERM_STATUS = 128 + signal.SIGTERM
+
+_HASH_THREADS = 4
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
+# A network file system may have no locks on directories: nothing is swept there.
+_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free space or choose another --out",
+    errno.EDQUOT: "the disk quota is used up: free space or choose another --out",
+    errno.EACCES: "no permission to write there: choose another --out or change its owner",
+    errno.EPERM: "no permission to write there: choose another --out or change its owner",
+    errno.EROFS: "the file system is read-only: choose another --out",
+    errno.ENOENT: "the parent directory does not exist: create it first",
+    errno.ENOTDIR: "a part of the path is a file, not a directory: choose another --out",
+    errno.EBUSY: "the directory is in use or a mount point: choose a directory inside it",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter --out",
+}
+
+
+class BundleWriter:
+    """Context manager that collects the files of a bundle and publishes them at once.
+
+    out: directory of the bundle; its parent must exist. An existing bundle there is replaced when
+    `overwrite` is true, an existing empty directory always. Anything else there is refused with
+    `BundleError` before a byte is written. Leaving the block without `commit`, or by an exception,
+    removes what was written. A full disk met inside the block is raised as `BundleError`.
+    """
+
+    def __init__(self, out: str | Path, overwrite: bool = True) -> None:
+        self.out = Path(out).resolve()
+        self.overwrite = overwrite
+        self._directory: Path | None = None
+        self._lock = -1
+
+    def __enter__(self) -> BundleWriter:
+        with _as_bundle_error(self.out):
+            check_replaceable(self.out, self.overwrite)
+            sweep_partials(self.out)
+            self._directory, self._lock = _make_locked(self.out)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        directory = self._opened()
+        try:
+            # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
+            _remove_tree(directory)
+        except OSError as leftover:
+            log.warning("%s could not be removed (%s); the next export sweeps it", directory, leftover)
+        finally:
+            self._directory = None
+            os.close(self._lock)
+        if isinstance(error, OSError) and _is_full_disk(error, directory):
+            raise _bundle_error(self.out, error) from error
+
+    def path(self, name: str) -> Path:
+        """Path for a file called `name` of the bundle; the caller writes it before `commit`.
+
+        Raises `BundleError` if the name is no plain file name, or is the manifest's own.
+        """
+        if name in ("", ".", "..", MANIFEST) or name != Path(name).name or "\\" in name:
+            raise BundleError(f"expected a plain file name other than {MANIFEST}, got {name!r}")
+        return self._opened() / name
+
+    def add_bytes(self, name: str, content: bytes) -> Path:
+        """Write `content` as the file `name` and return its path; raises `BundleError`."""
+        path = self.path(name)
+        with _as_bundle_error(self.out):
+            path.write_bytes(content)
+        return path
+
+    def add_text(self, name: str, content: str) -> Path:
+        """Write `content` in UTF-8 as the file `name` and return its path; raises `BundleError`."""
+        return self.add_bytes(name, content.encode())
+
+    def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Hash and sync every file, write the manifest last and publish the bundle at `out`.
+
+        manifest: the fields of the manifest; "files" is filled here, and "format", "format_version"
+        and "created" where absent. Returns the manifest as written. Raises `BundleError` if a listed
+        engine was not written, a number is not finite, or the system refuses; `out` is then as before.
+        """
+        directory = self._opened()
+        with _as_bundle_error(self.out):
+            filled = _fill_manifest(manifest, _seal_files(directory))
+            _write_synced(directory / MANIFEST, _to_json(filled))
+            _sync_directory(directory)
+            check_replaceable(self.out, self.overwrite)
+            _publish(directory, self.out)
+            _sync_directory(self.out.parent)
+        return filled
+
+    def _opened(self) -> Path:
+        if self._directory is None:
+            raise BundleError("the bundle writer is closed: use it inside its with block")
+        return self._directory
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise `SystemExit(143)` on SIGTERM inside the block, so that writers clean up; main thread only."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(SIGTERM_STATUS)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raise `BundleError` unless `out` is absent, an empty directory, or a bundle that may be replaced."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise BundleError(f"{out} is a file; expected a directory or a free name for the bundle")
+    entries = {entry.name for entry in out.iterdir()}
+    if not entries:
+        return
+    listed = _listed_files(out)
+    if listed is None:
+        raise BundleError(f"{out} is not empty and no bundle: nothing there is touched, choose another --out")
+    foreign = sorted(entries - listed)
+    if foreign:
+        raise BundleError(
+            f"{out} is a bundle with files that are not its own: {', '.join(foreign[:5])}; move them away"
+        )
+    if not overwrite:
+        raise BundleError(f"{out} already holds a bundle: allow overwriting or choose another --out")
+
+
+def sweep_partials(out: Path) -> list[Path]:
+    """Remove the temporary siblings of `out` that a dead writer left; return those removed.
+
+    A bundle that was set aside by a writer killed between its two renames is put back.
+    """
+    own = re.compile(rf"\.{re.escape(out.name)}\.\d+-[0-9a-f]+(\.old)?\.partial")
+    stale = [path for path in sorted(out.parent.glob(".*.partial")) if own.fullmatch(path.name)]
+    return [path for path in stale if path.is_dir() and _sweep(path, out)]
+
+
+def _sweep(path: Path, out: Path) -> bool:
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _clear_stale(path, out)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s may be the leftover of a killed export; remove it if none is running", path)
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _clear_stale(path: Path, out: Path) -> None:
+    aside = path.name.endswith(".old.partial")
+    if aside and not os.path.lexists(out) and (path / MANIFEST).is_file():
+        path.rename(out)
+        return
+    # The writer that replaced a bundle may be removing the same directory at this moment.
+    with contextlib.suppress(FileNotFoundError):
+        _remove_tree(path)
+
+
+def _make_locked(out: Path) -> tuple[Path, int]:
+    """Create and lock a temporary sibling; a sweep may remove it before it is locked, so look again."""
+    while True:
+        path = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        path.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock_directory(path)
+            if path.exists():
+                return path, lock
+            os.close(lock)
+
+
+def _lock_directory(directory: Path) -> int:
+    """Open and lock a directory; without the lock where the file system has none."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+        log.debug("%s cannot be locked: %s", directory, error)
+    return descriptor
+
+
+def _listed_files(directory: Path) -> set[str] | None:
+    """Names of the files that a bundle lists, manifest included; None if this is no bundle of ours."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None
+    files = manifest.get("files")
+    return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
+
+
+def _seal_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Hash, sync and open to its readers every file of the directory; name -> sha256 and bytes."""
+    paths = sorted(directory.iterdir())
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path.name} in the bundle is not a regular file; a bundle is flat")
+    # Writers of temporary files leave 0600: give every file what the umask gave the directory.
+    mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        sealed = list(pool.map(lambda path: _seal(path, mode), paths))
+    return {path.name: record for path, record in zip(paths, sealed, strict=True)}
+
+
+def _seal(path: Path, mode: int) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+        return {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
+
+
+def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
+    filled = {**head, **copy.deepcopy(dict(manifest)), "files": files}
+    missing = [item["file"] for item in filled.get("engines", []) if item["file"] not in files]
+    if missing:
+        raise BundleError(f"the manifest lists engines that were not written: {', '.join(missing)}")
+    return filled
+
+
+def _to_json(manifest: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise BundleError(f"the manifest holds a number that is not finite: {error}") from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(directory: Path, out: Path) -> None:
+    """Give the directory its final name; a bundle that was there is left under the temporary one."""
+    if not os.path.lexists(out) or not any(out.iterdir()):
+        directory.rename(out)
+    elif not _exchange(directory, out):
+        _replace_in_two_steps(directory, out)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swap two names in one system call (Linux); False where kernel or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(right))
+
+
+def _replace_in_two_steps(directory: Path, out: Path) -> None:
+    aside = directory.with_name(directory.name.removesuffix(".partial") + ".old.partial")
+    out.rename(aside)
+    try:
+        directory.rename(out)
+    except BaseException:
+        if not os.path.lexists(out):
+            aside.rename(out)
+        raise
+    _remove_tree(aside)
+
+
+def _remove_tree(directory: Path) -> None:
+    """Remove a directory if it is there, its manifest first, so that what is left of it is no bundle."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _is_full_disk(error: OSError, directory: Path) -> bool:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    return error.filename is None or directory in Path(os.fsdecode(error.filename)).parents
+
+
+@contextlib.contextmanager
+def _as_bundle_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _bundle_error(out, error) from error
+
+
+def _bundle_error(out: Path, error: OSError) -> BundleError:
+    hint = _HINTS.get(error.errno or 0, "choose another --out")
+    return BundleError(f"cannot write the bundle {out}: {error.strerror or error}; {hint}")

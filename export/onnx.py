@@ -1,0 +1,107 @@
+"""The inference model as one ONNX graph, batch and token count dynamic.
+
+Hot paths are nodes of the domain `dgm4` with a body of standard operators (kernels/onnx_ops.py), which
+ONNX Runtime inlines; `flatten` writes the same network without them, for tools that know no functions.
+Inputs and outputs are float32 and int64 whatever the inner precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import torch
+
+from dgm4.config import ModelConfig
+from engine.errors import BuildError
+from export.inference import InferenceModel
+from kernels import attention, conv_fusion, gaussian_guidance, latent_pool, onnx_ops  # noqa: F401
+
+INPUTS = ("image", "input_ids", "attention_mask")
+OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map")
+DATA_SUFFIX = ".data"
+_IR_VERSION = 10  # the newest that every supported runtime reads
+_TRACE_BATCH, _TRACE_TOKENS = 2, 12
+
+
+def outputs_of(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the outputs of a network; the map is ASAP's alone."""
+    return OUTPUTS if config.name == "asap" else OUTPUTS[:-1]
+
+
+def example_inputs(
+    config: ModelConfig, batch: int, tokens: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Draw inputs for checks: a smooth random picture, random ids, captions of every length to `tokens`.
+
+    image float32 [batch, 3, S, S]; input_ids and attention_mask int64 [batch, tokens].
+    """
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, 3, config.grid, config.grid, generator=draw)
+    smooth = coarse.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
+    image = smooth + 0.3 * torch.randn(smooth.shape, generator=draw)
+    ids = torch.randint(1000, config.vocabulary, (batch, tokens), generator=draw)
+    ids[:, 0] = 101
+    lengths = tokens - torch.arange(batch) * (tokens - 1) // max(batch, 2)
+    mask = (torch.arange(tokens)[None] < lengths[:, None]).long()
+    return {"image": image, "input_ids": ids * mask, "attention_mask": mask}
+
+
+def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
+    """Trace the model and write `path` and its weights `<path>.data`.
+
+    Returns the written graph, whose weights stay in the file. Raises OSError where it cannot be written.
+    """
+    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
+    dynamic = {"image": {0: batch}} | {name: {0: batch, 1: tokens} for name in INPUTS[1:]}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations while tracing
+        program = torch.onnx.export(
+            model,
+            kwargs=example_inputs(model.config, _TRACE_BATCH, _TRACE_TOKENS),
+            dynamo=True,
+            opset_version=onnx_ops.OPSET,
+            dynamic_shapes=dynamic,
+            input_names=list(INPUTS),
+            output_names=list(outputs_of(model.config)),
+            verbose=False,
+        )
+    if program is None:
+        raise BuildError("the tracer of torch returned no ONNX program")
+    data_of(path).unlink(missing_ok=True)
+    program.save(path, external_data=True)
+    return _finish(path)
+
+
+def data_of(path: Path) -> Path:
+    """The file that holds the weights of the graph at `path`."""
+    return path.with_name(path.name + DATA_SUFFIX)
+
+
+def _finish(path: Path) -> onnx.ModelProto:
+    """Append the bodies of the custom nodes, drop what a tracer leaves behind, check and rewrite `path`."""
+    proto = onnx.load_model(path, load_external_data=False)
+    used = sorted({node.op_type for node in proto.graph.node if node.domain == onnx_ops.DOMAIN})
+    del proto.functions[:]
+    proto.functions.extend(onnx_ops.bodies(used))
+    proto.ir_version = _IR_VERSION
+    proto.producer_name, proto.producer_version = "dgm4", ""
+    del proto.metadata_props[:]
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+    # Inferred shapes of the traced example; quantisers trip over them.
+    del proto.graph.value_info[:]
+    path.write_bytes(proto.SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+    return proto
+
+
+def flatten(path: Path, flat: Path) -> onnx.ModelProto:
+    """Write the graph of `path` in standard operators alone to `flat`, beside it, sharing its weights."""
+    proto = onnx.inliner.inline_local_functions(onnx.load_model(path, load_external_data=False))
+    flat.write_bytes(proto.SerializeToString())
+    return proto

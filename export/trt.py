@@ -1,0 +1,377 @@
+"""Build TensorRT and TensorRT-RTX engines from ONNX files, in a child process.
+
+Both libraries have one Python API; `tensorrt` builds on the GPU it builds for, `tensorrt_rtx` needs no
+GPU and builds for several compute capabilities at once. The builder is native code that can crash or
+take very long: `export.trt_worker` runs it apart, and whatever ends it comes back as `BuildError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from engine.errors import BackendError, BuildError
+
+Shape = tuple[int, ...]
+Progress = Callable[[str, int, int], None]
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+WORKER = (sys.executable, "-P", "-m", "export.trt_worker")
+
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+_PROBE_LIMIT_S = 60.0
+_KEPT_LINES = 20
+_KEPT_WARNINGS = 100
+_SIGNAL_HINTS = {
+    "SIGKILL": "most often the kernel, out of memory: a build holds about four times the weights, "
+    "so free memory or build on a larger machine",
+    "SIGSEGV": "a crash inside the native builder: the last lines of its log name the layer",
+    "SIGABRT": "the native builder gave up: an ONNX node may carry the name of a registered plugin",
+    "SIGTERM": "something asked the build to stop",
+}
+
+
+@dataclass(frozen=True)
+class BuilderInfo:
+    """One of the two builder libraries as this machine has it; `reason` says why it can(not) build."""
+
+    library: str
+    version: str | None
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What to build.
+
+    onnx: model file, external data beside it. profile: input name -> (min, opt, max) shapes, for every
+    input with a dynamic dimension. compute_capabilities: targets as "8.6"; empty for `RTX_CAPABILITIES`
+    with `tensorrt_rtx`, and for the GPU of this machine, the only one possible, with `tensorrt`.
+    timing_cache: file that is read and rewritten; ignored by `tensorrt_rtx`, which times nothing.
+    time_limit_s: seconds for the whole build. workspace_mb: scratch memory of a layer in MiB; None for
+    the library's default. library: "tensorrt" or "tensorrt_rtx"; None takes what `find_builder` finds.
+    """
+
+    onnx: Path
+    profile: Mapping[str, tuple[Shape, Shape, Shape]]
+    compute_capabilities: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    time_limit_s: float = 3600.0
+    workspace_mb: int | None = None
+    library: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output as the network declares it; -1 where a dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What was built: `seconds` of wall clock, `peak_memory_mb` in MiB of the building process."""
+
+    library: str
+    version: str
+    seconds: float
+    peak_memory_mb: float
+    engine_bytes: int
+    compute_capabilities: tuple[str, ...]
+    warnings: tuple[str, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+def describe_builders() -> tuple[BuilderInfo, ...]:
+    """State of both libraries on this machine, in order of preference; nothing of CUDA is loaded here."""
+    return tuple(_describe_builder(library) for library in LIBRARIES)
+
+
+def find_builder() -> BuilderInfo | None:
+    """First library that can build on this machine: `tensorrt` beside a GPU, else `tensorrt_rtx`."""
+    return next((info for info in describe_builders() if info.usable), None)
+
+
+def build_engine(
+    spec: EngineSpec,
+    out_path: str | Path,
+    progress: Progress | None = None,
+    worker: Sequence[str] | None = None,
+) -> EngineReport:
+    """Build the engine of `spec` and write it to `out_path`, which is replaced only by a whole engine.
+
+    progress: called as (phase, steps done, steps of the phase); by default a bar on stderr, if that is
+    a terminal. worker: command of the building process, `WORKER` by default. Raises `BackendError` if
+    no library can build here, and `BuildError` with the likely cause if the file, the profile or a
+    target is refused, the builder fails or crashes, or the time limit passes. An exception raised by
+    `progress`, or KeyboardInterrupt, ends the child and goes on to the caller.
+    """
+    out = Path(out_path).resolve()
+    _check_paths(spec, out)
+    library = spec.library or _choose_library()
+    partial = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    start = time.monotonic()
+    try:
+        with _Build(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
+            with _progress_or_bar(progress) as show:
+                build.follow(show)
+            done = build.result()
+        _move_engine(partial, out, done["engine_bytes"])
+    finally:
+        partial.unlink(missing_ok=True)
+    return _report(library, time.monotonic() - start, done, build.warnings)
+
+
+class _Build:
+    """A running worker; ends it when the block is left, in whatever way."""
+
+    def __init__(self, command: Sequence[str], request: dict[str, Any], limit_s: float) -> None:
+        self.warnings: dict[str, None] = {}
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._done: dict[str, Any] | None = None
+        self._refusal: str | None = None
+        self._expired = False
+        self._limit_s = limit_s
+        self._request = request
+        self._process = _start(command, stdin=subprocess.PIPE)
+        self._timer = threading.Timer(limit_s, self._expire)
+        self._drain = threading.Thread(target=self._keep_stderr, daemon=True)
+
+    def __enter__(self) -> _Build:
+        self._timer.start()
+        self._drain.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        self._process.wait()
+        self._drain.join()
+        _pipe(self._process.stdout).close()
+
+    def follow(self, show: Progress) -> None:
+        """Send the request and read the events of the worker to their end."""
+        # A worker that died at once is explained by its exit status.
+        with contextlib.suppress(BrokenPipeError), _pipe(self._process.stdin) as stdin:
+            stdin.write(json.dumps(self._request) + "\n")
+        for line in _pipe(self._process.stdout):
+            event = _decode(line)
+            if event is None:
+                self._lines.append(line.strip())
+            elif event["event"] == "progress":
+                show(event["phase"], event["step"], event["total"])
+            else:
+                self._take(event)
+        self._process.wait()
+        self._drain.join()
+
+    def result(self) -> dict[str, Any]:
+        """Fields of the `done` event; raises `BuildError` with the likely cause where there is none."""
+        if self._expired:
+            raise BuildError(self._explain(f"the build took longer than its limit of {self._limit_s:g} s"))
+        if self._refusal is not None:
+            raise BuildError(self._explain(self._refusal))
+        status = self._process.returncode
+        if status != 0 or self._done is None:
+            raise BuildError(self._explain(_describe_status(status)))
+        return self._done
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event:
+            case {"event": "log", "severity": "warning", "text": text}:
+                if len(self.warnings) < _KEPT_WARNINGS:
+                    self.warnings[text] = None
+            case {"event": "log", "text": text}:
+                self._lines.append(text)
+            case {"event": "error", "message": message}:
+                self._refusal = message
+            case {"event": "done"}:
+                self._done = event
+
+    def _explain(self, cause: str) -> str:
+        log = "\n  ".join(line for line in self._lines if line and line not in cause)
+        model = self._request["onnx"]
+        return f"no engine from {model}: {cause}" + (f"; the builder's log ends:\n  {log}" if log else "")
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+    def _keep_stderr(self) -> None:
+        with _pipe(self._process.stderr) as stderr:
+            self._lines.extend(line.rstrip() for line in stderr)
+
+
+def _describe_builder(library: str) -> BuilderInfo:
+    if importlib.util.find_spec(library) is None:
+        return BuilderInfo(library, None, False, f"not installed: pip install {library.replace('_', '-')}")
+    version = _library_version(library)
+    if library == "tensorrt_rtx":
+        return BuilderInfo(library, version, True, "builds without a GPU")
+    driver = _probe_driver()
+    return BuilderInfo(library, version, driver["compute_capability"] is not None, driver["reason"])
+
+
+def _library_version(library: str) -> str | None:
+    for distribution in (library, f"{library}-cu13", f"{library}-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
+
+
+def _probe_driver() -> dict[str, Any]:
+    process = _start((*WORKER, "--probe"), stdin=subprocess.DEVNULL)
+    try:
+        output, errors = process.communicate(timeout=_PROBE_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"compute_capability": None, "reason": "the CUDA driver does not answer"}
+    answer = _decode(output)
+    if answer is None:
+        reason = f"the CUDA driver cannot be asked: {_describe_status(process.returncode)} {errors[-200:]}"
+        return {"compute_capability": None, "reason": reason}
+    return answer
+
+
+def _choose_library() -> str:
+    builders = describe_builders()
+    for info in builders:
+        if info.usable:
+            return info.library
+    reasons = "; ".join(f"{info.library}: {info.reason}" for info in builders)
+    raise BackendError(f"no library here can build an engine ({reasons})")
+
+
+def _check_paths(spec: EngineSpec, out: Path) -> None:
+    if not spec.onnx.is_file():
+        raise BuildError(f"{spec.onnx} is not a file; expected an ONNX model")
+    if not out.parent.is_dir():
+        raise BuildError(f"{out.parent} is not a directory; create it before the engine is built")
+    if spec.library not in (None, *LIBRARIES):
+        raise BuildError(f"expected the library to be one of {LIBRARIES}, got {spec.library!r}")
+    if spec.time_limit_s <= 0:
+        raise BuildError(f"expected a time limit above 0 s, got {spec.time_limit_s}")
+
+
+def _request(spec: EngineSpec, library: str, engine: Path) -> dict[str, Any]:
+    cache = None if spec.timing_cache is None else os.fspath(spec.timing_cache.resolve())
+    default = RTX_CAPABILITIES if library == "tensorrt_rtx" else ()
+    return {
+        "library": library,
+        "onnx": os.fspath(spec.onnx.resolve()),
+        "engine": os.fspath(engine),
+        "profile": {
+            name: [[int(n) for n in shape] for shape in ranges] for name, ranges in spec.profile.items()
+        },
+        "compute_capabilities": list(spec.compute_capabilities or default),
+        "timing_cache": cache,
+        "workspace_mb": spec.workspace_mb,
+        "parent": os.getpid(),
+    }
+
+
+def _start(command: Sequence[str], stdin: int) -> subprocess.Popen[str]:
+    """Start a worker with this package first on its path; it dies with the calling thread on Linux."""
+    before = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([os.fspath(_PACKAGE_ROOT), *([before] if before else [])])
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise BuildError(f"the building process {command[0]} cannot be started: {error}") from error
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    if stream is None:
+        raise BuildError("the building process was started without a pipe")
+    return stream
+
+
+def _decode(line: str) -> dict[str, Any] | None:
+    """Event of a line; None for a line that is something else."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _describe_status(status: int) -> str:
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"the building process was ended by {name}: {_SIGNAL_HINTS.get(name, 'no usual cause')}"
+    return f"the building process ended with status {status} and no engine"
+
+
+def _move_engine(partial: Path, out: Path, size: int) -> None:
+    written = partial.stat().st_size if partial.is_file() else 0
+    if written != size or size == 0:
+        raise BuildError(f"the builder reported an engine of {size:,} bytes and wrote {written:,}")
+    try:
+        partial.replace(out)
+    except OSError as error:
+        raise BuildError(f"the engine cannot be moved to {out}: {error.strerror}") from error
+
+
+def _report(library: str, seconds: float, done: dict[str, Any], warnings: Mapping[str, None]) -> EngineReport:
+    return EngineReport(
+        library=library,
+        version=done["version"],
+        seconds=seconds,
+        peak_memory_mb=done["peak_memory_mb"],
+        engine_bytes=done["engine_bytes"],
+        compute_capabilities=tuple(done["compute_capabilities"]),
+        warnings=tuple(warnings),
+        inputs=tuple(_tensor_info(item) for item in done["inputs"]),
+        outputs=tuple(_tensor_info(item) for item in done["outputs"]),
+    )
+
+
+def _tensor_info(item: dict[str, Any]) -> TensorInfo:
+    return TensorInfo(item["name"], item["dtype"], tuple(item["shape"]))
+
+
+@contextlib.contextmanager
+def _progress_or_bar(progress: Progress | None) -> Iterator[Progress]:
+    if progress is not None:
+        yield progress
+        return
+    with tqdm(desc="engine", unit="step", leave=False, disable=None) as bar:
+
+        def show(phase: str, step: int, total: int) -> None:
+            bar.total, bar.n = total, step
+            bar.set_description(phase)
+
+        yield show

@@ -1,0 +1,361 @@
+"""The child process that parses an ONNX file and builds a TensorRT or TensorRT-RTX engine.
+
+It reads one request (JSON) from stdin and answers with one JSON event a line on stdout: `started`,
+`progress`, `log`, then `done` or `error`. A crash of the native builder ends this process alone.
+Start it with `python -P -m export.trt_worker`, the package root being on PYTHONPATH; `--probe` answers
+what the CUDA driver of this machine is. `export.trt` is the parent's side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+PROGRESS_INTERVAL_S = 0.05
+
+_PR_SET_PDEATHSIG = 1
+_CC_MAJOR, _CC_MINOR = 75, 76  # CUdevice_attribute
+_MIB = 1 << 20
+# On a machine with no driver the RTX builder logs this beside every real error.
+_DRIVER_NOISE = "CUDA driver version is insufficient"
+_PARSER_NOISE = "ModelImporter.cpp:"  # repeats what the parser's own errors say
+_PARSER_HINTS = {
+    "false": "this library has no such operator",
+    "Plugin not found": "no operator of the library, no function of the model and no plugin has this name",
+}
+
+_DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}  # the others are numpy's own names
+
+Shape = Sequence[int]
+Profile = Mapping[str, Sequence[Shape]]
+
+
+class RefusedError(Exception):
+    """The request cannot be built; the message goes to the parent as an `error` event."""
+
+
+class Channel:
+    """Writes events as JSON lines; whatever else writes to stdout is sent to stderr instead."""
+
+    def __init__(self) -> None:
+        self._stream: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._lock = threading.Lock()
+        os.dup2(2, 1)
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event with its fields; safe to call from any thread."""
+        with self._lock:
+            self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+            self._stream.flush()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve one request; returns 0 when an engine was written and 1 when the request was refused."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a build is given up
+    channel = Channel()
+    if "--probe" in arguments:
+        channel.send("probe", **_probe_driver())
+        return 0
+    channel.send("started", pid=os.getpid())
+    request = json.loads(sys.stdin.readline())
+    if os.getppid() != request["parent"]:
+        return 1
+    try:
+        channel.send("done", **build(request, channel))
+    except RefusedError as error:
+        channel.send("error", message=str(error))
+        return 1
+    return 0
+
+
+def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
+    """Build the engine of a request and write it; returns what the `done` event reports.
+
+    Raises `RefusedError` if the library is missing, the model, the profile or a compute capability is
+    not accepted, the builder gives no engine, or the engine cannot be written.
+    """
+    trt = _import_library(request["library"])
+    logger = _make_logger(trt, channel)
+    builder = _make_builder(trt, logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    _parse(parser, network, request["onnx"])
+    config = builder.create_builder_config()
+    monitor = _make_monitor(trt, channel)  # must outlive the build
+    config.progress_monitor = monitor
+    _add_profile(builder, config, network, request["profile"])
+    capabilities = _set_capabilities(trt, config, request["compute_capabilities"])
+    if request["workspace_mb"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mb"] * _MIB)
+    cache = _load_timing_cache(trt, config, request["timing_cache"])
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise RefusedError("the builder gave no engine")
+    _write_engine(request["engine"], engine)
+    if cache is not None:
+        _save_timing_cache(request["timing_cache"], cache, channel)
+    return {
+        "version": trt.__version__,
+        "engine_bytes": engine.nbytes,
+        "peak_memory_mb": _peak_memory_mb(),
+        "compute_capabilities": capabilities,
+        "inputs": [_describe(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [_describe(network.get_output(i)) for i in range(network.num_outputs)],
+    }
+
+
+def check_profile(declared: Mapping[str, Shape], profile: Profile) -> None:
+    """Raise `RefusedError` unless the profile fits the inputs that the network declares.
+
+    declared: input name -> shape, -1 where a dimension is dynamic. profile: input name -> (min, opt,
+    max) shapes, required of every input with a dynamic dimension.
+    """
+    unknown = sorted(set(profile) - set(declared))
+    if unknown:
+        raise RefusedError(f"the profile names inputs {unknown}; the network has {sorted(declared)}")
+    missing = sorted(name for name, shape in declared.items() if -1 in shape and name not in profile)
+    if missing:
+        raise RefusedError(f"the profile lacks the dynamic inputs {missing}")
+    for name, ranges in profile.items():
+        _check_ranges(name, list(declared[name]), ranges)
+
+
+def _check_ranges(name: str, shape: list[int], ranges: Sequence[Shape]) -> None:
+    if len(ranges) != 3:
+        raise RefusedError(f"input {name!r} needs three shapes (min, opt, max), got {len(ranges)}")
+    if any(len(limit) != len(shape) for limit in ranges):
+        got = [list(limit) for limit in ranges]
+        raise RefusedError(f"input {name!r} has {len(shape)} dimensions {shape}; the profile gives {got}")
+    for axis, (fixed, low, opt, high) in enumerate(zip(shape, *ranges, strict=True)):
+        where = f"input {name!r}, dimension {axis}: profile {low}..{opt}..{high}"
+        if not 1 <= low <= opt <= high:
+            raise RefusedError(f"{where}; expected 1 <= min <= opt <= max")
+        if fixed != -1 and (low, high) != (fixed, fixed):
+            raise RefusedError(f"{where}; the network fixes it to {fixed}")
+
+
+def _import_library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise RefusedError(f"the library {name} cannot be imported: {error}") from error
+
+
+def _make_builder(trt: Any, logger: Any) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError as error:  # what the binding makes of a null pointer
+        raise RefusedError(f"{trt.__name__} cannot start a builder on this machine") from error
+
+
+def _network_flags(trt: ModuleType) -> int:
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _make_logger(trt: Any, channel: Channel) -> Any:
+    severities = {
+        trt.ILogger.INTERNAL_ERROR: "error",
+        trt.ILogger.ERROR: "error",
+        trt.ILogger.WARNING: "warning",
+    }
+    hidden = (_PARSER_NOISE, *([_DRIVER_NOISE] if _builds_without_gpu(trt) else []))
+
+    class EventLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in severities and not any(noise in text for noise in hidden):
+                channel.send("log", severity=severities[severity], text=text.strip())
+
+    return EventLogger()
+
+
+def _make_monitor(trt: Any, channel: Channel) -> Any:
+    class EventMonitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.sent_s = 0.0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.totals[phase] = steps
+            channel.send("progress", phase=phase, step=0, total=steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            total, now = self.totals.get(phase, 0), time.monotonic()
+            if now - self.sent_s >= PROGRESS_INTERVAL_S:
+                self.sent_s = now
+                channel.send("progress", phase=phase, step=step + 1, total=total)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            total = self.totals.pop(phase, 0)
+            channel.send("progress", phase=phase, step=total, total=total)
+
+    return EventMonitor()
+
+
+def _parse(parser: Any, network: Any, onnx: str) -> None:
+    parsed = parser.parse_from_file(onnx)
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if errors or not parsed:
+        lines = [_describe_error(error) for error in errors] or ["the parser gave no reason"]
+        raise RefusedError("the ONNX parser refused the model: " + "; ".join(lines))
+    # A file that is no ONNX at all parses "well" into a network of nothing.
+    if network.num_outputs == 0:
+        raise RefusedError("the file holds no network: it is empty or not an ONNX model")
+
+
+def _describe_error(error: Any) -> str:
+    reason = " ".join(line for line in error.desc().splitlines() if _DRIVER_NOISE not in line)
+    reason = next(
+        (hint for key, hint in _PARSER_HINTS.items() if reason == key or key + "," in reason), reason
+    )
+    stack = "".join(f" in function {frame}" for frame in error.local_function_stack())
+    node = f"node {error.node_name()!r} ({error.node_operator()}){stack}: " if error.node() >= 0 else ""
+    return f"{node}{reason} [{str(error.code()).rpartition('.')[2]}]"
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    shaping = [tensor.name for tensor in tensors if tensor.is_shape_tensor]
+    if shaping:
+        raise RefusedError(f"the inputs {shaping} set shapes by their values, which no profile here covers")
+    check_profile({tensor.name: tuple(tensor.shape) for tensor in tensors}, profile)
+    if not profile:
+        return
+    optimization = builder.create_optimization_profile()
+    for name, ranges in profile.items():
+        optimization.set_shape(name, *(tuple(limit) for limit in ranges))
+    if config.add_optimization_profile(optimization) < 0:
+        raise RefusedError(f"the builder refused the profile {dict(profile)}")
+
+
+def _set_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> list[str]:
+    """Ask for the targets where the library takes them; else the target is this machine's own GPU."""
+    if not hasattr(config, "set_compute_capability"):
+        return _own_capability(wanted)
+    if not wanted:
+        raise RefusedError("no compute capability was asked for; name at least one, as 8.6")
+    known = trt.ComputeCapability.__members__
+    unknown = [name for name in wanted if _member_name(name) not in known]
+    if unknown:
+        offered = ", ".join(sorted(name for name in known if name.startswith("SM")))
+        raise RefusedError(f"{trt.__name__} does not build for compute capability {unknown}; only {offered}")
+    config.num_compute_capabilities = len(wanted)
+    for index, name in enumerate(wanted):
+        if not config.set_compute_capability(known[_member_name(name)], index):
+            raise RefusedError(f"{trt.__name__} refused compute capability {name} beside {list(wanted)}")
+    return list(wanted)
+
+
+def _own_capability(wanted: Sequence[str]) -> list[str]:
+    own = _probe_driver()["compute_capability"]
+    if own is None:
+        raise RefusedError("TensorRT builds on the GPU it builds for, and this machine shows none")
+    if wanted and own not in wanted:
+        raise RefusedError(f"TensorRT builds for this machine's GPU ({own}), not for {list(wanted)}")
+    return [own]
+
+
+def _member_name(capability: str) -> str:
+    return "SM" + capability.replace(".", "")
+
+
+def _builds_without_gpu(trt: ModuleType) -> bool:
+    return trt.__name__ == "tensorrt_rtx"
+
+
+def _load_timing_cache(trt: Any, config: Any, path: str | None) -> Any:
+    """Attach the cache of an earlier build; None where there is none or the library ignores it (RTX)."""
+    if path is None or _builds_without_gpu(trt):
+        return None
+    stored = Path(path)
+    cache = config.create_timing_cache(stored.read_bytes() if stored.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")  # of another GPU or version: start anew
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _save_timing_cache(path: str, cache: Any, channel: Channel) -> None:
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(cache.serialize())
+        partial.replace(path)
+    except OSError as error:
+        channel.send("log", severity="warning", text=f"the timing cache {path} was not saved: {error}")
+
+
+def _write_engine(path: str, engine: Any) -> None:
+    try:
+        with Path(path).open("wb") as file:
+            file.write(engine)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RefusedError(f"the engine ({engine.nbytes:,} bytes) cannot be written: {error}") from error
+
+
+def _describe(tensor: Any) -> dict[str, Any]:
+    dtype = tensor.dtype.name.lower()
+    return {"name": tensor.name, "dtype": _DTYPES.get(dtype, dtype), "shape": list(tensor.shape)}
+
+
+def _peak_memory_mb() -> float:
+    """Largest resident memory of this process in MiB; getrusage would count the parent's before exec."""
+    for key, value in _status_fields():
+        if key == "VmHWM":
+            return int(value.split()[0]) / 1024
+    return 0.0
+
+
+def _status_fields() -> Iterator[tuple[str, str]]:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            key, _, value = line.partition(":")
+            yield key, value
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _probe_driver() -> dict[str, Any]:
+    """Reason and compute capability ("9.0") of the first GPU; None where the driver shows none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return {"compute_capability": None, "reason": f"no CUDA driver: {error}"}
+    status = cuda.cuInit(0)
+    if status != 0:
+        return {"compute_capability": None, "reason": f"the CUDA driver refuses to start (status {status})"}
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    statuses = (
+        cuda.cuDeviceGet(ctypes.byref(device), 0),
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device),
+    )
+    if any(statuses):
+        return {"compute_capability": None, "reason": f"the CUDA driver shows no GPU (status {statuses})"}
+    capability = f"{major.value}.{minor.value}"
+    return {"compute_capability": capability, "reason": f"GPU of compute capability {capability}"}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""How an operator leaves for ONNX: a node of our own domain, with a body of standard operators.
+
+A runtime without our plugins inlines the body; one that has them takes the node. TensorRT reads the
+plugin's namespace and version from the node's attributes and ignores the body then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx
+import onnx.parser
+import torch
+from torch import Tensor
+
+DOMAIN = "dgm4"
+VERSION = 1
+# 20 is the first opset with Gelu, and the newest whose every operator here is native to ONNX Runtime,
+# OpenVINO and TensorRT 10.13. Attention (23) is no gain: TensorRT refuses it in float32.
+OPSET = 20
+
+_bodies: dict[str, Callable[[], onnx.FunctionProto]] = {}
+
+
+def body(text: str) -> onnx.FunctionProto:
+    """Parse an operator's body, written in ONNX's text form without its header."""
+    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{text}')
+
+
+def register_body(name: str, make: Callable[[], onnx.FunctionProto]) -> None:
+    """Declare the body of operator `name`; `make` is called when a graph that uses it is written."""
+    _bodies[name] = make
+
+
+def bodies(names: Sequence[str]) -> Iterator[onnx.FunctionProto]:
+    """Yield the bodies of the operators in `names`. Raises KeyError for one that was never declared."""
+    for name in names:
+        yield _bodies[name]()
+
+
+def exporting() -> bool:
+    """Whether torch is tracing for ONNX, when operators leave as nodes of their own."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def emit(
+    name: str,
+    inputs: Sequence[Tensor],
+    shapes: Sequence[Sequence[int | torch.SymInt]],
+    dtypes: Sequence[torch.dtype],
+    attributes: dict[str, Sequence[int] | float],
+) -> Sequence[Tensor]:
+    """Leave a node `name` in the traced graph; shapes and dtypes are those of its outputs."""
+    plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION), "aot": 1}
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{name}", inputs, {**attributes, **plugin}, dtypes=dtypes, shapes=shapes, version=VERSION
+    )
