@@ -34,7 +34,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if leaf in _TOKENS:
         return 0.2 * z
     if not shape:
-        return np.float32(0.5) + np.float32(0.1) * z
+        return np.asarray(np.float32(0.5) + np.float32(0.1) * z)
     if len(shape) == 1:
         return 1 + 0.1 * z if leaf == "weight" else 0.1 * z
     if "embeddings" in name:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
@@ -131,6 +131,26 @@ class Predictor:
             raise result
         return result
 
+    @overload
+    def predict_batch(
+        self,
+        pairs: Sequence[Pair] | Sequence[ImageInput],
+        captions: Sequence[Caption] | None = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+        batch_size: int | None = None,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict_batch(
+        self,
+        pairs: Sequence[Pair] | Sequence[ImageInput],
+        captions: Sequence[Caption] | None = None,
+        *,
+        on_error: OnError,
+        batch_size: int | None = None,
+    ) -> list[Prediction | ItemError]: ...
+
     def predict_batch(
         self,
         pairs: Sequence[Pair] | Sequence[ImageInput],
@@ -138,7 +158,7 @@ class Predictor:
         *,
         on_error: OnError = "raise",
         batch_size: int | None = None,
-    ) -> list[Prediction | ItemError]:
+    ) -> list[Prediction] | list[Prediction | ItemError]:
         """Answer many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
 
         Runs in batches of `batch_size` (None: the bundle's largest). With on_error="raise" the first pair
@@ -149,9 +169,19 @@ class Predictor:
         size = self.manifest.limits.max_batch if batch_size is None else batch_size
         return list(self.stream(joined, batch_size=size, on_error=on_error))
 
+    @overload
+    def stream(
+        self, pairs: Iterable[Pair], batch_size: int = 32, on_error: Literal["raise"] = "raise"
+    ) -> Iterator[Prediction]: ...
+
+    @overload
+    def stream(
+        self, pairs: Iterable[Pair], batch_size: int = 32, *, on_error: OnError
+    ) -> Iterator[Prediction | ItemError]: ...
+
     def stream(
         self, pairs: Iterable[Pair], batch_size: int = 32, on_error: OnError = "raise"
-    ) -> Iterator[Prediction | ItemError]:
+    ) -> Iterator[Prediction] | Iterator[Prediction | ItemError]:
         """Answer pairs from an iterable of any length, lazily and in order.
 
         Reads one batch ahead: the next batch is prepared in threads while the network runs, so a batch's

@@ -239,11 +239,16 @@ def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) ->
     if image.mode == "F":
         return _scale(np.asarray(image), (1, 255), label).convert("RGB")
     if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+        return _lay_on(background, image.convert("LA") if image.mode == "La" else image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _lay_on(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency over one colour; an opaque one is only converted."""
+    rgba = image.convert("RGBA")
+    if rgba.getchannel("A").getextrema() == (255, 255):
+        return rgba.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 
 
 def _scale(values: np.ndarray, ranges: tuple[int, int], label: str) -> Image.Image:

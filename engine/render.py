@@ -28,17 +28,19 @@ TRACK: Color = (229, 231, 235)
 EMPTY: Color = (209, 213, 219)
 MANIPULATED: Color = (198, 40, 40)
 PRISTINE: Color = (46, 125, 50)
-BOX: Color = (255, 235, 59)
+BOX: Color = (0, 229, 255)
 # From no evidence to full evidence; between the anchors the colours are mixed.
-HEAT: tuple[Color, ...] = ((49, 18, 99), (160, 30, 120), (229, 80, 57), (252, 165, 10), (252, 255, 164))
+HEAT: tuple[Color, ...] = ((49, 18, 99), (150, 25, 115), (220, 50, 60), (245, 110, 20), (255, 190, 30))
 
+# Only these say that a face was manipulated, so only with them the box means something.
+FACE_TYPES = frozenset({"face_swap", "face_attribute"})
 _MARGIN = 28
 _PICTURE_WIDTH = 620
-_PICTURE_HEIGHT = 520
+_PICTURE_HEIGHT = 620
 _PANEL_WIDTH = 360
 _LINE = 34
 _MAX_LINES = 12
-_MAX_HEAT_OPACITY = 0.75
+_MAX_HEAT_OPACITY = 0.6
 _BODY = 19
 _SMALL = 14
 _TITLE = 32
@@ -69,7 +71,7 @@ def verdict(prediction: Prediction) -> tuple[str, Color]:
 
 
 def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
-    """Return the photograph within `limit` (width, height), with heat map and box where it is manipulated.
+    """Return the photograph within `limit` (width, height), with the heat map and box of a manipulated pair.
 
     `image` replaces the kept thumbnail; with neither, a grey field of the same shape is drawn.
     """
@@ -78,7 +80,7 @@ def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int,
         return photo
     if prediction.heatmap is not None:
         photo = _blend_heat(photo, prediction.heatmap)
-    if prediction.box is not None:
+    if prediction.box is not None and FACE_TYPES & set(prediction.detected):
         _draw_box(photo, prediction.box, prediction.size)
     return photo
 
@@ -94,7 +96,7 @@ def draw_card(
     top = 2 * _MARGIN + max(photo.height, _panel_height(prediction))
     height = top + _LINE * len(rows) + _MARGIN
     card = Image.new("RGB", (width, height), WHITE)
-    card.paste(photo, (_MARGIN + (_PICTURE_WIDTH - photo.width) // 2, _MARGIN))
+    card.paste(photo, (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(card)
     _draw_panel(draw, prediction, (2 * _MARGIN + _PICTURE_WIDTH, _MARGIN), font)
     _draw_caption(draw, rows, top, body, small)
@@ -192,9 +194,8 @@ def _draw_bar(
     value = f"{score:.1%}"
     draw.text((x, y), label, INK, font)
     draw.text((x + _PANEL_WIDTH - font.getlength(value), y), value, INK, font)
-    draw.rounded_rectangle((x, y + 26, x + _PANEL_WIDTH, y + 34), 4, TRACK)
-    if score >= 0.02:
-        draw.rounded_rectangle((x, y + 26, x + _PANEL_WIDTH * score, y + 34), 4, color)
+    draw.rectangle((x, y + 27, x + _PANEL_WIDTH, y + 34), TRACK)
+    draw.rectangle((x, y + 27, x + round(_PANEL_WIDTH * score), y + 34), color)
     return y + 46
 
 

@@ -100,8 +100,9 @@ class Prediction:
     ) -> Image.Image:
         """Draw the verdict, the types, the words and, on the picture, the heat map and the box.
 
-        Box and heat map are drawn only where the pair is said to be manipulated. `image` replaces the
-        kept thumbnail, `font` (a TrueType file) the built-in one, which knows Latin letters only.
+        The heat map is drawn only where the pair is said to be manipulated, the box only where a face
+        type is detected besides. `image` replaces the kept thumbnail, `font` (a TrueType file) the
+        built-in one, which knows Latin letters only.
         Saves to `path` if given. Raises InputError for an unreadable `image`, OSError for `path` or `font`.
         """
         from engine.render import draw_card

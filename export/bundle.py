@@ -8,6 +8,7 @@ process from the work of a living one, in another container too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -30,12 +31,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from engine.errors import BundleError
+from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, parse_manifest
 
 log = logging.getLogger(__name__)
 
-FORMAT = "dgm4-bundle"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 SIGTERM_STATUS = 128 + signal.SIGTERM
 
 _HASH_THREADS = 4
@@ -55,6 +54,11 @@ _HINTS = {
     errno.EBUSY: "the directory is in use or a mount point: choose a directory inside it",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter --out",
 }
+
+# Temporary directories of this process. An exception from a signal handler can strike before a with
+# block has begun or while it cleans up; what is left then goes when the process ends.
+_live: set[Path] = set()
+os.register_at_fork(after_in_child=_live.clear)
 
 
 class BundleWriter:
@@ -86,7 +90,9 @@ class BundleWriter:
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
+            _live.discard(directory)
         except OSError as leftover:
+            _live.discard(directory)
             log.warning("%s could not be removed (%s); the next export sweeps it", directory, leftover)
         finally:
             self._directory = None
@@ -118,13 +124,16 @@ class BundleWriter:
         """Hash and sync every file, write the manifest last and publish the bundle at `out`.
 
         manifest: the fields of the manifest; "files" is filled here, and "format", "format_version"
-        and "created" where absent. Returns the manifest as written. Raises `BundleError` if a listed
-        engine was not written, a number is not finite, or the system refuses; `out` is then as before.
+        and "created" where absent. Returns the manifest as written. Raises `BundleError` if the reader
+        (`engine.manifest`) would refuse the manifest, a file is not a plain one, or the system refuses
+        to write; `out` is then as it was before.
         """
         directory = self._opened()
         with _as_bundle_error(self.out):
             filled = _fill_manifest(manifest, _seal_files(directory))
-            _write_synced(directory / MANIFEST, _to_json(filled))
+            content = (json.dumps(filled, indent=1) + "\n").encode()
+            parse_manifest(content)  # what the reader would refuse is never published
+            _write_synced(directory / MANIFEST, content)
             _sync_directory(directory)
             check_replaceable(self.out, self.overwrite)
             _publish(directory, self.out)
@@ -213,12 +222,14 @@ def _make_locked(out: Path) -> tuple[Path, int]:
     """Create and lock a temporary sibling; a sweep may remove it before it is locked, so look again."""
     while True:
         path = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        _live.add(path)
         path.mkdir()
         with contextlib.suppress(FileNotFoundError):
             lock = _lock_directory(path)
             if path.exists():
                 return path, lock
             os.close(lock)
+        _live.discard(path)
 
 
 def _lock_directory(directory: Path) -> int:
@@ -270,18 +281,7 @@ def _seal(path: Path, mode: int) -> dict[str, Any]:
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
-    filled = {**head, **copy.deepcopy(dict(manifest)), "files": files}
-    missing = [item["file"] for item in filled.get("engines", []) if item["file"] not in files]
-    if missing:
-        raise BundleError(f"the manifest lists engines that were not written: {', '.join(missing)}")
-    return filled
-
-
-def _to_json(manifest: dict[str, Any]) -> bytes:
-    try:
-        return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
-    except ValueError as error:
-        raise BundleError(f"the manifest holds a number that is not finite: {error}") from error
+    return {**head, **copy.deepcopy(dict(manifest)), "files": files}
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -337,6 +337,12 @@ def _remove_tree(directory: Path) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     if directory.exists():
         shutil.rmtree(directory)
+
+
+@atexit.register
+def _remove_live() -> None:
+    for directory in [path for path in _live if path.exists()]:
+        _remove_tree(directory)
 
 
 def _is_full_disk(error: OSError, directory: Path) -> bool:

@@ -13,19 +13,66 @@ from pathlib import Path
 
 import pytest
 
+from engine.bundle import Bundle
 from engine.errors import BundleError
 from export import bundle
 from export.bundle import BundleWriter, exit_on_sigterm, sweep_partials
+from export.card import model_card
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFEST = {"model": {"name": "asap"}, "engines": []}
+MANIFEST = {
+    "model": {"name": "asap", "size": "tiny", "config": {"width": 64, "heads": 4, "vision_depth": 2}},
+    "weights": {"trained": False, "source": "drawn from seed 1", "sha256": None},
+    "precision": "fp16",
+    "preprocess": {
+        "image_size": 256,
+        "patch_size": 16,
+        "resample": "bicubic",
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+        "max_words": 50,
+        "max_tokens": 127,
+        "min_tokens": 2,
+    },
+    "inputs": [
+        {"name": "image", "dtype": "float32", "shape": ["batch", 3, 256, 256]},
+        {"name": "input_ids", "dtype": "int64", "shape": ["batch", "tokens"]},
+        {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "tokens"]},
+    ],
+    "outputs": [
+        {"name": "logits_real_fake", "dtype": "float32", "shape": ["batch", 2]},
+        {"name": "logits_multicls", "dtype": "float32", "shape": ["batch", 4]},
+        {"name": "box", "dtype": "float32", "shape": ["batch", 4]},
+        {"name": "logits_tok", "dtype": "float32", "shape": ["batch", "tokens - 1", 2]},
+    ],
+    "limits": {"max_batch": 32, "max_tokens": 127},
+    "types": ["face_swap", "face_attribute", "text_swap", "text_attribute"],
+    "thresholds": {"manipulated": 0.5, "types": 0.5, "words": 0.5},
+    "engines": [],
+    "versions": {"dgm4": "0.1.0", "python": "3.11.7"},
+    "verification": [
+        {"stage": "onnx", "against": "torch fp32", "max": 2.5e-6, "rms": 1e-7, "tolerance": 1e-4}
+    ],
+}
+ENGINE = {
+    "file": "model.rtx.engine",
+    "library": "tensorrt_rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.0", "8.6"],
+    "onnx_sha256": "0" * 64,
+    "profile": {"image": {"min": [1, 3, 256, 256], "opt": [8, 3, 256, 256], "max": [32, 3, 256, 256]}},
+}
+
+
+def manifest_of(text, **fields):
+    return {**MANIFEST, "versions": {**MANIFEST["versions"], "text": text}, **fields}
 
 
 def write(out, text="one", **options):
     with BundleWriter(out, **options) as writer:
         writer.add_text("model.onnx", text)
         writer.add_bytes("model.onnx.data", text.encode() * 1000)
-        return writer.commit({**MANIFEST, "text": text})
+        return writer.commit(manifest_of(text))
 
 
 def read_whole(out):
@@ -35,7 +82,7 @@ def read_whole(out):
     for name, record in manifest["files"].items():
         content = (out / name).read_bytes()
         assert record == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    return manifest["text"]
+    return manifest["versions"]["text"]
 
 
 def partials(directory):
@@ -50,13 +97,14 @@ def test_contents_and_hashes(tmp_path):
     assert manifest["created"].endswith("+00:00")
     assert set(manifest["files"]) == {"model.onnx", "model.onnx.data"}
     assert partials(tmp_path) == []
+    Bundle.open(tmp_path / "b").verify_all()
 
 
 def test_caller_manifest_is_not_changed(tmp_path):
-    given = {**MANIFEST, "text": "one"}
+    given = manifest_of("one")
     with BundleWriter(tmp_path / "b") as writer:
         writer.commit(given)
-    assert given == {**MANIFEST, "text": "one"}
+    assert given == manifest_of("one")
 
 
 def test_replaces_a_bundle_and_an_empty_directory(tmp_path):
@@ -134,7 +182,7 @@ def test_foreign_file_that_comes_during_writing_is_kept(tmp_path):
     write(tmp_path / "b")
     with pytest.raises(BundleError, match="notes.txt"), BundleWriter(tmp_path / "b") as writer:
         (tmp_path / "b/notes.txt").write_text("mine")
-        writer.commit({**MANIFEST, "text": "two"})
+        writer.commit(manifest_of("two"))
     assert (tmp_path / "b/notes.txt").read_text() == "mine"
 
 
@@ -191,7 +239,7 @@ def test_full_disk_keeps_the_old_bundle(tmp_path, monkeypatch, place):
         if place == "body":
             full()
         writer.add_text("model.onnx", "two")
-        writer.commit({**MANIFEST, "text": "two"})
+        writer.commit(manifest_of("two"))
     monkeypatch.undo()
     assert read_whole(tmp_path / "b") == "one"
     assert partials(tmp_path) == []
@@ -233,15 +281,21 @@ def test_bundle_is_flat_and_of_regular_files(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_must_be_finite(tmp_path):
-    with pytest.raises(BundleError, match="not finite"), BundleWriter(tmp_path / "b") as writer:
-        writer.commit({"verification": [{"max": float("nan")}]})
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        (
+            {"thresholds": {"manipulated": float("nan"), "types": 0.5, "words": 0.5}},
+            "NaN is not a JSON number",
+        ),
+        ({"engines": [ENGINE]}, "'model.rtx.engine' is not among the files"),
+        ({"precision": "fp12"}, "precision: expected one of"),
+    ],
+)
+def test_manifest_that_the_reader_refuses_is_not_published(tmp_path, fields, cause):
+    with pytest.raises(BundleError, match=cause), BundleWriter(tmp_path / "b") as writer:
+        writer.commit(manifest_of("one", **fields))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_listed_engine_must_exist(tmp_path):
-    with pytest.raises(BundleError, match=r"model\.rtx\.engine"), BundleWriter(tmp_path / "b") as writer:
-        writer.commit({"engines": [{"file": "model.rtx.engine"}]})
 
 
 def test_every_file_is_as_readable_as_the_directory(tmp_path):
@@ -272,7 +326,7 @@ def test_sweep_spares_the_living_and_strangers(tmp_path):
         assert not stale.exists()
         assert sweep_partials(out) == []
         writer.add_text("model.onnx", "one")
-        writer.commit({**MANIFEST, "text": "one"})
+        writer.commit(manifest_of("one"))
     assert read_whole(out) == "one"
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -286,10 +340,13 @@ def test_bundle_set_aside_by_a_killed_writer_comes_back(tmp_path):
 
 
 WRITER = """
+import json
 import sys
 from pathlib import Path
 from export.bundle import BundleWriter, exit_on_sigterm
 from contextlib import nullcontext
+
+manifest = json.loads(sys.argv[3])
 
 def loop():
     version = 0
@@ -298,7 +355,7 @@ def loop():
         with BundleWriter(Path(sys.argv[1])) as writer:
             for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
                 writer.add_text(name, str(version) * 20000)
-            writer.commit({"text": str(version)})
+            writer.commit({**manifest, "versions": {"text": str(version)}})
         if version == 1:
             print("ready", flush=True)
 
@@ -308,7 +365,7 @@ with exit_on_sigterm() if sys.argv[2] == "handled" else nullcontext():
 
 
 def kill_while_writing(out, number, handled, delay_s):
-    command = [sys.executable, "-P", "-c", textwrap.dedent(WRITER), str(out), handled]
+    command = [sys.executable, "-P", "-c", textwrap.dedent(WRITER), str(out), handled, json.dumps(MANIFEST)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     with process:
@@ -347,3 +404,35 @@ def test_sigterm_handler_is_put_back():
         time.sleep(1)
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_card_tells_what_the_manifest_holds():
+    card = model_card(manifest_of("one", engines=[ENGINE], files={}))
+    assert card.startswith("# ASAP (tiny, fp16)\n")
+    for part in (
+        "**These weights are not trained**",
+        "| input | `image` | float32 | batch x 3 x 256 x 256 |",
+        "| output | `logits_tok` | float32 | batch x (tokens - 1) x 2 |",
+        "| onnx | torch fp32 | 2.5e-06 | 1e-07 | 0.0001 |",
+        "256 x 256 pixels",
+        "at most 32 pairs",
+        "| `model.rtx.engine` | tensorrt_rtx 1.7.1.116 | 8.0, 8.6 | image 1..32 |",
+        "from engine import Predictor",
+    ):
+        assert part in card
+    assert not [line for line in card.splitlines() if line != line.rstrip()]
+
+
+def test_card_of_trained_weights_without_engines():
+    weights = {"trained": True, "source": "checkpoint best.pth", "sha256": "ab" * 32}
+    card = model_card(manifest_of("one", weights=weights, verification=[]))
+    assert "not trained" not in card
+    assert "checkpoint best.pth" in card
+    assert "ab" * 32 in card
+    assert "No engine is in this bundle" in card
+    assert "No stage was verified" in card
+
+
+def test_card_cannot_break_its_tables():
+    odd = [{"stage": "a|b\nc", "against": "torch", "max": 0.0, "rms": 0.0, "tolerance": 1.0}]
+    assert "| a\\|b c | torch |" in model_card(manifest_of("one", verification=odd))

@@ -1,0 +1,149 @@
+"""The model card of a bundle: its README.md, made of the manifest alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_UNTRAINED = (
+    "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "
+    "its scores mean nothing. Export a trained checkpoint before use."
+)
+_TASK = (
+    "{name} takes a news picture and its caption and says whether the pair is manipulated, in which of "
+    "four ways ({types}), where the manipulated face is (a box), and which words of the caption were changed."
+)
+_USE = """It is meant as a help to people who check news pictures with captions, beside other evidence. It is
+not meant to decide alone what is taken down or who is accused. It knows the four manipulations it was
+trained for: wholly generated pictures, other languages than English, other crops and other kinds of faces
+are outside what it has seen, and its scores are no probabilities until calibrated on your own data."""
+_RUN = """```python
+from engine import Predictor
+predictor = Predictor("path/to/this/bundle")
+print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
+```"""
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """Text of README.md (Markdown) for a bundle of format 1.
+
+    manifest: the fields of the manifest; "files" may be absent, for the card is itself one of them.
+    Raises KeyError if another field is.
+    """
+    model, weights = manifest["model"], manifest["weights"]
+    title = f"# {model['name'].upper()} ({model['size']}, {manifest['precision']})"
+    types = ", ".join(name.replace("_", " ") for name in manifest["types"])
+    sections = [
+        title,
+        "" if weights["trained"] else _UNTRAINED.format(source=weights["source"]),
+        _TASK.format(name=model["name"].upper(), types=types),
+        "## Run\n\n" + _RUN,
+        "## Network\n\n" + _network(manifest),
+        "## Inputs and outputs\n\n" + _tensors(manifest),
+        "## Preprocessing\n\n" + _preprocessing(manifest["preprocess"]),
+        "## Verification\n\n" + _verification(manifest["verification"]),
+        "## Engines\n\n" + _engines(manifest["engines"]),
+        "## Limits and intended use\n\n" + _limits(manifest["limits"]) + "\n\n" + _USE,
+        "## Made with\n\n" + _versions(manifest["versions"]),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _network(manifest: Mapping[str, Any]) -> str:
+    weights = manifest["weights"]
+    digest = f", SHA-256 `{weights['sha256']}`" if weights["sha256"] else ""
+    head = f"Weights: {weights['source']}{digest}. Inner precision: {manifest['precision']}."
+    config = {
+        name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
+    }
+    return (
+        head + "\n\n" + _table(("field", "value"), ((f"`{name}`", value) for name, value in config.items()))
+    )
+
+
+def _tensors(manifest: Mapping[str, Any]) -> str:
+    rows = [
+        (side, f"`{tensor['name']}`", tensor["dtype"], " x ".join(map(_dimension, tensor["shape"])))
+        for side in ("input", "output")
+        for tensor in manifest[f"{side}s"]
+    ]
+    order = ", ".join(manifest["types"])
+    notes = (
+        f"`logits_multicls` is in the order {order}. `box` is (center x, center y, width, height) in parts "
+        "of the picture. `logits_tok` has no row for the first token, [CLS]; of two logits, the second "
+        "speaks for manipulation."
+    )
+    return _table(("side", "name", "dtype", "shape"), rows) + "\n\n" + notes
+
+
+def _dimension(size: int | str) -> str:
+    return f"({size})" if " " in str(size) else str(size)
+
+
+def _preprocessing(spec: Mapping[str, Any]) -> str:
+    size = spec["image_size"]
+    return (
+        f"The picture is made RGB and resized to {size} x {size} pixels ({spec['resample']}, antialiased, "
+        f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec['mean'])}, over the "
+        f"deviation {_numbers(spec['std'])}. The caption is lower-cased and freed of punctuation, cut to its "
+        f"first {spec['max_words']} words and split by `tokenizer.json`; the ids are [CLS] and the words "
+        f"without [SEP], {spec['min_tokens']} to {spec['max_tokens']} tokens, padded at the end with "
+        "attention mask 0."
+    )
+
+
+def _verification(stages: Sequence[Mapping[str, Any]]) -> str:
+    if not stages:
+        return "No stage was verified."
+    rows = [
+        (item["stage"], item["against"], *(f"{item[key]:.3g}" for key in ("max", "rms", "tolerance")))
+        for item in stages
+    ]
+    return _table(("stage", "against", "max", "rms", "tolerance"), rows) + (
+        "\n\nLargest and root-mean-square absolute difference of the outputs on the same inputs."
+    )
+
+
+def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
+    if not engines:
+        return (
+            "No engine is in this bundle; `model.onnx` runs in ONNX Runtime, and engines are built from it."
+        )
+    rows = [
+        (
+            f"`{item['file']}`",
+            f"{item['library']} {item['version']}",
+            ", ".join(item["compute_capabilities"]),
+            ", ".join(f"{name} {_batches(ranges)}" for name, ranges in item["profile"].items()),
+        )
+        for item in engines
+    ]
+    return _table(("file", "library", "compute capabilities", "batch"), rows) + (
+        "\n\nAn engine is native code for these GPUs and this library version: load only what you trust."
+    )
+
+
+def _batches(ranges: Mapping[str, Sequence[int]]) -> str:
+    return f"{ranges['min'][0]}..{ranges['max'][0]}"
+
+
+def _limits(limits: Mapping[str, Any]) -> str:
+    return f"One call takes at most {limits['max_batch']} pairs of at most {limits['max_tokens']} tokens."
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")

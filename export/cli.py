@@ -1,0 +1,135 @@
+"""The `dgm4` command: verbs export, predict, inspect, doctor.
+
+stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
+verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engine.errors import Dgm4Error
+
+Verb = Callable[[argparse.Namespace], int]
+
+_BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; a user's error shows one line, no trace."""
+    from export.bundle import exit_on_sigterm
+
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        with exit_on_sigterm():
+            code = options.run(options)
+            sys.stdout.flush()
+            return code
+    except Dgm4Error as error:
+        return _fail(error, error.exit_code, options.verbose)
+    except BrokenPipeError:
+        # The reader of stdout went away; Python would report it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(error, _BAD_INPUT, options.verbose)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, False)
+
+
+def _fail(error: BaseException, code: int, verbose: bool) -> int:
+    if verbose:
+        logging.getLogger(__name__).error("traceback", exc_info=error)
+    sys.stderr.write(f"dgm4: error: {error}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dgm4", description="Export multimodal deepfake detectors to verified bundles, and serve them."
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="export | predict | inspect | doctor")
+    _add_export(verbs)
+    _add_predict(verbs)
+    _add_inspect(verbs)
+    return parser
+
+
+def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser("export", help="make a bundle of a checkpoint", description="Make a bundle.")
+    verb.add_argument("--model", choices=("hammer", "asap", "cals"), help="network; read off a checkpoint")
+    verb.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else drawn weights")
+    verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
+    verb.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
+    verb.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch (%(default)s)")
+    verb.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest caption (%(default)s)")
+    verb.add_argument(
+        "--target",
+        metavar="CC[,CC]",
+        help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
+    )
+    verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="bundle-<model>-<size>-<precision> by default")
+    verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
+    verb.set_defaults(run=_verb("export.cli_export", "run"))
+
+
+def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "predict",
+        help="judge pictures with captions",
+        description="Judge one pair (IMAGE CAPTION), or the pairs of a JSON-lines list.",
+        epilog='A line of the list: {"image": "photo.jpg", "caption": "..."} ("text" does for "caption"; paths '
+        "are relative to the list). A failed item gives a line with its error, and exit code 1 at the end.",
+    )
+    verb.add_argument("bundle", type=Path)
+    verb.add_argument("image", nargs="?", help="picture file (JPEG, PNG, WebP, BMP, GIF)")
+    verb.add_argument("caption", nargs="?")
+    verb.add_argument("--list", type=Path, metavar="FILE", help="JSON-lines list of pairs; - for stdin")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    verb.add_argument("--html", action="store_true", help="write a page instead of JSON lines")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="draw the answer of a single pair as a picture")
+    verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
+    verb.add_argument("--batch", type=int, default=8, metavar="N", help="pairs a run (%(default)s)")
+    verb.add_argument("--backend", default="auto")
+    verb.add_argument("--device", default="auto")
+    verb.add_argument("--threads", type=int, metavar="N")
+    verb.set_defaults(run=_verb("export.cli_predict", "run"))
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser("inspect", help="verify a bundle and show what it is")
+    verb.add_argument("bundle", type=Path)
+    verb.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    verb.set_defaults(run=_verb("export.cli_inspect", "inspect"))
+    verb = verbs.add_parser("doctor", help="show what this machine can do")
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(run=_verb("export.cli_inspect", "doctor"))
+
+
+def _verb(module: str, function: str) -> Verb:
+    """A verb whose code is imported when it is called, since most verbs do not need torch."""
+
+    def run(options: argparse.Namespace) -> int:
+        import importlib
+
+        code: int = getattr(importlib.import_module(module), function)(options)
+        return code
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""`dgm4 export`, which is `python export/to_trt.py` too."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BackendError, InputError
+
+_NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export, then let the bundle answer for a sample picture; see `export.pipeline`."""
+    missing = [package for package, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise BackendError(f"export needs {', '.join(missing)}: pip install 'dgm4[export]'")
+    from export.pipeline import ExportOptions, Stage, export_bundle
+
+    stages: list[Stage] = []
+
+    def report(stage: Stage) -> None:
+        stages.append(stage)
+        sys.stderr.write(_line(stage))
+
+    targets, engine = _targets(options.target)
+    manifest = export_bundle(
+        ExportOptions(
+            out=options.out or _default_out(options),
+            model=options.model,
+            checkpoint=options.checkpoint,
+            size=options.size,
+            precision=options.precision,
+            max_batch=options.max_batch,
+            max_tokens=options.max_tokens,
+            targets=targets,
+            engine=engine,
+            vocabulary=options.vocab,
+        ),
+        report,
+    )
+    out = options.out or _default_out(options)
+    answer = _try(out)
+    if options.json:
+        record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
+        sys.stdout.write(json.dumps({**record, "sample": answer}, allow_nan=False) + "\n")
+    elif answer is not None:
+        sys.stdout.write(_summary(answer))
+    return 0
+
+
+def _targets(text: str | None) -> tuple[tuple[str, ...], bool]:
+    """(compute capabilities, whether an engine is wanted at all)."""
+    if text is None:
+        return (), True
+    if text == "none":
+        return (), False
+    targets = tuple(part.strip() for part in text.split(","))
+    for target in targets:
+        major, dot, minor = target.partition(".")
+        if not (dot and major.isdigit() and minor.isdigit()):
+            raise InputError(f"--target: expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+    return targets, True
+
+
+def _default_out(options: argparse.Namespace) -> Path:
+    name = options.checkpoint.stem if options.checkpoint else f"{options.model or 'asap'}-{options.size or 'tiny'}"
+    return Path(f"bundle-{name}-{options.precision}")
+
+
+def _line(stage: Any) -> str:
+    """One line a stage: name, seconds, what it did, and its distance from the stage before."""
+    distances = "".join(
+        f" | from the {d.against}: max {d.max:.1e}, RMS {d.rms:.1e} (allowed: {d.kind} {d.tolerance:g})"
+        for d in stage.differences
+    )
+    return f"{stage.name:<10}{stage.seconds:7.1f} s  {stage.text}{distances}\n"
+
+
+def _try(bundle: Path) -> dict[str, Any] | None:
+    """Run the finished bundle once on the sample photograph, as production would."""
+    from engine import Predictor
+    from export.pipeline import SAMPLE_CAPTION, sample_picture
+
+    picture = sample_picture()
+    if picture is None:
+        sys.stderr.write("sample            none: scikit-image, which ships the photograph, is not installed\n")
+        return None
+    with Predictor(bundle) as predictor:
+        predictor.warm_up()
+        return {"picture": picture.name, **predictor.predict(picture, SAMPLE_CAPTION).to_dict(heatmap=False)}
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    """The answer for the sample picture in a few lines."""
+    verdict = "manipulated" if answer["manipulated"] else "pristine"
+    types = ", ".join(f"{name} {score:.2f}" for name, score in answer["types"].items())
+    box = "none" if answer["box"] is None else ", ".join(f"{x:.0f}" for x in answer["box"])
+    marked = " ".join(f"[{w['text']}]" if w["manipulated"] else w["text"] for w in answer["words"])
+    timing = ", ".join(f"{name} {ms:.1f}" for name, ms in answer["timing"].items())
+    lines = [
+        f"{answer['picture']}: {verdict} (score {answer['score']:.3f})",
+        f"  types    {types}",
+        f"  box      {box} (pixels of the picture: x1, y1, x2, y2)",
+        f"  words    {marked}",
+        f"  timing   {timing} (ms)",
+        *(f"  warning  {warning}" for warning in answer["warnings"]),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,79 @@
+"""`dgm4 inspect` and `dgm4 doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+from engine.backends import available, usable_cores
+from engine.bundle import Bundle
+
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "onnx", "tokenizers", "pillow", "numpy")
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Verify every file of a bundle and print what it is."""
+    bundle = Bundle.open(options.bundle)
+    bundle.verify_all()
+    record = bundle.describe()
+    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
+    return 0
+
+
+def _describe(record: dict[str, Any]) -> str:
+    model, weights = record["model"], record["weights"]
+    lines = [
+        f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
+        f"weights    {weights['source']}{'' if weights['trained'] else ' (not trained)'}",
+        f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
+    ]
+    for name, entry in record["files"].items():
+        lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
+    for engine in record["engines"]:
+        capabilities = ", ".join(engine["compute_capabilities"])
+        lines.append(f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}")
+    for stage in record["verification"]:
+        lines.append(
+            f"verified   {stage['stage']} against {stage['against']}: max {stage['max']:.2e}, "
+            f"RMS {stage['rms']:.2e}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what this machine has for exporting and serving."""
+    from export.trt import describe_builders
+
+    record = {
+        "python": platform.python_version(),
+        "cores": usable_cores(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "backends": available(),
+        "builders": {
+            info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
+            for info in describe_builders()
+        },
+    }
+    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _checkup(record))
+    return 0
+
+
+def _checkup(record: dict[str, Any]) -> str:
+    lines = [f"python     {record['python']}, {record['cores']} cores"]
+    lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
+    lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
+    for name, builder in record["builders"].items():
+        state = "can build" if builder["usable"] else "cannot build"
+        lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
+    return "\n".join(lines) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

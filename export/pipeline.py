@@ -1,0 +1,395 @@
+"""From a checkpoint to a verified bundle: load, rewrite, cast, trace, quantise, build, write, try.
+
+One straight line. Each stage is compared with the one before it; a stage that differs too much raises,
+and then nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import dgm4
+from dgm4.config import TYPES, ModelConfig
+from dgm4.model import Detector
+from engine.errors import BackendError, InputError
+from engine.preprocess import CLIP_MEAN, CLIP_STD
+from export import trt
+from export.bundle import BundleWriter
+from export.card import model_card
+from export.inference import InferenceModel, rewrite, to_precision
+from export.onnx import data_of, export_onnx, outputs_of
+from export.quantize import quantize_dynamic
+from export.tokenizer import build_tokenizer, find_vocabulary
+from export.verify import (
+    EXACT,
+    HALF,
+    INT8,
+    Arrays,
+    Difference,
+    check,
+    compare,
+    onnx_answers,
+    torch_answers,
+)
+
+PRECISIONS = ("fp32", "fp16", "int8")
+SEED = 1
+MAX_WORDS, MIN_TOKENS = 50, 2
+LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
+TARGETS = trt.RTX_CAPABILITIES
+THRESHOLD = 0.5
+MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
+_CHUNK = 1 << 20
+_SAMPLE_PACKAGE, _SAMPLE = "scikit-image", "astronaut.png"
+SAMPLE_CAPTION = "Astronaut Eileen Collins smiles in front of the flag and a model of the shuttle"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
+
+    `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
+    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line.
+    """
+
+    out: Path
+    model: str | None = None
+    checkpoint: Path | None = None
+    size: str | None = None
+    precision: str = "fp32"
+    max_batch: int = 32
+    max_tokens: int = 128
+    targets: tuple[str, ...] = ()
+    engine: bool = True
+    vocabulary: Path | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage did, how long it took and how far it is from the stage before."""
+
+    name: str
+    text: str
+    seconds: float
+    differences: tuple[Difference, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {
+            "stage": self.name,
+            "text": self.text,
+            "seconds": round(self.seconds, 3),
+            "differences": [d.to_dict() for d in self.differences],
+        }
+
+
+@dataclass
+class _Run:
+    """The state of one export: options, what was said so far, and the record for the manifest."""
+
+    options: ExportOptions
+    report: Callable[[Stage], None]
+    verification: list[Difference] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[_Open]:
+        """Time a stage and report it once it went well."""
+        start = time.perf_counter()
+        current = _Open()
+        yield current
+        self.verification += current.differences
+        self.report(Stage(name, current.text, time.perf_counter() - start, tuple(current.differences)))
+
+
+@dataclass
+class _Open:
+    text: str = ""
+    differences: list[Difference] = field(default_factory=list)
+
+
+def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> dict[str, Any]:
+    """Export and return the manifest that was written; `report` hears of every finished stage.
+
+    Raises InputError for options that do not fit, CheckpointError, VerificationError (then no bundle is
+    written), BuildError, BundleError where the bundle cannot be written.
+    """
+    _check_options(options)
+    run = _Run(options, report)
+    with BundleWriter(options.out) as writer:
+        config, weights = _write_networks(run, writer)
+        _write_tokenizer(run, writer, config)
+        engines = _write_engine(run, writer, config)
+        with run.stage("bundle") as stage:
+            manifest = _manifest(options, config, weights, engines, run.verification)
+            writer.add_text(CARD, model_card(manifest))
+            manifest = writer.commit(manifest)
+            total = sum(entry["bytes"] for entry in manifest["files"].values())
+            stage.text = f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
+    return manifest
+
+
+def _check_options(options: ExportOptions) -> None:
+    if options.precision not in PRECISIONS:
+        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
+    if options.max_batch < 1:
+        raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
+    if not MIN_TOKENS <= options.max_tokens <= 512:
+        raise InputError(f"max_tokens: expected {MIN_TOKENS} to 512, got {options.max_tokens}")
+    if options.size is not None and options.size not in dgm4.SIZES:
+        raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
+    if options.model is not None and options.model not in dgm4.MODEL_NAMES:
+        raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
+
+
+def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[str, Any]]:
+    """Load, rewrite and trace; leave the graph and the weights in the bundle."""
+    model, weights = _load(run)
+    config = model.config
+    _write_weights(run, writer, model)
+    with run.stage("rewrite") as stage:
+        reference = torch_answers(model, config)
+        inference = rewrite(model)
+        answers = torch_answers(inference, config)
+        stage.differences.append(check(compare("rewrite", "trained network", reference, answers, EXACT)))
+        stage.text = "exact rewrites composed"
+    if run.options.precision == "fp16":
+        answers = _cast(run, inference, answers)
+    del model
+    graph = writer.path(MODEL)
+    if run.options.precision == "int8":
+        _trace_and_quantize(run, inference, graph, answers)
+    else:
+        tolerance = HALF if run.options.precision == "fp16" else EXACT
+        _trace(run, inference, graph, answers, tolerance)
+    return config, weights
+
+
+def _load(run: _Run) -> tuple[Detector, dict[str, Any]]:
+    options = run.options
+    with run.stage("load") as stage:
+        if options.checkpoint is None:
+            model = dgm4.seeded_model(options.model or "asap", options.size or "tiny", SEED)
+            weights: dict[str, Any] = {"trained": False, "source": f"drawn from seed {SEED}", "sha256": None}
+        else:
+            model, weights = _load_checkpoint(options, options.checkpoint)
+        count = sum(p.numel() for p in model.parameters())
+        stage.text = f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights['source']}"
+    return model, weights
+
+
+def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, dict[str, Any]]:
+    checkpoint = dgm4.read_checkpoint(path)
+    config = None
+    if options.size is not None:
+        config = dgm4.model_config(options.model or checkpoint.layout, options.size)
+    trained = checkpoint.layout != "albef"
+    source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
+    weights = {"trained": trained, "source": source, "sha256": _sha256(path)}
+    return dgm4.load_state(checkpoint, options.model, config), weights
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_weights(run: _Run, writer: BundleWriter, model: Detector) -> None:
+    """Keep the live tensors under their released names, for the backends that run torch."""
+    half = run.options.precision != "fp32"
+    with run.stage("weights") as stage:
+        state = {
+            name: value.half() if half and value.is_floating_point() else value
+            for name, value in model.state_dict().items()
+        }
+        path = writer.path(WEIGHTS)
+        safetensors.torch.save_file(state, path, metadata={"config": json.dumps(model.config.to_dict())})
+        stage.text = f"{len(state)} tensors, {path.stat().st_size / 1e6:.0f} MB, {'float16' if half else 'float32'}"
+
+
+def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> list[Arrays]:
+    with run.stage("cast") as stage:
+        to_precision(inference, torch.float16)
+        answers = torch_answers(inference, inference.config)
+        stage.differences.append(check(compare("cast", "rewrite", reference, answers, HALF)))
+        stage.text = "float16, with norms, softmax and the box head in float32"
+    return answers
+
+
+def _trace(run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays], tolerance: Any) -> None:
+    before = "cast" if run.options.precision == "fp16" else "rewrite"
+    with run.stage("onnx") as stage:
+        proto = export_onnx(inference, graph)
+        answers = onnx_answers(graph, inference.config)
+        stage.differences.append(check(compare("onnx", before, reference, answers, tolerance)))
+        custom = sum(node.domain != "" for node in proto.graph.node)
+        stage.text = f"opset {proto.opset_import[0].version}, {len(proto.graph.node)} nodes, {custom} of them ours"
+
+
+def _trace_and_quantize(run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays]) -> None:
+    floating = graph.with_name("float." + graph.name)
+    _trace(run, inference, floating, reference, EXACT)
+    with run.stage("quantise") as stage:
+        before = onnx_answers(floating, inference.config)
+        count = quantize_dynamic(floating, graph)
+        answers = onnx_answers(graph, inference.config)
+        stage.differences.append(check(compare("int8", "onnx", before, answers, INT8)))
+        stage.text = f"{count} products in int8, weights per channel, activations dynamic"
+    floating.unlink()
+    data_of(floating).unlink()
+
+
+def _write_tokenizer(run: _Run, writer: BundleWriter, config: ModelConfig) -> None:
+    with run.stage("tokenizer") as stage:
+        path = run.options.vocabulary or find_vocabulary()
+        tokenizer = build_tokenizer(path, config.vocabulary)
+        writer.add_text(TOKENIZER, tokenizer.to_str())
+        stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces"
+
+
+def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[dict[str, Any]]:
+    """Build the engine where this machine can; say in one line why not where it cannot."""
+    options = run.options
+    with run.stage("engine") as stage:
+        builder = trt.find_builder()
+        reason = _no_engine(options, builder)
+        if reason is not None or builder is None:
+            stage.text = f"none: {reason}; the bundle serves through ONNX Runtime"
+            return []
+        graph = writer.path(MODEL)
+        targets = options.targets or (TARGETS if builder.library == "tensorrt_rtx" else ())
+        spec = trt.EngineSpec(
+            graph, _profile(options, config), compute_capabilities=targets, library=builder.library
+        )
+        draft = writer.path("draft.engine")
+        built = trt.build_engine(spec, draft)
+        kind = "rtx" if built.library == "tensorrt_rtx" else "trt"
+        target = "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
+        name = f"model.{target}.engine"
+        draft.rename(writer.path(name))
+        stage.text = (
+            f"{name}: {built.library} {built.version}, compute capability {', '.join(built.compute_capabilities)}, "
+            f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
+        )
+    return [
+        {
+            "file": name,
+            "library": built.library,
+            "version": built.version,
+            "compute_capabilities": list(built.compute_capabilities),
+            "onnx_sha256": _sha256(graph),
+            "profile": {k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in spec.profile.items()},
+        }
+    ]
+
+
+def _no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | None:
+    """Why no engine is built, or None."""
+    if not options.engine:
+        return "not asked for"
+    if options.precision == "int8":
+        return "TensorRT takes int8 from calibrated Q/DQ nodes, not from dynamic quantisation"
+    if builder is None:
+        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
+        if options.targets:
+            raise BackendError(f"--target was given but nothing here can build an engine ({reasons})")
+        return f"nothing here builds one ({reasons})"
+    return None
+
+
+def _profile(options: ExportOptions, config: ModelConfig) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
+    """Shapes (smallest, typical, largest) of every input."""
+    batch = (1, min(8, options.max_batch), options.max_batch)
+    tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
+    image = [(b, 3, config.image_size, config.image_size) for b in batch]
+    text = list(zip(batch, tokens, strict=True))
+    shapes = {"image": image, "input_ids": text, "attention_mask": text}
+    return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}
+
+
+def _manifest(
+    options: ExportOptions,
+    config: ModelConfig,
+    weights: dict[str, Any],
+    engines: list[dict[str, Any]],
+    verification: Sequence[Difference],
+) -> dict[str, Any]:
+    """Everything of the manifest but the hashes."""
+    return {
+        "format": "dgm4-bundle",
+        "format_version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"name": config.name, "size": config.size, "config": config.to_dict()},
+        "weights": weights,
+        "precision": options.precision,
+        "preprocess": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "resample": "bicubic",
+            "mean": list(CLIP_MEAN),
+            "std": list(CLIP_STD),
+            "max_words": MAX_WORDS,
+            "max_tokens": min(LONGEST_CAPTION, options.max_tokens),
+            "min_tokens": MIN_TOKENS,
+        },
+        **_tensors(config),
+        "limits": {"max_batch": options.max_batch, "max_tokens": options.max_tokens},
+        "types": list(TYPES),
+        "thresholds": {"manipulated": THRESHOLD, "types": THRESHOLD, "words": THRESHOLD},
+        "engines": engines,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "verification": [difference.to_dict() for difference in verification],
+    }
+
+
+def _tensors(config: ModelConfig) -> dict[str, list[dict[str, Any]]]:
+    """Inputs and outputs as the manifest declares them."""
+    picture = ["batch", 3, config.image_size, config.image_size]
+    shapes = {
+        "logits_real_fake": ["batch", 2],
+        "logits_multicls": ["batch", len(TYPES)],
+        "box": ["batch", 4],
+        "logits_tok": ["batch", "tokens - 1", 2],
+        "attention_map": ["batch", "tokens", config.image_tokens],
+    }
+    text = [{"name": n, "dtype": "int64", "shape": ["batch", "tokens"]} for n in ("input_ids", "attention_mask")]
+    return {
+        "inputs": [{"name": "image", "dtype": "float32", "shape": picture}, *text],
+        "outputs": [{"name": n, "dtype": "float32", "shape": shapes[n]} for n in outputs_of(config)],
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # the tree is run in place
+    return found
+
+
+def sample_picture() -> Path | None:
+    """A photograph that ships in a package, or None where that is not installed."""
+    try:
+        files = importlib.metadata.files(_SAMPLE_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(f.locate())) for f in files if f.name == _SAMPLE]
+    return found[0] if found and found[0].is_file() else None

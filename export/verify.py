@@ -1,0 +1,133 @@
+"""One comparator for every stage of an export: how far its answers are from the stage before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgm4.config import ModelConfig
+from engine.errors import VerificationError
+from export.onnx import example_inputs, outputs_of
+
+Arrays = Mapping[str, np.ndarray]
+
+# (batch, tokens) pairs that every stage answers: one, several, and captions that are padded.
+CASES = ((1, 2), (3, 24), (2, 50))
+# Largest difference allowed to the stage before. Float32 stages differ by rounding alone, and their bound
+# is absolute. A lower precision is held to the RMS of the difference over the RMS of the reference.
+ABSOLUTE, RELATIVE = "max", "rms / rms of the reference"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A bound and what it bounds: `ABSOLUTE`, the largest difference, or `RELATIVE`, a ratio of RMS."""
+
+    kind: str
+    value: float
+
+
+EXACT = Tolerance(ABSOLUTE, 1e-4)
+HALF = Tolerance(RELATIVE, 2e-2)
+INT8 = Tolerance(RELATIVE, 1.5e-1)  # a guard against a broken graph; accuracy is judged on the task
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Distance of a stage from its reference over all outputs and cases.
+
+    `max` and `rms` are absolute; `relative` is the worst output's RMS of the difference over the RMS of
+    the reference; `worst` names that output.
+    """
+
+    stage: str
+    against: str
+    max: float
+    rms: float
+    relative: float
+    worst: str
+    tolerance: float
+    kind: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds; a NaN never passes."""
+        return (self.max if self.kind == ABSOLUTE else self.relative) <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as the manifest holds it."""
+        return asdict(self)
+
+
+def case_inputs(config: ModelConfig, cases: Sequence[tuple[int, int]] = CASES) -> list[dict[str, torch.Tensor]]:
+    """Draw the inputs of every case, the same at each call."""
+    return [example_inputs(config, batch, tokens, seed=i) for i, (batch, tokens) in enumerate(cases)]
+
+
+def torch_answers(model: torch.nn.Module, config: ModelConfig) -> list[Arrays]:
+    """Let a network of torch answer every case, as named NumPy arrays."""
+    names = outputs_of(config)
+    with torch.inference_mode():
+        return [
+            {name: y.numpy() for name, y in zip(names, model(**inputs), strict=False)}
+            for inputs in case_inputs(config)
+        ]
+
+
+def onnx_answers(path: Path, config: ModelConfig) -> list[Arrays]:
+    """Let ONNX Runtime answer every case from the graph at `path`, on the CPU."""
+    import onnxruntime
+
+    from engine.backends import usable_cores
+    from engine.backends.ort import session_options
+
+    session = onnxruntime.InferenceSession(
+        str(path), session_options(usable_cores()), providers=["CPUExecutionProvider"]
+    )
+    names = outputs_of(config)
+    feeds = ({k: v.numpy() for k, v in inputs.items()} for inputs in case_inputs(config))
+    return [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]
+
+
+def _pairs(reference: Sequence[Arrays], candidate: Sequence[Arrays]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    for name in reference[0]:
+        want = np.concatenate([x[name].ravel() for x in reference]).astype(np.float64)
+        got = np.concatenate([x[name].ravel() for x in candidate]).astype(np.float64)
+        yield name, want, got
+
+
+def compare(
+    stage: str, against: str, reference: Sequence[Arrays], candidate: Sequence[Arrays], tolerance: Tolerance
+) -> Difference:
+    """Measure the distance of `candidate` from `reference`, answers to the same cases."""
+    rows = [
+        (name, np.abs(got - want).max(), (got - want) ** 2, np.sqrt(np.mean(want**2)))
+        for name, want, got in _pairs(reference, candidate)
+    ]
+    relative = {name: float(np.sqrt(np.mean(squares)) / scale) for name, _, squares, scale in rows}
+    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
+    return Difference(
+        stage=stage,
+        against=against,
+        max=float(np.max([largest for _, largest, _, _ in rows])),
+        rms=float(np.sqrt(np.mean(np.concatenate([squares for _, _, squares, _ in rows])))),
+        relative=relative[worst],
+        worst=worst,
+        tolerance=tolerance.value,
+        kind=tolerance.kind,
+    )
+
+
+def check(difference: Difference) -> Difference:
+    """Return the difference if it passes; raise VerificationError with both figures otherwise."""
+    if not difference.passed:
+        raise VerificationError(
+            f"stage {difference.stage!r} differs from {difference.against!r}: expected {difference.kind} at "
+            f"most {difference.tolerance:g}, got max {difference.max:.3g}, RMS {difference.rms:.3g}, "
+            f"{RELATIVE} {difference.relative:.3g} (worst in {difference.worst}); no bundle was written"
+        )
+    return difference

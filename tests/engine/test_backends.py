@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import onnx
+import pytest
+
+from engine import Bundle, Predictor, backends
+from engine.errors import BackendError, BundleError
+
+
+def feeds(batch: int, tokens: int) -> dict[str, np.ndarray]:
+    return {
+        "image": np.zeros((batch, 3, 256, 256), np.float32),
+        "input_ids": np.ones((batch, tokens), np.int64),
+        "attention_mask": np.ones((batch, tokens), np.int64),
+    }
+
+
+def test_onnx_runtime_is_available():
+    assert "ort" in backends.available()
+
+
+@pytest.mark.parametrize(("name", "device"), [("auto", "auto"), ("ort", "auto"), ("ort", "cpu")])
+def test_a_backend_runs_any_batch(bundle_dir, name, device):
+    backend = backends.create(name, Bundle.open(bundle_dir), device, threads=1)
+    assert (backend.name, backend.device) == ("ort", "cpu")
+    for batch, tokens in [(1, 2), (3, 7), (4, 127)]:
+        outputs = backend.run(feeds(batch, tokens))
+        assert outputs["logits_tok"].shape == (batch, tokens - 1, 2)
+        assert outputs["attention_map"].shape == (batch, tokens, 257)
+    backend.close()
+    with pytest.raises(BackendError, match="was closed"):
+        backend.run(feeds(1, 2))
+
+
+def test_unknown_names_are_answered_with_the_known_ones(bundle_dir):
+    with pytest.raises(BackendError, match="unknown backend 'tensorflow'; known are auto, .*ort"):
+        Predictor(bundle_dir, backend="tensorflow")
+
+
+def test_devices_that_it_lacks_are_refused(bundle_dir):
+    with pytest.raises(BackendError, match="device 'cpu' .* got 'cuda'"):
+        Predictor(bundle_dir, backend="ort", device="cuda")
+
+
+def test_no_library(bundle_dir, monkeypatch):
+    monkeypatch.setattr(backends, "available", list)
+    with pytest.raises(BackendError, match="no backend is installed; install one of .*onnxruntime"):
+        Predictor(bundle_dir)
+    with pytest.raises(BackendError, match="needs onnxruntime, which is not installed"):
+        Predictor(bundle_dir, backend="ort")
+
+
+def test_threads_must_be_positive(bundle_dir):
+    with pytest.raises(BackendError, match="threads >= 1"):
+        Predictor(bundle_dir, threads=0)
+
+
+def test_weights_beside_the_model_are_found_and_verified(
+    network, bundle_copy, manifest_template, write_manifest
+):
+    onnx.save(
+        onnx.ModelProto.FromString(network.SerializeToString()),
+        bundle_copy / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=1000,
+    )
+    write_manifest(bundle_copy, manifest_template())
+    with Predictor(bundle_copy, threads=1) as predictor:
+        predictor.warm_up()
+    path = bundle_copy / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 128
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: expected SHA-256"):
+        Predictor(bundle_copy)
+
+
+def test_damaged_models_raise_only_bundle_errors(
+    network, bundle_copy, manifest_template, write_manifest, capfd
+):
+    whole = network.SerializeToString()
+    generator = np.random.default_rng(11)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(4):
+            data[generator.integers(len(data))] = generator.integers(256)
+        (bundle_copy / "model.onnx").write_bytes(data)
+        write_manifest(bundle_copy, manifest_template())
+        try:
+            backends.create("ort", Bundle.open(bundle_copy), "cpu", 1).close()
+        except BundleError:
+            refused += 1
+    assert refused > 50
+    assert capfd.readouterr().out == ""
+
+
+def test_a_model_of_other_names_is_refused(network, bundle_copy, manifest_template, write_manifest):
+    manifest = manifest_template()
+    manifest["outputs"] = manifest["outputs"][:4]
+    write_manifest(bundle_copy, manifest)
+    with pytest.raises(BundleError, match="expected the outputs .* got .*attention_map"):
+        Predictor(bundle_copy)
+
+
+def test_a_failing_run_is_a_backend_error(bundle_dir):
+    backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
+    wrong = feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)}
+    with pytest.raises(BackendError, match=r"failed on inputs of shape .*\[1, 3, 8\]"):
+        backend.run(wrong)
+
+
+def test_threads_agree_bit_for_bit(bundle_dir):
+    backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
+    generator = np.random.default_rng(2)
+    cases = [feeds(1, 5) | {"image": generator.random((1, 3, 256, 256), np.float32)} for _ in range(4)]
+    serial = [backend.run(case) for case in cases]
+    wrong = []
+
+    def work() -> None:
+        for _ in range(20):
+            for case, expected in zip(cases, serial, strict=True):
+                answer = backend.run(case)
+                wrong.extend(name for name in expected if not np.array_equal(answer[name], expected[name]))
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import Bundle, Predictor
+from engine.errors import BundleError
+from engine.manifest import parse_manifest
+
+DELETED = object()
+
+
+def changed(manifest: dict, path: str, value: object) -> dict:
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    place = manifest
+    for part in parents:
+        place = place[part]
+    if value is DELETED:
+        del place[last]
+    else:
+        place[last] = value
+    return manifest
+
+
+def test_a_sound_bundle_opens(bundle_dir):
+    bundle = Bundle.open(bundle_dir)
+    bundle.verify_all()
+    assert bundle.verified("model.onnx") == bundle_dir / "model.onnx"
+    assert bundle.manifest.model.name == "asap"
+    assert bundle.manifest.thresholds.manipulated == 0.5
+    assert bundle.manifest.inputs[0].shape == ("batch", 3, 256, 256)
+    assert Bundle.open(str(bundle_dir)).manifest == bundle.manifest
+
+
+def test_describe_is_json_and_the_manifest(bundle_dir):
+    described = json.loads(json.dumps(Bundle.open(bundle_dir).describe(), allow_nan=False))
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    assert described == {**manifest, "path": str(bundle_dir), "total_bytes": total}
+
+
+@pytest.mark.parametrize("name", ["nowhere", "README.md"])
+def test_no_bundle(bundle_dir, name):
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        Bundle.open(bundle_dir / name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'{"format": NaN}',
+        b"[" * 100_000,
+        b'{"format": 1' + b"0" * 9999 + b"}",
+    ],
+)
+def test_a_manifest_that_is_no_json_object(data):
+    with pytest.raises(BundleError, match="manifest.json"):
+        parse_manifest(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format", "zip", "format: expected 'dgm4-bundle', got 'zip'"),
+        ("format", DELETED, "format: expected a value, got nothing"),
+        ("format_version", 2, "format_version: expected 1; update the package"),
+        ("format_version", True, "format_version: expected an integer"),
+        ("model", "asap", "model: expected an object, got 'asap'"),
+        ("model/name", None, "model.name: expected a string, got None"),
+        ("weights/trained", 1, "weights.trained: expected true or false"),
+        ("weights/sha256", "abc", "weights.sha256: expected 64"),
+        ("precision", "fp4", "precision: expected one of fp32"),
+        ("preprocess/resample", "nearest", "preprocess.resample: expected one of bicubic"),
+        ("preprocess/mean", [1, 2], "preprocess.mean: expected a list of three"),
+        ("preprocess/std", [1, 0, 1], "preprocess.std: expected three numbers > 0"),
+        ("preprocess/patch_size", 15, "preprocess.patch_size: expected a divisor"),
+        ("preprocess/max_tokens", 500, "preprocess.max_tokens 500 is above limits.max_tokens 127"),
+        ("preprocess/min_tokens", 128, "min_tokens: expected at most max_tokens"),
+        ("inputs", {}, "inputs: expected a list"),
+        ("inputs/0/shape", "big", r"inputs\[0\].shape: expected a list"),
+        ("inputs/0/dtype", "float16", r"inputs\[0\].dtype: expected one of float32"),
+        ("inputs/0/name", "picture", "inputs: expected .* missing \\['image'\\]"),
+        ("outputs/4/name", "box", "outputs: expected"),
+        ("limits/max_batch", 0, "limits.max_batch: expected an integer >= 1"),
+        ("types", ["a", "b", "c", "d"], "types: expected"),
+        ("thresholds/words", 1.5, "thresholds.words: expected a finite number"),
+        ("thresholds/words", 10**400, "thresholds.words: expected a finite number"),
+        ("files/model.onnx/bytes", -1, "files.model.onnx.bytes: expected an integer >= 0"),
+        ("files/model.onnx/sha256", "A" * 64, "files.model.onnx.sha256: expected 64"),
+        ("engines", [{"file": "a"}], r"engines\[0\].library: expected a value"),
+        ("versions/dgm4", 3, "versions.dgm4: expected a string"),
+        ("verification/0/max", "0", r"verification\[0\].max: expected a finite number"),
+    ],
+)
+def test_every_wrong_field_is_named(bundle_dir, path, value, message):
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(json.dumps(changed(manifest, path, value)).encode())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.onnx",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "",
+        ".",
+        "..",
+        "manifest.json",
+        "a\n",
+        "é" * 3,
+    ],
+)
+def test_only_plain_file_names_pass(bundle_dir, name):
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["model.onnx"]
+    with pytest.raises(BundleError, match="not a plain file name"):
+        parse_manifest(json.dumps(manifest).encode())
+
+
+def test_an_engine_must_be_a_file_of_the_bundle(bundle_dir):
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    entry = {"file": "model.x.engine", "library": "tensorrt_rtx", "version": "1", "onnx_sha256": "0" * 64}
+    manifest["engines"] = [entry | {"compute_capabilities": ["8.0"], "profile": {}}]
+    with pytest.raises(BundleError, match="'model.x.engine' is not among the files"):
+        parse_manifest(json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "README.md"])
+def test_a_missing_file_is_named(bundle_copy, name):
+    (bundle_copy / name).unlink()
+    with pytest.raises(BundleError, match=f"missing {name}"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", ["extra.txt", ".DS_Store", "model.onnx.data"])
+def test_a_foreign_file_is_named(bundle_copy, name):
+    (bundle_copy / name).write_bytes(b"x")
+    with pytest.raises(BundleError, match=f"{name} is not in the manifest"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_foreign_folder_is_named(bundle_copy):
+    (bundle_copy / "cache").mkdir()
+    with pytest.raises(BundleError, match="cache is not a file"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle_copy, tmp_path):
+    target = tmp_path / "model.onnx"
+    (bundle_copy / "model.onnx").rename(target)
+    (bundle_copy / "model.onnx").symlink_to(target)
+    with pytest.raises(BundleError, match=r"model\.onnx is a link out of the bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_link_to_the_whole_bundle_is_fine(bundle_dir, tmp_path):
+    (tmp_path / "current").symlink_to(bundle_dir)
+    Bundle.open(tmp_path / "current").verify_all()
+
+
+def test_another_size_is_refused(bundle_copy):
+    with (bundle_copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match=r"model\.onnx: expected \d+ bytes, got \d+"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_thousand_one_bit_flips_are_all_rejected(bundle_copy):
+    generator = np.random.default_rng(17)
+    names = ["model.onnx", "tokenizer.json", "README.md"]
+    for number in range(1000):
+        path = bundle_copy / names[number % len(names)]
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[generator.integers(len(whole))] ^= 1 << generator.integers(8)
+        path.write_bytes(flipped)
+        with pytest.raises(BundleError, match=f"{path.name}: expected SHA-256"):
+            Bundle.open(bundle_copy).verify_all()
+        path.write_bytes(whole)
+    Bundle.open(bundle_copy).verify_all()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
+def test_a_predictor_never_parses_an_altered_file(bundle_copy, name):
+    data = bytearray((bundle_copy / name).read_bytes())
+    data[100] ^= 1
+    (bundle_copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match="expected SHA-256"):
+        Predictor(bundle_copy)
+
+
+def test_each_file_is_hashed_once(bundle_dir, monkeypatch):
+    bundle = Bundle.open(bundle_dir)
+    calls = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr("engine.bundle.hashlib.file_digest", lambda *args: calls.append(1) or digest(*args))
+    for _ in range(3):
+        bundle.verified("model.onnx")
+        bundle.verify_all()
+    assert len(calls) == 3
+
+
+def test_an_unknown_file_is_refused(bundle_dir):
+    with pytest.raises(BundleError, match=r"has no model\.trt; it has README\.md, model\.onnx"):
+        Bundle.open(bundle_dir).verified("model.trt")
+
+
+def test_mutated_manifests_raise_only_bundle_errors(bundle_copy):
+    path = Path(bundle_copy) / "manifest.json"
+    whole = path.read_bytes()
+    generator = np.random.default_rng(5)
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(generator.integers(1, 4)):
+            data[generator.integers(len(data))] = generator.integers(256)
+        path.write_bytes(data)
+        try:
+            Bundle.open(bundle_copy)
+        except BundleError as error:
+            assert str(error)

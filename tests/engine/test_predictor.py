@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from engine import Predictor
+from engine.errors import BackendError, Dgm4Error, InputError, NumericalError
+from engine.preprocess import preprocess_image
+
+CAPTION = "The President's well-known friend, Obama, speaks!"
+
+
+def test_the_answer_is_the_networks(predictor, photo, expected_outputs):
+    result = predictor.predict(photo, CAPTION)
+    _, tokens = predictor._tokenizer(CAPTION)
+    expected = expected_outputs(preprocess_image(photo).pixels, tokens.ids)
+    real, fake = np.exp(expected["logits_real_fake"])
+    assert result.score == pytest.approx(fake / (real + fake), abs=1e-6)
+    assert result.manipulated == (result.score >= 0.5)
+    assert list(result.types) == ["face_swap", "face_attribute", "text_swap", "text_attribute"]
+    assert list(result.types.values()) == pytest.approx(expected["box"].tolist(), abs=1e-6)
+    assert [word.text for word in result.words] == [
+        "The",
+        "President's",
+        "well",
+        "known",
+        "friend",
+        "Obama",
+        "speaks",
+    ]
+    assert all(CAPTION[word.start : word.end] == word.text for word in result.words)
+    assert result.heatmap.shape == (16, 16)
+    assert result.size == photo.size
+    assert result.warnings == ()
+    assert result.model == {
+        "name": "asap",
+        "size": "tiny",
+        "precision": "fp32",
+        "backend": "ort",
+        "device": "cpu",
+    }
+
+
+def test_timing_adds_up(predictor, photo):
+    timing = predictor.predict(photo, CAPTION).timing
+    assert list(timing) == ["decode", "resize", "tokenize", "inference", "postprocess", "total"]
+    assert timing["total"] == pytest.approx(sum(list(timing.values())[:-1]))
+    assert all(value >= 0 for value in timing.values())
+
+
+def test_batches_agree_with_single_answers(predictor, photo):
+    pairs = [(photo.rotate(10 * i), " ".join(["obama speaks"] * (1 + i % 5))) for i in range(11)]
+    single = [predictor.predict(*pair) for pair in pairs]
+    for results in (
+        predictor.predict_batch(pairs),
+        predictor.predict_batch([image for image, _ in pairs], [caption for _, caption in pairs]),
+        predictor.predict_batch(pairs, batch_size=3),
+        list(predictor.stream(iter(pairs))),
+        list(predictor.stream(iter(pairs), batch_size=1)),
+    ):
+        for result, expected in zip(results, single, strict=True):
+            assert result.score == pytest.approx(expected.score, abs=1e-6)
+            assert result.words == expected.words
+            assert np.array_equal(result.heatmap, expected.heatmap)
+
+
+def test_nothing_in_gives_nothing_out(predictor):
+    assert predictor.predict_batch([]) == []
+    assert predictor.predict_batch([], []) == []
+    assert list(predictor.stream([])) == []
+
+
+def test_unequal_lists_are_refused(predictor, photo):
+    with pytest.raises(InputError) as caught:
+        predictor.predict_batch([photo] * 3, ["a", "b"])
+    assert str(caught.value) == "got 3 images but 2 captions; pass one caption for each image"
+    with pytest.raises(InputError, match="got 1 image but 0 captions"):
+        predictor.predict_batch([photo], [])
+
+
+@pytest.mark.parametrize("pairs", ["ab", b"ab", {"a": 1}, None, 3, iter([])])
+def test_single_values_in_a_lists_place_are_refused(predictor, photo, pairs):
+    with pytest.raises(InputError, match="expected a list of .image, caption. pairs, got"):
+        predictor.predict_batch(pairs)
+    if pairs is not None:
+        with pytest.raises(InputError, match="expected a list of captions, got"):
+            predictor.predict_batch([photo], pairs)
+
+
+@pytest.mark.parametrize("pair", ["ab", ("a",), ("a", "b", "c"), None, 3])
+def test_what_is_no_pair_is_refused_by_index(predictor, photo, pair):
+    with pytest.raises(InputError, match=r"item 1: expected a pair \(image, caption\), got"):
+        predictor.predict_batch([(photo, "a"), pair])
+
+
+def test_a_failed_item_raises_and_names_its_index(predictor, photo):
+    pairs = [(photo, "a")] * 6 + [("nowhere.jpg", "b")]
+    with pytest.raises(InputError, match=r"item 6 \('nowhere.jpg'\): no such file"):
+        predictor.predict_batch(pairs)
+    with pytest.raises(InputError, match="item 0: expected a caption as str"):
+        predictor.predict_batch([(photo, None)])
+    with pytest.raises(InputError, match="^expected a caption as str"):
+        predictor.predict(photo, None)
+
+
+def test_failed_items_can_be_returned_in_their_place(predictor, photo):
+    pairs = [(photo, "a"), (b"broken", "b"), (photo, 3), (photo, "poison"), (photo, "e"), None]
+    results = predictor.predict_batch(pairs, on_error="return")
+    assert [type(result).__name__ for result in results] == [
+        "Prediction",
+        "InputError",
+        "InputError",
+        "NumericalError",
+        "Prediction",
+        "InputError",
+    ]
+    for index in (1, 2, 3, 5):
+        assert str(results[index]).startswith(f"item {index}: ")
+    assert results[0] == predictor.predict(photo, "a")
+
+
+def test_a_batch_of_failures_alone(predictor):
+    assert [type(r) for r in predictor.predict_batch([(b"x", "a")] * 9, on_error="return")] == [
+        InputError
+    ] * 9
+
+
+def test_a_network_that_answers_nan_gives_no_score(predictor, photo):
+    with pytest.raises(NumericalError, match="the pair: the network's logits_real_fake holds NaN"):
+        predictor.predict(photo, "poison")
+
+
+def test_a_stream_yields_what_came_before_a_failure(predictor, photo):
+    stream = predictor.stream([(photo, "a"), (photo, "b"), (b"x", "c"), (photo, "d")])
+    assert next(stream).caption == "a"
+    assert next(stream).caption == "b"
+    with pytest.raises(InputError, match="item 2"):
+        next(stream)
+
+
+def test_a_stream_is_lazy_and_endless(predictor, photo):
+    taken = itertools.count()
+    pairs = ((photo, f"caption {next(taken)}") for _ in itertools.count())
+    stream = predictor.stream(pairs, batch_size=3)
+    captions = [result.caption for result in itertools.islice(stream, 7)]
+    assert captions == [f"caption {i}" for i in range(7)]
+    assert next(taken) <= 12
+    stream.close()
+
+
+def test_an_error_of_the_users_iterable_passes_through(predictor, photo):
+    def pairs():
+        yield photo, "a"
+        raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        list(predictor.stream(pairs()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"on_error": "skip"}, {"batch_size": 0}, {"batch_size": 1.5}, {"batch_size": True}]
+)
+def test_wrong_options_are_refused_at_once(predictor, options):
+    with pytest.raises(InputError, match="expected"):
+        predictor.stream([], **options)
+
+
+def test_batches_stay_within_the_bundles_limit(bundle_dir, photo, monkeypatch):
+    predictor = Predictor(bundle_dir, threads=1)
+    sizes = []
+    run = predictor._backend.run
+    monkeypatch.setattr(
+        predictor._backend, "run", lambda feeds: sizes.append(len(feeds["image"])) or run(feeds)
+    )
+    predictor.predict_batch([(photo, "a")] * 9, batch_size=100)
+    assert sizes == [4, 4, 1]
+
+
+def test_padding_follows_the_longest_caption_of_the_batch(bundle_dir, photo, monkeypatch):
+    predictor = Predictor(bundle_dir, threads=1)
+    seen = []
+    run = predictor._backend.run
+    monkeypatch.setattr(predictor._backend, "run", lambda feeds: seen.append(feeds) or run(feeds))
+    predictor.predict_batch([(photo, ""), (photo, "obama speaks"), (photo, "obama")])
+    predictor.predict(photo, "")
+    assert seen[0]["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    assert (seen[0]["input_ids"] * (1 - seen[0]["attention_mask"])).sum() == 0
+    assert seen[1]["attention_mask"].tolist() == [[1, 0]]
+    assert [array.dtype for array in seen[0].values()] == [np.float32, np.int64, np.int64]
+
+
+@pytest.mark.parametrize("caption", ["", "...", "\n"])
+def test_empty_captions_are_answered(predictor, photo, caption):
+    result = predictor.predict(photo, caption)
+    assert result.words == ()
+    assert [warning.split(":")[0] for warning in result.warnings] == ["empty_text"]
+    json.loads(result.to_json())
+
+
+def test_untrained_weights_warn_in_every_prediction(bundle_copy, manifest_template, write_manifest, photo):
+    manifest = manifest_template()
+    manifest["weights"] = {"trained": False, "source": "drawn from seed 1", "sha256": None}
+    write_manifest(bundle_copy, manifest)
+    with Predictor(bundle_copy, threads=1) as predictor:
+        for result in predictor.predict_batch([(photo, "a"), (photo, "")]):
+            assert result.warnings[0] == "untrained_weights: drawn from seed 1; the scores mean nothing"
+
+
+def test_thumbnails_are_bounded_and_can_be_left_out(bundle_dir, predictor, photo):
+    large = Image.new("RGB", (3000, 1500))
+    assert predictor.predict(large, "a").thumbnail.size == (1024, 512)
+    assert predictor.predict(photo, "a").thumbnail.size == photo.size
+    assert Predictor(bundle_dir, threads=1, thumbnail=0).predict(photo, "a").thumbnail is None
+
+
+def test_close(bundle_dir, photo):
+    with Predictor(bundle_dir, threads=1) as predictor:
+        predictor.warm_up()
+        predictor.predict(photo, "a")
+    with pytest.raises(BackendError, match="was closed"):
+        predictor.predict(photo, "a")
+
+
+def test_threads_share_a_predictor(predictor, photo):
+    pairs = [(photo.rotate(30 * i), "obama " * (i + 1)) for i in range(4)]
+    expected = [predictor.predict(*pair) for pair in pairs]
+    wrong = []
+
+    def work() -> None:
+        for _ in range(10):
+            wrong.extend(i for i, pair in enumerate(pairs) if predictor.predict(*pair) != expected[i])
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_child_is_told_so(predictor, photo):
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def work() -> None:
+        try:
+            predictor.predict(photo, "a")
+        except BackendError as error:
+            queue.put(str(error))
+
+    child = context.Process(target=work)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert "made before a fork" in queue.get()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    image=st.binary(max_size=40) | st.none() | st.text(max_size=10) | st.just(np.zeros((5, 5, 3), np.uint8)),
+    caption=st.text(max_size=60) | st.binary(max_size=60) | st.none() | st.integers(),
+)
+def test_only_our_errors_come_out(predictor, image, caption):
+    try:
+        result = predictor.predict(image, caption)
+    except Dgm4Error as error:
+        assert str(error)
+    else:
+        json.loads(result.to_json())

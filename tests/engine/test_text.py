@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import re
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from engine.errors import BundleError, InputError
+from engine.text import CaptionTokenizer, clean_caption, read_caption
+
+THOROUGH = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Mostly what the cleaning treats specially, so that its rules meet each other.
+PARTS = list("aB é'İΣß-/,.!?\"()*#:;~ \t\n\r\x1c\x85\xa0\u3000<>") + ["<person>", "[SEP]", "[CLS]"]
+TRICKY = st.lists(st.sampled_from(PARTS), max_size=60).map("".join)
+ANY = st.text(st.characters(), max_size=80)
+
+
+def published(caption: str, max_words: int = 50) -> str:
+    """The data set's cleaning written plainly, without any map back."""
+    caption = caption.lower()
+    for mark in ",.'!?\"()*#:;~":
+        caption = caption.replace(mark, "")
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    caption = re.sub(r"\s{2,}", " ", caption)
+    caption = caption.rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:max_words])
+
+
+def bare(word: str) -> str:
+    """A cleaned word without what depends on its neighbours: the final sigma, the brackets of <person>."""
+    return re.sub(r"[\s<>]", "", word).replace("ς", "σ")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle_dir):
+    return CaptionTokenizer(bundle_dir / "tokenizer.json")
+
+
+@THOROUGH
+@given(TRICKY | ANY, st.sampled_from([2, 50]))
+@example("<per.son> a - b", 50)
+@example("ΑΣ ΑΣ. İİ-İ", 50)
+@example("a \n", 50)
+def test_cleaning_is_the_published_one(caption, max_words):
+    assert clean_caption(caption, max_words).text == published(caption, max_words)
+
+
+@THOROUGH
+@given(TRICKY | ANY)
+def test_spans_return_to_the_caption(caption):
+    cleaned = clean_caption(caption)
+    position = 0
+    for span, (start, end) in zip(cleaned.spans, cleaned.bounds, strict=True):
+        assert position <= span.start < span.end <= len(caption)
+        assert caption[span.start : span.end] == span.text
+        assert bare(published(span.text)) == bare(cleaned.text[start:end])
+        position = span.end
+
+
+def test_words_are_shown_as_written():
+    caption = '  President Obama\'s "well-known" friend, <person>: U.S.A.!'
+    words = [span.text for span in clean_caption(caption).spans]
+    assert words == ["President", "Obama's", "well", "known", "friend", "person", "U.S.A"]
+
+
+def test_single_tabs_and_newlines_part_words_but_not_the_published_text():
+    cleaned = clean_caption("one\ttwo\nthree\xa0four")
+    assert cleaned.text == "one\ttwo\nthree\xa0four"
+    assert [span.text for span in cleaned.spans] == ["one", "two", "three", "four"]
+
+
+def test_words_past_the_limit_are_dropped_with_a_warning():
+    cleaned = clean_caption(" ".join(f"w{i}" for i in range(73)))
+    assert len(cleaned.spans) == 50
+    assert cleaned.warnings == ("text_truncated: kept 50 of 73 words",)
+
+
+@pytest.mark.parametrize("caption", ["", "   ", "\n\t", "...", "?!-/-", "\u3000"])
+def test_empty_captions_are_accepted_with_a_warning(tokenizer, caption):
+    _, tokens = tokenizer(caption)
+    assert tokens.ids.tolist() == [tokenizer.cls_id]
+    assert tokens.words == ()
+    assert [warning.split(":")[0] for warning in tokens.warnings] == ["empty_text"]
+
+
+def test_a_caption_of_unreadable_characters_counts_as_empty(tokenizer):
+    _, tokens = tokenizer("\u200b\x00 \ufeff")
+    assert tokens.words == ()
+    assert [warning.split(":")[0] for warning in tokens.warnings] == ["empty_text"]
+
+
+def test_tokens_name_their_words(tokenizer):
+    _, tokens = tokenizer("The President's xyz")
+    assert [span.text for span in tokens.words] == ["The", "President's", "xyz"]
+    # "presidents" = president + ##s; "xyz" = x ##y ##z
+    assert tokens.word_of.tolist() == [-1, 0, 1, 1, 2, 2, 2]
+    assert tokens.ids.dtype == np.int64
+    assert len(tokens.ids) == 7
+
+
+def test_word_pieces_past_the_limit_are_dropped_with_their_words(tokenizer):
+    _, tokens = tokenizer(" ".join(["abcdefghij"] * 40))
+    assert len(tokens.ids) == 127
+    assert len(tokens.words) == 13
+    assert tokens.warnings == ("text_truncated: kept 126 of 400 word pieces",)
+
+
+@pytest.mark.parametrize("text", ["[SEP]", "[CLS] a [PAD]", "a[MASK]b", "[ SEP ]", "[sep][cls]"])
+def test_special_tokens_in_the_text_stay_text(tokenizer, special_ids, text):
+    _, tokens = tokenizer(text)
+    assert not special_ids & set(tokens.ids[1:].tolist())
+
+
+def test_special_tokens_stay_text_even_if_the_vocabulary_adds_them_in_lower_case(bundle_dir, tmp_path):
+    from tokenizers import Tokenizer
+
+    changed = Tokenizer.from_file(str(bundle_dir / "tokenizer.json"))
+    changed.add_special_tokens(["obama"])
+    changed.add_special_tokens(["[sep]"])
+    special = changed.token_to_id("[sep]")
+    changed.save(str(tmp_path / "tokenizer.json"))
+    _, tokens = CaptionTokenizer(tmp_path / "tokenizer.json")("a [sep] b")
+    assert special not in tokens.ids
+
+
+@THOROUGH
+@given(st.text(max_size=100) | st.binary(max_size=100) | TRICKY)
+def test_any_text_gives_valid_tokens(tokenizer, special_ids, caption):
+    text, tokens = tokenizer(caption)
+    assert 1 <= len(tokens.ids) <= 127
+    assert len(tokens.word_of) == len(tokens.ids)
+    assert not special_ids & set(tokens.ids[1:].tolist())
+    assert sorted(set(tokens.word_of[1:].tolist())) == list(range(len(tokens.words)))
+    for span in tokens.words:
+        assert text[span.start : span.end] == span.text
+    text.encode("utf-8")
+
+
+def test_lone_surrogates_are_replaced_with_a_warning():
+    text, warnings = read_caption("a\ud800b")
+    assert text == "a\ufffdb"
+    assert warnings == ("text_replaced: characters that are not valid Unicode were read as U+FFFD",)
+
+
+def test_bytes_are_decoded():
+    assert read_caption("été".encode()) == ("été", ())
+    text, warnings = read_caption(b"a\xff b")
+    assert text == "a\ufffd b"
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("caption", [None, 3, 1.5, ["a"], ("a",), {}, np.array("a")])
+def test_other_types_are_refused(caption):
+    with pytest.raises(InputError, match=f"got {type(caption).__name__}"):
+        read_caption(caption)
+
+
+@pytest.mark.parametrize(
+    "caption", ["word " * 1_000_000, "x" * 1_000_000, b"\xff" * 1_000_000, "\n" * 1_000_000]
+)
+def test_long_captions_are_cut_before_any_work(tokenizer, caption):
+    tokenizer("warm")
+    best = min(_timed(tokenizer, caption) for _ in range(3))
+    assert best < 0.05
+    text, tokens = tokenizer(caption)
+    assert len(text) == 4096
+    assert "text_truncated: read the first 4096 characters" in tokens.warnings
+
+
+def _timed(tokenizer, caption) -> float:
+    start = time.perf_counter()
+    tokenizer(caption)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b'{"model": 3}'])
+def test_a_damaged_tokenizer_file_is_a_bundle_error(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        CaptionTokenizer(path)
