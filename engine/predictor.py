@@ -330,4 +330,4 @@ def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
     if manifest.weights.trained:
         return ()
     logger.warning("the bundle's weights are untrained (%s)", manifest.weights.source)
-    return (f"untrained_weights: {manifest.weights.source}; the scores mean nothing",)
+    return (f"untrained_weights: the scores mean nothing ({manifest.weights.source})",)

@@ -46,8 +46,9 @@ class Prediction:
     size: (width, height) of the upright picture.
     heatmap: float32 [16, 16] in [0, 1], rows from the top: how strongly the words point at each patch;
         None where the model has no such map.
-    timing: milliseconds by stage (decode, resize, tokenize, inference, postprocess, total). In a batch
-        the inference time is the batch's divided by its size, and total is the sum of the stages.
+    timing: milliseconds by stage: decode (with the thumbnail), resize (with the normalisation), tokenize,
+        inference, postprocess, and total, their sum. In a batch the inference time is the batch's
+        divided by its size.
     warnings: short codes, each with detail after a colon.
     model: name, size, precision, backend and device that answered.
     thumbnail: the upright picture within 1024 pixels, for `plot` and `to_html`; None if not kept.

@@ -211,7 +211,7 @@ def test_untrained_weights_warn_in_every_prediction(bundle_copy, manifest_templa
     write_manifest(bundle_copy, manifest)
     with Predictor(bundle_copy, threads=1) as predictor:
         for result in predictor.predict_batch([(photo, "a"), (photo, "")]):
-            assert result.warnings[0] == "untrained_weights: drawn from seed 1; the scores mean nothing"
+            assert result.warnings[0] == "untrained_weights: the scores mean nothing (drawn from seed 1)"
 
 
 def test_thumbnails_are_bounded_and_can_be_left_out(bundle_dir, predictor, photo):
