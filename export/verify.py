@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from dgm4.config import ModelConfig
+from engine.backends import usable_cores
+from engine.backends.ort import load_session
 from engine.errors import VerificationError
 from export.onnx import example_inputs, outputs_of
 
@@ -80,14 +82,7 @@ def torch_answers(model: torch.nn.Module, config: ModelConfig) -> list[Arrays]:
 
 def onnx_answers(path: Path, config: ModelConfig) -> list[Arrays]:
     """Let ONNX Runtime answer every case from the graph at `path`, on the CPU."""
-    import onnxruntime
-
-    from engine.backends import usable_cores
-    from engine.backends.ort import session_options
-
-    session = onnxruntime.InferenceSession(
-        str(path), session_options(usable_cores()), providers=["CPUExecutionProvider"]
-    )
+    session = load_session(path, usable_cores())
     names = outputs_of(config)
     feeds = ({k: v.numpy() for k, v in inputs.items()} for inputs in case_inputs(config))
     return [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]

@@ -49,7 +49,7 @@ class OrtBackend:
 
     def __init__(self, path: Path, bundle: Bundle, threads: int):
         """Load the model at `path`; raises BundleError where it does not load or is not the manifest's."""
-        self._session: onnxruntime.InferenceSession | None = _load(path, threads)
+        self._session: onnxruntime.InferenceSession | None = load_session(path, threads)
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
         _check_names(path, "inputs", self._session.get_inputs(), [s.name for s in bundle.manifest.inputs])
         _check_names(path, "outputs", self._session.get_outputs(), self._outputs)
@@ -72,7 +72,8 @@ class OrtBackend:
         self._session = None
 
 
-def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def load_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Load the graph at `path` with `threads` CPU threads; raises BundleError where it does not load."""
     options = session_options(threads)
     try:
         # enable_fallback=0: the fallback prints to stdout and retries the same provider.

@@ -1,0 +1,106 @@
+"""The baseline: the networks as the papers' code runs them in eager torch.
+
+Same weights, same answers as `dgm4`, with what that code does beside: attention spelled out as products
+and a softmax, torch's nn.MultiheadAttention returning its averaged weights, a second run of all BERT
+layers for the token logits, CAFormer's fusion at the picture's resolution, both streams of CALS apart.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from dgm4.layers import PackedAttention, merge_heads, padding_bias
+from dgm4.model import Detector, Output
+from dgm4.text import BertAttention
+from dgm4.vision import SelfAttention
+
+
+def spelled_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention in separate operators; query [B, H, N, d], key and value [B, H, M, d]."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1) @ value
+
+
+class PublishedVisionAttention(nn.Module):
+    """ViT self-attention, spelled out."""
+
+    def __init__(self, trained: SelfAttention) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = trained.heads, trained.qkv, trained.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(merge_heads(spelled_attention(q, k, v, None)))
+
+
+class PublishedBertAttention(BertAttention):
+    """BERT attention, spelled out."""
+
+    def __init__(self, trained: BertAttention) -> None:
+        nn.Module.__init__(self)
+        self.self, self.output = trained.self, trained.output
+
+    def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, N, D], [B, M, D] -> [B, N, D]."""
+        return self.output(merge_heads(spelled_attention(*self.self(x, memory), bias)), x)
+
+
+class PublishedPackedAttention(nn.Module):
+    """torch's own module, which also averages its weights over the heads."""
+
+    def __init__(self, trained: PackedAttention) -> None:
+        super().__init__()
+        width = trained.out_proj.in_features
+        self.mha = nn.MultiheadAttention(width, trained.heads, batch_first=True, device="meta")
+        self.mha.load_state_dict(trained.state_dict(), assign=True)
+
+    def forward(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, N, D], [B, M, D] -> [B, N, D]; bias [B, 1, 1, M] of zeros and -inf."""
+        padding = None if bias is None else bias[:, 0, 0] != 0
+        return cast(Tensor, self.mha(query, key, key, key_padding_mask=padding)[0])
+
+
+_FORMS: dict[type[nn.Module], type[nn.Module]] = {
+    SelfAttention: PublishedVisionAttention,
+    BertAttention: PublishedBertAttention,
+    PackedAttention: PublishedPackedAttention,
+}
+
+
+def _spell_out(module: nn.Module) -> None:
+    """Replace every attention below `module` by the published form, sharing its weights."""
+    for name, child in module.named_children():
+        form = _FORMS.get(type(child))
+        if form is None:
+            _spell_out(child)
+        else:
+            setattr(module, name, form(child))
+
+
+class Published(nn.Module):
+    """A detector as published. It takes the given model over; use that no longer."""
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        _spell_out(model)
+        self.model = model.eval()
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
+        """As `dgm4.Detector.forward`."""
+        model = self.model
+        bert = model.text_encoder.bert
+        for_text, for_image = model.visual_encoder(image)
+        text, bias = bert.encode_text(input_ids, attention_mask)
+        fused, scores = bert.fuse(text, bias, for_text, model.has_map)
+        key_bias = padding_bias(attention_mask, float("-inf"), text.dtype)
+        box, real_fake, classes = model.answer(for_image, text, key_bias, fused[:, 0])
+        again, bias = bert.encode_text(input_ids, attention_mask)
+        again, _ = bert.fuse(again, bias, for_text, model.has_map)
+        return Output(real_fake, classes, box, model.text_encoder.classifier(again[:, 1:]), scores)
+
+
