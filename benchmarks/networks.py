@@ -76,7 +76,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Run, print the table, write the data."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON with all that was measured")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="JSON with all that was measured"
+    )
     parser.add_argument("--select", metavar="EXPRESSION", help="as pytest -k, for example 'asap and 1-50'")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

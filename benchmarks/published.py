@@ -47,7 +47,8 @@ class PublishedBertAttention(BertAttention):
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""
-        return self.output(merge_heads(spelled_attention(*self.self(x, memory), bias)), x)
+        q, k, v = self.self(x, memory)
+        return self.output(merge_heads(spelled_attention(q, k, v, bias)), x)
 
 
 class PublishedPackedAttention(nn.Module):
@@ -102,5 +103,3 @@ class Published(nn.Module):
         again, bias = bert.encode_text(input_ids, attention_mask)
         again, _ = bert.fuse(again, bias, for_text, model.has_map)
         return Output(real_fake, classes, box, model.text_encoder.classifier(again[:, 1:]), scores)
-
-

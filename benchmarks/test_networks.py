@@ -44,7 +44,9 @@ def _ort_call(path: Path) -> Call:
 
 
 @pytest.fixture(scope="module", params=dgm4.MODEL_NAMES)
-def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def network(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """The four variants of one network on the same weights, and its config."""
     torch.set_num_threads(usable_cores())
     folder = tmp_path_factory.mktemp(request.param)

@@ -45,9 +45,15 @@ _POSITIONS_KEY = "visual_encoder.pos_embed"
 _NAMED_AT_MOST = 5
 
 # What a scheduler's or an optimiser's state may hold beside tensors; none of it runs code.
-_SAFE_GLOBALS = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
-_SAFE_GLOBALS.append((np._core.multiarray.scalar, "numpy.core.multiarray.scalar"))
-_SAFE_GLOBALS.append(np._core.multiarray.scalar)
+_rebuild_scalar: Any = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    _rebuild_scalar,
+    (_rebuild_scalar, "numpy.core.multiarray.scalar"),
+]
 
 # What reading a damaged or foreign file was seen to raise.
 _READ_ERRORS = (
@@ -89,7 +95,9 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise CheckpointError(f"{path}: damaged: the checksum of its entry {damaged} is wrong; fetch it again")
+        raise CheckpointError(
+            f"{path}: damaged: the checksum of its entry {damaged} is wrong; fetch it again"
+        )
 
 
 def _read_pickle(path: Path) -> Any:
@@ -247,7 +255,9 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
         )
 
 
-def load_checkpoint(path: str | Path, model: str | None = None, config: ModelConfig | None = None) -> Detector:
+def load_checkpoint(
+    path: str | Path, model: str | None = None, config: ModelConfig | None = None
+) -> Detector:
     """Load a released checkpoint into its network, in evaluation mode, float32, on the CPU.
 
     Which network it is, and its size, is read off the keys; `model` overrides the name and `config` the
@@ -260,11 +270,13 @@ def load_checkpoint(path: str | Path, model: str | None = None, config: ModelCon
     return load_state(read_checkpoint(path), model, config)
 
 
-def load_state(checkpoint: Checkpoint, model: str | None = None, config: ModelConfig | None = None) -> Detector:
+def load_state(
+    checkpoint: Checkpoint, model: str | None = None, config: ModelConfig | None = None
+) -> Detector:
     """Load what `read_checkpoint` returned; see `load_checkpoint`."""
     if checkpoint.layout == "albef" and model is None and config is None:
         raise CheckpointError(
-            f"{checkpoint.path}: is an ALBEF initialisation, which fits every network: expected model= as one "
+            f"{checkpoint.path}: is an ALBEF initialisation, which fits any network: expected model= as one "
             f"of {', '.join(MODEL_NAMES)}"
         )
     named = model or (config.name if config else checkpoint.layout)

@@ -8,7 +8,7 @@ logits come from the fusion pass itself rather than from a second run of BERT, w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,11 @@ class Detector(nn.Module):
         """Return the visual encoder of this network."""
         return VisionTransformer(config)
 
-    def cross(self, attend: PackedAttention, image: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+    def cross(self, attend: nn.Module, image: Tensor, text: Tensor, bias: Tensor) -> Tensor:
         """Normalise both streams with the one shared norm and let the picture read the caption."""
         norm = self.norm_layer_it_cross_atten
-        return attend(norm(image), norm(text), bias)
+        crossed: Tensor = attend(norm(image), norm(text), bias)
+        return crossed
 
     def aggregate(self, query: Tensor, tokens: Tensor) -> Tensor:
         """Let the learnt query [1, 1, D] read the patches of tokens [B, 1+P, D]; answer [B, D]."""
@@ -154,8 +155,9 @@ class PatchClassifier(nn.Module):
 
     def forward(self, patches: Tensor, cls: Tensor) -> Tensor:
         """patches [B, P, D], cls [B, D] -> [B, classes]."""
-        weight = torch.cat([conv.weight.flatten(1) for conv in self.conv_attention])
-        bias = torch.cat([conv.bias for conv in self.conv_attention])
+        convs = [cast(nn.Conv2d, conv) for conv in self.conv_attention]
+        weight = torch.cat([conv.weight.flatten(1) for conv in convs])
+        bias = torch.cat([cast(Tensor, conv.bias) for conv in convs])
         gate = F.linear(patches, weight, bias).sigmoid()
         # The gate is the same for every channel, so the mean over channels can come first.
         pooled = (gate * patches.mean(-1, keepdim=True)).mean(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,8 @@ class BertAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""
-        return self.output(merge_heads(attention(*self.self(x, memory), bias)), x)
+        q, k, v = self.self(x, memory)
+        return self.output(merge_heads(attention(q, k, v, bias)), x)
 
     def with_scores(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the mean over heads of the scaled scores before the softmax, [B, N, M] (MGCA)."""
@@ -112,6 +114,10 @@ class Encoder(nn.Module):
             BertLayer(config, fusion=i >= config.fusion_start) for i in range(config.text_depth)
         )
 
+    def layers(self) -> list[BertLayer]:
+        """The layers with their type, which a ModuleList does not keep."""
+        return [cast(BertLayer, layer) for layer in self.layer]
+
 
 class Bert(nn.Module):
     """Text layers, then fusion layers."""
@@ -126,7 +132,7 @@ class Bert(nn.Module):
         """Run the text layers on [B, N]; return the tokens [B, N, D] and the bias of their padding."""
         x = self.embeddings(input_ids)
         bias = padding_bias(attention_mask, BERT_MASK, x.dtype)
-        for layer in self.encoder.layer[: self.fusion_start]:
+        for layer in self.encoder.layers()[: self.fusion_start]:
             x = layer.feed_forward(layer.attention(x, x, bias))
         return x, bias
 
@@ -135,7 +141,7 @@ class Bert(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run the fusion layers of text [B, N, D] over image [B, M, D]; the last one's scores if asked."""
         scores = None
-        layers = self.encoder.layer[self.fusion_start :]
+        layers = self.encoder.layers()[self.fusion_start :]
         for i, layer in enumerate(layers):
             text = layer.attention(text, text, bias)
             if with_scores and i == len(layers) - 1:

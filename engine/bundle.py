@@ -1,7 +1,7 @@
 """Reading a bundle: the manifest, the set of files beside it, and their hashes.
 
-Nothing of a bundle is parsed before its SHA-256 agrees with the manifest's. The manifest itself has
-no hash: it says what belongs together, not who wrote it. Load only what you exported.
+Nothing of a bundle is parsed before its SHA-256 agrees with the manifest's, and the manifest holds that
+of its own content. This finds damage; it does not tell who wrote a bundle. Load only what you exported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BundleError
-from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, FileEntry, Manifest, parse_manifest
+from engine.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_digest,
+    parse_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ class Bundle:
         that is missing, foreign, of another size, or a link out of the directory.
         """
         root = Path(path)
-        manifest = parse_manifest(_read_manifest(root))
+        manifest = parse_manifest(check_digest(_read_manifest(root)))
         found = _list_files(root)
         missing = sorted(set(manifest.files) - set(found))
         if missing:

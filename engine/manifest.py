@@ -5,9 +5,11 @@ Every mistake is a BundleError that names the field by its path, e.g. `limits.ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -134,13 +136,35 @@ class Manifest:
     verification: tuple[Verification, ...]
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
+def manifest_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest's content, its own entry "sha256" left out; spacing does not count."""
+    content = {name: value for name, value in fields.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_digest(data: bytes) -> bytes:
+    """Return the bytes of a manifest.json whose content agrees with its own SHA-256; else BundleError."""
+    fields = _load(data)
+    if not isinstance(fields, dict) or "sha256" not in fields:
+        raise BundleError(f"{MANIFEST}: expected a JSON object with its own sha256")
+    if fields["sha256"] != manifest_digest(fields):
+        raise BundleError(
+            f"{MANIFEST}: was altered, its content has another SHA-256 than it states; export or copy the "
+            "bundle again (to change thresholds, pass them to Predictor)"
+        )
+    return data
+
+
+def _load(data: bytes) -> Any:
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST}: not valid JSON: {error}") from error
-    root = _Fields(raw, "")
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
+    root = _Fields(_load(data), "")
     if root.value("format") != FORMAT:
         root.fail("format", repr(FORMAT))
     if root.integer("format_version") != FORMAT_VERSION:

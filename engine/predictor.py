@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal, NamedTuple, overload
 
@@ -17,7 +17,7 @@ from PIL import Image
 from engine.backends import create, usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
-from engine.manifest import Manifest
+from engine.manifest import Manifest, Thresholds
 from engine.pairs import Caption, Pair, join_pairs, unpack_pair
 from engine.postprocess import read_answer
 from engine.preprocess import (
@@ -82,15 +82,19 @@ class Predictor:
         threads: int | None = None,
         image_options: ImageOptions | None = None,
         thumbnail: int = THUMBNAIL_SIDE,
+        thresholds: Thresholds | None = None,
     ):
         """Open, verify and load a bundle.
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
-        longer side in pixels of the picture that a Prediction keeps, 0 to keep none.
+        longer side in pixels of the picture that a Prediction keeps, 0 to keep none; `thresholds` stand
+        in for the bundle's.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        manifest = self.bundle.manifest
+        self._manifest = replace(manifest, thresholds=thresholds) if thresholds else manifest
         spec = self.manifest.preprocess
         tokenizer_path = self.bundle.verified(TOKENIZER)
         self._tokenizer = CaptionTokenizer(tokenizer_path, spec.max_words, spec.max_tokens)
@@ -102,8 +106,8 @@ class Predictor:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest."""
-        return self.bundle.manifest
+        """The bundle's manifest, with the thresholds in use."""
+        return self._manifest
 
     @property
     def model(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from engine.errors import BundleError
-from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, parse_manifest
+from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, parse_manifest
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +281,8 @@ def _seal(path: Path, mode: int) -> dict[str, Any]:
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
-    return {**head, **copy.deepcopy(dict(manifest)), "files": files}
+    filled = {**head, **copy.deepcopy(dict(manifest)), "files": files}
+    return {**filled, "sha256": manifest_digest(filled)}
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -70,11 +70,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser("export", help="make a bundle of a checkpoint", description="Make a bundle.")
     verb.add_argument("--model", choices=("hammer", "asap", "cals"), help="network; read off a checkpoint")
-    verb.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else drawn weights")
+    verb.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else drawn weights"
+    )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
     verb.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
     verb.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch (%(default)s)")
-    verb.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest caption (%(default)s)")
+    verb.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="longest caption (%(default)s)"
+    )
     verb.add_argument(
         "--target",
         metavar="CC[,CC]",
@@ -91,8 +95,8 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "predict",
         help="judge pictures with captions",
         description="Judge one pair (IMAGE CAPTION), or the pairs of a JSON-lines list.",
-        epilog='A line of the list: {"image": "photo.jpg", "caption": "..."} ("text" does for "caption"; paths '
-        "are relative to the list). A failed item gives a line with its error, and exit code 1 at the end.",
+        epilog='A line of the list: {"image": "photo.jpg", "caption": "..."} ("text" does for "caption"; '
+        "paths are relative to the list). A failed item gives a line with its error, and exit code 1.",
     )
     verb.add_argument("bundle", type=Path)
     verb.add_argument("image", nargs="?", help="picture file (JPEG, PNG, WebP, BMP, GIF)")
@@ -100,7 +104,9 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--list", type=Path, metavar="FILE", help="JSON-lines list of pairs; - for stdin")
     verb.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     verb.add_argument("--html", action="store_true", help="write a page instead of JSON lines")
-    verb.add_argument("--plot", type=Path, metavar="FILE", help="draw the answer of a single pair as a picture")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the answer of a single pair as a picture"
+    )
     verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     verb.add_argument("--batch", type=int, default=8, metavar="N", help="pairs a run (%(default)s)")
     verb.add_argument("--backend", default="auto")

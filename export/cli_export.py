@@ -68,7 +68,11 @@ def _targets(text: str | None) -> tuple[tuple[str, ...], bool]:
 
 
 def _default_out(options: argparse.Namespace) -> Path:
-    name = options.checkpoint.stem if options.checkpoint else f"{options.model or 'asap'}-{options.size or 'tiny'}"
+    name = (
+        options.checkpoint.stem
+        if options.checkpoint
+        else f"{options.model or 'asap'}-{options.size or 'tiny'}"
+    )
     return Path(f"bundle-{name}-{options.precision}")
 
 
@@ -88,7 +92,9 @@ def _try(bundle: Path) -> dict[str, Any] | None:
 
     picture = sample_picture()
     if picture is None:
-        sys.stderr.write("sample            none: scikit-image, which ships the photograph, is not installed\n")
+        sys.stderr.write(
+            "sample            none: scikit-image, which ships the photograph, is not installed\n"
+        )
         return None
     with Predictor(bundle) as predictor:
         predictor.warm_up()

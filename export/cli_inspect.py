@@ -35,7 +35,9 @@ def _describe(record: dict[str, Any]) -> str:
         lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
     for engine in record["engines"]:
         capabilities = ", ".join(engine["compute_capabilities"])
-        lines.append(f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}")
+        lines.append(
+            f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}"
+        )
     for stage in record["verification"]:
         lines.append(
             f"verified   {stage['stage']} against {stage['against']}: max {stage['max']:.2e}, "

@@ -112,9 +112,13 @@ def _parse(line: str, number: int) -> tuple[str, str]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"line {number} of the list: expected JSON, got {line.strip()[:60]!r}") from error
     caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
-    if not isinstance(record, dict) or not isinstance(record.get("image"), str) or not isinstance(caption, str):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("image"), str)
+        or not isinstance(caption, str)
+    ):
         raise InputError(
-            f'line {number} of the list: expected {{"image": path, "caption": text}}, got {line.strip()[:60]!r}'
+            f'line {number} of the list: expected {{"image": path, "caption": text}}, got {line[:60]!r}'
         )
     return record["image"], caption
 

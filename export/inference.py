@@ -129,13 +129,13 @@ class InferenceLayer(nn.Module):
 
 
 class InferenceText(nn.Module):
-    """Text encoder; `stacked` projects the keys and values of all fusion layers in one product (rewrite 5)."""
+    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5)."""
 
     def __init__(self, encoder: TextEncoder, with_map: bool, stacked: bool) -> None:
         super().__init__()
         bert = encoder.bert
         start = bert.fusion_start
-        layers = [cast(BertLayer, layer) for layer in bert.encoder.layer]
+        layers = bert.encoder.layers()
         embeddings = bert.embeddings
         self.with_map = with_map
         self.words = embeddings.word_embeddings
@@ -149,26 +149,29 @@ class InferenceText(nn.Module):
         self.key_values = stack_linears(products) if stacked else None
         self.classifier = inference_head(encoder.classifier)
 
+    def _layers(self, layers: nn.ModuleList) -> list[InferenceLayer]:
+        return [cast(InferenceLayer, layer) for layer in layers]
+
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask [B, N] -> [B, N, D]."""
         x = self.norm(self.words(input_ids) + self.places[: input_ids.shape[1]])
-        for layer in self.text_layers:
+        for layer in self._layers(self.text_layers):
             x = layer.feed_forward(layer.attend(x, mask))
         return x
 
     def _keys_and_values(self, image: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         if self.key_values is None:
-            return [layer.cross.project(image) for layer in self.fusion_layers]
+            return [layer.cross.project(image) for layer in self._layers(self.fusion_layers)]
         parts = self.key_values(image).chunk(2 * len(self.fusion_layers), dim=-1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def fuse(self, x: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the fusion layers of x [B, N, D] over image [B, M, D]; the map of the last one, or None."""
         guide = None
-        for i, (key, value) in enumerate(self._keys_and_values(image)):
-            layer = self.fusion_layers[i]
+        layers = self._layers(self.fusion_layers)
+        for layer, (key, value) in zip(layers, self._keys_and_values(image), strict=True):
             x = layer.attend(x, mask)
-            if self.with_map and i == len(self.fusion_layers) - 1:
+            if self.with_map and layer is layers[-1]:
                 crossed, guide = layer.cross.guided(x, key, value)
             else:
                 crossed = layer.cross(x, key, value)
@@ -260,7 +263,9 @@ class CalsBranch(ImageBranch):
         key, value = self.cross.project(self.norm(text))
         crossed = image + self.cross(self.norm(image), key, value, mask)
         coarse = self.locate(self.pool(crossed[:, 1:]))
-        encoded = self.rest(gaussian_guidance(coarse, self.first.weight, self.first.bias, self.size))
+        encoded = self.rest(
+            gaussian_guidance(coarse, self.first.weight, cast(Tensor, self.first.bias), self.size)
+        )
         guided = image[:, 1:] + encoded.flatten(2).transpose(1, 2)
         refined = guided + self.cross(self.norm(guided), key, value, mask)
         wide = crossed.to(dtype_of(self.faces))
@@ -284,7 +289,7 @@ class InferenceModel(nn.Module):
         self.config = model.config
         self.vision = InferenceCAFormer(vision) if isinstance(vision, CAFormer) else InferenceVision(vision)
         self.text = InferenceText(model.text_encoder, model.has_map, stacked)
-        self.branch = _BRANCHES[model.config.name](model)  # type: ignore[arg-type]
+        self.branch = _BRANCHES[model.config.name](model)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:

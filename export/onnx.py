@@ -32,9 +32,7 @@ def outputs_of(config: ModelConfig) -> tuple[str, ...]:
     return OUTPUTS if config.name == "asap" else OUTPUTS[:-1]
 
 
-def example_inputs(
-    config: ModelConfig, batch: int, tokens: int, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def example_inputs(config: ModelConfig, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Draw inputs for checks: a smooth random picture, random ids, captions of every length to `tokens`.
 
     image float32 [batch, 3, S, S]; input_ids and attention_mask int64 [batch, tokens].

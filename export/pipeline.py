@@ -137,7 +137,9 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
             writer.add_text(CARD, model_card(manifest))
             manifest = writer.commit(manifest)
             total = sum(entry["bytes"] for entry in manifest["files"].values())
-            stage.text = f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
+            stage.text = (
+                f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
+            )
     return manifest
 
 
@@ -186,16 +188,17 @@ def _load(run: _Run) -> tuple[Detector, dict[str, Any]]:
         else:
             model, weights = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
-        stage.text = f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights['source']}"
+        stage.text = (
+            f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights['source']}"
+        )
     return model, weights
 
 
 def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, dict[str, Any]]:
     checkpoint = dgm4.read_checkpoint(path)
-    config = None
-    if options.size is not None:
-        config = dgm4.model_config(options.model or checkpoint.layout, options.size)
     trained = checkpoint.layout != "albef"
+    name = options.model or (checkpoint.layout if trained else None)
+    config = dgm4.model_config(name, options.size) if name and options.size else None
     source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
     weights = {"trained": trained, "source": source, "sha256": _sha256(path)}
     return dgm4.load_state(checkpoint, options.model, config), weights
@@ -219,7 +222,9 @@ def _write_weights(run: _Run, writer: BundleWriter, model: Detector) -> None:
         }
         path = writer.path(WEIGHTS)
         safetensors.torch.save_file(state, path, metadata={"config": json.dumps(model.config.to_dict())})
-        stage.text = f"{len(state)} tensors, {path.stat().st_size / 1e6:.0f} MB, {'float16' if half else 'float32'}"
+        stage.text = (
+            f"{len(state)} tensors, {path.stat().st_size / 1e6:.0f} MB, {'float16' if half else 'float32'}"
+        )
 
 
 def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> list[Arrays]:
@@ -231,17 +236,23 @@ def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> 
     return answers
 
 
-def _trace(run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays], tolerance: Any) -> None:
+def _trace(
+    run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays], tolerance: Any
+) -> None:
     before = "cast" if run.options.precision == "fp16" else "rewrite"
     with run.stage("onnx") as stage:
         proto = export_onnx(inference, graph)
         answers = onnx_answers(graph, inference.config)
         stage.differences.append(check(compare("onnx", before, reference, answers, tolerance)))
         custom = sum(node.domain != "" for node in proto.graph.node)
-        stage.text = f"opset {proto.opset_import[0].version}, {len(proto.graph.node)} nodes, {custom} of them ours"
+        stage.text = (
+            f"opset {proto.opset_import[0].version}, {len(proto.graph.node)} nodes, {custom} of them ours"
+        )
 
 
-def _trace_and_quantize(run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays]) -> None:
+def _trace_and_quantize(
+    run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays]
+) -> None:
     floating = graph.with_name("float." + graph.name)
     _trace(run, inference, floating, reference, EXACT)
     with run.stage("quantise") as stage:
@@ -283,7 +294,7 @@ def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[
         name = f"model.{target}.engine"
         draft.rename(writer.path(name))
         stage.text = (
-            f"{name}: {built.library} {built.version}, compute capability {', '.join(built.compute_capabilities)}, "
+            f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}, "
             f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
         )
     return [
@@ -293,7 +304,10 @@ def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[
             "version": built.version,
             "compute_capabilities": list(built.compute_capabilities),
             "onnx_sha256": _sha256(graph),
-            "profile": {k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in spec.profile.items()},
+            "profile": {
+                k: dict(zip(("min", "opt", "max"), map(list, v), strict=True))
+                for k, v in spec.profile.items()
+            },
         }
     ]
 
@@ -312,12 +326,14 @@ def _no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str |
     return None
 
 
-def _profile(options: ExportOptions, config: ModelConfig) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
+def _profile(
+    options: ExportOptions, config: ModelConfig
+) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
     """Shapes (smallest, typical, largest) of every input."""
     batch = (1, min(8, options.max_batch), options.max_batch)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    image = [(b, 3, config.image_size, config.image_size) for b in batch]
-    text = list(zip(batch, tokens, strict=True))
+    image: list[trt.Shape] = [(b, 3, config.image_size, config.image_size) for b in batch]
+    text: list[trt.Shape] = list(zip(batch, tokens, strict=True))
     shapes = {"image": image, "input_ids": text, "attention_mask": text}
     return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}
 
@@ -360,14 +376,16 @@ def _manifest(
 def _tensors(config: ModelConfig) -> dict[str, list[dict[str, Any]]]:
     """Inputs and outputs as the manifest declares them."""
     picture = ["batch", 3, config.image_size, config.image_size]
-    shapes = {
+    shapes: dict[str, list[int | str]] = {
         "logits_real_fake": ["batch", 2],
         "logits_multicls": ["batch", len(TYPES)],
         "box": ["batch", 4],
         "logits_tok": ["batch", "tokens - 1", 2],
         "attention_map": ["batch", "tokens", config.image_tokens],
     }
-    text = [{"name": n, "dtype": "int64", "shape": ["batch", "tokens"]} for n in ("input_ids", "attention_mask")]
+    text = [
+        {"name": n, "dtype": "int64", "shape": ["batch", "tokens"]} for n in ("input_ids", "attention_mask")
+    ]
     return {
         "inputs": [{"name": "image", "dtype": "float32", "shape": picture}, *text],
         "outputs": [{"name": n, "dtype": "float32", "shape": shapes[n]} for n in outputs_of(config)],

@@ -151,7 +151,9 @@ def fold_conv_fusion(vision: CAFormer) -> ConvFusion:
 class LatentPool(nn.Module):
     """Pooling by the learnt query, its key projection folded away (rewrite 3)."""
 
-    def __init__(self, norm: nn.LayerNorm, query: Tensor, value: Tensor, bias: Tensor, out: nn.Linear) -> None:
+    def __init__(
+        self, norm: nn.LayerNorm, query: Tensor, value: Tensor, bias: Tensor, out: nn.Linear
+    ) -> None:
         super().__init__()
         self.norm = Norm(norm)
         self.query = nn.Parameter(query, requires_grad=False)

@@ -35,7 +35,9 @@ def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
     try:
         pieces = vocabulary.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{vocabulary}: expected a vocabulary with one word piece a line: {error}") from error
+        raise InputError(
+            f"{vocabulary}: expected a vocabulary with one word piece a line: {error}"
+        ) from error
     missing = [token for token in _SPECIAL if token not in pieces]
     if len(pieces) != size or missing:
         lacks = f", without {', '.join(missing)}" if missing else ""

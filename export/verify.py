@@ -65,7 +65,9 @@ class Difference:
         return asdict(self)
 
 
-def case_inputs(config: ModelConfig, cases: Sequence[tuple[int, int]] = CASES) -> list[dict[str, torch.Tensor]]:
+def case_inputs(
+    config: ModelConfig, cases: Sequence[tuple[int, int]] = CASES
+) -> list[dict[str, torch.Tensor]]:
     """Draw the inputs of every case, the same at each call."""
     return [example_inputs(config, batch, tokens, seed=i) for i, (batch, tokens) in enumerate(cases)]
 
@@ -88,7 +90,9 @@ def onnx_answers(path: Path, config: ModelConfig) -> list[Arrays]:
     return [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]
 
 
-def _pairs(reference: Sequence[Arrays], candidate: Sequence[Arrays]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _pairs(
+    reference: Sequence[Arrays], candidate: Sequence[Arrays]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     for name in reference[0]:
         want = np.concatenate([x[name].ravel() for x in reference]).astype(np.float64)
         got = np.concatenate([x[name].ravel() for x in candidate]).astype(np.float64)

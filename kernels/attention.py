@@ -75,8 +75,8 @@ def _body(name: str) -> onnx.FunctionProto:
         value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads)
         products = MatMul (scaled, key_columns)
         scores = Cast <to = {onnx.TensorProto.FLOAT}> (products){masking if mask else plain}{
-            averaging if guide else ""
-        }
+        averaging if guide else ""
+    }
         weights_typed = CastLike (weights, query)
         mixed = MatMul (weights_typed, value_rows)
         mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)

@@ -51,7 +51,7 @@ def emit(
     attributes: dict[str, Sequence[int] | float],
 ) -> Sequence[Tensor]:
     """Leave a node `name` in the traced graph; shapes and dtypes are those of its outputs."""
-    plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION), "aot": 1}
+    plugin: dict[str, str | int] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION), "aot": 1}
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{name}", inputs, {**attributes, **plugin}, dtypes=dtypes, shapes=shapes, version=VERSION
     )

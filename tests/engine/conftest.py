@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from engine import Predictor
+from engine.manifest import manifest_digest
 
 WORDS = ["obama", "s", "the", "president", "speaks", "in", "person", "well", "known", "poison", "bottom"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -150,7 +151,7 @@ def _write_manifest(directory: Path, manifest: dict) -> None:
         if path.name != "manifest.json":
             data = path.read_bytes()
             manifest["files"][path.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,93 @@
+"""What the tests of the networks, the kernels and the export share: networks, inputs, golden numbers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("hammer", "asap", "cals")
+
+
+def published_inputs(seed, batch, tokens, lengths):
+    """The formula the golden numbers were made with: pictures, ids and mask (no [SEP]) as NumPy arrays."""
+    random = np.random.Generator(np.random.PCG64([seed, 7]))
+    low = random.standard_normal((batch, 3, 16, 16), dtype=np.float32).repeat(16, 2).repeat(16, 3)
+    image = low + 0.3 * random.standard_normal((batch, 3, 256, 256), dtype=np.float32)
+    ids = random.integers(1000, 30000, (batch, tokens))
+    ids[:, 0] = 101
+    mask = (np.arange(tokens)[None] < np.asarray(lengths)[:, None]).astype(np.int64)
+    return {"image": image, "input_ids": ids * mask, "attention_mask": mask}
+
+
+def load_golden(name):
+    """Inputs and outputs of the published network `name`, by the names of our outputs."""
+    with np.load(GOLDEN / f"golden_{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    inputs = published_inputs(**json.loads(str(arrays.pop("meta"))))
+    renamed = {"output_coord": "box", "cross_attention_scores": "attention_map"}
+    return SimpleNamespace(inputs=inputs, arrays={renamed.get(k, k): v for k, v in arrays.items()})
+
+
+def worst_outputs(answers, golden):
+    """Largest difference of every named output from the golden one, over valid tokens only."""
+    valid = golden.inputs["attention_mask"] == 1
+    worst = {}
+    for name in ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map"):
+        if name not in golden.arrays:
+            continue
+        difference = np.abs(np.asarray(answers[name], np.float64) - golden.arrays[name])
+        assert difference.shape == golden.arrays[name].shape
+        rows = {"logits_tok": valid[:, 1:], "attention_map": valid}.get(name)
+        worst[name] = float(difference.max() if rows is None else difference[rows].max())
+    return worst
+
+
+@pytest.fixture(scope="session")
+def golden_inputs():
+    return published_inputs
+
+
+@pytest.fixture(scope="session")
+def outputs_apart():
+    return worst_outputs
+
+
+@pytest.fixture(scope="session")
+def golden_keys():
+    """Names and shapes of a released checkpoint, training copies included."""
+    return lambda name: [(k, tuple(s)) for k, s in json.loads((GOLDEN / f"keys_{name}.json").read_text())]
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def base(request):
+    """One base network at a time, drawn weights: .name, .model and .golden. Tests leave it as it is."""
+    import dgm4
+
+    network = SimpleNamespace(
+        name=request.param,
+        model=dgm4.seeded_model(request.param).requires_grad_(False),
+        golden=load_golden(request.param),
+    )
+    yield network
+    del network.model
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Make a fresh tiny network with drawn weights; dtype float32 unless given."""
+    import dgm4
+
+    return lambda name, dtype=None, seed=1: dgm4.seeded_model(name, "tiny", seed).to(dtype or None)
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    """Each of the three networks."""
+    return request.param
