@@ -194,6 +194,23 @@ def test_a_thousand_one_bit_flips_are_all_rejected(bundle_copy):
     Bundle.open(bundle_copy).verify_all()
 
 
+def test_a_flipped_bit_in_the_manifest_is_rejected_or_changes_nothing(bundle_copy):
+    path = bundle_copy / "manifest.json"
+    whole = path.read_bytes()
+    sound = Bundle.open(bundle_copy).manifest
+    generator = np.random.default_rng(18)
+    rejected = 0
+    for _ in range(1000):
+        flipped = bytearray(whole)
+        flipped[generator.integers(len(whole))] ^= 1 << generator.integers(8)
+        path.write_bytes(flipped)
+        try:
+            assert Bundle.open(bundle_copy).manifest == sound  # 1e-05 and 1E-05 are one number
+        except BundleError:
+            rejected += 1
+    assert rejected >= 990
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
 def test_a_predictor_never_parses_an_altered_file(bundle_copy, name):
     data = bytearray((bundle_copy / name).read_bytes())

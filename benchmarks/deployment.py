@@ -1,0 +1,126 @@
+"""What a deployment costs: `python -m benchmarks.deployment --out FILE [--network asap]`.
+
+Exports the base network three times (float16 with an engine where one can be built, int8, float32) and
+measures, each in processes of its own: time and peak memory of the export; from process start to the
+first answer; peak memory while predicting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from engine.errors import BackendError
+from export.pipeline import SAMPLE_CAPTION, sample_picture
+
+STARTS = 5
+_SAMPLING_S = 0.02
+_SERVE = """
+import sys
+from engine import Predictor
+with Predictor(sys.argv[1]) as predictor:
+    for _ in range(int(sys.argv[4])):
+        predictor.predict(sys.argv[2], sys.argv[3])
+"""
+
+
+def _resident(root: int) -> int:
+    """Resident memory in bytes of a process and all below it; what they share counts once for each."""
+    total, waiting = 0, [root]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            fields = Path(f"/proc/{pid}/statm").read_text().split()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+        total += int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+        waiting += map(int, children)
+    return total
+
+
+def measure(command: list[str]) -> dict[str, Any]:
+    """Run a command; its wall-clock seconds and the peak of its whole process tree in MB (10^6 bytes)."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    peak = 0
+    output: list[bytes] = []
+    reader = threading.Thread(target=lambda: output.extend(process.communicate()))
+    reader.start()
+    while process.poll() is None:
+        peak = max(peak, _resident(process.pid))
+        time.sleep(_SAMPLING_S)
+    seconds = time.perf_counter() - start
+    reader.join()
+    if process.returncode != 0:
+        raise BackendError(f"{' '.join(command[:3])} failed: {output[1].decode(errors='replace')[-2000:]}")
+    return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6), "stdout": output[0].decode()}
+
+
+def export(network: str, precision: str, out: Path) -> dict[str, Any]:
+    """Export a base network; time, peak memory and the stages' own seconds."""
+    command = [sys.executable, "-m", "export.cli", "export", "--model", network, "--size", "base"]
+    done = measure([*command, "--precision", precision, "--out", str(out), "--json"])
+    report = json.loads(done.pop("stdout"))
+    engines = [e["file"] for e in report["manifest"]["engines"]]
+    return {
+        **done,
+        "stages": {s["stage"]: s["seconds"] for s in report["stages"]},
+        "engine_mb": sum(report["manifest"]["files"][name]["bytes"] for name in engines) / 1e6,
+    }
+
+
+def serve(bundle: Path, picture: Path, pairs: int, runs: int) -> dict[str, Any]:
+    """Start a process that answers `pairs` times, `runs` times over; medians and extremes."""
+    command = [sys.executable, "-c", _SERVE, str(bundle), str(picture), SAMPLE_CAPTION, str(pairs)]
+    done = [measure(command) for _ in range(runs)]
+    seconds = [d["seconds"] for d in done]
+    return {
+        "pairs": pairs,
+        "seconds": statistics.median(seconds),
+        "seconds_range": [min(seconds), max(seconds)],
+        "peak_mb": max(d["peak_mb"] for d in done),
+    }
+
+
+def run(network: str, folder: Path) -> dict[str, Any]:
+    """Measure one base network."""
+    picture = sample_picture()
+    if picture is None:
+        raise BackendError("the sample photograph needs scikit-image: pip install 'dgm4[export]'")
+    record: dict[str, Any] = {"network": network}
+    for precision in ("fp16", "int8", "fp32"):
+        bundle = folder / precision
+        record[precision] = {"export": export(network, precision, bundle)}
+        if precision != "fp16":
+            record[precision]["first_answer"] = serve(bundle, picture, pairs=1, runs=STARTS)
+            record[precision]["ten_answers"] = serve(bundle, picture, pairs=10, runs=1)
+    return record
+
+
+def main() -> int:
+    """Measure, write the data, print it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.deployment", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--network", default="asap", choices=("hammer", "asap", "cals"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = {"machine": describe_machine(), **run(options.network, Path(folder))}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
