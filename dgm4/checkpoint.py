@@ -246,6 +246,8 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen ({_some(misshapen)})")
+    if foreign := [f"{k}: {state[k].dtype}" for k in common if not state[k].is_floating_point()]:
+        problems.append(f"{len(foreign)} without floating values ({_some(foreign)})")
     if not problems and (bad := [k for k in common if not state[k].isfinite().all()]):
         problems.append(f"{len(bad)} with NaN or infinity ({_some(bad)})")
     if problems:

@@ -6,6 +6,7 @@ its parameters with the trained one it is made from.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -317,7 +318,7 @@ def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
 
 
 def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
-    """Cast everything but the float32 islands to `dtype`, in place; the trained model it shares goes too."""
+    """Cast everything but the float32 islands to `dtype`, in place; the trained model stays as it is."""
     islands = {id(p) for p in _islands(model)}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -326,9 +327,18 @@ def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
     return model
 
 
+def _alias(model: Detector) -> Detector:
+    """The same network over the same storage; mode, gradients and dtype of the first stay its own."""
+    shared: dict[int, Tensor] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    shared |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
 def rewrite(model: Detector, stacked: bool = True) -> InferenceModel:
-    """Compose the exact rewrites over a trained model, which stays as it is and shares its parameters.
+    """Compose the exact rewrites over a trained model, which stays as it is; unchanged weights are shared.
 
     `stacked` projects the image's keys and values for all fusion layers in one product.
     """
-    return InferenceModel(model.eval(), stacked)
+    return InferenceModel(_alias(model).eval(), stacked)

@@ -6,6 +6,8 @@ and then nothing is written.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +36,7 @@ from export.onnx import data_of, export_onnx, outputs_of
 from export.quantize import quantize_dynamic
 from export.tokenizer import build_tokenizer, find_vocabulary
 from export.verify import (
+    CASES,
     EXACT,
     HALF,
     INT8,
@@ -168,7 +171,7 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
         stage.differences.append(check(compare("rewrite", "trained network", reference, answers, EXACT)))
         stage.text = "exact rewrites composed"
     if run.options.precision == "fp16":
-        answers = _cast(run, inference, answers)
+        _cast(run, inference, answers)
     del model
     graph = writer.path(MODEL)
     if run.options.precision == "int8":
@@ -176,7 +179,22 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
     else:
         tolerance = HALF if run.options.precision == "fp16" else EXACT
         _trace(run, inference, graph, answers, tolerance)
+    _release(inference)
     return config, weights
+
+
+def _release(model: torch.nn.Module) -> None:
+    """Give the weights' memory back to the system: the builder, another process, needs the room.
+
+    torch's tracer keeps the parameters of its last trace, so they are emptied rather than dropped; and
+    the C library keeps freed blocks of this size until it is asked for them.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc
+        library.malloc_trim(0)
 
 
 def _load(run: _Run) -> tuple[Detector, dict[str, Any]]:
@@ -227,23 +245,22 @@ def _write_weights(run: _Run, writer: BundleWriter, model: Detector) -> None:
         )
 
 
-def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> list[Arrays]:
+def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> None:
+    """Cast in place. One case is enough here, where half precision is slow; the graph answers them all."""
     with run.stage("cast") as stage:
         to_precision(inference, torch.float16)
-        answers = torch_answers(inference, inference.config)
-        stage.differences.append(check(compare("cast", "rewrite", reference, answers, HALF)))
+        answers = torch_answers(inference, inference.config, CASES[:1])
+        stage.differences.append(check(compare("cast", "rewrite", reference[:1], answers, HALF)))
         stage.text = "float16, with norms, softmax and the box head in float32"
-    return answers
 
 
 def _trace(
     run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays], tolerance: Any
 ) -> None:
-    before = "cast" if run.options.precision == "fp16" else "rewrite"
     with run.stage("onnx") as stage:
         proto = export_onnx(inference, graph)
         answers = onnx_answers(graph, inference.config)
-        stage.differences.append(check(compare("onnx", before, reference, answers, tolerance)))
+        stage.differences.append(check(compare("onnx", "rewrite", reference, answers, tolerance)))
         custom = sum(node.domain != "" for node in proto.graph.node)
         stage.text = (
             f"opset {proto.opset_import[0].version}, {len(proto.graph.node)} nodes, {custom} of them ours"

@@ -22,6 +22,8 @@ from kernels.attention import attention, guided_attention
 from kernels.conv_fusion import POSITIONS, conv_fusion
 from kernels.latent_pool import latent_pool
 
+KERNEL = 5  # side of CAFormer's convolution, for which the pixels of kernels/conv_fusion.py are counted
+
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A Linear with these parameters, [out, in] and [out], without a copy."""
@@ -139,11 +141,14 @@ def fold_conv_fusion(vision: CAFormer) -> ConvFusion:
     conv, norm = vision.Conv.conv, vision.Conv.bn2
     if norm.running_var is None or norm.running_mean is None:
         raise ValueError("the BatchNorm of CAFormer keeps no running statistics and cannot be folded")
+    if conv.kernel_size != (KERNEL, KERNEL):
+        raise ValueError(
+            f"CAFormer: expected a {KERNEL}x{KERNEL} convolution to fold, got {conv.kernel_size}"
+        )
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     kernel = conv.weight.double() * gain[:, None, None, None]
     bias = norm.bias.double() - norm.running_mean.double() * gain
-    side = kernel.shape[-1] + 1
-    placed = [F.pad(kernel, (x, side - 5 - x, y, side - 5 - y)) for y in (0, 1) for x in (0, 1)]
+    placed = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
     dtype = conv.weight.dtype
     return ConvFusion(torch.cat(placed).detach().to(dtype), bias.repeat(POSITIONS).detach().to(dtype))
 

@@ -45,7 +45,13 @@ def test_every_norm_has_the_published_eps(name, size):
 def test_base_shape(name):
     model = on_meta(name)
     shape = model.config
-    assert (shape.width, shape.heads, shape.head_width, shape.grid, shape.image_tokens) == (768, 12, 64, 16, 257)
+    assert (shape.width, shape.heads, shape.head_width, shape.grid, shape.image_tokens) == (
+        768,
+        12,
+        64,
+        16,
+        257,
+    )
     assert (shape.vision_depth, shape.text_depth, shape.fusion_start) == (12, 12, 6)
     assert {block.attn.heads for block in model.visual_encoder.blocks} == {12}
     for i, layer in enumerate(model.text_encoder.bert.encoder.layer):
@@ -123,7 +129,9 @@ def test_dead_keys_are_the_ones_that_inference_never_reads(name, golden_keys):
     allowed = {"temp", "vision_proj", "text_proj", "patch_head", "itm_head_m", "queue_ptr"}
     towers = {first for first in firsts if first.endswith(("_m", "_queue"))}
     assert firsts - towers - allowed <= {"visual_encoder", "text_encoder"}
-    unused = r"visual_encoder\.(CoordConv|usam_pre|MHA1|MHA3|fl1_mlp|fl2_mlp|Conv\.bn2\.num_batches_tracked)\b.*"
+    unused = (
+        r"visual_encoder\.(CoordConv|usam_pre|MHA1|MHA3|fl1_mlp|fl2_mlp|Conv\.bn2\.num_batches_tracked)\b.*"
+    )
     for key in dropped:
         if key.startswith("visual_encoder."):
             assert re.fullmatch(unused, key), key
@@ -137,7 +145,9 @@ def test_config_survives_json(name, size):
     assert config.ModelConfig.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
 
 
-@pytest.mark.parametrize(("name", "size", "expected"), [("hamer", "base", "hammer, asap"), ("asap", "large", "tiny")])
+@pytest.mark.parametrize(
+    ("name", "size", "expected"), [("hamer", "base", "hammer, asap"), ("asap", "large", "tiny")]
+)
 def test_unknown_name_or_size(name, size, expected):
     with pytest.raises(ValueError, match=expected):
         dgm4.create_model(name, size)

@@ -23,7 +23,9 @@ def inputs(batch=2, tokens=7, dtype=torch.float64, seed=0):
 
 
 def drawn(module):
-    module.load_state_dict({k: torch.from_numpy(draw(k, tuple(v.shape), 1)) for k, v in module.state_dict().items()})
+    module.load_state_dict(
+        {k: torch.from_numpy(draw(k, tuple(v.shape), 1)) for k, v in module.state_dict().items()}
+    )
     return module.double().eval()
 
 
@@ -190,7 +192,9 @@ def test_cals_answers_by_the_formula(tiny):
         got, real_fake, classes = model.answer(image, text, bias, fused)
         assert (got - want).abs().max() <= EXACT
         assert torch.equal(real_fake, model.itm_head(fused))
-        assert (classes[:, :2] - model.fch(c[:, 1:], c[:, 0])).abs().max() <= EXACT, "face classes of the first pass"
+        assert (classes[:, :2] - model.fch(c[:, 1:], c[:, 0])).abs().max() <= EXACT, (
+            "face classes of the first pass"
+        )
         assert torch.equal(classes[:, 2:], model.cls_head(fused))
 
 
@@ -200,7 +204,9 @@ def toy_loss(out):
     target = torch.ones(len(out.box), dtype=torch.long)
     loss = cross_entropy(out.logits_real_fake, target) + out.logits_multicls.square().mean()
     loss = loss + (out.box - 0.25).abs().mean()
-    loss = loss + cross_entropy(out.logits_tok.flatten(0, 1), torch.ones(out.logits_tok[..., 0].numel()).long())
+    loss = loss + cross_entropy(
+        out.logits_tok.flatten(0, 1), torch.ones(out.logits_tok[..., 0].numel()).long()
+    )
     return loss if out.attention_map is None else loss + out.attention_map.square().mean()
 
 

@@ -14,7 +14,13 @@ from dgm4.text import Bert, TextEncoder
 
 EXACT = 1e-10
 CONFIG = replace(
-    dgm4.model_config("hammer", "tiny"), width=48, heads=3, text_depth=4, fusion_start=2, vocabulary=60, positions=20
+    dgm4.model_config("hammer", "tiny"),
+    width=48,
+    heads=3,
+    text_depth=4,
+    fusion_start=2,
+    vocabulary=60,
+    positions=20,
 )
 
 
@@ -67,7 +73,9 @@ def test_text_layers_are_transformers(bert, theirs, caption):
     from transformers import BertModel
 
     other = BertModel(theirs(), add_pooling_layer=False).double().eval()
-    ours = {k: v for k, v in bert.state_dict().items() if not k.startswith(("encoder.layer.2", "encoder.layer.3"))}
+    ours = {
+        k: v for k, v in bert.state_dict().items() if not k.startswith(("encoder.layer.2", "encoder.layer.3"))
+    }
     other.load_state_dict(ours, strict=True)
     ids, mask = caption
     with torch.inference_mode():

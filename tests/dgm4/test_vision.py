@@ -49,7 +49,10 @@ class Plain:
 
     def norm(self, name, x, eps):
         x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
+        return (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * self.p[f"{name}.weight"]
+            + self.p[f"{name}.bias"]
+        )
 
     @staticmethod
     def heads(q, k, v, heads):
@@ -96,7 +99,9 @@ class Plain:
                     out[b, o] += correlate2d(image[b, c], p["Conv.conv.weight"][o, c], mode="same")
         mean, var = p["Conv.bn2.running_mean"], p["Conv.bn2.running_var"]
         gain = p["Conv.bn2.weight"] / np.sqrt(var + 1e-5)
-        return np.maximum((out - mean[:, None, None]) * gain[:, None, None] + p["Conv.bn2.bias"][:, None, None], 0)
+        return np.maximum(
+            (out - mean[:, None, None]) * gain[:, None, None] + p["Conv.bn2.bias"][:, None, None], 0
+        )
 
     def fuse(self, x, image):
         tokens = self.post_norm(x)

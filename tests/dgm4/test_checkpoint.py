@@ -1,0 +1,538 @@
+"""Every layout of a released file loads; everything else is refused, by name, and runs no code."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import os
+import pickle
+import random
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+
+import dgm4
+from dgm4.model import build
+from dgm4.seeded import draw
+from engine.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("hammer", "asap", "cals")
+UNUSED_CALS = ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")
+
+
+def small(name):
+    """The smallest network with every part; its files are read in milliseconds."""
+    return replace(
+        dgm4.model_config(name, "tiny"),
+        width=24,
+        vision_depth=3,
+        text_depth=2,
+        fusion_start=1,
+        vocabulary=30,
+        positions=16,
+        image_size=64,
+        guidance_widths=(4, 4, 8),
+    )
+
+
+def live(config, seed=1):
+    """The tensors that inference reads, drawn; BatchNorm's counter is left out."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in build(config).state_dict().items()}
+    return {
+        k: torch.from_numpy(draw(k, s, seed))
+        for k, s in shapes.items()
+        if not k.endswith("num_batches_tracked")
+    }
+
+
+def training_copies(state):
+    """What the published code keeps beside the live tensors."""
+    towers = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")
+    projections = {
+        f"{p}.{leaf}": torch.ones(4) for p in ("vision_proj", "text_proj") for leaf in ("weight", "bias")
+    }
+    state = {**state, **projections, "temp": torch.tensor(0.07)}
+    copies = {k.replace(".", "_m.", 1): v + 1 for k, v in state.items() if k.startswith(towers)}
+    queues = {
+        "image_queue": torch.zeros(8, 16),
+        "text_queue": torch.zeros(8, 16),
+        "queue_ptr": torch.zeros(1).long(),
+    }
+    ids = {"text_encoder.bert.embeddings.position_ids": torch.arange(16)[None]}
+    return {**state, **copies, **queues, **ids}
+
+
+def published(name, config):
+    """The `model` entry as the code of `name` writes it."""
+    state = training_copies(live(config))
+    if name == "asap":
+        state |= {"patch_head.weight": torch.ones(1, 4), "itm_head_m.0.weight": torch.ones(4, 4)}
+    if name == "cals":
+        state |= {f"visual_encoder.{module}.weight": torch.ones(3) for module in UNUSED_CALS}
+        state["visual_encoder.Conv.bn2.num_batches_tracked"] = torch.tensor(7)
+    return state
+
+
+def renamed_cals(config):
+    """The layout of the only released weights of CALS."""
+    state = published("cals", config)
+    for ours, theirs in (("LIG", "MIG"), ("fch", "CARA")):
+        state = {
+            theirs + k.removeprefix(ours) if k.startswith(f"{ours}.") else k: v for k, v in state.items()
+        }
+    extra = (
+        "text_encoder_f_1.layer",
+        "bbox_head_f.0",
+        "bbox_head_c.0",
+        "cls_head_A.0",
+        "dimd.fc",
+        "psil.conv",
+    )
+    return state | {f"{module}.weight": torch.ones(2) for module in extra}
+
+
+def albef(config):
+    """ALBEF_4M's layout: both encoders, the language head and a Linear itm_head."""
+    encoders = ("visual_encoder.", "text_encoder.bert.")
+    own = ("visual_encoder.Conv.", "visual_encoder.MHA2.")
+    state = {k: v for k, v in live(config).items() if k.startswith(encoders) and not k.startswith(own)}
+    state |= {"text_encoder.cls.predictions.bias": torch.ones(30), "itm_head.weight": torch.ones(2, 24)}
+    return training_copies(state | {"itm_head.bias": torch.ones(2)})
+
+
+def whole_file(state):
+    """What stands beside the state in the published files."""
+    return {
+        "model": state,
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-5}]},
+        "lr_scheduler": {"base_values": [np.float64(1e-5)], "metric": None},
+        "config": {"image_res": 256, "optimizer": {"opt": "adamW"}, "schedular": {"epochs": 50}},
+        "epoch": 49,
+    }
+
+
+def save(path, content, legacy=False):
+    if path.suffix == ".safetensors":
+        content = content.get("model", content)
+        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in content.items()}, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def assert_loaded(model, state):
+    loaded = model.state_dict()
+    for key, value in state.items():
+        assert torch.equal(loaded[key], value), key
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "zip.pth") for name in NAMES), ("cals", "legacy.pth"), ("asap", "plain.safetensors")],
+)
+def test_published_layouts_at_a_known_size(name, kind, tmp_path):
+    """Network and size are read off the keys."""
+    config = dgm4.model_config(name, "tiny")
+    path = save(tmp_path / kind, whole_file(published(name, config)), legacy=kind.startswith("legacy"))
+    model = dgm4.load_checkpoint(path)
+    assert model.config == config
+    assert_loaded(model, live(config))
+
+
+def wrapped(state):
+    return {f"module.{k}": v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("shape", ["whole", "bare", "module", "bare module", "half"])
+def test_wrappings(name, shape, tmp_path):
+    config = small(name)
+    state, want = published(name, config), live(config)
+    if shape == "half":
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        want = {k: v.half().float() for k, v in want.items()}
+    content = wrapped(state) if "module" in shape else state
+    content = content if shape.startswith("bare") else whole_file(content)
+    path = save(tmp_path / "checkpoint.pth", content)
+    checkpoint = dgm4.read_checkpoint(path)
+    assert checkpoint.layout == name
+    assert checkpoint.state.keys() == want.keys()
+    assert_loaded(dgm4.load_checkpoint(path, config=config), want)
+
+
+def test_released_names_of_cals(tmp_path):
+    config = small("cals")
+    path = save(tmp_path / "cals.pth", whole_file(renamed_cals(config)))
+    assert dgm4.read_checkpoint(path).layout == "cals"
+    assert_loaded(dgm4.load_checkpoint(path, config=config), live(config))
+
+
+def test_momentum_towers_are_never_taken_for_the_live_ones(name, tmp_path):
+    config = small(name)
+    state = published(name, config)
+    del state["visual_encoder.cls_token"]
+    path = save(tmp_path / "checkpoint.pth", state)
+    with pytest.raises(CheckpointError, match=r"1 missing \(visual_encoder\.cls_token\)"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_albef_initialises_the_encoders_of_any_network(name, tmp_path, caplog):
+    config = small(name)
+    path = save(tmp_path / "ALBEF_4M.pth", whole_file(albef(config)))
+    assert dgm4.read_checkpoint(path).layout == "albef"
+    torch.manual_seed(0)
+    model = dgm4.load_checkpoint(path, model=name, config=config)
+    torch.manual_seed(0)
+    fresh = build(config).state_dict()
+    drawn = live(config)
+    encoders = ("visual_encoder.", "text_encoder.bert.")
+    own = ("visual_encoder.Conv.", "visual_encoder.MHA2.")
+    for key, value in model.state_dict().items():
+        loaded = key.startswith(encoders) and not key.startswith(own)
+        assert torch.equal(value, drawn[key] if loaded else fresh[key]), key
+    assert "untrained" in caplog.text
+
+
+def test_albef_alone_names_no_network(tmp_path):
+    path = save(tmp_path / "ALBEF_4M.pth", albef(small("hammer")))
+    with pytest.raises(CheckpointError, match="expected model= as one of hammer, asap, cals"):
+        dgm4.load_checkpoint(path)
+
+
+def test_model_overrides_what_the_keys_say(tmp_path):
+    """The heads of HAMMER fit no other network, and the message says what CALS would need."""
+    config = small("hammer")
+    path = save(tmp_path / "hammer.pth", published("hammer", config))
+    assert dgm4.load_checkpoint(path, model="hammer", config=config).config.name == "hammer"
+    with pytest.raises(CheckpointError, match=r"live tensors of cals .* missing \(LIG\."):
+        dgm4.load_checkpoint(path, model="cals", config=small("cals"))
+    with pytest.raises(CheckpointError, match="unknown network 'resnet': expected one of hammer"):
+        dgm4.load_checkpoint(path, model="resnet")
+
+
+def some_keys(name):
+    """A few keys of every top module, those of CALS alone included."""
+    keys = sorted(live(small(name)))
+    firsts = {key.split(".", 1)[0]: key for key in keys}
+    return sorted(
+        {*firsts.values(), "visual_encoder.pos_embed", "text_encoder.bert.embeddings.LayerNorm.bias"}
+    )
+
+
+@pytest.mark.parametrize("fault", ["missing", "misshapen", "nan", "infinite"])
+def test_a_faulty_live_key_is_named(name, fault, tmp_path):
+    config = small(name)
+    path = tmp_path / "checkpoint.pth"
+    expected = {"missing": "missing", "misshapen": "misshapen", "nan": "NaN", "infinite": "infinity"}[fault]
+    for key in some_keys(name):
+        state = published(name, config)
+        if fault == "missing":
+            del state[key]
+        elif fault == "misshapen":
+            state[key] = torch.zeros(3, 5, 2)
+        else:
+            state[key] = torch.full_like(state[key], float("nan" if fault == "nan" else "-inf"))
+        save(path, state)
+        with pytest.raises(CheckpointError) as caught:
+            dgm4.load_checkpoint(path, model=name, config=config)
+        assert key in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["surprise.weight", "cls_head.9.weight", "visual_encoder.blocks.99.norm1.bias"]
+)
+def test_an_extra_key_is_named(name, key, tmp_path):
+    config = small(name)
+    path = save(tmp_path / "checkpoint.pth", published(name, config) | {key: torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=rf"1 unexpected \({key}\)"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_dead_modules_of_one_network_are_strange_to_another(tmp_path):
+    config = small("hammer")
+    path = save(
+        tmp_path / "checkpoint.pth", published("hammer", config) | {"patch_head.weight": torch.zeros(2)}
+    )
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(patch_head\.weight\)"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_many_faults_are_counted_and_some_named(tmp_path):
+    config = small("hammer")
+    state = {k: v for k, v in published("hammer", config).items() if not k.startswith("itm_head.")}
+    path = save(tmp_path / "checkpoint.pth", state)
+    with pytest.raises(CheckpointError, match=r"10 missing \(itm_head\.0\.bias, .* and 5 more\)"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_a_live_tensor_that_is_no_real_number_is_named(dtype, tmp_path):
+    config = small("hammer")
+    state = published("hammer", config)
+    state["cls_token_local"] = state["cls_token_local"].to(dtype)
+    path = save(tmp_path / "checkpoint.pth", state)
+    with pytest.raises(CheckpointError, match=rf"1 without floating values \(cls_token_local: {dtype}\)"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_unknown_width(tmp_path):
+    path = save(tmp_path / "checkpoint.pth", published("asap", small("asap")))
+    with pytest.raises(CheckpointError, match=r"expected the width 768 \(base\), 128 \(tiny\), got 24"):
+        dgm4.load_checkpoint(path)
+
+
+def test_width_cannot_be_read(tmp_path):
+    state = published("asap", small("asap"))
+    del state["visual_encoder.cls_token"]
+    path = save(tmp_path / "checkpoint.pth", state)
+    with pytest.raises(CheckpointError, match=r"expected the key visual_encoder\.cls_token"):
+        dgm4.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("side", [14, 2, 3, 7])
+def test_positions_of_another_grid_are_resampled(side, tmp_path):
+    """Bicubic without aligned corners; the position of [CLS] passes by."""
+    config = small("hammer")
+    state = published("hammer", config)
+    other = torch.from_numpy(draw("pos_embed", (1, side**2 + 1, config.width), 5))
+    path = save(tmp_path / "checkpoint.pth", state | {"visual_encoder.pos_embed": other})
+    got = dgm4.load_checkpoint(path, config=config).visual_encoder.pos_embed.detach()
+    field = other[0, 1:].reshape(side, side, config.width).permute(2, 0, 1)[None]
+    field = F.interpolate(field, size=(4, 4), mode="bicubic", align_corners=False)
+    want = torch.cat([other[0, :1], field[0].permute(1, 2, 0).reshape(16, config.width)])
+    assert torch.equal(got[0, 0], other[0, 0])
+    assert (got[0] - want).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 24), (1, 1, 24), (1, 0, 24), (1, 11, 24), (24,), (1, 17, 23), (2, 17, 24)]
+)
+def test_positions_without_a_square_grid_are_misshapen(shape, tmp_path):
+    config = small("hammer")
+    path = save(
+        tmp_path / "checkpoint.pth",
+        published("hammer", config) | {"visual_encoder.pos_embed": torch.ones(shape)},
+    )
+    with pytest.raises(CheckpointError, match=r"visual_encoder\.pos_embed: expected \[1, 17, 24\], got"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def an_image():
+    return b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8
+
+
+def a_zip():
+    import io
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    return buffer.getvalue()
+
+
+FOREIGN = {
+    "empty": lambda: b"",
+    "text": lambda: b"this is no checkpoint\n" * 50,
+    "image": an_image,
+    "zip": a_zip,
+    "json": lambda: b'{"model": {}}',
+    "zeros": lambda: bytes(5000),
+    "pickled list": lambda: pickle.dumps([1, 2, 3], protocol=2),
+    "pickled dict": lambda: pickle.dumps({"model": {"a": 1}}, protocol=2),
+    "html": lambda: b"<!DOCTYPE html><html><body>Sign in to download</body></html>",
+    "pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_refused(kind, suffix, tmp_path):
+    path = tmp_path / f"checkpoint{suffix}"
+    path.write_bytes(FOREIGN[kind]())
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        dgm4.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], {"model": {}}, {"model": None}, torch.ones(3), {"model": {"a": 1}}, 5]
+)
+def test_a_torch_file_without_a_state_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="expected a state of named tensors"):
+        dgm4.load_checkpoint(tmp_path / "other.pth")
+
+
+def test_another_network_is_refused(tmp_path):
+    torch.save({"layer1.0.conv1.weight": torch.ones(2)}, tmp_path / "resnet.pth")
+    with pytest.raises(
+        CheckpointError, match=r"expected the keys of HAMMER, ASAP, CALS or ALBEF .* got layer1\.0"
+    ):
+        dgm4.load_checkpoint(tmp_path / "resnet.pth")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(CheckpointError, match="no such file"):
+            dgm4.load_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory):
+    config = small("cals")
+    path = save(tmp_path_factory.mktemp("good") / "good.pth", whole_file(published("cals", config)))
+    return path.read_bytes(), config, live(config)
+
+
+def test_a_truncated_file_is_refused(good_file, tmp_path):
+    content, config, _ = good_file
+    path = tmp_path / "cut.pth"
+    for share in (0.001, 0.1, 0.5, 0.9, 0.99, 0.9999):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(CheckpointError):
+            dgm4.load_checkpoint(path, config=config)
+
+
+def spots(content, count):
+    """Bits all over the file, and as many in its directory, which holds the names and checksums."""
+    draw_spot = random.Random(0)
+    directory = content.rindex(b"PK\x01\x02", 0, -100) - 20_000
+    places = [draw_spot.randrange(len(content)) for _ in range(count // 2)]
+    places += [draw_spot.randrange(max(directory, 0), len(content)) for _ in range(count // 2)]
+    return [(place, 1 << draw_spot.randrange(8)) for place in places]
+
+
+def test_a_flipped_bit_is_refused_or_harmless(good_file, tmp_path):
+    """At 200 places: never other weights without an error."""
+    content, config, want = good_file
+    path = tmp_path / "flipped.pth"
+    refused = 0
+    for place, bit in spots(content, 200):
+        damaged = bytearray(content)
+        damaged[place] ^= bit
+        path.write_bytes(damaged)
+        try:
+            model = dgm4.load_checkpoint(path, config=config)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert_loaded(model, want)
+    assert refused > 100
+
+
+def test_a_flipped_bit_in_a_tensor_names_the_entry(good_file, tmp_path):
+    content, config, want = good_file
+    path = tmp_path / "flipped.pth"
+    place = content.index(want["itm_head.0.weight"].numpy().tobytes()) + 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"damaged: the checksum of its entry .*/data/\d+ is wrong"):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_a_zip_whose_directory_is_hidden_is_not_read_unchecked(good_file, tmp_path):
+    """A directory that Python's zipfile overlooks, and a flipped bit: the checksum may not be skipped."""
+    content, config, want = good_file
+    path = tmp_path / "hidden.pth"
+    place = content.index(want["itm_head.0.weight"].numpy().tobytes()) + 2
+    damaged = bytearray(content)
+    damaged[place] ^= 1
+    damaged[-2] ^= 1  # the length of the archive's comment
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError):
+        dgm4.load_checkpoint(path, config=config)
+
+
+class Gadget:
+    """A pickle that calls `function` with `arguments` when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class StateGadget:
+    """One that calls through __setstate__ of a foreign class."""
+
+    def __reduce__(self):
+        return (functools.partial, (os.mkdir,), (os.mkdir, (), {}, {}))
+
+
+def gadgets(marker):
+    """Kinds of attack; each would make the folder `marker` if it ran."""
+    code = f"__import__('os').mkdir({marker!r})"
+    make = Gadget(os.mkdir, marker)
+    return {
+        "os.system": Gadget(os.system, f"mkdir {marker}"),
+        "os.mkdir": make,
+        "exec": Gadget(builtins.exec, code),
+        "eval": Gadget(builtins.eval, code),
+        "subprocess": Gadget(subprocess.call, ["mkdir", marker]),
+        "partial": Gadget(functools.partial, os.mkdir, marker),
+        "getattr": Gadget(builtins.getattr, Path, "mkdir"),
+        "import": Gadget(builtins.__import__, "os"),
+        "pathlib": Gadget(Path.mkdir, Path(marker)),
+        "setstate": StateGadget(),
+        "torch.load": Gadget(torch.load, marker),
+        "numpy.load": Gadget(np.load, marker),
+        "nested": {"model": {"a": [({"b": make},)]}},
+    }
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("kind", gadgets("unused"))
+def test_a_pickle_that_would_run_code_is_refused(kind, form, tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "gadget.pth"
+    content = {**whole_file(published("hammer", small("hammer"))), "extra": gadgets(str(marker))[kind]}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content["extra"], protocol=2))
+    else:
+        save(path, content, legacy=form == "legacy")
+    with pytest.raises(CheckpointError, match="could run code") as caught:
+        dgm4.load_checkpoint(path, config=small("hammer"))
+    assert not marker.exists()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_torch_load_of_the_project_is_safe():
+    """weights_only=True, spelled out, wherever torch.load is called."""
+    calls = []
+    for folder in ("dgm4", "kernels", "export", "engine", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                named = isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                    "torch.load",
+                    "torch.jit.load",
+                )
+                if named:
+                    calls.append((path.name, {k.arg: ast.unparse(k.value) for k in node.keywords}))
+    assert calls
+    assert [name for name, keywords in calls if keywords.get("weights_only") != "True"] == []
+
+
+def test_no_module_unpickles_otherwise():
+    """pickle.load and its kin run code."""
+    found = []
+    for folder in ("dgm4", "kernels", "export", "engine"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(
+                    ("pickle.", "joblib.", "dill.")
+                ):
+                    found.append(path.name)
+    assert found == []

@@ -1,0 +1,178 @@
+"""Attention against the formula with explicit loops over heads; the ONNX bodies against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+
+from kernels.attention import GUIDED, MASKED, PLAIN, attention, attention_ref, guided_attention
+
+EXACT = 1e-10
+SHAPES = [
+    pytest.param(*shape, id="B{}-H{}-N{}-M{}-d{}".format(*shape))
+    for shape in [
+        (1, 1, 1, 1, 1),
+        (2, 2, 7, 50, 24),
+        (7, 12, 1, 63, 5),
+        (2, 3, 50, 257, 64),
+        (1, 8, 197, 2, 96),
+    ]
+]
+
+
+def formula(q, k, v, heads, mask=None):
+    """NumPy float64, one pair and one head at a time; the keys that are ignored are taken out."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    width = q.shape[-1] // heads
+    out, guide = np.zeros_like(q), np.zeros((*q.shape[:2], k.shape[1]))
+    for b in range(len(q)):
+        keep = np.ones(k.shape[1], bool) if mask is None else np.asarray(mask[b]) != 0
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            scores = q[b, :, part] @ k[b, :, part].T / np.sqrt(width)
+            guide[b] += scores / heads
+            if keep.any():
+                weights = np.exp(scores[:, keep] - scores[:, keep].max(-1, keepdims=True))
+                out[b, :, part] = weights / weights.sum(-1, keepdims=True) @ v[b, keep, part]
+    return out, guide
+
+
+def lengths_mask(batch, keys):
+    lengths = [max(keys - 3 * i, 1) for i in range(batch)]
+    return (torch.arange(keys)[None] < torch.tensor(lengths)[:, None]).to(torch.int32)
+
+
+def apart(got, want):
+    return np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)).max()
+
+
+@pytest.fixture
+def drawn(normal):
+    def make(batch, heads, queries, keys, width, dtype=torch.float64):
+        shapes = ((batch, queries), (batch, keys), (batch, keys))
+        return [normal(*shape, heads * width, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+    return make
+
+
+@pytest.mark.parametrize(("batch", "heads", "queries", "keys", "width"), SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_reference_and_torch_form_are_the_formula(drawn, batch, heads, queries, keys, width, masked):
+    tensors = drawn(batch, heads, queries, keys, width)
+    copies = [x.clone() for x in tensors]
+    mask = lengths_mask(batch, keys) if masked else None
+    out, guide = formula(*tensors, heads, mask)
+    got, got_guide = attention_ref(*tensors, heads, mask)
+    assert apart(got, out) <= EXACT
+    assert apart(got_guide, guide) <= EXACT
+    assert apart(attention(*tensors, heads, mask), out) <= EXACT
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+
+
+def test_guided_form_is_the_formula(drawn):
+    tensors = drawn(2, 3, 7, 50, 16)
+    out, guide = formula(*tensors, 3)
+    got, got_guide = guided_attention(*tensors, 3)
+    assert apart(got, out) <= EXACT
+    assert apart(got_guide, guide) <= EXACT
+    assert guided_attention(*(x.half() for x in tensors), 3)[1].dtype == torch.float32
+
+
+def test_strided_inputs(normal):
+    """Chunks of one packed product, an expanded query, a reversed batch, a mask with a stride."""
+    packed = normal(3, 9, 3 * 24)
+    parts = packed.chunk(3, dim=-1)
+    assert not parts[0].is_contiguous()
+    mask = torch.tensor([[1, 0] * 9, [1, 1] * 9, [0, 1] * 9], dtype=torch.int32)[:, ::2]
+    for tensors in (parts, (parts[0][:1].expand(3, -1, -1), *parts[1:]), tuple(x.flip(0) for x in parts)):
+        out, _ = formula(*tensors, 4, mask)
+        assert apart(attention_ref(*tensors, 4, mask)[0], out) <= EXACT
+        assert apart(attention(*tensors, 4, mask), out) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_fully_masked_row_yields_zeros(drawn, dtype):
+    tensors = drawn(3, 2, 5, 7, 8, dtype)
+    mask = torch.ones(3, 7, dtype=torch.int32)
+    mask[1] = 0
+    for out in (attention_ref(*tensors, 2, mask)[0], attention(*tensors, 2, mask)):
+        assert torch.equal(out[1], torch.zeros_like(out[1]))
+        assert out.isfinite().all()
+        assert out[0].any()
+
+
+def test_a_fully_masked_row_alone_yields_zeros(drawn):
+    tensors = drawn(1, 2, 5, 7, 8)
+    mask = torch.zeros(1, 7, dtype=torch.int32)
+    assert not attention(*tensors, 2, mask).any()
+    assert not attention_ref(*tensors, 2, mask)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)]
+)
+def test_lower_precisions_stay_near(drawn, rms, dtype, ratio):
+    tensors = drawn(2, 12, 50, 257, 64, dtype)
+    mask = lengths_mask(2, 257)
+    out, _ = formula(*(x.double() for x in tensors), 12, mask)
+    assert rms(attention(*tensors, 12, mask).double(), out) <= ratio
+
+
+def test_runs_are_bit_equal(drawn):
+    tensors = drawn(2, 2, 50, 63, 16, torch.float32)
+    runs = [attention(*tensors, 2, lengths_mask(2, 63)) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def arrays(tensors, mask=None):
+    named = dict(zip(("query", "key", "value"), (x.numpy() for x in tensors), strict=True))
+    return named if mask is None else named | {"mask": mask.numpy()}
+
+
+@pytest.mark.parametrize(("batch", "heads", "queries", "keys", "width"), SHAPES)
+@pytest.mark.parametrize("op", [PLAIN, MASKED, GUIDED])
+def test_onnx_body_is_the_reference(drawn, onnx_body, op, batch, heads, queries, keys, width):
+    tensors = drawn(batch, heads, queries, keys, width, torch.float32)
+    mask = lengths_mask(batch, keys) if op == MASKED else None
+    names = ("out", "guide") if op == GUIDED else ("out",)
+    outputs = dict.fromkeys(names, TensorProto.FLOAT)
+    got = onnx_body(op, arrays(tensors, mask), outputs, heads=[heads], scale=width**-0.5)
+    want = attention_ref(*(x.double() for x in tensors), heads, mask)
+    for x, y in zip(got, want, strict=False):
+        assert x.shape == tuple(y.shape)
+        assert apart(x, y) <= 1e-5
+
+
+@pytest.mark.parametrize("op", [PLAIN, MASKED, GUIDED])
+def test_onnx_body_in_half_precision(drawn, onnx_body, rms, op):
+    tensors = drawn(2, 3, 7, 50, 16, torch.float16)
+    mask = lengths_mask(2, 50) if op == MASKED else None
+    outputs = {"out": TensorProto.FLOAT16} | ({"guide": TensorProto.FLOAT} if op == GUIDED else {})
+    got = onnx_body(op, arrays(tensors, mask), outputs, heads=[3], scale=0.25)
+    want = attention_ref(*(x.double() for x in tensors), 3, mask)
+    assert [x.dtype for x in got] == [np.float16, np.float32][: len(got)]
+    assert all(rms(x, y) <= 5e-3 for x, y in zip(got, want, strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_onnx_body_of_a_fully_masked_row_yields_zeros(drawn, onnx_body, dtype):
+    tensors = drawn(3, 2, 5, 7, 8, dtype)
+    mask = torch.ones(3, 7, dtype=torch.int32)
+    mask[1] = 0
+    kind = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}[dtype]
+    (out,) = onnx_body(MASKED, arrays(tensors, mask), {"out": kind}, heads=[2], scale=8**-0.5)
+    assert np.array_equal(out[1], np.zeros_like(out[1]))
+    assert np.isfinite(out).all()
+    assert out[0].any()
+
+
+def test_large_scores_do_not_reach_ignored_keys(drawn, onnx_body):
+    """Scores of some hundreds, as a trained network may give them, stay far from the value of the mask."""
+    tensors = drawn(1, 2, 5, 7, 8, torch.float32)
+    tensors[0] = tensors[0] * 300
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]], dtype=torch.int32)
+    (out,) = onnx_body(MASKED, arrays(tensors, mask), {"out": TensorProto.FLOAT}, heads=[2], scale=8**-0.5)
+    assert apart(out, formula(*tensors, 2, mask)[0]) <= 1e-4
