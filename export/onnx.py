@@ -88,9 +88,9 @@ def _finish(path: Path) -> onnx.ModelProto:
     proto.functions.extend(onnx_ops.bodies(used))
     proto.ir_version = _IR_VERSION
     proto.producer_name, proto.producer_version = "dgm4", ""
-    del proto.metadata_props[:]
-    for node in proto.graph.node:
-        del node.metadata_props[:]
+    graph = proto.graph
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
     # Inferred shapes of the traced example; quantisers trip over them.
     del proto.graph.value_info[:]
     path.write_bytes(proto.SerializeToString())

@@ -56,7 +56,7 @@ def test_float32_answers_stay_near(name, tiny):
 def test_both_streams_as_one_batch(tiny):
     """Rewrite 4, with the fold of rewrite 2."""
     vision = tiny("cals", torch.float64).visual_encoder
-    image = torch.randn(3, 3, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode():
         fused, plain = InferenceCAFormer(vision)(image)
         want = vision(image)
@@ -154,18 +154,17 @@ def test_every_norm_keeps_its_eps(name, tiny):
     assert {inference.branch.pool.norm.eps} == {1e-5}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_answers_in_float32(name, dtype, tiny):
+def test_half_precision_answers_in_float32(name, tiny):
     model = tiny(name)
     inputs = padded(model.config, torch.float32, 24)
     with torch.inference_mode():
         want = model(**inputs)
-        got = to_precision(rewrite(model), dtype)(**inputs)
+        got = to_precision(rewrite(model), torch.float16)(**inputs)
     assert {x.dtype for x in got if x is not None} == {torch.float32}
     for x, y in zip(got, want, strict=True):
         if x is not None:
             ratio = (x - y).square().mean().sqrt() / y.square().mean().sqrt()
-            assert ratio <= (2e-2 if dtype == torch.float16 else 1e-1)
+            assert ratio <= 2e-2
 
 
 def test_a_fully_masked_caption_gives_no_nan(name, tiny):

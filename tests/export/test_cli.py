@@ -1,0 +1,241 @@
+"""The command line: exit codes, one line for an error, JSON that parses, and a clean end when stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from export import cli, pipeline
+from export.verify import Tolerance
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "export" / "to_trt.py"
+
+
+def export(out, *arguments):
+    return ["export", "--model", "hammer", "--target", "none", "--out", str(out), *arguments]
+
+
+def failed(capsys, arguments, code):
+    """Run, expect the exit code, one line on stderr and nothing on stdout; return the line."""
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("dgm4: error:")]
+    assert len(lines) == 1
+    assert err.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def test_export_prints_the_answer_for_the_sample(tmp_path, capsys):
+    assert cli.main(export(tmp_path / "bundle")) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("astronaut.png: ")
+    for part in ("types", "box", "words", "timing"):
+        assert f"\n  {part}" in out
+    stages = [line.split()[0] for line in err.splitlines()]
+    assert stages == ["load", "weights", "rewrite", "onnx", "tokenizer", "engine", "bundle"]
+    assert "from the trained network: max" in err
+
+
+def test_export_as_json(tmp_path, capsys):
+    assert cli.main(export(tmp_path / "bundle", "--json", "--precision", "fp16")) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["bundle"] == str(tmp_path / "bundle")
+    assert record["manifest"] == json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert [stage["stage"] for stage in record["stages"]][:2] == ["load", "weights"]
+    assert record["sample"]["picture"] == "astronaut.png"
+    assert 0 <= record["sample"]["score"] <= 1
+
+
+def test_a_failed_verification_exits_with_3(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "EXACT", Tolerance("max", 0.0))
+    line = failed(capsys, export(tmp_path / "bundle"), 3)
+    assert "stage 'rewrite'" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["frobnicate"],
+        ["export", "--model", "resnet"],
+        ["export", "--precision", "fp8"],
+        ["export", "--size", "large"],
+        ["export", "--max-batch", "many"],
+        ["export", "--surprise"],
+        ["inspect"],
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: dgm4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "turing"], "--target: expected compute capabilities as 8.6,8.9 or none, got 'turing'"),
+        (["--max-batch", "0"], "max_batch: expected at least 1"),
+        (["--max-tokens", "1000"], "max_tokens: expected 2 to 512"),
+        (["--checkpoint", "absent.pth"], "absent.pth: no such file"),
+    ],
+)
+def test_values_that_do_not_fit_exit_with_1(arguments, message, tmp_path, capsys):
+    assert message in failed(capsys, export(tmp_path / "bundle", *arguments), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_of_another_size_exits_with_1(tmp_path, capsys):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n", encoding="utf-8")
+    assert "expected 30522 word pieces, got 1" in failed(
+        capsys, export(tmp_path / "b", "--vocab", str(path)), 1
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["vocab.txt"]
+
+
+def test_an_unwritable_place_exits_with_1(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    assert str(tmp_path / "file") in failed(capsys, export(tmp_path / "file" / "bundle"), 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_something_else_in_the_place_is_kept(tmp_path, capsys):
+    """A folder that is no bundle is not replaced."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"picture")
+    failed(capsys, export(tmp_path / "photos"), 1)
+    assert [p.name for p in tmp_path.rglob("*")] == ["photos", "holiday.jpg"]
+
+
+def test_verbose_shows_the_traceback(tmp_path, capsys, caplog):
+    assert cli.main(["--verbose", "inspect", str(tmp_path / "absent")]) == 1
+    assert "Traceback" in caplog.text
+
+
+def test_inspect(name, bundle, capsys):
+    made = bundle(name, "fp32")
+    assert cli.main(["inspect", str(made.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"{name} tiny, fp32, every hash agrees" in text
+    assert "drawn from seed 1 (not trained)" in text
+    assert text.count("\nfile ") == len(made.manifest["files"])
+    assert text.count("\nverified ") == len(made.manifest["verification"])
+
+
+def test_inspect_as_json(bundle, capsys):
+    made = bundle("asap", "int8")
+    assert cli.main(["inspect", "--json", str(made.path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["precision"] == "int8"
+    assert record["files"] == made.manifest["files"]
+
+
+def test_inspect_of_a_damaged_bundle(bundle, tmp_path, capsys):
+    copy = shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle")
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    assert "model.onnx.data" in failed(capsys, ["inspect", str(copy)], 1)
+    assert str(tmp_path / "absent") in failed(capsys, ["inspect", str(tmp_path / "absent")], 1)
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("python", "package", "backends", "builder"):
+        assert f"{word} " in text
+
+
+def test_doctor_as_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["cores"] >= 1
+    assert "onnxruntime" in record["backends"]
+    assert record["packages"]["torch"]
+    assert set(record["builders"]) == {"tensorrt", "tensorrt_rtx"}
+    assert all(isinstance(builder["usable"], bool) for builder in record["builders"].values())
+
+
+def test_verbs_that_need_no_torch_do_not_import_it():
+    code = (
+        "import sys; sys.argv = ['dgm4', 'doctor', '--json']; from export import cli; cli._parser(); "
+        "assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_script_works_from_another_folder(tmp_path):
+    """With a relative output and nothing but data on stdout."""
+    command = [sys.executable, str(SCRIPT), "--target", "none", "--out", "here", "--model", "asap", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["manifest"]["model"]["name"] == "asap"
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    assert "Warning" not in done.stderr
+
+
+def test_the_script_shows_its_help_from_another_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "--precision" in done.stdout
+
+
+@pytest.mark.parametrize("after", ["load", "onnx"])
+def test_a_stopped_export_leaves_nothing(after, tmp_path):
+    """SIGTERM once the stage `after` is done: exit 143, no bundle, no partial folder."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--target",
+        "none",
+        "--out",
+        str(tmp_path / "bundle"),
+        "--model",
+        "asap",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    try:
+        heard = []
+        for line in process.stderr:
+            heard.append(line)
+            if line.startswith(after):
+                assert list(tmp_path.iterdir()), "the partial folder is there while it works"
+                os.kill(process.pid, signal.SIGTERM)
+                break
+        out, err = process.communicate(timeout=60)
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+    assert process.returncode == 143, "".join(heard) + err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())

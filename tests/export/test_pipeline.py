@@ -1,0 +1,252 @@
+"""Whole exports of tiny networks: what the bundle holds, and that a failed check leaves nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+
+import dgm4
+from engine import Predictor
+from engine.bundle import Bundle
+from engine.errors import BackendError, CheckpointError, InputError, VerificationError
+from export import inference, pipeline
+from export.onnx import example_inputs, outputs_of
+from export.pipeline import ExportOptions, export_bundle, sample_picture
+from export.verify import Tolerance
+
+STAGES = {
+    "fp32": ["load", "weights", "rewrite", "onnx", "tokenizer", "engine", "bundle"],
+    "fp16": ["load", "weights", "rewrite", "cast", "onnx", "tokenizer", "engine", "bundle"],
+    "int8": ["load", "weights", "rewrite", "onnx", "quantise", "tokenizer", "engine", "bundle"],
+}
+CHECKS = {
+    "fp32": [("rewrite", "trained network"), ("onnx", "rewrite")],
+    "fp16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "cast")],
+    "int8": [("rewrite", "trained network"), ("onnx", "rewrite"), ("int8", "onnx")],
+}
+
+
+@pytest.fixture(params=sorted(STAGES))
+def precision(request):
+    return request.param
+
+
+def options(out, **fields):
+    return ExportOptions(**{"out": out, "model": "hammer", "size": "tiny", "engine": False, **fields})
+
+
+def quietly(stage):
+    """Hear of a stage and say nothing."""
+
+
+def test_stages_and_checks(name, precision, bundle):
+    made = bundle(name, precision)
+    assert [stage.name for stage in made.stages] == STAGES[precision]
+    record = made.manifest["verification"]
+    assert [(check["stage"], check["against"]) for check in record] == CHECKS[precision]
+    assert all(np.isfinite([check["max"], check["rms"], check["relative"]]).all() for check in record)
+    assert "not asked for" in next(stage.text for stage in made.stages if stage.name == "engine")
+
+
+def test_files_are_whole_and_nothing_else_is_there(name, precision, bundle):
+    made = bundle(name, precision)
+    files = {"model.onnx", "model.onnx.data", "model.safetensors", "tokenizer.json", "README.md"}
+    assert {path.name for path in made.path.iterdir()} == files | {"manifest.json"}
+    assert made.manifest["files"].keys() == files
+    for file, entry in made.manifest["files"].items():
+        content = (made.path / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    assert json.loads((made.path / "manifest.json").read_text()) == json.loads(json.dumps(made.manifest))
+
+
+def test_manifest_says_what_it_is(name, precision, bundle):
+    manifest = bundle(name, precision).manifest
+    assert manifest["model"]["name"] == name
+    assert dgm4.ModelConfig.from_dict(manifest["model"]["config"]) == dgm4.model_config(name, "tiny")
+    assert manifest["precision"] == precision
+    assert manifest["weights"] == {"trained": False, "source": "drawn from seed 1", "sha256": None}
+    assert [x["name"] for x in manifest["outputs"]] == list(outputs_of(dgm4.model_config(name)))
+    assert manifest["types"] == list(dgm4.TYPES)
+    assert manifest["preprocess"]["max_words"] == 50
+
+
+def test_answers_are_the_trained_networks(name, precision, bundle, session_of, tiny):
+    """Through ONNX Runtime, with inputs that the export itself did not try."""
+    model = tiny(name)
+    inputs = example_inputs(model.config, 4, 17, seed=99)
+    session = session_of(bundle(name, precision).path / "model.onnx")
+    names = outputs_of(model.config)
+    got = dict(zip(names, session.run(list(names), {k: v.numpy() for k, v in inputs.items()}), strict=True))
+    with torch.inference_mode():
+        want = model(**inputs)
+    for key, value in got.items():
+        reference = getattr(want, key).numpy()
+        assert value.dtype == np.float32
+        if precision == "fp32":
+            assert np.abs(value - reference).max() <= 1e-4
+        else:
+            ratio = np.sqrt(((value - reference) ** 2).mean() / (reference**2).mean())
+            assert ratio <= {"fp16": 2e-2, "int8": 1.5e-1}[precision], key
+
+
+def test_predictor_serves_it(name, precision, bundle):
+    picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    with Predictor(bundle(name, precision).path, backend="onnxruntime") as predictor:
+        answer = predictor.predict(picture, "A man speaks in front of the flag")
+    assert 0 <= answer.score <= 1
+    assert len(answer.words) == 8
+    assert (answer.heatmap is not None) == (name == "asap")
+
+
+def test_inner_precision(name, bundle):
+    """float16 weights but for the islands; float32 inputs and outputs."""
+    proto = onnx.load_model(bundle(name, "fp16").path / "model.onnx", load_external_data=False)
+    kinds = {t.name: t.data_type for t in proto.graph.initializer}
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    assert {v.type.tensor_type.elem_type for v in proto.graph.output} == {full}
+    assert any("bbox_head" in key for key in kinds)
+    assert {kind for key, kind in kinds.items() if "bbox_head" in key} == {full}
+    assert {kind for key, kind in kinds.items() if "words" in key} == {half}
+    assert sum(kind == half for kind in kinds.values()) > 10
+
+
+def test_weights_for_torch(name, precision, bundle, tiny, tmp_path):
+    """Under their released names, loadable by the checkpoint reader."""
+    path = bundle(name, precision).path / "model.safetensors"
+    loaded = dgm4.load_checkpoint(path)
+    assert loaded.config.name == name
+    want = tiny(name).state_dict()
+    for key, value in loaded.state_dict().items():
+        expected = (
+            want[key].half().float() if precision != "fp32" and want[key].is_floating_point() else want[key]
+        )
+        assert torch.equal(value, expected), key
+
+
+def test_checkpoint_is_exported_with_its_hash(tiny, tmp_path):
+    model = tiny("hammer", seed=7)
+    path = tmp_path / "checkpoint_best.pth"
+    torch.save({"model": model.state_dict(), "epoch": 3}, path)
+    stages = []
+    manifest = export_bundle(
+        options(tmp_path / "bundle", model=None, size=None, checkpoint=path), stages.append
+    )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest["weights"] == {"trained": True, "source": "checkpoint_best.pth", "sha256": digest}
+    state = safetensors.torch.load_file(tmp_path / "bundle" / "model.safetensors")
+    assert torch.equal(state["itm_head.0.weight"], model.state_dict()["itm_head.0.weight"])
+
+
+def test_a_bad_checkpoint_leaves_nothing(tmp_path):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError):
+        export_bundle(options(tmp_path / "out" / "bundle", checkpoint=path), quietly)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+ZERO = Tolerance("max", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound", "stage"),
+    [("fp32", "EXACT", "rewrite"), ("fp16", "HALF", "cast"), ("int8", "INT8", "int8")],
+)
+def test_a_failed_check_leaves_nothing(precision, bound, stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, bound, ZERO)
+    with pytest.raises(VerificationError, match=f"stage '{stage}' differs"):
+        export_bundle(options(tmp_path / "bundle", precision=precision), quietly)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_rewrite_leaves_nothing(tmp_path, monkeypatch):
+    """A query that is one percent off."""
+    right = inference.fold_latent_query
+
+    def wrong(*arguments):
+        pool = right(*arguments)
+        pool.query.data *= 1.01
+        return pool
+
+    monkeypatch.setattr(inference, "fold_latent_query", wrong)
+    with pytest.raises(VerificationError, match="stage 'rewrite' differs from 'trained network'"):
+        export_bundle(options(tmp_path / "bundle"), quietly)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_keeps_the_bundle_of_before(tmp_path, monkeypatch):
+    out = tmp_path / "bundle"
+    export_bundle(options(out), quietly)
+    before = (out / "manifest.json").read_bytes()
+    monkeypatch.setattr(pipeline, "EXACT", ZERO)
+    with pytest.raises(VerificationError):
+        export_bundle(options(out), quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (out / "manifest.json").read_bytes() == before
+    Bundle.open(out).verify_all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "bf16"}, "precision: expected one of fp32, fp16, int8, got 'bf16'"),
+        ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
+        ({"max_tokens": 1}, "max_tokens: expected 2 to 512, got 1"),
+        ({"max_tokens": 513}, "max_tokens: expected 2 to 512, got 513"),
+        ({"size": "large"}, "size: expected one of base, tiny, got 'large'"),
+        ({"model": "resnet"}, "model: expected one of hammer, asap, cals, got 'resnet'"),
+    ],
+)
+def test_options_that_do_not_fit(fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export_bundle(options(tmp_path / "bundle", **fields), quietly)
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_without_a_builder(tmp_path, monkeypatch):
+    """Asked for, an engine is not left out in silence."""
+    monkeypatch.setattr(pipeline.trt, "find_builder", lambda: None)
+    monkeypatch.setattr(pipeline.trt, "describe_builders", list)
+    with pytest.raises(BackendError, match="--target was given but nothing here can build"):
+        export_bundle(options(tmp_path / "bundle", engine=True, targets=("8.6",)), quietly)
+    assert not list(tmp_path.iterdir())
+    manifest = export_bundle(options(tmp_path / "bundle", engine=True), quietly)
+    assert manifest["engines"] == []
+
+
+def test_int8_has_no_engine_and_says_why(tmp_path):
+    stages = []
+    export_bundle(options(tmp_path / "bundle", precision="int8", engine=True), stages.append)
+    text = next(stage.text for stage in stages if stage.name == "engine")
+    assert "calibrated Q/DQ nodes" in text
+
+
+def test_a_real_engine(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    fields = {"engine": True, "targets": ("8.6",), "max_batch": 2, "max_tokens": 24}
+    manifest = export_bundle(options(tmp_path / "bundle", **fields), quietly)
+    (engine,) = manifest["engines"]
+    assert engine["file"] == "model.rtx-sm86.engine"
+    assert engine["compute_capabilities"] == ["8.6"]
+    assert engine["profile"]["image"]["max"] == [2, 3, 256, 256]
+    assert engine["onnx_sha256"] == manifest["files"]["model.onnx"]["sha256"]
+    assert (tmp_path / "bundle" / engine["file"]).stat().st_size > 1e6
+    opened = Bundle.open(tmp_path / "bundle")
+    opened.verify_all()
+
+
+def test_the_sample_picture_is_a_file():
+    picture = sample_picture()
+    assert picture is not None
+    assert picture.is_file()
+
+
+def test_without_the_package_there_is_no_sample_picture(monkeypatch):
+    monkeypatch.setattr(pipeline, "_SAMPLE_PACKAGE", "no-such-package-here")
+    assert sample_picture() is None

@@ -1,0 +1,131 @@
+"""INT8: every Linear but the box head's, and answers within the tolerance of the export."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from export.onnx import data_of, example_inputs, flatten
+from export.quantize import linear_products, quantize_dynamic
+from export.verify import INT8, compare, onnx_answers
+
+
+@pytest.fixture(scope="module")
+def quantized(exported, tmp_path_factory):
+    @functools.cache
+    def make(name):
+        path = tmp_path_factory.mktemp(f"int8-{name}") / "model.onnx"
+        count = quantize_dynamic(exported(name).path, path)
+        return SimpleNamespace(path=path, count=count, proto=onnx.load_model(path, load_external_data=False))
+
+    return make
+
+
+def linear_calls(model):
+    """How often Linear layers run in one answer: of the box head, and of all others."""
+    box = set(model.branch.bbox_head.modules())
+    calls = Counter()
+    hooks = [
+        module.register_forward_hook(lambda m, _x, _y: calls.update(["box" if m in box else "other"]))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.inference_mode():
+        model(**example_inputs(model.config, 2, 5))
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def test_every_linear_but_the_box_heads_is_quantised(name, exported, quantized):
+    graph = exported(name)
+    calls = linear_calls(graph.model)
+    assert quantized(name).count == calls["other"]
+    kept = linear_products(graph.proto.graph)["kept"]
+    assert sum("bbox_head" in node.input[1] for node in kept) == calls["box"] == (6 if name == "cals" else 3)
+
+
+def test_the_graph_holds_as_many_integer_products(name, quantized):
+    made = quantized(name)
+    kinds = Counter(node.op_type for node in made.proto.graph.node)
+    assert kinds["MatMulInteger"] == made.count
+    assert kinds["DynamicQuantizeLinear"] > 0
+
+
+def test_weights_are_int8_per_channel(name, quantized):
+    graph = quantized(name).proto.graph
+    tensors = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            assert tensors[node.input[1]].data_type == onnx.TensorProto.INT8
+    scales = [t for key, t in tensors.items() if key.endswith("_scale") and "weight" in key]
+    assert scales
+    assert all(np.prod(t.dims) > 1 for t in scales), "one scale a channel"
+
+
+def floats_of(path, part):
+    """Float initialisers whose name holds `part`."""
+    graph = onnx.load_model(path).graph
+    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer if part in t.name}
+    return {key: value for key, value in found.items() if value.dtype == np.float32}
+
+
+def test_the_box_head_is_untouched(name, exported, quantized):
+    before = floats_of(exported(name).path, "bbox_head")
+    after = floats_of(quantized(name).path, "bbox_head")
+    assert before.keys() == after.keys()
+    assert len(before) >= 6
+    assert all(np.array_equal(value, after[key]) for key, value in before.items())
+
+
+def test_our_nodes_pass_through(name, exported, quantized):
+    def ours(proto):
+        return Counter(node.op_type for node in proto.graph.node if node.domain == "dgm4")
+
+    before, after = exported(name).proto, quantized(name).proto
+    assert ours(before) == ours(after)
+    assert {f.name: f.SerializeToString() for f in before.functions} == {
+        f.name: f.SerializeToString() for f in after.functions
+    }
+
+
+def test_answers_stay_within_the_tolerance(name, exported, quantized):
+    config = exported(name).model.config
+    before, after = (onnx_answers(path, config) for path in (exported(name).path, quantized(name).path))
+    difference = compare("int8", "onnx", before, after, INT8)
+    assert difference.passed, difference
+    assert difference.max > 0, "nothing was quantised"
+
+
+def test_the_file_is_smaller(name, exported, quantized):
+    """Embeddings stay float32: half of a tiny network."""
+    config = exported(name).model.config
+    embeddings = 4 * (config.vocabulary + config.positions) * config.width
+    before, after = (data_of(x.path).stat().st_size - embeddings for x in (exported(name), quantized(name)))
+    assert after < 0.45 * before
+
+
+def test_the_source_and_the_log_stay_as_they_are(exported, tmp_path):
+    source = exported("hammer").path
+    before, filters = source.read_bytes(), list(logging.getLogger().filters)
+    quantize_dynamic(source, tmp_path / "model.onnx")
+    assert source.read_bytes() == before
+    assert logging.getLogger().filters == filters
+
+
+def test_the_flat_graph_quantises_no_more(exported, tmp_path):
+    """The products inside attention have no constant matrix."""
+    graph = exported("hammer")
+    flat = flatten(graph.path, graph.path.with_name("flat-for-int8.onnx"))
+    assert len(linear_products(flat.graph)["quantised"]) == len(
+        linear_products(graph.proto.graph)["quantised"]
+    )
