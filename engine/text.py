@@ -1,8 +1,8 @@
 """Captions: the published cleaning with a map back to the user's string, and tokenisation.
 
-The networks were trained on captions that went through the data set's cleaning (models.md, "Text
-input"). Here every kept character remembers where it stood in the caption, so a word is shown as the
-user wrote it, punctuation inside it included.
+The networks were trained on captions that went through the data set's cleaning: lower case, without most
+punctuation, at most 50 words. Here every kept character remembers where it stood in the caption, so a word
+is shown as the user wrote it, punctuation inside it included.
 """
 
 from __future__ import annotations

@@ -1,10 +1,16 @@
 """The exact rewrites: each takes trained modules and returns one that gives the same for less.
 
 Every fold is computed in float64 and cast back, and none changes the modules it is given. What each
-saves is stated with it. `export.inference` composes them. The numbers are those of the list in the
-project's notes: 1 (token logits from the fusion pass) is how `dgm4` computes them already, 4, 7 and 8
-(one batch for two streams, text keys shared by two passes, no [CLS] query that nobody reads) are the
-order of calls in `export.inference`.
+saves is stated with it. `export.inference` composes them. The list, by the numbers used in comments:
+
+1. token logits from the fusion pass rather than from a second run of BERT (`dgm4` computes them so)
+2. CAFormer's fusion at the token grid: `fold_conv_fusion`
+3. the learnt query folded with the key projection: `fold_latent_query`
+4. the last blocks of CALS on both streams as one batch (order of calls in `export.inference`)
+5. keys and values of all fusion layers as one product: `stack_linears`
+6. query, key and value of a BERT layer as one product: `SelfAttention.from_projections`
+7. both passes of CALS's image branch share the text's keys and values: `CrossAttention.project`
+8. no [CLS] query where nobody reads its answer (order of calls in `export.inference`)
 """
 
 from __future__ import annotations

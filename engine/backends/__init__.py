@@ -60,8 +60,8 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     library, module = _BACKENDS[name]
     if name not in present:
         raise BackendError(f"the backend {name!r} needs {library}, which is not installed")
-    if threads is not None and threads < 1:
-        raise BackendError(f"expected threads >= 1 or None, got {threads}")
+    if threads is not None and not 1 <= threads <= usable_cores():
+        raise BackendError(f"expected 1 to {usable_cores()} threads (the usable cores) or None, got {threads}")
     return cast(_Module, importlib.import_module(module)).create(bundle, device, threads)
 
 

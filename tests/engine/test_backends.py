@@ -54,8 +54,9 @@ def test_no_library(bundle_dir, monkeypatch):
 
 
 def test_threads_must_be_positive(bundle_dir):
-    with pytest.raises(BackendError, match="threads >= 1"):
-        Predictor(bundle_dir, threads=0)
+    for threads in (0, backends.usable_cores() + 1, 99_999):
+        with pytest.raises(BackendError, match=r"expected 1 to \d+ threads .* got \d+"):
+            Predictor(bundle_dir, threads=threads)
 
 
 def test_weights_beside_the_model_are_found_and_verified(

@@ -1,4 +1,4 @@
-"""Damaged, oversized and foreign files: rows 1 to 3 of the reliability table."""
+"""Damaged, oversized and foreign files."""
 
 from __future__ import annotations
 
