@@ -97,7 +97,7 @@ def run(network: str, folder: Path) -> dict[str, Any]:
     """Measure one base network."""
     picture = sample_picture()
     if picture is None:
-        raise BackendError("the sample photograph needs scikit-image: pip install 'dgm4[export]'")
+        raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
     record: dict[str, Any] = {"network": network}
     for precision in ("fp16", "int8", "fp32"):
         bundle = folder / precision

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _RENAMED = {"MIG": "LIG", "CARA": "fch"}  # in the only released weights of CALS
 _WIDTH_KEY = "visual_encoder.cls_token"
 _POSITIONS_KEY = "visual_encoder.pos_embed"
 _NAMED_AT_MOST = 5
+_WRAPPERS = ("model", "state_dict")  # the papers' key, and that of training frameworks
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
 # What a scheduler's or an optimiser's state may hold beside tensors; none of it runs code.
 _rebuild_scalar: Any = np.float64(0).__reduce__()[0]
@@ -108,26 +111,29 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # torch's own message advises to load the file unsafely; only the refused name is taken from it.
+        refused = _REFUSED.search(str(error))
+        wants = f"it asks for {refused[1]}, which could run code" if refused else "it is no pickle of tensors"
         raise CheckpointError(
-            f"{path}: expected a checkpoint of plain tensors, but loading it could run code or it is no "
-            f"pickle at all ({reason}); convert a file you trust to .safetensors"
+            f"{path}: expected a checkpoint of plain tensors, but {wants}; convert a file you trust to "
+            ".safetensors"
         ) from error
 
 
 def _read(path: Path) -> State:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except _READ_ERRORS as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise CheckpointError(
-            f"{path}: expected a .pth or .safetensors checkpoint, but it cannot be read "
-            f"({type(error).__name__}: {reason})"
+            f"{path}: expected a .pth or .safetensors checkpoint, but it cannot be read ({reason}): it is "
+            "damaged or something else"
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
     tensors = isinstance(content, Mapping) and all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     )
@@ -140,7 +146,9 @@ def _read(path: Path) -> State:
 
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"a {type(content).__name__} with the keys {_some([str(k) for k in content])}"
+        foreign = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+        names = f"no tensors under {_some(foreign)}" if foreign else "no keys"
+        return f"a {type(content).__name__} with {names}"
     return f"a {type(content).__name__}"
 
 

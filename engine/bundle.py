@@ -46,6 +46,8 @@ class Bundle:
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
         that is missing, foreign, of another size, or a link out of the directory.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
         root = Path(path)
         manifest = parse_manifest(check_digest(_read_manifest(root)))
         found = _list_files(root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -82,19 +82,19 @@ class Predictor:
         threads: int | None = None,
         image_options: ImageOptions | None = None,
         thumbnail: int = THUMBNAIL_SIDE,
-        thresholds: Thresholds | None = None,
+        thresholds: Mapping[str, float] | None = None,
     ):
         """Open, verify and load a bundle.
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
-        longer side in pixels of the picture that a Prediction keeps, 0 to keep none; `thresholds` stand
-        in for the bundle's.
+        longer side in pixels of the picture that a Prediction keeps, 0 to keep none; `thresholds` such as
+        {"manipulated": 0.8, "types": 0.5, "words": 0.6} stand in for the bundle's, each by itself.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
-        lacks.
+        lacks, InputError for a threshold of an unknown name or outside [0, 1].
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
-        self._manifest = replace(manifest, thresholds=thresholds) if thresholds else manifest
+        self._manifest = replace(manifest, thresholds=_thresholds(manifest.thresholds, thresholds or {}))
         spec = self.manifest.preprocess
         tokenizer_path = self.bundle.verified(TOKENIZER)
         self._tokenizer = CaptionTokenizer(tokenizer_path, spec.max_words, spec.max_tokens)
@@ -214,6 +214,9 @@ class Predictor:
         """Release the network; later calls raise BackendError."""
         self._backend.close()
 
+    def __repr__(self) -> str:
+        return f"Predictor({str(self.bundle.path)!r}, {' '.join(self.model.values())})"
+
     def __enter__(self) -> Predictor:
         return self
 
@@ -328,6 +331,17 @@ class Predictor:
 
 def _milliseconds(start: float, end: float) -> float:
     return (end - start) * 1000
+
+
+def _thresholds(own: Thresholds, given: Mapping[str, float]) -> Thresholds:
+    """The bundle's thresholds with those given put in; raises InputError."""
+    known = vars(own)
+    if not isinstance(given, Mapping) or not set(given) <= set(known):
+        raise InputError(f"thresholds: expected a mapping with some of {', '.join(known)}, got {given!r}")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {value!r}")
+    return replace(own, **given)
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:

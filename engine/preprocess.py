@@ -178,7 +178,8 @@ def _read_bytes(source: object, label: str, options: ImageOptions) -> bytes:
         )
     path = Path(os.fsdecode(source))
     if not path.is_file():
-        raise InputError(f"{label}: no such file; expected the path of a picture (addresses are not fetched)")
+        found = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{label}: {found}; expected the path of a picture (addresses are not fetched)")
     _check_bytes(path.stat().st_size, label, options)
     with path.open("rb") as file:
         # Reads one byte past the limit: the file may have grown since.
@@ -200,6 +201,8 @@ def _open(data: bytes, label: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise InputError(f"{label}: not a picture of a known format; expected one of {known}") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{label}: far more pixels than any photograph has; make it smaller") from error
 
 
 def _check_pixels(size: tuple[int, int], label: str, options: ImageOptions) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.errors import InputError
 from engine.preprocess import ImageInput, decode_image, make_thumbnail
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ BOX: Color = (0, 229, 255)
 HEAT: tuple[Color, ...] = ((49, 18, 99), (150, 25, 115), (220, 50, 60), (245, 110, 20), (255, 190, 30))
 
 # Only these say that a face was manipulated, so only with them the box means something.
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FACE_TYPES = frozenset({"face_swap", "face_attribute"})
 _MARGIN = 28
 _PICTURE_WIDTH = 620
@@ -83,6 +86,15 @@ def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int,
     if prediction.box is not None and FACE_TYPES & set(prediction.detected):
         _draw_box(photo, prediction.box, prediction.size)
     return photo
+
+
+def check_plot_path(path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless `path` has an extension that Pillow writes and its folder exists."""
+    target = Path(path)
+    if target.suffix.lower() not in _EXTENSIONS:
+        raise InputError(f"{target}: expected a picture's name ending in {', '.join(_EXTENSIONS)}")
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{target}: expected the name of a file in a folder that exists")
 
 
 def draw_card(

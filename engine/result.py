@@ -104,10 +104,13 @@ class Prediction:
         The heat map is drawn only where the pair is said to be manipulated, the box only where a face
         type is detected besides. `image` replaces the kept thumbnail, `font` (a TrueType file) the
         built-in one, which knows Latin letters only.
-        Saves to `path` if given. Raises InputError for an unreadable `image`, OSError for `path` or `font`.
+        Saves to `path` if given. Raises InputError for an unreadable `image` and for a `path` that cannot
+        be a picture's, OSError where writing it or reading `font` fails.
         """
-        from engine.render import draw_card
+        from engine.render import check_plot_path, draw_card
 
+        if path is not None:
+            check_plot_path(path)
         card = draw_card(self, image, font)
         if path is not None:
             card.save(path)

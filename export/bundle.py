@@ -35,8 +35,6 @@ from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, p
 
 log = logging.getLogger(__name__)
 
-SIGTERM_STATUS = 128 + signal.SIGTERM
-
 _HASH_THREADS = 4
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -148,16 +146,23 @@ class BundleWriter:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Raise `SystemExit(143)` on SIGTERM inside the block, so that writers clean up; main thread only."""
+    """Raise `SystemExit(128 + number)` on SIGTERM (143) and SIGHUP inside the block; main thread only.
+
+    So writers clean up. A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(SIGTERM_STATUS)
+        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    handled = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:

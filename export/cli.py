@@ -1,14 +1,17 @@
 """The `dgm4` command: verbs export, predict, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
-verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped.
+verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from export.bundle import exit_on_sigterm
 
     options = _parser().parse_args(arguments)
+    if (wrong := options.usage_error(options)) is not None:
+        options.parser.error(wrong)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -59,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dgm4", description="Export multimodal deepfake detectors to verified bundles, and serve them."
     )
+    parser.set_defaults(usage_error=lambda options: None)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="export | predict | inspect | doctor")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
     _add_export(verbs)
     _add_predict(verbs)
     _add_inspect(verbs)
@@ -75,13 +85,17 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
     verb.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
-    verb.add_argument("--max-batch", type=int, default=32, metavar="N", help="largest batch (%(default)s)")
     verb.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="longest caption (%(default)s)"
+        "--max-batch", type=_positive, default=32, metavar="N", help="largest batch (%(default)s)"
+    )
+    verb.add_argument(
+        "--max-tokens", type=_tokens, default=128, metavar="N", help="longest caption (%(default)s)"
     )
     verb.add_argument(
         "--target",
+        type=_targets,
         metavar="CC[,CC]",
+        default=(),
         help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
     )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
@@ -108,11 +122,12 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--plot", type=Path, metavar="FILE", help="draw the answer of a single pair as a picture"
     )
     verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
-    verb.add_argument("--batch", type=int, default=8, metavar="N", help="pairs a run (%(default)s)")
-    verb.add_argument("--backend", default="auto")
-    verb.add_argument("--device", default="auto")
-    verb.add_argument("--threads", type=int, metavar="N")
-    verb.set_defaults(run=_verb("export.cli_predict", "run"))
+    verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs a run (%(default)s)")
+    verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu or auto (%(default)s)")
+    verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
+    verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
+    verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -123,6 +138,47 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb = verbs.add_parser("doctor", help="show what this machine can do")
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(run=_verb("export.cli_inspect", "doctor"))
+
+
+def _positive(text: str) -> int:
+    """An integer from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    """A count of tokens that BERT has positions for, for argparse."""
+    if not text.isdecimal() or not 2 <= int(text) <= 512:
+        raise argparse.ArgumentTypeError(f"expected 2 to 512 tokens, got {text!r}")
+    return int(text)
+
+
+def _targets(text: str) -> tuple[str, ...] | None:
+    """Compute capabilities, or None for no engine, for argparse."""
+    targets = tuple(part.strip() for part in text.split(","))
+    if targets == ("none",):
+        return None
+    if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
+        raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+    return targets
+
+
+def _predict_usage(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments of predict taken together, or None."""
+    given = options.image is not None, options.caption is not None, options.list is not None
+    if given not in ((True, True, False), (False, False, True)):
+        return "expected IMAGE and CAPTION, or --list FILE"
+    if options.plot and options.list:
+        return "--plot draws a single pair; use --html for a list"
+    return None
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dgm4")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _verb(module: str, function: str) -> Verb:

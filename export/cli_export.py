@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError
 
 _NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
 
@@ -18,7 +18,9 @@ def run(options: argparse.Namespace) -> int:
     """Export, then let the bundle answer for a sample picture; see `export.pipeline`."""
     missing = [package for package, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise BackendError(f"export needs {', '.join(missing)}: pip install 'dgm4[export]'")
+        raise BackendError(
+            f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
+        )
     from export.pipeline import ExportOptions, Stage, export_bundle
 
     stages: list[Stage] = []
@@ -27,7 +29,6 @@ def run(options: argparse.Namespace) -> int:
         stages.append(stage)
         sys.stderr.write(_line(stage))
 
-    targets, engine = _targets(options.target)
     manifest = export_bundle(
         ExportOptions(
             out=options.out or _default_out(options),
@@ -37,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
             precision=options.precision,
             max_batch=options.max_batch,
             max_tokens=options.max_tokens,
-            targets=targets,
-            engine=engine,
+            targets=options.target or (),
+            engine=options.target is not None,
             vocabulary=options.vocab,
         ),
         report,
@@ -51,20 +52,6 @@ def run(options: argparse.Namespace) -> int:
     elif answer is not None:
         sys.stdout.write(_summary(answer))
     return 0
-
-
-def _targets(text: str | None) -> tuple[tuple[str, ...], bool]:
-    """(compute capabilities, whether an engine is wanted at all)."""
-    if text is None:
-        return (), True
-    if text == "none":
-        return (), False
-    targets = tuple(part.strip() for part in text.split(","))
-    for target in targets:
-        major, dot, minor = target.partition(".")
-        if not (dot and major.isdigit() and minor.isdigit()):
-            raise InputError(f"--target: expected compute capabilities as 8.6,8.9 or none, got {text!r}")
-    return targets, True
 
 
 def _default_out(options: argparse.Namespace) -> Path:

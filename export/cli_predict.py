@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import html
 import json
@@ -18,8 +19,13 @@ from tqdm import tqdm
 
 from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
+from engine.predictor import THUMBNAIL_SIDE
+from engine.render import check_plot_path
+
+Record = dict[str, Any]
 
 _BAD_INPUT = 1
+_SHOWN = 60  # characters of a faulty line that a message repeats
 _PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dgm4 predict</title></head><body>
 """
@@ -28,76 +34,78 @@ _PAGE_TAIL = "</body></html>\n"
 
 def run(options: argparse.Namespace) -> int:
     """Judge the pairs; exit code 1 if any of them failed."""
-    _check(options)
-    single = options.list is None
+    if options.plot:
+        check_plot_path(options.plot)
     with contextlib.ExitStack() as stack:
-        lines = [] if single else stack.enter_context(_open_list(options.list))
-        predictor = stack.enter_context(
-            Predictor(
-                options.bundle,
-                backend=options.backend,
-                device=options.device,
-                threads=options.threads,
-                thumbnail=1024 if options.html or options.plot else 0,
-            )
-        )
-        out = stack.enter_context(_open_output(options.out))
-        if single:
-            answer = predictor.predict(options.image, options.caption)
-            _write(out, options, [(options.image, answer)])
-            if options.plot:
-                answer.plot(options.plot)
-            return 0
-        return _judge_list(predictor, lines, out, options)
+        lines = stack.enter_context(_open_list(options.list)) if options.list else None
+        out = stack.enter_context(_open_output(options.out, options.list))
+        predictor = stack.enter_context(_predictor(options))
+        if lines is not None:
+            return _judge_list(predictor, lines, out, options)
+        # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
+        answer = predictor.predict(options.image, os.fsencode(options.caption))
+        _write(out, options, [({"image": options.image}, answer)])
+        if options.plot:
+            answer.plot(options.plot)
+        return 0
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise InputError where the arguments name no input or two."""
-    pair = options.image is not None and options.caption is not None
-    if pair == (options.list is not None) or (options.image is not None and options.caption is None):
-        raise InputError("predict: expected IMAGE and CAPTION, or --list FILE")
-    if options.batch < 1:
-        raise InputError(f"--batch: expected at least 1, got {options.batch}")
-    if options.plot and options.list:
-        raise InputError("--plot draws a single pair; use --html for a list")
+def _predictor(options: argparse.Namespace) -> Predictor:
+    return Predictor(
+        options.bundle,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
+        thresholds=None if options.threshold is None else {"manipulated": options.threshold},
+    )
 
 
 class _Reader:
-    """Pairs of a list for `Predictor.stream`, with the name of each and what was wrong with its line."""
+    """Pairs of a list for `Predictor.stream`; keeps what each answer's record starts with.
 
-    def __init__(self, lines: Iterable[str], base: Path) -> None:
+    `pending` holds, for every pair that was handed over and not yet answered, the line's number, picture
+    and id, and what was wrong with the line.
+    """
+
+    def __init__(self, lines: Iterable[bytes], base: Path) -> None:
         self.lines, self.base = lines, base
-        self.pending: deque[tuple[str, InputError | None]] = deque()
+        self.pending: deque[tuple[Record, InputError | None]] = deque()
 
     def __iter__(self) -> Iterator[object]:
         for number, line in enumerate(self.lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                name, caption = _parse(line, number)
+                record = _parse(line, number)
             except InputError as error:
-                self.pending.append((f"line {number}", error))
+                self.pending.append(({"line": number, "image": None}, error))
                 yield None  # no pair: the predictor answers with an error, in its place
             else:
-                self.pending.append((name, None))
-                yield self.base / name, caption
+                head: Record = {name: record[name] for name in ("image", "id") if name in record}
+                self.pending.append(({"line": number, **head}, None))
+                yield self.base / record["image"], record["caption"]
 
 
-def _judge_list(predictor: Predictor, lines: Iterable[str], out: IO[str], options: argparse.Namespace) -> int:
+def _judge_list(
+    predictor: Predictor, lines: Iterable[bytes], out: IO[str], options: argparse.Namespace
+) -> int:
     """Stream the list through the predictor, one record a line, in order."""
     reader = _Reader(lines, Path.cwd() if str(options.list) == "-" else options.list.parent)
     failed = done = 0
 
-    def answers() -> Iterator[tuple[str, Prediction | Dgm4Error]]:
+    def answers() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
         nonlocal failed, done
         pairs = cast(Iterable[Any], reader)
         stream = predictor.stream(pairs, batch_size=options.batch, on_error="return")
         for answer in tqdm(stream, unit="pair", disable=not sys.stderr.isatty()):
-            name, wrong = reader.pending.popleft()
+            head, wrong = reader.pending.popleft()
             found = wrong or answer
             failed += isinstance(found, Dgm4Error)
             done += 1
-            yield name, found
+            yield head, found
 
     _write(out, options, answers())
     if failed:
@@ -105,46 +113,44 @@ def _judge_list(predictor: Predictor, lines: Iterable[str], out: IO[str], option
     return _BAD_INPUT if failed else 0
 
 
-def _parse(line: str, number: int) -> tuple[str, str]:
-    """Read one line of a list; raises InputError naming its number."""
+def _parse(line: bytes, number: int) -> Record:
+    """Read one line of a list: {"image", "caption", "id"?}; raises InputError naming its number."""
+    shown = line.decode(errors="replace").strip()[:_SHOWN]
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"line {number} of the list: expected JSON, got {line.strip()[:60]!r}") from error
-    caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("image"), str)
-        or not isinstance(caption, str)
-    ):
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or numbers and nesting past reason
+        raise InputError(f"line {number} of the list: expected JSON in UTF-8, got {shown!r}") from error
+    if isinstance(record, dict) and "caption" not in record:
+        record["caption"] = record.get("text")
+    if not isinstance(record, dict) or not all(isinstance(record.get(n), str) for n in ("image", "caption")):
         raise InputError(
-            f'line {number} of the list: expected {{"image": path, "caption": text}}, got {line[:60]!r}'
+            f'line {number} of the list: expected {{"image": path, "caption": text}}, got {shown!r}'
         )
-    return record["image"], caption
+    return record
 
 
 def _write(
-    out: IO[str], options: argparse.Namespace, answers: Iterable[tuple[str, Prediction | Dgm4Error]]
+    out: IO[str], options: argparse.Namespace, answers: Iterable[tuple[Record, Prediction | Dgm4Error]]
 ) -> None:
     """Write each answer as it comes."""
     if options.html:
         out.write(_PAGE_HEAD)
-    for name, answer in answers:
-        out.write(_fragment(name, answer) if options.html else _json_line(name, answer, options.heatmap))
+    for head, answer in answers:
+        out.write(_fragment(head, answer) if options.html else _json_line(head, answer, options.heatmap))
     if options.html:
         out.write(_PAGE_TAIL)
 
 
-def _json_line(name: str, answer: Prediction | Dgm4Error, heatmap: bool) -> str:
-    record: dict[str, Any] = {"image": name}
+def _json_line(head: Record, answer: Prediction | Dgm4Error, heatmap: bool) -> str:
     if isinstance(answer, Prediction):
-        record |= answer.to_dict(heatmap)
+        body = answer.to_dict(heatmap)
     else:
-        record |= {"error": str(answer), "kind": type(answer).__name__}
-    return json.dumps(record, allow_nan=False) + "\n"
+        body = {"error": str(answer), "kind": type(answer).__name__}
+    return json.dumps({**head, **body}, allow_nan=False) + "\n"
 
 
-def _fragment(name: str, answer: Prediction | Dgm4Error) -> str:
+def _fragment(head: Record, answer: Prediction | Dgm4Error) -> str:
+    name = head["image"] or f"line {head['line']}"
     heading = f"<h2>{html.escape(name)}</h2>\n"
     if isinstance(answer, Prediction):
         return heading + answer.to_html()
@@ -152,29 +158,36 @@ def _fragment(name: str, answer: Prediction | Dgm4Error) -> str:
 
 
 @contextlib.contextmanager
-def _open_list(path: Path) -> Iterator[Iterable[str]]:
-    """Open the list; raises InputError where it cannot be read as UTF-8."""
+def _open_list(path: Path) -> Iterator[Iterable[bytes]]:
+    """Open the list; raises InputError where it cannot be read."""
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
     try:
-        if str(path) == "-":
-            yield sys.stdin
-        else:
-            with path.open(encoding="utf-8-sig") as file:
-                yield file
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        file = path.open("rb")
+    except OSError as error:
         raise InputError(f"{path}: cannot read the list: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected a JSON-lines list in UTF-8: {error}") from error
+    with file:
+        yield file
 
 
 @contextlib.contextmanager
-def _open_output(path: Path | None) -> Iterator[IO[str]]:
-    """stdout, or a file that appears whole or not at all."""
+def _open_output(path: Path | None, source: Path | None) -> Iterator[IO[str]]:
+    """stdout, or a file that appears whole or not at all; raises InputError where it cannot be written."""
     if path is None:
         yield sys.stdout
         return
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--out {path}: expected the name of a file in a folder that exists")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise InputError(f"--out {path}: is the list itself; choose another name")
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from error
+    try:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -133,7 +133,6 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     run = _Run(options, report)
     with BundleWriter(options.out) as writer:
         config, weights = _write_networks(run, writer)
-        _write_tokenizer(run, writer, config)
         engines = _write_engine(run, writer, config)
         with run.stage("bundle") as stage:
             manifest = _manifest(options, config, weights, engines, run.verification)
@@ -155,6 +154,14 @@ def _check_options(options: ExportOptions) -> None:
         raise InputError(f"max_tokens: expected {MIN_TOKENS} to 512, got {options.max_tokens}")
     if options.size is not None and options.size not in dgm4.SIZES:
         raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
+    builder = trt.find_builder() if options.targets else None
+    if builder is not None and builder.library == "tensorrt_rtx":
+        unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
+        if unknown:
+            raise InputError(
+                f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
+                f"{', '.join(unknown)}"
+            )
     if options.model is not None and options.model not in dgm4.MODEL_NAMES:
         raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
 
@@ -163,6 +170,7 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
     """Load, rewrite and trace; leave the graph and the weights in the bundle."""
     model, weights = _load(run)
     config = model.config
+    _write_tokenizer(run, writer, config)
     _write_weights(run, writer, model)
     with run.stage("rewrite") as stage:
         reference = torch_answers(model, config)

@@ -11,9 +11,12 @@ import logging
 from pathlib import Path
 
 import onnx
+from onnx import numpy_helper
 
+from engine.errors import BuildError
 from export.onnx import data_of
 
+_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # where an attribute is absent
 _PRODUCTS = ("MatMul", "Gemm")
 _FLOAT_WEIGHTS = "bbox_head"
 
@@ -28,6 +31,49 @@ def linear_products(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return {"quantised": quantised, "kept": [node for node in products if node not in quantised]}
 
 
+def _as_products(graph: onnx.GraphProto) -> None:
+    """Bring every Linear to the form MatMul with a constant matrix, then Add, in place.
+
+    A Gemm is split, its product keeping its name, and a weight that several products read through a
+    Transpose is turned itself. ONNX Runtime's quantiser splits too, but it turns a weight that two
+    nodes share twice, renames the product, which is then not excluded any more, and passes over a
+    Transpose. Raises BuildError for a Gemm that is no Linear.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    turned: dict[str, str] = {}  # what a product reads, by the weight that was turned for it
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            turned[node.output[0]] = node.input[0]
+        elif node.op_type == "Gemm" and node.input[1] in weights:
+            turned[node.input[1]] = node.input[1]
+            nodes += _split_gemm(node)
+        else:
+            nodes.append(node)
+    for node in nodes:
+        node.input[:] = [turned.get(name, name) for name in node.input]
+    for name in set(turned.values()):
+        if strangers := {node.op_type for node in nodes if name in node.input} - {"MatMul"}:
+            raise BuildError(
+                f"{name}: expected a weight of Linears alone, but {', '.join(strangers)} reads it too"
+            )
+        matrix = numpy_helper.to_array(weights[name]).T.copy()
+        weights[name].CopyFrom(numpy_helper.from_array(matrix, name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _split_gemm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    fields = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if {**_GEMM, **fields} != {**_GEMM, "transB": 1} or len(node.input) != 3:
+        raise BuildError(f"{node.name}: expected a Gemm as torch's Linear leaves it, got {fields}")
+    product = f"{node.output[0]}_product"
+    return [
+        onnx.helper.make_node("MatMul", node.input[:2], [product], name=node.name),
+        onnx.helper.make_node("Add", [product, node.input[2]], node.output, name=f"{node.name}_bias"),
+    ]
+
+
 def quantize_dynamic(source: Path, target: Path) -> int:
     """Write the INT8 form of the graph at `source` to `target`; returns the number of products quantised.
 
@@ -36,13 +82,15 @@ def quantize_dynamic(source: Path, target: Path) -> int:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as quantize
 
-    products = linear_products(onnx.load_model(source, load_external_data=False).graph)
+    model = onnx.load_model(source)
+    _as_products(model.graph)
+    products = linear_products(model.graph)
     for path in (target, data_of(target)):
         path.unlink(missing_ok=True)
     logging.getLogger().addFilter(_drop_advice)
     try:
         quantize(
-            source,
+            model,
             target,
             per_channel=True,
             weight_type=QuantType.QInt8,

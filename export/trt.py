@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")  # 7.5 has no float32 products
 WORKER = (sys.executable, "-P", "-m", "export.trt_worker")
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent

@@ -60,8 +60,9 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     library, module = _BACKENDS[name]
     if name not in present:
         raise BackendError(f"the backend {name!r} needs {library}, which is not installed")
-    if threads is not None and not 1 <= threads <= usable_cores():
-        raise BackendError(f"expected 1 to {usable_cores()} threads (the usable cores) or None, got {threads}")
+    cores = usable_cores()
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
+        raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
     return cast(_Module, importlib.import_module(module)).create(bundle, device, threads)
 
 

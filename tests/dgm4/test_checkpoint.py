@@ -44,8 +44,13 @@ def small(name):
     )
 
 
-def live(config, seed=1):
+def live(config):
     """The tensors that inference reads, drawn; BatchNorm's counter is left out."""
+    return dict(drawn_once(config))
+
+
+@functools.cache
+def drawn_once(config):
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in build(config).state_dict().items()}
     return {

@@ -211,7 +211,7 @@ def toy_loss(out):
 
 
 def test_one_step_of_training(name):
-    """From torch's own initialisation, in training mode: every parameter has a gradient and the loss falls."""
+    """From torch's own initialisation, training: every parameter has a gradient, the loss falls."""
     torch.manual_seed(0)
     model = dgm4.create_model(name, "tiny")
     assert model.training

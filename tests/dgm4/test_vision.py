@@ -112,7 +112,7 @@ class Plain:
 
 
 def bilinear(source, target):
-    """Bilinear resampling of one axis as a matrix, pixel centres at halves, edges replicated, no antialias."""
+    """Bilinear resampling of an axis as a matrix, pixel centres at halves, replicated edges, no antialias."""
     matrix = np.zeros((target, source))
     for i in range(target):
         place = max((i + 0.5) * source / target - 0.5, 0)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def exported(tiny, tmp_path_factory):
-    """Export a tiny network by name: .model (inference, torch), .path and .proto of the graph."""
+def exported(tiny, bundle, tmp_path_factory):
+    """A tiny float32 graph by name: .model (in torch), .path of a copy to write beside, and .proto."""
 
     @functools.cache
     def export(name):
-        from export.inference import rewrite
-        from export.onnx import export_onnx
+        import onnx
 
-        model = rewrite(tiny(name))
+        from export.inference import rewrite
+        from export.onnx import data_of
+
         path = tmp_path_factory.mktemp(f"graph-{name}") / "model.onnx"
-        return SimpleNamespace(name=name, model=model, path=path, proto=export_onnx(model, path))
+        written = bundle(name, "fp32").path / path.name
+        for source, copy in ((written, path), (data_of(written), data_of(path))):
+            shutil.copyfile(source, copy)
+        proto = onnx.load_model(path, load_external_data=False)
+        return SimpleNamespace(name=name, model=rewrite(tiny(name)), path=path, proto=proto)
 
     return export
 

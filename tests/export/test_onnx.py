@@ -1,4 +1,4 @@
-"""The exported graph: same answers at every size, our nodes with their bodies, and nothing of this machine."""
+"""The exported graph: same answers at every size, our nodes with bodies, and nothing of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 import torch
 
 from export.onnx import DATA_SUFFIX, INPUTS, data_of, example_inputs, flatten, outputs_of

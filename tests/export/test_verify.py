@@ -84,7 +84,8 @@ def test_bounds():
 def test_cases_cover_the_smallest_padding_and_the_longest_caption(tiny):
     inputs = verify.case_inputs(tiny("hammer").config)
     assert tuple(x["input_ids"].shape for x in inputs) == CASES
-    assert CASES[0] == (1, 2)
+    assert {batch for batch, _ in CASES} >= {1, 2}
+    assert min(tokens for _, tokens in CASES) == 2
     assert any((x["attention_mask"] == 0).any() for x in inputs)
 
 
