@@ -54,9 +54,7 @@ def drawn_once(config):
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in build(config).state_dict().items()}
     return {
-        k: torch.from_numpy(draw(k, s, seed))
-        for k, s in shapes.items()
-        if not k.endswith("num_batches_tracked")
+        k: torch.from_numpy(draw(k, s, 1)) for k, s in shapes.items() if not k.endswith("num_batches_tracked")
     }
 
 

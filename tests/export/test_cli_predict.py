@@ -1,0 +1,155 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def served(bundle):
+    return str(bundle("asap", "fp32").path)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def records(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_one_pair(served, photo, capsys):
+    assert main(["predict", served, str(photo), "A Woman's smile"]) == 0
+    (record,) = records(capsys)
+    assert record["image"] == str(photo)
+    assert [word["text"] for word in record["words"]] == ["A", "Woman's", "smile"]
+    assert "heatmap" not in record
+    assert record["warnings"][0].startswith("untrained_weights")
+
+
+def test_heatmap_threshold_and_plot(served, photo, tmp_path, capsys):
+    plot = tmp_path / "answer.png"
+    arguments = ["--heatmap", "--threshold", "1.0", "--plot", str(plot)]
+    assert main(["predict", served, str(photo), "words", *arguments]) == 0
+    (record,) = records(capsys)
+    assert np.array(record["heatmap"]).shape == (16, 16)
+    assert not record["manipulated"]
+    assert Image.open(plot).size[0] > 200
+
+
+def test_a_list_answers_line_by_line_and_keeps_ids(served, photo, tmp_path, capsys):
+    lines = [
+        b'\xef\xbb\xbf{"image": "photo.png", "caption": "one", "id": 7}\r\n',
+        b"\n",
+        b"no json\n",
+        b'{"image": "photo.png", "caption": "caf\xe9"}\n',
+        b'{"image": "photo.png", "n": ' + b"9" * 5000 + b"}\n",
+        b"[" * 100_000 + b"\n",
+        b'{"image": 3, "caption": "x"}\n',
+        b'{"image": "absent.png", "text": "x"}\n',
+        b'{"image": "photo.png", "text": "two"}',
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_bytes(b"".join(lines))
+    assert main(["predict", served, "--list", str(source), "--batch", "2"]) == 1
+    captured = capsys.readouterr()
+    found = [json.loads(line) for line in captured.out.splitlines()]
+    assert [record["line"] for record in found] == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert found[0]["id"] == 7 and "id" not in found[-1]
+    assert [record["line"] for record in found if "error" in record] == [3, 4, 5, 6, 7, 8]
+    assert "absent.png" in found[6]["error"] and found[6]["kind"] == "InputError"
+    assert "6 of 8 pairs failed" in captured.err
+
+
+def test_list_from_stdin(served, photo, capsys, monkeypatch):
+    text = json.dumps({"image": str(photo), "caption": "words"})
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert main(["predict", served, "--list", "-"]) == 0
+    assert len(records(capsys)) == 1
+
+
+def test_a_page_is_whole_and_in_its_file_alone(served, photo, tmp_path, capsys):
+    page = tmp_path / "out" / "page.html"
+    page.parent.mkdir()
+    assert main(["predict", served, str(photo), "<b>é", "--html", "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and text.endswith("</body></html>\n")
+    assert "&lt;b&gt;é" in text
+    assert list(page.parent.iterdir()) == [page]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["photo.png"],
+        ["photo.png", "x", "--list", "pairs.jsonl"],
+        ["--list", "pairs.jsonl", "--plot", "x.png"],
+        ["photo.png", "x", "--batch", "0"],
+        ["photo.png", "x", "--threads", "-3"],
+    ],
+)
+def test_usage(served, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", served, *arguments])
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["{photo}", "x", "--plot", "answer.xyz"], "ending in .png", 1),
+        (["{photo}", "x", "--plot", "absent/answer.png"], "folder that exists", 1),
+        (["{photo}", "x", "--out", "."], "folder that exists", 1),
+        (["{photo}", "x", "--out", "absent/x.jsonl"], "folder that exists", 1),
+        (["{photo}", "x", "--threshold", "3"], "from 0 to 1", 1),
+        (["{photo}", "x", "--threads", "99999"], "usable cores", 4),
+        (["{photo}", "x", "--backend", "foo"], "unknown backend 'foo'", 4),
+        (["absent.png", "x"], "'absent.png': no such file", 1),
+        (["--list", "absent.jsonl"], "absent.jsonl: cannot read the list", 1),
+        (["--list", "."], ".: cannot read the list", 1),
+    ],
+)
+def test_one_line_for_a_user_error(served, photo, tmp_path, arguments, message, code, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled = [part.format(photo=photo) for part in arguments]
+    assert main(["predict", served, *filled]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [x for x in captured.err.splitlines() if x.startswith("dgm4: error:")]
+    assert message in line
+    assert "Traceback" not in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photo.png"]
+
+
+def test_the_list_is_never_overwritten(served, photo, tmp_path, capsys):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text(json.dumps({"image": "photo.png", "caption": "x"}))
+    before = source.read_bytes()
+    assert main(["predict", served, "--list", str(source), "--out", str(source)]) == 1
+    assert source.read_bytes() == before
+    assert "is the list itself" in capsys.readouterr().err
+
+
+def test_any_locale(served, photo):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "export.cli", "predict", served, str(photo), "café 中文", "--html"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    page = done.stdout.decode("utf-8")
+    assert "café" in page and "中文" in page
