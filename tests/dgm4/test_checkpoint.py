@@ -159,7 +159,7 @@ def wrapped(state):
     return {f"module.{k}": v for k, v in state.items()}
 
 
-@pytest.mark.parametrize("shape", ["whole", "bare", "module", "bare module", "half"])
+@pytest.mark.parametrize("shape", ["whole", "bare", "module", "bare module", "half", "state_dict"])
 def test_wrappings(name, shape, tmp_path):
     config = small(name)
     state, want = published(name, config), live(config)
@@ -168,6 +168,8 @@ def test_wrappings(name, shape, tmp_path):
         want = {k: v.half().float() for k, v in want.items()}
     content = wrapped(state) if "module" in shape else state
     content = content if shape.startswith("bare") else whole_file(content)
+    if shape == "state_dict":
+        content["state_dict"] = content.pop("model")
     path = save(tmp_path / "checkpoint.pth", content)
     checkpoint = dgm4.read_checkpoint(path)
     assert checkpoint.layout == name
@@ -388,8 +390,8 @@ def test_another_network_is_refused(tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "absent.pth", tmp_path):
-        with pytest.raises(CheckpointError, match="no such file"):
+    for path, message in ((tmp_path / "absent.pth", "no such file"), (tmp_path, "is not a file")):
+        with pytest.raises(CheckpointError, match=message):
             dgm4.load_checkpoint(path)
 
 

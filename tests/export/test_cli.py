@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import dgm4
 from export import cli, pipeline
 from export.verify import Tolerance
 
@@ -88,25 +87,34 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "turing"], "--target: expected compute capabilities as 8.6,8.9 or none, got 'turing'"),
-        (["--max-batch", "0"], "max_batch: expected at least 1"),
-        (["--max-tokens", "1000"], "max_tokens: expected 2 to 512"),
-        (["--checkpoint", "absent.pth"], "absent.pth: no such file"),
+        (["--target", "turing"], "expected compute capabilities as 8.6,8.9 or none, got 'turing'"),
+        (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
+        (["--max-tokens", "1000"], "expected 2 to 512 tokens, got '1000'"),
     ],
 )
-def test_values_that_do_not_fit_exit_with_1(arguments, message, tmp_path, capsys):
-    assert message in failed(capsys, export(tmp_path / "bundle", *arguments), 1)
+def test_values_that_do_not_fit_exit_with_2(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(export(tmp_path / "bundle", *arguments))
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_vocabulary_of_another_size_exits_with_1(tmp_path, capsys, monkeypatch):
-    config = dgm4.model_config("hammer", "tiny")
-    monkeypatch.setattr(pipeline, "_write_networks", lambda _run, _writer: (config, {}))
+def test_a_checkpoint_that_is_not_there_exits_with_1(tmp_path, capsys):
+    path = tmp_path / "absent.pth"
+    assert f"{path}: no such file" in failed(capsys, export(tmp_path / "b", "--checkpoint", str(path)), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_of_another_size_exits_with_1(tmp_path, capsys):
+    """Before anything is traced."""
     path = tmp_path / "vocab.txt"
     path.write_text("[PAD]\n", encoding="utf-8")
-    assert "expected 30522 word pieces, got 1" in failed(
-        capsys, export(tmp_path / "b", "--vocab", str(path)), 1
-    )
+    arguments = export(tmp_path / "b", "--vocab", str(path))
+    assert cli.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "expected 30522 word pieces, got 1" in err
+    assert [line.split()[0] for line in err.splitlines()] == ["load", "dgm4:"]
     assert [p.name for p in tmp_path.iterdir()] == ["vocab.txt"]
 
 
@@ -190,7 +198,7 @@ def test_the_script_works_from_another_folder(tmp_path):
     assert record["bundle"] == "here"
     assert record["manifest"] == json.loads((tmp_path / "here" / "manifest.json").read_text())
     assert record["manifest"]["model"]["name"] == "asap"
-    assert [stage["stage"] for stage in record["stages"]][:2] == ["load", "weights"]
+    assert [stage["stage"] for stage in record["stages"]][:2] == ["load", "tokenizer"]
     assert 0 <= record["sample"]["score"] <= 1
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
     assert "Warning" not in done.stderr

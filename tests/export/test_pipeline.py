@@ -22,9 +22,9 @@ from export.pipeline import ExportOptions, export_bundle, sample_picture
 from export.verify import Tolerance
 
 STAGES = {
-    "fp32": ["load", "weights", "rewrite", "onnx", "tokenizer", "engine", "bundle"],
-    "fp16": ["load", "weights", "rewrite", "cast", "onnx", "tokenizer", "engine", "bundle"],
-    "int8": ["load", "weights", "rewrite", "onnx", "quantise", "tokenizer", "engine", "bundle"],
+    "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "bundle"],
+    "fp16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "bundle"],
+    "int8": ["load", "tokenizer", "weights", "rewrite", "onnx", "quantise", "engine", "bundle"],
 }
 CHECKS = {
     "fp32": [("rewrite", "trained network"), ("onnx", "rewrite")],
