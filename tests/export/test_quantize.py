@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.errors import BuildError
 from export.onnx import data_of, example_inputs, flatten
-from export.quantize import _as_products, linear_products, quantize_dynamic
+from export.quantize import _as_products, _use_runtime_attention, linear_products, quantize_dynamic
 from export.verify import EXACT, INT8, compare, onnx_answers
 
 
@@ -94,15 +94,31 @@ def test_the_box_head_is_untouched(name, exported, quantized):
     assert all(same_or_turned(value, after[key]) for key, value in before.items())
 
 
-def test_our_nodes_pass_through(name, exported, quantized):
-    def ours(proto):
-        return Counter(node.op_type for node in proto.graph.node if node.domain == "dgm4")
+def test_attention_is_the_runtimes_own_and_our_other_nodes_stay(name, exported, quantized):
+    def nodes(proto):
+        return Counter(node.op_type for node in proto.graph.node if node.domain)
 
-    before, after = exported(name).proto, quantized(name).proto
-    assert ours(before) == ours(after)
-    assert {f.name: f.SerializeToString() for f in before.functions} == {
-        f.name: f.SerializeToString() for f in after.functions
-    }
+    before, after = nodes(exported(name).proto), nodes(quantized(name).proto)
+    fused = before.pop("HeadAttention") + before.pop("MaskedHeadAttention")
+    assert after.pop("MultiHeadAttention") == fused > 0
+    assert before == after
+    bodies = {f.name: f.SerializeToString() for f in exported(name).proto.functions}
+    kept = {f.name: f.SerializeToString() for f in quantized(name).proto.functions}
+    assert kept.keys() == after.keys()
+    assert all(bodies[key] == value for key, value in kept.items())
+
+
+def test_the_runtimes_attention_gives_what_our_body_gives(name, exported, session_of, tmp_path):
+    source = exported(name).path
+    path = tmp_path / source.name
+    path.write_bytes(source.read_bytes())
+    data_of(path).write_bytes(data_of(source).read_bytes())
+    _use_runtime_attention(path)
+    inputs = {k: v.numpy() for k, v in example_inputs(exported(name).model.config, 3, 12).items()}
+    for want, got in zip(
+        session_of(source).run(None, inputs), session_of(path).run(None, inputs), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 def test_answers_stay_within_the_tolerance(name, exported, quantized):
