@@ -23,6 +23,7 @@ import secrets
 import shutil
 import signal
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -53,9 +54,9 @@ _HINTS = {
     errno.ENAMETOOLONG: "the name is too long: choose a shorter --out",
 }
 
-# Temporary directories of this process. An exception from a signal handler can strike before a with
-# block has begun or while it cleans up; what is left then goes when the process ends.
-_live: set[Path] = set()
+# Temporary directories of this process and the bundles they are to become. KeyboardInterrupt can strike
+# before a with block has begun or while it cleans up; what is left then goes when the process ends.
+_live: dict[Path, Path] = {}
 os.register_at_fork(after_in_child=_live.clear)
 
 
@@ -88,9 +89,9 @@ class BundleWriter:
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
-            _live.discard(directory)
+            _live.pop(directory, None)
         except OSError as leftover:
-            _live.discard(directory)
+            _live.pop(directory, None)
             log.warning("%s could not be removed (%s); the next export sweeps it", directory, leftover)
         finally:
             self._directory = None
@@ -146,23 +147,32 @@ class BundleWriter:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Raise `SystemExit(128 + number)` on SIGTERM (143) and SIGHUP inside the block; main thread only.
+    """On SIGTERM or SIGHUP inside the block remove unfinished bundles and exit with 128 + number.
 
-    So writers clean up. A SIGHUP that is ignored, as under nohup, stays ignored.
+    Main thread only. The process ends in the handler itself: an exception raised there can strike
+    inside a lock or a destructor, where it is lost or leaves a thread waiting for ever. A SIGHUP that
+    is ignored, as under nohup, stays ignored.
     """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
     handled = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
     for number in handled:
-        signal.signal(number, leave)
+        signal.signal(number, _leave)
     try:
         yield
     finally:
         for number in handled:
             signal.signal(number, before[number])
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    try:
+        _remove_live()
+        for stream in (sys.stdout, sys.stderr):
+            # The signal may have struck inside this very stream, or its reader may be gone.
+            with contextlib.suppress(RuntimeError, OSError, ValueError):
+                stream.flush()
+    finally:
+        os._exit(128 + number)
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
@@ -227,14 +237,14 @@ def _make_locked(out: Path) -> tuple[Path, int]:
     """Create and lock a temporary sibling; a sweep may remove it before it is locked, so look again."""
     while True:
         path = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-        _live.add(path)
+        _live[path] = out
         path.mkdir()
         with contextlib.suppress(FileNotFoundError):
             lock = _lock_directory(path)
             if path.exists():
                 return path, lock
             os.close(lock)
-        _live.discard(path)
+        del _live[path]
 
 
 def _lock_directory(directory: Path) -> int:
@@ -327,7 +337,7 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def _replace_in_two_steps(directory: Path, out: Path) -> None:
-    aside = directory.with_name(directory.name.removesuffix(".partial") + ".old.partial")
+    aside = _aside(directory)
     out.rename(aside)
     try:
         directory.rename(out)
@@ -336,6 +346,11 @@ def _replace_in_two_steps(directory: Path, out: Path) -> None:
             aside.rename(out)
         raise
     _remove_tree(aside)
+
+
+def _aside(directory: Path) -> Path:
+    """Where `_replace_in_two_steps` keeps the old bundle for a moment."""
+    return directory.with_name(directory.name.removesuffix(".partial") + ".old.partial")
 
 
 def _remove_tree(directory: Path) -> None:
@@ -347,8 +362,12 @@ def _remove_tree(directory: Path) -> None:
 
 @atexit.register
 def _remove_live() -> None:
-    for directory in [path for path in _live if path.exists()]:
-        _remove_tree(directory)
+    for directory, out in list(_live.items()):
+        aside = _aside(directory)
+        if aside.exists():
+            _clear_stale(aside, out)
+        if directory.exists():
+            _remove_tree(directory)
 
 
 def _is_full_disk(error: OSError, directory: Path) -> bool:

@@ -372,7 +372,14 @@ def kill_while_writing(out, number, handled, delay_s):
         assert process.stdout.readline() == "ready\n"
         time.sleep(delay_s)
         process.send_signal(number)
-    return process.returncode
+        return exit_status(process)
+
+
+def exit_status(process):
+    try:
+        return process.wait(timeout=60)
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -397,12 +404,37 @@ def test_killed_at_any_moment(tmp_path, number, handled, status):
     assert partials(tmp_path) == []
 
 
+def test_sigterm_is_not_lost_in_a_destructor():
+    script = """
+        import time
+        from export.bundle import exit_on_sigterm
+
+        class Slow:
+            def __del__(self):
+                print("ready", flush=True)
+                time.sleep(1)
+
+        with exit_on_sigterm():
+            slow = Slow()
+            del slow
+            time.sleep(60)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert exit_status(process) == 143
+
+
 def test_sigterm_handler_is_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped, exit_on_sigterm():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    assert stopped.value.code == 143
+    with exit_on_sigterm():
+        assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
