@@ -43,7 +43,7 @@ class PublishedBertAttention(BertAttention):
 
     def __init__(self, trained: BertAttention) -> None:
         nn.Module.__init__(self)
-        self.self, self.output = trained.self, trained.output
+        self.self, self.output, self.dropout = trained.self, trained.output, trained.dropout
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""

@@ -37,6 +37,7 @@ class ModelConfig:
     caformer_heads: int = 8
     caformer_kernel: int = 5
     guidance_widths: tuple[int, int, int] = (64, 128, 256)
+    dropout: float = 0.1  # in the text encoder while training, as in BERT
 
     @property
     def grid(self) -> int:

@@ -19,9 +19,11 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """Softmax attention; query [B, H, N, d], key and value [B, H, M, d], bias added to the scores."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
 def padding_bias(attention_mask: Tensor, value: float, dtype: torch.dtype) -> Tensor:

@@ -37,6 +37,37 @@ class Output(NamedTuple):
     attention_map: Tensor | None = None
 
 
+class Branch(NamedTuple):
+    """What the image branch makes of B pairs.
+
+    box [B, 4], real_fake [B, 2] and classes [B, 4] are the answers as in `Output`; crossed [B, 1+P, D] the
+    picture that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
+    coarse [B, 4] the box before refinement, which only CALS has.
+    """
+
+    box: Tensor
+    real_fake: Tensor
+    classes: Tensor
+    crossed: Tensor
+    feature: Tensor
+    coarse: Tensor | None = None
+
+
+class Trace(NamedTuple):
+    """Everything that an objective reads: tokens of both encoders, the fusion's, and the answers.
+
+    for_text and for_image [B, 1+P, D] are the picture as the two branches read it (one stream but in
+    CALS), text and fused [B, N, D] the caption before and after fusion.
+    """
+
+    for_text: Tensor
+    for_image: Tensor
+    text: Tensor
+    fused: Tensor
+    branch: Branch
+    output: Output
+
+
 class Detector(nn.Module):
     """What the three networks have in common; `cross_classes` is the number of types `cls_head` answers."""
 
@@ -80,18 +111,28 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
         """Judge normalised pictures [B, 3, S, S] with token ids and mask [B, N] (int64, no [SEP])."""
+        return self.trace(image, input_ids, attention_mask).output
+
+    def trace(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Trace:
+        """As `forward`, with the values in between, for training."""
         for_text, for_image = self.visual_encoder(image)
         bert = self.text_encoder.bert
         text, bias = bert.encode_text(input_ids, attention_mask)
         fused, scores = bert.fuse(text, bias, for_text, self.has_map)
         key_bias = padding_bias(attention_mask, float("-inf"), text.dtype)
-        box, real_fake, classes = self.answer(for_image, text, key_bias, fused[:, 0])
-        return Output(real_fake, classes, box, self.text_encoder.classifier(fused[:, 1:]), scores)
+        branch = self.branch(for_image, text, key_bias, fused[:, 0])
+        tokens = self.text_encoder.classifier(fused[:, 1:])
+        output = Output(branch.real_fake, branch.classes, branch.box, tokens, scores)
+        return Trace(for_text, for_image, text, fused, branch, output)
 
     def answer(
         self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return box, real/fake logits and type logits; `fused` is the [CLS] row [B, D] of the fusion."""
+        return self.branch(image, text, bias, fused)[:3]
+
+    def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
+        """The image branch of this network; arguments as for `answer`."""
         raise NotImplementedError
 
 
@@ -102,13 +143,11 @@ class Hammer(Detector):
         super().__init__(config)
         self.it_cross_attn = PackedAttention(config.width, config.heads)
 
-    def answer(
-        self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
         """Box from the picture; both logits from the fused [CLS]."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         feature = self.aggregate(self.cls_token_local, crossed)
-        return self.locate(feature), self.itm_head(fused), self.cls_head(fused)
+        return Branch(self.locate(feature), self.itm_head(fused), self.cls_head(fused), crossed, feature)
 
 
 class SelfCrossAttention(nn.Module):
@@ -135,13 +174,13 @@ class Asap(Detector):
         self.UtilsB = nn.Parameter(torch.zeros(()))
         self.UtilsC = nn.Parameter(torch.zeros(()))
 
-    def answer(
-        self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
         """Box from the picture; the logits from the fused [CLS] plus a learnt share of the box feature."""
-        feature = self.aggregate(self.cls_token_local, self.cross(self.it_cross_attn, image, text, bias))
+        crossed = self.cross(self.it_cross_attn, image, text, bias)
+        feature = self.aggregate(self.cls_token_local, crossed)
         real_fake = self.itm_head(fused + self.UtilsB * feature)
-        return self.locate(feature), real_fake, self.cls_head(fused + self.UtilsC * feature)
+        classes = self.cls_head(fused + self.UtilsC * feature)
+        return Branch(self.locate(feature), real_fake, classes, crossed, feature)
 
 
 class PatchClassifier(nn.Module):
@@ -222,17 +261,15 @@ class Cals(Detector):
         guidance = self.LIG(gaussian_map(coarse, self.config.image_size).to(image.dtype))
         return torch.cat([image[:, :1], image[:, 1:] + guidance], dim=1)
 
-    def answer(
-        self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
         """Coarse box, refined box from the guided picture, and the logits."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         coarse = self.locate(self.aggregate(self.cls_token_local, crossed))
         guided = self.guide(image, coarse)
         refined = guided + self.cross(self.it_cross_attn, guided, text, bias)
-        box = self.locate(self.aggregate(self.cls_token_local_e, refined))
-        faces = self.fch(crossed[:, 1:], crossed[:, 0])
-        return box, self.itm_head(fused), torch.cat([faces, self.cls_head(fused)], dim=1)
+        feature = self.aggregate(self.cls_token_local_e, refined)
+        classes = torch.cat([self.fch(crossed[:, 1:], crossed[:, 0]), self.cls_head(fused)], dim=1)
+        return Branch(self.locate(feature), self.itm_head(fused), classes, crossed, feature, coarse)
 
 
 NETWORKS: dict[str, type[Detector]] = {"hammer": Hammer, "asap": Asap, "cals": Cals}

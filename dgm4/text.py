@@ -28,16 +28,17 @@ class Projections(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """LayerNorm(residual + Linear(x))."""
+    """LayerNorm(residual + dropout(Linear(x)))."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, config: ModelConfig, hidden: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=BERT_EPS)
+        self.dropout = config.dropout
+        self.dense = nn.Linear(hidden, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=BERT_EPS)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[B, N, hidden] and [B, N, D] -> [B, N, D]."""
-        return self.LayerNorm(self.dense(x) + residual)
+        return self.LayerNorm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
 
 
 class BertAttention(nn.Module):
@@ -46,18 +47,21 @@ class BertAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.self = Projections(config)
-        self.output = AddNorm(config.width, config.width)
+        self.output = AddNorm(config, config.width)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""
         q, k, v = self.self(x, memory)
-        return self.output(merge_heads(attention(q, k, v, bias)), x)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(merge_heads(attention(q, k, v, bias, dropout)), x)
 
     def with_scores(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the mean over heads of the scaled scores before the softmax, [B, N, M] (MGCA)."""
         q, k, v = self.self(x, memory)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return self.output(merge_heads(scores.softmax(-1) @ v), x), scores.mean(1)
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return self.output(merge_heads(weights @ v), x), scores.mean(1)
 
 
 class Intermediate(nn.Module):
@@ -81,7 +85,7 @@ class BertLayer(nn.Module):
         if fusion:
             self.crossattention = BertAttention(config)
         self.intermediate = Intermediate(config)
-        self.output = AddNorm(config.width, config.mlp_ratio * config.width)
+        self.output = AddNorm(config, config.mlp_ratio * config.width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -93,6 +97,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.word_embeddings = nn.Embedding(config.vocabulary, config.width)
         self.position_embeddings = nn.Embedding(config.positions, config.width)
         self.token_type_embeddings = nn.Embedding(2, config.width)
@@ -102,7 +107,7 @@ class Embeddings(nn.Module):
         """[B, N] -> [B, N, D]."""
         positions = self.position_embeddings.weight[: input_ids.shape[1]]
         x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0] + positions
-        return self.LayerNorm(x)
+        return F.dropout(self.LayerNorm(x), self.dropout, self.training)
 
 
 class Encoder(nn.Module):

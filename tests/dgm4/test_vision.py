@@ -159,3 +159,15 @@ def test_batch_norm_follows_the_mode(image):
     branch.train()(torch.from_numpy(image))
     assert not torch.equal(branch.bn2.running_mean, before)
     assert branch.bn2.momentum == 0.1
+
+
+def test_the_sampled_fusion_is_the_full_one(tiny):
+    """In evaluation; and while training up to the pixels that the batch norm counts."""
+    vision = tiny("cals", torch.float64).visual_encoder
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 257, 128, generator=random, dtype=torch.float64)
+    image = torch.randn(2, 3, 256, 256, generator=random, dtype=torch.float64)
+    with torch.no_grad():
+        full = vision.fuse(tokens, image)
+        vision.sampled = True
+        assert (vision.fuse(tokens, image) - full).abs().max() <= 1e-10
