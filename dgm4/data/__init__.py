@@ -1,0 +1,1 @@
+"""Pairs of a picture and its caption: the sample set."""
