@@ -152,7 +152,7 @@ def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     make.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
     )
-    make.add_argument("--pairs", type=_positive, default=5000, metavar="N", help="in all (%(default)s)")
+    make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
     make.add_argument("--seed", type=_seed, default=1, metavar="S", help="(%(default)s)")
     make.set_defaults(run=_verb("export.cli_data", "make"))
 

@@ -46,16 +46,17 @@ _FRAMES: dict[int, tuple[str, ...]] = {
     ),
 }
 _SLOTS: dict[str, Pairs] = {"f": v.FEELINGS, "j": v.JUDGEMENTS, "e": v.EVENTS, "m": v.EMOTIONS}
-_SAID_SHARE = {
-    "light": 0.9,
-    "tone": 0.6,
-    "grey": 0.9,
-    "colour": 0.15,
-    "fog": 0.85,
-    "clear": 0.1,
-    "side": 0.55,
-    "count": 0.6,
-    "distance": 0.35,
+# How often a fact is told, by its value or, under None, whatever its value.
+_SAID_SHARE: dict[tuple[str, object], float] = {
+    ("light", None): 0.9,
+    ("tone", None): 0.6,
+    ("colour", False): 0.9,
+    ("colour", True): 0.15,
+    ("fog", True): 0.85,
+    ("fog", False): 0.1,
+    ("side", None): 0.55,
+    ("count", None): 0.6,
+    ("near", None): 0.35,
 }
 _MOST_FACTS = 4
 
@@ -99,19 +100,35 @@ def _fill(rng: np.random.Generator, part: str, scene: Scene, facts: list[str]) -
 
 def draw_facts(rng: np.random.Generator, scene: Scene) -> list[str]:
     """Up to four phrases, each true of `scene`, at least one of them, in random order."""
-    known = [
-        ("light", v.LIGHT[scene.light]),
-        ("tone", v.TONE.get(scene.tone, ())),
-        ("colour" if scene.colour else "grey", v.COLOUR[scene.colour]),
-        ("fog" if scene.fog else "clear", v.FOG[scene.fog]),
-        ("side", v.SIDE[scene.side] if scene.side else ()),
-        ("count", v.COUNT[len(scene.people)]),
-        ("distance", v.DISTANCE[scene.near]),
-    ]
-    said = [phrases for kind, phrases in known if phrases and rng.random() < _SAID_SHARE[kind]]
-    chosen = said[:_MOST_FACTS] or [v.LIGHT[scene.light]]
+    said = []
+    for fact in v.FACTS:
+        value = value_of(scene, fact)
+        phrases = v.FACTS[fact].get(value, ())
+        if phrases and rng.random() < _SAID_SHARE.get((fact, value), _SAID_SHARE.get((fact, None), 0.0)):
+            said.append(phrases)
+    chosen = said[:_MOST_FACTS] or [v.FACTS["light"][scene.light]]
     facts = [str(rng.choice(phrases)) for phrases in chosen]
     return [facts[i] for i in rng.permutation(len(facts))]
+
+
+def value_of(scene: Scene, fact: str) -> object:
+    """What `scene` says on one of the facts of `vocabulary.FACTS`."""
+    return len(scene.people) if fact == "count" else getattr(scene, fact)
+
+
+def false_facts(caption: Caption, scene: Scene) -> list[str]:
+    """The facts on which `caption` says something that is not so in `scene`, "mood" among them."""
+    text = f" {' '.join(plain(caption))} "
+    wrong = []
+    for fact, phrases in v.FACTS.items():
+        value = value_of(scene, fact)
+        said = {known for known, ways in phrases.items() if any(f" {way} " in text for way in ways)}
+        if said - {value}:
+            wrong.append(fact)
+    fitting = {pair[not scene.cheerful] for pairs in _SLOTS.values() for pair in pairs}
+    if any(word.role == "mood" and word.text not in fitting for word in caption):
+        wrong.append("mood")
+    return wrong
 
 
 def plain(caption: Caption) -> list[str]:
@@ -148,16 +165,10 @@ def swap_caption(own: Caption, donor: Caption) -> tuple[Caption, list[int]]:
     return swapped, [i for i, w in enumerate(swapped) if i not in kept and w.role != "name"]
 
 
-def contradicts(scene: Scene, other: Scene) -> int:
-    """In how many facts two scenes differ: light, colour, fog, number of people, side, distance."""
-    facts = [(s.light, s.colour, s.fog, len(s.people), s.side, s.near) for s in (scene, other)]
-    return sum(a != b for a, b in zip(*facts, strict=True))
-
-
 def describe(scene: Scene) -> str:
     """A neutral and true description of the picture, as a captioning model might give it."""
     people = {1: "one person", 2: "two people", 3: "three people"}[len(scene.people)]
-    side = f" {v.SIDE[scene.side][0]}" if scene.side else ""
+    side = f" {v.FACTS['side'][scene.side][0]}" if scene.side else ""
     colour = f"in {scene.tone} colors" if scene.tone != "plain" else "in color"
     parts = [
         f"A {scene.light} picture {colour if scene.colour else 'in black and white'}",

@@ -20,13 +20,13 @@ from engine.errors import InputError
 RECORD = "sample.json"
 FORMAT = "dgm4-sample-set"
 VERSION = 1  # goes up whenever the same seed would give other files
-_PARTS = {"train": 0.80, "val": 0.08, "test": 0.12}
+_PARTS = {"train": 10 / 13, "val": 1 / 13, "test": 2 / 13}
 _FEWEST = len(SPLITS)
 _README = """# Sample set
 
 {total} pairs of a picture and its caption in the format of DGM4 (train {train}, val {val}, test {test}),
-written by `dgm4 data make --pairs {total} --seed {seed}`, generator version {version}. A third is pristine; the
-other eight classes are equally frequent.
+written by `dgm4 data make --pairs {total} --seed {seed}`, generator version {version}. A third is
+pristine; the other eight classes are equally frequent.
 
 Pictures are photographs out of scikit-image's wheel with people composed of small grey faces (Labeled Faces
 in the Wild, 25x25 pixels); captions come from a grammar. It shows that training and evaluation work; a
@@ -39,13 +39,14 @@ Progress = Callable[[int], object]
 
 
 def make_sample_set(
-    out: str | Path, pairs: int = 5000, seed: int = 1, progress: Progress | None = None
+    out: str | Path, pairs: int = 5200, seed: int = 1, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write `pairs` pairs to the folder `out` and return how many of each split and class there are.
 
     The same seed gives the same bytes, with the same versions of numpy, scipy and Pillow. `progress` is
-    called with 1 after each pair. The folder appears when it is complete. Raises `InputError` for fewer than 3 pairs, a negative
-    seed, or a folder that holds anything but a sample set; `BackendError` where scikit-image is missing.
+    called with 1 after each pair. The folder appears when it is complete. Raises `InputError` for fewer
+    than 3 pairs, a negative seed, or a folder that holds anything but a sample set; `BackendError` where
+    scikit-image is missing.
     """
     out = Path(out).resolve()
     if pairs < _FEWEST or seed < 0:
@@ -64,7 +65,7 @@ def make_sample_set(
 
 
 def split_sizes(pairs: int) -> dict[Split, int]:
-    """How many pairs go to each split: about 80, 8 and 12 percent, at least one each."""
+    """How many pairs go to each split: ten, one and two of thirteen, at least one each."""
     val, test = (max(1, round(pairs * _PARTS[split])) for split in ("val", "test"))
     return {"train": pairs - val - test, "val": val, "test": test}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from PIL import Image
 from dgm4.config import TYPES
 from dgm4.data.difficulty import SAME_LIGHT_DONOR_SHARE
 from dgm4.data.forge import FaceKind, Forgery, draw_forgery, forge
-from dgm4.data.grammar import Caption, contradicts, describe, flip_moods, spell, swap_caption, write_caption
+from dgm4.data.grammar import Caption, describe, false_facts, flip_moods, spell, swap_caption, write_caption
 from dgm4.data.scenes import Scene, draw_grain, draw_scene, render, side_of
 from dgm4.data.sources import SPLITS, Split
 
@@ -26,7 +26,7 @@ TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
 # A third of the pairs is pristine; the eight manipulated classes share the rest alike.
 _FAKE_CLASSES = (*((t,) for t in TYPES), *((f, t) for f in FACE_KINDS for t in TEXT_KINDS))
 _BLOCK: tuple[tuple[str, ...], ...] = ((), (), (), ()) + _FAKE_CLASSES
-_FACTS_OF_A_HARD_DONOR = 2
+_FALSE_FACTS_OF_A_DONOR = 2
 _DONOR_TRIES = 64
 
 
@@ -109,17 +109,21 @@ def draw_pair(seed: int, split: Split, index: int, count: int) -> Pair:
 def _donor(
     rng: np.random.Generator, scene: Scene, seed: int, split: Split, index: int, count: int
 ) -> Caption:
-    """The genuine caption of another picture that contradicts `scene`, mostly in its light."""
-    same_light = rng.random() < SAME_LIGHT_DONOR_SHARE
-    best, most = None, -1
+    """The genuine caption of another picture that is false of `scene`, mostly in its light and mood.
+
+    Where so few pairs are at hand that none of those tried is, the one with the most false facts.
+    """
+    wanted = rng.random() < SAME_LIGHT_DONOR_SHARE
+    best: Caption = ()
+    most = -1
     for _ in range(_DONOR_TRIES):
         other, caption = genuine(seed, split, int((index + 1 + rng.integers(max(count - 1, 1))) % count))
-        differ = contradicts(scene, other)
-        if (other.light == scene.light) == same_light and differ >= _FACTS_OF_A_HARD_DONOR:
+        wrong = len(false_facts(caption, scene))
+        if (other.light == scene.light) == wanted and wrong >= _FALSE_FACTS_OF_A_DONOR:
             return caption
-        if differ > most:
-            best, most = caption, differ
-    return cast(Caption, best)
+        if wrong > most:
+            best, most = caption, wrong
+    return best
 
 
 def paint(pair: Pair) -> Image.Image:
@@ -162,8 +166,8 @@ def _explain_face(pair: Pair) -> str:
 def _explain_text(pair: Pair) -> str:
     words = [pair.caption[i].text for i in pair.fake_words]
     if "text_swap" in pair.types:
-        return f"the caption belongs to another picture: this one is {describe(pair.scene)[2:-1]}"
+        return f"the caption belongs to another picture: this one is a {describe(pair.scene)[2:-1]}"
     if "text_attribute" in pair.types:
         moods = " and ".join(f"'{word}'" for word in words)
-        return f"the mood of {moods} contradicts the {pair.scene.light} light"
+        return f"the mood of {moods} is against the {pair.scene.light} light"
     return ""
