@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, predict, inspect, doctor.
+"""The `dgm4` command: verbs export, predict, inspect, doctor, data.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(verbs)
     _add_predict(verbs)
     _add_inspect(verbs)
+    _add_data(verbs)
     return parser
 
 
@@ -140,10 +141,33 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.set_defaults(run=_verb("export.cli_inspect", "doctor"))
 
 
+def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser("data", help="make the sample set")
+    subverbs = verb.add_subparsers(title="verbs", required=True, metavar="verb")
+    make = subverbs.add_parser(
+        "make",
+        help="write a small data set in the format of DGM4",
+        description="Write a sample set in the format of DGM4, from pictures that ship with scikit-image.",
+    )
+    make.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
+    )
+    make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
+    make.add_argument("--seed", type=_seed, default=1, metavar="S", help="(%(default)s)")
+    make.set_defaults(run=_verb("export.cli_data", "make"))
+
+
 def _positive(text: str) -> int:
     """An integer from 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """A whole number from 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
 
 

@@ -1,1 +1,1 @@
-"""The DGM4 data set: its annotations and the batches that training and evaluation read."""
+"""The DGM4 data set: its annotations, the batches read from it, and a sample set that is made."""
