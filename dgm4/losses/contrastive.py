@@ -1,11 +1,11 @@
-"""Contrastive losses with momentum towers and queues: MAC, LMA, CSAM.
+"""Contrastive losses with momentum towers and queues: MAC and LMA.
 
 B pairs, P channels of the projection, K columns of a queue. Features are [B, P], L2-normalised, one row a
 pair; a name ending in `_m` comes from the momentum towers and gets no gradient. Queues are [P, K], one
 column a past momentum feature, as released checkpoints store them.
 
 Sources: HAMMER (CVPR 2023), after ALBEF (arXiv:2107.07651) and MoCo (arXiv:1911.05722); ASAP
-(arXiv:2412.12718); CALS (Pattern Recognition 2025).
+(arXiv:2412.12718).
 """
 
 from __future__ import annotations
@@ -104,5 +104,42 @@ def mac(
         _across(text, text_m, image_keys, pristine, temperature, alpha),
         _within(image, image_keys, temperature),
         _within(text, text_keys, temperature),
+    )
+    return torch.stack(terms).mean()
+
+
+def lma(
+    image: Tensor,
+    caption: Tensor,
+    explanation: Tensor,
+    image_m: Tensor,
+    caption_m: Tensor,
+    explanation_m: Tensor,
+    image_queue: Tensor,
+    cap_queue: Tensor,
+    prom_queue: Tensor,
+    pristine: Tensor,
+    temperature: float | Tensor = TEMPERATURE,
+    alpha: float = ALPHA,
+) -> Tensor:
+    """ASAP's large-model-assisted alignment: the mean of six cross-entropies built as in `mac`.
+
+    `caption` is the text feature of what a multimodal model wrote about the picture, `explanation` of what a
+    language model made of both; same text tower and projection as the news text, queues of their own. Picture
+    and caption match in every pair, picture and explanation only in `pristine` [B] ones; either text also has
+    the term with itself, the picture's is in `mac`. The published code takes the momentum targets of
+    picture -> explanation from the similarities of explanation -> picture, whose columns are other pairs;
+    here they are its own.
+    """
+    images, captions = _keys(image_m, image_queue), _keys(caption_m, cap_queue)
+    explanations = _keys(explanation_m, prom_queue)
+    always = torch.ones_like(pristine)
+    terms = (
+        _across(image, image_m, captions, always, temperature, alpha),
+        _across(caption, caption_m, images, always, temperature, alpha),
+        _within(caption, captions, temperature),
+        _across(image, image_m, explanations, pristine, temperature, alpha),
+        _across(explanation, explanation_m, images, pristine, temperature, alpha),
+        _within(explanation, explanations, temperature),
     )
     return torch.stack(terms).mean()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dgm4.losses import enqueue, mac, momentum_update
+from dgm4.losses import enqueue, lma, mac, momentum_update
 
 EXACT = 1e-11
 TEMPERATURE, ALPHA = 0.2, 0.4
@@ -135,6 +135,37 @@ def test_mac_is_finite_at_the_lowest_temperature():
     loss.backward()
     assert loss.isfinite()
     assert image.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("pristine", [[True, False, True], [False] * 3, [True]])
+def test_lma_is_the_formula(pristine):
+    image, caption, explanation, image_m, caption_m, explanation_m = inputs = features(6, rows=len(pristine))
+    image_queue, cap_queue, prom_queue = keys = queues(3)
+    images, captions = plain_keys(image_m, image_queue), plain_keys(caption_m, cap_queue)
+    explanations = plain_keys(explanation_m, prom_queue)
+    always = [True] * len(pristine)
+    want = (
+        plain_across(image, image_m, captions, always)
+        + plain_across(caption, caption_m, images, always)
+        + plain_within(caption, captions)
+        + plain_across(image, image_m, explanations, pristine)
+        + plain_across(explanation, explanation_m, images, pristine)
+        + plain_within(explanation, explanations)
+    ) / 6
+    got = lma(*inputs, *keys, torch.tensor(pristine), TEMPERATURE, ALPHA)
+    assert abs(got.item() - want) <= EXACT
+
+
+def test_lma_gradient_reaches_the_online_features_alone():
+    online, rest = features(6)[:3], [*features(6)[3:], *queues(3)]
+    pristine = torch.tensor([True, False, True])
+    for tensor in online:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: lma(*x, *rest, pristine, TEMPERATURE), online)
+    for tensor in rest:
+        tensor.requires_grad_()
+    lma(*online, *rest, pristine, TEMPERATURE).backward()
+    assert all(tensor.grad is None for tensor in rest)
 
 
 @pytest.mark.parametrize("size", [4, 5, 7])
