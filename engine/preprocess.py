@@ -122,6 +122,17 @@ def decode_image(
     return Decoded(rgb, warnings + exif_warnings)
 
 
+def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = None) -> tuple[int, int]:
+    """Return the stored picture's (width, height), read from the file's header alone; raises InputError."""
+    options = options or ImageOptions()
+    label = _label(path, None)
+    with _boundary(label):
+        _check_bytes(_check_file(Path(path), label), label, options)
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(image.size, label, options)
+            return image.size
+
+
 def resize_image(rgb: Image.Image, image_size: int) -> Image.Image:
     """Resize to a square of `image_size` pixels, bicubic with Pillow's antialiasing, aspect ignored."""
     return rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -177,15 +188,20 @@ def _read_bytes(source: object, label: str, options: ImageOptions) -> bytes:
             f"got {type(source).__name__}"
         )
     path = Path(os.fsdecode(source))
-    if not path.is_file():
-        found = "not a file" if path.exists() else "no such file"
-        raise InputError(f"{label}: {found}; expected the path of a picture (addresses are not fetched)")
-    _check_bytes(path.stat().st_size, label, options)
+    _check_bytes(_check_file(path, label), label, options)
     with path.open("rb") as file:
         # Reads one byte past the limit: the file may have grown since.
         data = file.read(options.max_bytes + 1)
     _check_bytes(len(data), label, options)
     return data
+
+
+def _check_file(path: Path, label: str) -> int:
+    """Return the size of the file in bytes."""
+    if not path.is_file():
+        found = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{label}: {found}; expected the path of a picture (addresses are not fetched)")
+    return path.stat().st_size
 
 
 def _check_bytes(size: int, label: str, options: ImageOptions) -> None:
