@@ -1,0 +1,289 @@
+"""Pairs as the networks read them: a torch data set over annotated samples, and its batches.
+
+Pictures and captions go through the engine's own preprocessing, so that what is trained on and what is
+served agree bit for bit. The one augmentation is the published horizontal flip.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dgm4.config import TYPES
+from dgm4.data.annotations import MAX_WORDS, Box, Sample, clip_box
+from engine.errors import InputError
+from engine.preprocess import ImageOptions, decode_image, normalize_image, resize_image
+from engine.text import CaptionTokenizer, CleanCaption, Tokens, clean_caption, read_caption
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of padding; torch's cross-entropy leaves it out
+MIN_TOKENS = 2  # [CLS] and one more, so that every batch has a word's column
+_FLIP_PROBABILITY = 0.5
+# Boxes refer to the picture as it is stored: the published loader knows no EXIF orientation.
+_AS_STORED = ImageOptions(apply_orientation=False)
+
+
+class Item(NamedTuple):
+    """One sample: `image` float32 [3, S, S], `input_ids` int64 [n], `token_labels` int64 [n - 1].
+
+    `fake` is 0 or 1, `types` float32 [4], `box` float32 [4] (see `Batch`), `position` that in the
+    samples; the ids of the side-car texts int64 [m], None without side-cars.
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    token_labels: Tensor
+    fake: int
+    types: Tensor
+    box: Tensor
+    position: int
+    caption_ids: Tensor | None = None
+    explanation_ids: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """B samples, texts padded with zeros to the longest.
+
+    image [B, 3, S, S] float32, normalised; input_ids and attention_mask [B, N] int64, [CLS] first and no
+    [SEP]; fake [B] int64; types [B, 4] float32 in the order of TYPES; box [B, 4] float32, (cx, cy, w, h) in
+    [0, 1], zeros where there is none; token_labels [B, N - 1] int64, 1 fake, 0 genuine, -100 padding;
+    indices [B] int64, positions in the samples. The side-cars' ids and masks are [B, M] int64 or None.
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    fake: Tensor
+    types: Tensor
+    box: Tensor
+    token_labels: Tensor
+    indices: Tensor
+    caption_ids: Tensor | None = None
+    caption_mask: Tensor | None = None
+    explanation_ids: Tensor | None = None
+    explanation_mask: Tensor | None = None
+
+
+class PairDataset(Dataset[Item]):
+    """Annotated samples as network inputs and labels.
+
+    With `flip`, half of the pictures are mirrored, drawn from (seed, epoch, index) alone. With `cache`, the
+    process that reads a picture keeps it resized, `image_size`**2 * 3 bytes each: without workers every
+    picture is decoded once, with workers once in each. `captions` and `explanations` map a sample's `image`
+    to a text; a missing entry reads as the empty text and is counted in `missing`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: CaptionTokenizer,
+        image_size: int = 256,
+        flip: bool = False,
+        seed: int = 0,
+        cache: bool = False,
+        captions: Mapping[str, str] | None = None,
+        explanations: Mapping[str, str] | None = None,
+    ):
+        if image_size < 1 or seed < 0:
+            raise InputError(f"expected image_size >= 1 and seed >= 0, got {image_size} and {seed}")
+        self.samples = samples
+        self.image_size, self.flip, self.seed = image_size, flip, seed
+        self.captions, self.explanations = captions, explanations
+        self._tokenizer = tokenizer
+        self._pictures: dict[Path, tuple[np.ndarray, tuple[int, int]]] | None = {} if cache else None
+        # In shared memory: workers that outlive an epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.missing = _count_missing(samples, {"captions": captions, "explanations": explanations})
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the flips of `epoch` (from 0), also for workers that are running."""
+        if epoch < 0:
+            raise InputError(f"expected an epoch >= 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        """Return one sample; raises InputError, naming id and file, where its picture or box is unusable."""
+        sample = self.samples[index]
+        index %= len(self.samples)
+        rgb, (width, height) = self._picture(sample)
+        box = normalize_box(sample, width, height)
+        if self.flip and self._is_flipped(index):
+            rgb, box = rgb[:, ::-1], box and flip_box(box)
+        ids, labels = label_tokens(sample, self._tokenizer)
+        return Item(
+            image=torch.from_numpy(normalize_image(Image.fromarray(np.ascontiguousarray(rgb)))),
+            input_ids=torch.from_numpy(ids),
+            token_labels=torch.from_numpy(labels),
+            fake=int(sample.manipulated),
+            types=torch.tensor([float(name in sample.types) for name in TYPES]),
+            box=torch.tensor(box or (0.0,) * 4, dtype=torch.float32),
+            position=index,
+            caption_ids=self._side_text(self.captions, sample),
+            explanation_ids=self._side_text(self.explanations, sample),
+        )
+
+    def _is_flipped(self, index: int) -> bool:
+        random = np.random.default_rng((self.seed, int(self._epoch), index))
+        return bool(random.random() < _FLIP_PROBABILITY)
+
+    def _picture(self, sample: Sample) -> tuple[np.ndarray, tuple[int, int]]:
+        """The resized picture, uint8 [S, S, 3], and the stored one's (width, height)."""
+        if self._pictures is None:
+            return _read_picture(sample, self.image_size)
+        if sample.picture not in self._pictures:
+            self._pictures[sample.picture] = _read_picture(sample, self.image_size)
+        return self._pictures[sample.picture]
+
+    def _side_text(self, texts: Mapping[str, str] | None, sample: Sample) -> Tensor | None:
+        if texts is None:
+            return None
+        tokens, _ = _encode(texts.get(sample.image, ""), self._tokenizer)
+        return torch.from_numpy(tokens.ids)
+
+
+def normalize_box(sample: Sample, width: int, height: int) -> Box | None:
+    """Return a sample's box as (cx, cy, w, h) in [0, 1] of its picture of `width` x `height` pixels.
+
+    The networks' plain resize keeps these fractions. Raises InputError where the box leaves the picture.
+    """
+    if sample.box is None:
+        return None
+    clipped = clip_box(sample.box, width, height)
+    if clipped is None:
+        raise InputError(
+            f"{_name(sample)} ({sample.picture}): expected a box inside the picture of {width} x {height} "
+            f"pixels, got {list(sample.box)}; correct the annotation or leave the sample out"
+        )
+    x1, y1, x2, y2 = clipped
+    return (x1 + x2) / (2 * width), (y1 + y2) / (2 * height), (x2 - x1) / width, (y2 - y1) / height
+
+
+def flip_box(box: Box) -> Box:
+    """Mirror (cx, cy, w, h), fractions of the picture, from left to right."""
+    cx, cy, w, h = box
+    return 1 - cx, cy, w, h
+
+
+def label_tokens(sample: Sample, tokenizer: CaptionTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return the caption's ids, int64 [n] with [CLS] first, and their labels without [CLS], int64 [n - 1].
+
+    A word piece is 1 where its word is among the sample's fake words, else 0. Words that the tokenizer cuts
+    off have no label.
+    """
+    tokens, cleaned = _encode(sample.text, tokenizer)
+    annotated = annotated_positions(cleaned)
+    fake = [annotated[span.start] in sample.fake_words for span in tokens.words]
+    return tokens.ids, np.array(fake, dtype=np.int64)[tokens.word_of[1:]]
+
+
+def annotated_positions(cleaned: CleanCaption) -> dict[int, int]:
+    """Map the start of each of the caption's spans to the index that annotations give its word.
+
+    Annotations count words split on ' '; a tab or newline on its own makes two spans of one such word.
+    """
+    return {
+        span.start: cleaned.text.count(" ", 0, start)
+        for span, (start, _) in zip(cleaned.spans, cleaned.bounds, strict=True)
+    }
+
+
+def read_sidecar(path: str | Path) -> dict[str, str]:
+    """Read a side-car file {image: text}, whose keys are paths as annotated.
+
+    Raises InputError where the file cannot be opened or is no such JSON in UTF-8.
+    """
+    path = Path(path)
+    try:
+        texts = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the side-car: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or numbers and nesting past reason
+        raise InputError(f"{path}: expected JSON in UTF-8: {error}") from error
+    if not isinstance(texts, dict):
+        raise InputError(f"{path}: expected an object {{image: text}}, got {type(texts).__name__}")
+    for image, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"{path}: expected a text for {image!r}, got {type(text).__name__}")
+    return texts
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Make a batch of at least one item; its texts are padded at the end, to at least MIN_TOKENS."""
+    input_ids, attention_mask = _pad([item.input_ids for item in items])
+    caption_ids, caption_mask = _pad_side_texts([item.caption_ids for item in items])
+    explanation_ids, explanation_mask = _pad_side_texts([item.explanation_ids for item in items])
+    token_labels = torch.full((len(items), input_ids.shape[1] - 1), IGNORED)
+    for row, item in zip(token_labels, items, strict=True):
+        row[: len(item.token_labels)] = item.token_labels
+    return Batch(
+        image=torch.stack([item.image for item in items]),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        fake=torch.tensor([item.fake for item in items]),
+        types=torch.stack([item.types for item in items]),
+        box=torch.stack([item.box for item in items]),
+        token_labels=token_labels,
+        indices=torch.tensor([item.position for item in items]),
+        caption_ids=caption_ids,
+        caption_mask=caption_mask,
+        explanation_ids=explanation_ids,
+        explanation_mask=explanation_mask,
+    )
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad ids to the longest; return them and their mask, int64 [B, N]."""
+    ids = torch.zeros((len(rows), max(MIN_TOKENS, *map(len, rows))), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _pad_side_texts(rows: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    present = [row for row in rows if row is not None]
+    return _pad(present) if present else (None, None)
+
+
+def _encode(text: str, tokenizer: CaptionTokenizer) -> tuple[Tokens, CleanCaption]:
+    """Clean and tokenise a text as the engine does, cut to the words that annotations can name."""
+    cleaned = clean_caption(read_caption(text)[0], MAX_WORDS)
+    return tokenizer.encode(cleaned), cleaned
+
+
+def _read_picture(sample: Sample, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    rgb = decode_image(sample.picture, name=_name(sample), options=_AS_STORED).rgb
+    return np.asarray(resize_image(rgb, image_size)), rgb.size
+
+
+def _name(sample: Sample) -> str:
+    return f"sample {sample.id}"
+
+
+def _count_missing(
+    samples: Sequence[Sample], sidecars: Mapping[str, Mapping[str, str] | None]
+) -> dict[str, int]:
+    """Count the samples without an entry, for every side-car that is given, and log them."""
+    missing = {
+        name: sum(sample.image not in texts for sample in samples)
+        for name, texts in sidecars.items()
+        if texts is not None
+    }
+    for name, count in missing.items():
+        if count:
+            log.warning("%s: %d of %d samples have no text; read as empty", name, count, len(samples))
+    return missing
