@@ -7,6 +7,8 @@ import html
 import io
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from engine.preprocess import ImageInput
 from engine.render import INK, MANIPULATED, MUTED, TRACK, Color, annotate, caption_pieces, verdict, word_color
 
@@ -24,7 +26,7 @@ def write_fragment(prediction: Prediction, image: ImageInput | None = None) -> s
     """
     headline, color = verdict(prediction)
     panel = [
-        f'<h3 style="margin:0 0 12px;font-size:24px;color:{_css(color)}">{headline}</h3>',
+        f'<h3 style="margin:0 0 12px;font-size:24px;color:{css(color)}">{headline}</h3>',
         _bar("score", prediction.score, color),
         '<hr style="border:0;border-top:2px solid #e5e7eb;margin:14px 0">',
     ]
@@ -32,9 +34,9 @@ def write_fragment(prediction: Prediction, image: ImageInput | None = None) -> s
         active = prediction.manipulated and kind in prediction.detected
         panel.append(_bar(kind.replace("_", " "), score, MANIPULATED if active else MUTED))
     notes = [" ".join(prediction.model.values()), *prediction.warnings]
-    panel += [f'<div style="color:{_css(MUTED)};font-size:13px">{_escape(note)}</div>' for note in notes]
+    panel += [f'<div style="color:{css(MUTED)};font-size:13px">{escape(note)}</div>' for note in notes]
     return (
-        f'<div style="font-family:system-ui,sans-serif;color:{_css(INK)};background:#fff;'
+        f'<div style="font-family:system-ui,sans-serif;color:{css(INK)};background:#fff;'
         'padding:20px;max-width:1060px">'
         '<div style="display:flex;flex-wrap:wrap;gap:28px">'
         f'<div style="flex:1 1 320px">{_picture(prediction, image)}</div>'
@@ -45,38 +47,44 @@ def write_fragment(prediction: Prediction, image: ImageInput | None = None) -> s
 
 
 def _picture(prediction: Prediction, image: ImageInput | None) -> str:
+    return embed(annotate(prediction, image, _PICTURE_LIMIT))
+
+
+def embed(photo: Image.Image) -> str:
+    """Return an <img> whose source is the picture itself, as JPEG."""
     buffer = io.BytesIO()
-    annotate(prediction, image, _PICTURE_LIMIT).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    photo.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="the picture" style="max-width:100%" src="data:image/jpeg;base64,{data}">'
 
 
 def _bar(label: str, score: float, color: Color) -> str:
     return (
-        f'<div style="display:flex;justify-content:space-between"><span>{_escape(label)}</span>'
+        f'<div style="display:flex;justify-content:space-between"><span>{escape(label)}</span>'
         f"<span>{score:.1%}</span></div>"
-        f'<div style="background:{_css(TRACK)};border-radius:4px;margin:3px 0 12px">'
-        f'<div style="width:{score:.1%};height:8px;border-radius:4px;background:{_css(color)}"></div></div>'
+        f'<div style="background:{css(TRACK)};border-radius:4px;margin:3px 0 12px">'
+        f'<div style="width:{score:.1%};height:8px;border-radius:4px;background:{css(color)}"></div></div>'
     )
 
 
 def _caption(prediction: Prediction) -> str:
     return "".join(
-        _escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(prediction)
+        escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(prediction)
     )
 
 
 def _mark(text: str, word: Word) -> str:
-    line = f";border-bottom:2px solid {_css(MANIPULATED)}" if word.manipulated else ""
-    style = f"color:inherit;border-radius:4px;padding:1px 2px;background:{_css(word_color(word))}{line}"
-    return f'<mark title="{word.score:.1%}" style="{style}">{_escape(text)}</mark>'
+    line = f";border-bottom:2px solid {css(MANIPULATED)}" if word.manipulated else ""
+    style = f"color:inherit;border-radius:4px;padding:1px 2px;background:{css(word_color(word))}{line}"
+    return f'<mark title="{word.score:.1%}" style="{style}">{escape(text)}</mark>'
 
 
-def _css(color: Color) -> str:
+def css(color: Color) -> str:
+    """Return a colour as CSS writes it."""
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Escape for HTML; control characters, which it does not allow, become U+FFFD."""
     allowed = "".join(
         c if c >= " " and not "\x7f" <= c <= "\x9f" or c in "\t\n\r" else "\ufffd" for c in text

@@ -84,7 +84,7 @@ def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int,
     if prediction.heatmap is not None:
         photo = _blend_heat(photo, prediction.heatmap)
     if prediction.box is not None and FACE_TYPES & set(prediction.detected):
-        _draw_box(photo, prediction.box, prediction.size)
+        draw_box(photo, prediction.box, prediction.size)
     return photo
 
 
@@ -154,14 +154,17 @@ def _blend_heat(photo: Image.Image, heatmap: np.ndarray) -> Image.Image:
     )
 
 
-def _draw_box(photo: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> None:
+def draw_box(
+    photo: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], color: Color = BOX
+) -> None:
+    """Draw a box (x1, y1, x2, y2), given in pixels of a (width, height) picture, on `photo` of any size."""
     draw = ImageDraw.Draw(photo)
     scale = (photo.width / size[0], photo.height / size[1])
     x1, y1, x2, y2 = (value * scale[i % 2] for i, value in enumerate(box))
     x2, y2 = min(x2, photo.width - 1), min(y2, photo.height - 1)
-    for grow, color in ((1, INK), (0, BOX)):
+    for grow, shade in ((1, INK), (0, color)):
         corners = (max(x1 - grow, 0), max(y1 - grow, 0), x2 + grow, y2 + grow)
-        draw.rectangle(corners, outline=color, width=3 + 2 * grow)
+        draw.rectangle(corners, outline=shade, width=3 + 2 * grow)
 
 
 def _panel_height(prediction: Prediction) -> int:

@@ -8,7 +8,6 @@ import contextlib
 import html
 import json
 import os
-import secrets
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
 from engine.predictor import THUMBNAIL_SIDE
 from engine.render import check_plot_path
+from export.output import open_output
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         check_plot_path(options.plot)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(_open_list(options.list)) if options.list else None
-        out = stack.enter_context(_open_output(options.out, options.list))
+        out = stack.enter_context(open_output(options.out, options.list))
         predictor = stack.enter_context(_predictor(options))
         if lines is not None:
             return _judge_list(predictor, lines, out, options)
@@ -169,28 +169,3 @@ def _open_list(path: Path) -> Iterator[Iterable[bytes]]:
         raise InputError(f"{path}: cannot read the list: {error.strerror}") from error
     with file:
         yield file
-
-
-@contextlib.contextmanager
-def _open_output(path: Path | None, source: Path | None) -> Iterator[IO[str]]:
-    """stdout, or a file that appears whole or not at all; raises InputError where it cannot be written."""
-    if path is None:
-        yield sys.stdout
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--out {path}: expected the name of a file in a folder that exists")
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise InputError(f"--out {path}: is the list itself; choose another name")
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

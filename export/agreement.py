@@ -1,0 +1,198 @@
+"""How two models' answers to the same pairs differ: decisions, boxes, and the pairs where most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dgm4.data.annotations import Sample
+from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, Answers, box_iou, says_no_box
+from engine.manifest import Manifest
+from engine.postprocess import Answer, read_answer, sigmoid, softmax
+from engine.preprocess import read_size
+from engine.text import CaptionTokenizer
+
+# Below this mean distance two answers count as the same, and there is nothing to show.
+_SAME = 1e-3
+PARTS = ("score", "types", "words", "box")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares in [0, 1] of equal decisions of two models, and how far their boxes and scores lie apart.
+
+    `verdict` counts pairs (real or manipulated), `types` every type of every pair, `all_types` pairs with
+    four equal types, `tokens` tokens (NaN without any), `no_box` pairs. `box_iou` is the mean IoU of the two
+    predicted boxes, 1 where both say that there is none, and `box_iou_min` the smallest. `score_change` is
+    the largest change of a pair's probability of being manipulated.
+    """
+
+    verdict: float
+    types: float
+    all_types: float
+    tokens: float
+    no_box: float
+    box_iou: float
+    box_iou_min: float
+    score_change: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair on which bundle and reference disagree.
+
+    `parts` are the distances of `disagreement`, `total` their mean. Boxes are in pixels of the stored picture
+    of `size`. `fake_words` tells of each word of the answers whether it is truly fake.
+    """
+
+    sample: Sample
+    total: float
+    parts: dict[str, float]
+    size: tuple[int, int]
+    caption: str
+    fake_words: tuple[bool, ...]
+    ours: Answer
+    theirs: Answer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-safe data."""
+        return {
+            "id": self.sample.id,
+            "image": self.sample.image,
+            "disagreement": self.total,
+            **{f"{name}_change": value for name, value in self.parts.items()},
+            "true": {"types": list(self.sample.types), "box": self.sample.box},
+            "bundle": _answer_dict(self.ours),
+            "reference": _answer_dict(self.theirs),
+        }
+
+
+def measure_agreement(ours: Answers, theirs: Answers) -> Agreement:
+    """Compare two models' answers to the same pairs."""
+    types = _same(ours.logits_multicls >= TYPE_LOGIT, theirs.logits_multicls >= TYPE_LOGIT)
+    valid = ours.token_labels != TOKEN_PADDING
+    tokens = _same(_second_wins(ours.logits_tok), _second_wins(theirs.logits_tok))[valid]
+    iou = predicted_iou(ours, theirs)
+    return Agreement(
+        verdict=float(
+            _same(_second_wins(ours.logits_real_fake), _second_wins(theirs.logits_real_fake)).mean()
+        ),
+        types=float(types.mean()),
+        all_types=float(types.all(axis=1).mean()),
+        tokens=float(tokens.mean()) if tokens.size else float("nan"),
+        no_box=float(_same(says_no_box(ours.pred_box), says_no_box(theirs.pred_box)).mean()),
+        box_iou=float(iou.mean()),
+        box_iou_min=float(iou.min()),
+        score_change=float(disagreement(ours, theirs)[:, 0].max()),
+    )
+
+
+def disagreement(ours: Answers, theirs: Answers) -> np.ndarray:
+    """Return how far two models' answers lie apart, [B, 4] in the order of PARTS, each in [0, 1].
+
+    The change of the probability of being manipulated, the largest change over the types and over the
+    tokens, and 1 - IoU of the two predicted boxes.
+    """
+    score = np.abs(_probability(ours.logits_real_fake) - _probability(theirs.logits_real_fake))
+    types = np.abs(sigmoid(_wide(ours.logits_multicls)) - sigmoid(_wide(theirs.logits_multicls)))
+    valid = ours.token_labels != TOKEN_PADDING
+    tokens = np.abs(_probability(ours.logits_tok) - _probability(theirs.logits_tok)) * valid
+    words = tokens.max(axis=1, initial=0.0)
+    return np.column_stack([score, types.max(axis=1), words, 1 - predicted_iou(ours, theirs)])
+
+
+def predicted_iou(ours: Answers, theirs: Answers) -> np.ndarray:
+    """Return the IoU [B] of the two predicted boxes, 1 where both say that there is no box."""
+    neither = says_no_box(ours.pred_box) & says_no_box(theirs.pred_box)
+    return np.where(neither, 1.0, box_iou(ours.pred_box, theirs.pred_box))
+
+
+def worst_cases(
+    samples: Sequence[Sample],
+    ours: Answers,
+    theirs: Answers,
+    count: int,
+    manifest: Manifest,
+    tokenizer: CaptionTokenizer,
+) -> tuple[Case, ...]:
+    """Return the pairs, `count` at most, whose answers lie apart most, the worst first.
+
+    Raises InputError where a picture has gone since it was answered.
+    """
+    parts = disagreement(ours, theirs)
+    total = parts.mean(axis=1)
+    rows = [int(i) for i in np.argsort(-total, kind="stable")[:count] if total[i] > _SAME]
+    return tuple(
+        _read_case(samples[row], _taken(ours, row), _taken(theirs, row), parts[row], manifest, tokenizer)
+        for row in rows
+    )
+
+
+def _taken(answers: Answers, row: int) -> Answers:
+    """The answers to one pair, still with the first dimension."""
+    return Answers(*(array[row : row + 1] for array in answers))
+
+
+def _read_case(
+    sample: Sample,
+    ours: Answers,
+    theirs: Answers,
+    parts: np.ndarray,
+    manifest: Manifest,
+    tokenizer: CaptionTokenizer,
+) -> Case:
+    """Read both answers to one pair as production would."""
+    caption, tokens = tokenizer(sample.text)
+    size = read_size(sample.picture)
+    labels = ours.token_labels[0, : len(tokens.ids) - 1]
+    fake = np.zeros(len(tokens.words), dtype=bool)
+    np.logical_or.at(fake, tokens.word_of[1:], labels == 1)
+    return Case(
+        sample=sample,
+        total=float(parts.mean()),
+        parts=dict(zip(PARTS, parts.tolist(), strict=True)),
+        size=size,
+        caption=caption,
+        fake_words=tuple(fake.tolist()),
+        ours=read_answer(_outputs(ours), 0, tokens, size, manifest, sample.id),
+        theirs=read_answer(_outputs(theirs), 0, tokens, size, manifest, sample.id),
+    )
+
+
+def _outputs(answers: Answers) -> dict[str, np.ndarray]:
+    """Answers by the names of a network's outputs."""
+    names = ("logits_real_fake", "logits_multicls", "logits_tok")
+    return {"box": answers.pred_box, **{name: getattr(answers, name) for name in names}}
+
+
+def _answer_dict(answer: Answer) -> dict[str, Any]:
+    return {
+        "score": answer.score,
+        "types": answer.types,
+        "box": answer.box,
+        "fake_words": [word.text for word in answer.words if word.manipulated],
+    }
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.equal(first, second)
+
+
+def _second_wins(logits: np.ndarray) -> np.ndarray:
+    return np.greater(logits[..., 1], logits[..., 0])
+
+
+def _wide(logits: np.ndarray) -> np.ndarray:
+    return logits.astype(np.float64)
+
+
+def _probability(logits: np.ndarray) -> np.ndarray:
+    """Softmax of the second of two logits, in float64."""
+    return softmax(_wide(logits))[..., 1]

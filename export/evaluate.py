@@ -1,0 +1,300 @@
+"""The task's metrics of a bundle on annotated pairs, beside the float32 network on the same pairs.
+
+Bundle and reference answer the same batches; differences of metrics come with paired bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import dgm4
+from dgm4.data.annotations import Sample, read_split
+from dgm4.data.dataset import PairDataset
+from dgm4.metrics import Answers, Interval, bootstrap, bootstrap_difference, per_type, summarise
+from dgm4.model import Detector
+from engine.backends import create
+from engine.bundle import Bundle
+from engine.errors import BundleError, InputError, NumericalError
+from engine.manifest import Manifest
+from engine.predictor import TOKENIZER
+from engine.preprocess import CLIP_MEAN, CLIP_STD
+from engine.text import CaptionTokenizer
+from export.agreement import Agreement, Case, measure_agreement, worst_cases
+from export.scoring import Network, Scored, TorchNetwork, score, torch_threads
+
+WEIGHTS = "model.safetensors"
+_OURS, _REFERENCE = "bundle", "reference"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate and how.
+
+    `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
+    largest, 32 at most. `reference` "auto" compares with the float32 network of `checkpoint`, or of the
+    bundle's own weights, "required" raises InputError where there is neither, "none" does not compare.
+    `on_bad` "skip" leaves unusable records out, "raise" stops there. `repeats`, `level` and `seed` are the
+    bootstrap's; `worst` is the number of disagreements to keep.
+    """
+
+    split: str = "test"
+    limit: int | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    batch: int | None = None
+    reference: Literal["auto", "required", "none"] = "auto"
+    checkpoint: Path | None = None
+    on_bad: Literal["skip", "raise"] = "skip"
+    repeats: int = 1000
+    level: float = 0.95
+    seed: int = 0
+    worst: int = 8
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's metrics with their intervals, and its metrics by type; see `dgm4.metrics`."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    types: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric of the bundle minus that of the reference, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reference on the same pairs: its source and scores, and how the bundle differs from it."""
+
+    source: str
+    scores: Scores
+    changes: dict[str, Change]
+    agreement: Agreement
+    worst: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    `model` is name, size, precision, backend and device; `pairs` how many were answered; `problems` counts
+    what was left out, by kind; `seconds` by network and of waiting for pictures; `note` says why there is no
+    comparison, or what to know about it.
+    """
+
+    bundle: str
+    model: dict[str, str]
+    trained: bool
+    data: str
+    split: str
+    pairs: int
+    level: float
+    scores: Scores
+    comparison: Comparison | None
+    note: str
+    problems: dict[str, int]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-safe data; NaN becomes None."""
+        head = {
+            name: getattr(self, name)
+            for name in ("bundle", "model", "trained", "data", "split", "pairs", "level", "note")
+        }
+        tail = {"problems": self.problems, "seconds": self.seconds}
+        compared = None if self.comparison is None else _comparison_dict(self.comparison)
+        plain: dict[str, Any] = _plain({**head, **asdict(self.scores), "reference": compared, **tail})
+        return plain
+
+
+def evaluate(
+    bundle: str | Path | Bundle,
+    data: str | Path,
+    options: EvaluateOptions | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate a bundle on a split of the data folder `data`, in the published layout.
+
+    Raises BundleError, BackendError and CheckpointError for what does not load, InputError for data that
+    cannot be used, NumericalError where a network answers NaN or infinity. `progress` shows a bar on stderr.
+    """
+    options = options or EvaluateOptions()
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    manifest = opened.manifest
+    tokenizer = CaptionTokenizer(
+        opened.verified(TOKENIZER), manifest.preprocess.max_words, manifest.preprocess.max_tokens
+    )
+    annotations = read_split(data, options.split, options.on_bad)
+    dataset = PairDataset(_draw(annotations.samples, options), tokenizer, _image_size(manifest))
+    reference = _load_reference(opened, options)
+    network = create(options.backend, opened, options.device, options.threads)
+    networks: dict[str, Network] = {_OURS: network}
+    if reference.model is not None:
+        networks[_REFERENCE] = TorchNetwork(reference.model)
+    try:
+        with torch_threads(options.threads):
+            scored = score(networks, dataset, _batch_size(manifest, options), options.on_bad, progress)
+    finally:
+        network.close()
+    info = manifest.model
+    found = {"name": info.name, "size": info.size, "precision": manifest.precision}
+    own = _scores(_OURS, scored.answers[_OURS], options)
+    compared = None
+    if reference.model is not None:
+        compared = _compare(scored, own, reference.source, (manifest, tokenizer), options)
+    return Evaluation(
+        bundle=str(opened.path),
+        model={**found, "backend": network.name, "device": network.device},
+        trained=manifest.weights.trained,
+        data=str(data),
+        split=options.split,
+        pairs=len(scored.samples),
+        level=options.level,
+        scores=own,
+        comparison=compared,
+        note=reference.note,
+        problems=dict(Counter(p.kind for p in (*annotations.problems, *scored.problems)).most_common()),
+        seconds=scored.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The float32 network, or None, where it came from and what to know about it."""
+
+    model: Detector | None
+    source: str
+    note: str
+
+
+def _load_reference(bundle: Bundle, options: EvaluateOptions) -> _Reference:
+    """Load the network of the checkpoint if one is given, else of the bundle's own weights."""
+    manifest = bundle.manifest
+    if options.reference == "none":
+        return _Reference(None, "", "no reference was asked for")
+    if options.checkpoint is not None:
+        model = _load_checkpoint(options.checkpoint, _config(manifest))
+        return _Reference(model, options.checkpoint.name, _origin_note(options.checkpoint, manifest))
+    if WEIGHTS not in manifest.files:
+        if options.reference == "required":
+            raise InputError(f"the bundle has no {WEIGHTS} to compare with: give --checkpoint")
+        return _Reference(None, "", f"no reference: the bundle has no {WEIGHTS}; give --checkpoint")
+    config = _config(manifest)
+    model = dgm4.load_checkpoint(bundle.verified(WEIGHTS), config.name, config)
+    note = ""
+    if manifest.precision != "fp32":
+        note = "the reference's weights are the bundle's, rounded to float16; --checkpoint for the exact ones"
+    return _Reference(model, f"{WEIGHTS} of the bundle", note)
+
+
+def _config(manifest: Manifest) -> dgm4.ModelConfig:
+    try:
+        return dgm4.ModelConfig.from_dict(manifest.model.config)
+    except (TypeError, KeyError) as error:
+        raise BundleError(f"model.config: expected the fields of a network's shape: {error}") from error
+
+
+def _load_checkpoint(path: Path, config: dgm4.ModelConfig) -> Detector:
+    checkpoint = dgm4.read_checkpoint(path)
+    if checkpoint.layout == "albef":
+        raise InputError(
+            f"{path}: is an ALBEF initialisation, whose heads are drawn at each load; leave --checkpoint out "
+            "to compare with the bundle's own weights"
+        )
+    return dgm4.load_state(checkpoint, config.name, config)
+
+
+def _origin_note(checkpoint: Path, manifest: Manifest) -> str:
+    """What to know about a reference whose file is not the one that the bundle was made of."""
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest == manifest.weights.sha256:
+        return ""
+    return f"{checkpoint.name} is not the file that the bundle was made of ({manifest.weights.source})"
+
+
+def _draw(samples: Sequence[Sample], options: EvaluateOptions) -> Sequence[Sample]:
+    """Return all samples, or `limit` of them drawn with the seed and kept in their order."""
+    if options.limit is None or options.limit >= len(samples):
+        return samples
+    if options.limit < 1:
+        raise InputError(f"limit: expected at least 1, got {options.limit}")
+    chosen = np.random.default_rng(options.seed).choice(len(samples), options.limit, replace=False)
+    return [samples[i] for i in np.sort(chosen)]
+
+
+def _image_size(manifest: Manifest) -> int:
+    """The picture's side; raises InputError for a normalisation that the data set does not do."""
+    spec = manifest.preprocess
+    if (spec.mean, spec.std) != (CLIP_MEAN, CLIP_STD):
+        raise InputError(f"expected a bundle with mean {CLIP_MEAN} and std {CLIP_STD}, got {spec}")
+    return spec.image_size
+
+
+def _batch_size(manifest: Manifest, options: EvaluateOptions) -> int:
+    if options.batch is not None and options.batch < 1:
+        raise InputError(f"batch: expected at least 1, got {options.batch}")
+    return min(options.batch or 32, manifest.limits.max_batch)
+
+
+def _scores(name: str, answers: Answers, options: EvaluateOptions) -> Scores:
+    try:
+        metrics = summarise(*answers)
+    except NumericalError as error:
+        raise NumericalError(f"the {name}'s {error}") from error
+    intervals = bootstrap(answers, repeats=options.repeats, level=options.level, seed=options.seed)
+    return Scores(metrics, intervals, per_type(answers.labels, answers.logits_multicls))
+
+
+def _compare(
+    scored: Scored,
+    own: Scores,
+    source: str,
+    context: tuple[Manifest, CaptionTokenizer],
+    options: EvaluateOptions,
+) -> Comparison:
+    """Compare the bundle's answers, whose scores are `own`, with the reference's."""
+    ours, theirs = scored.answers[_OURS], scored.answers[_REFERENCE]
+    scores = _scores(_REFERENCE, theirs, options)
+    draws: Any = {"repeats": options.repeats, "level": options.level, "seed": options.seed}
+    intervals = bootstrap_difference(ours, theirs, **draws)
+    changes = {
+        name: Change(value - scores.metrics[name], *intervals[name]) for name, value in own.metrics.items()
+    }
+    worst = worst_cases(scored.samples, ours, theirs, options.worst, *context)
+    return Comparison(source, scores, changes, measure_agreement(ours, theirs), worst)
+
+
+def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "source": comparison.source,
+        **asdict(comparison.scores),
+        "changes": {name: asdict(change) for name, change in comparison.changes.items()},
+        "agreement": comparison.agreement.to_dict(),
+        "worst": [case.to_dict() for case in comparison.worst],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Make lists of tuples and None of NaN, as JSON wants it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,269 @@
+"""An evaluation as text and as one self-contained HTML page: no script, no outside address, all escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from dgm4.metrics import Interval
+from engine.errors import InputError
+from engine.markup import css, embed, escape
+from engine.preprocess import ImageOptions, decode_image, make_thumbnail
+from engine.render import BOX, EMPTY, INK, MANIPULATED, PRISTINE, TRACK, WHITE, Color, draw_box, mix
+from export.agreement import Case
+from export.evaluate import Comparison, Evaluation
+from export.gate import GATED, GATES, GateFailure
+
+_REFERENCE_BOX: Color = (255, 160, 0)
+_TRUE_BOX: Color = (64, 200, 80)
+_PICTURE = 520  # longer side in pixels
+_TYPE_SCORES = ("AUC", "AP", "P", "R", "F1")
+_CELL = "padding:3px 14px 3px 0;text-align:right"
+_HEADS = ("metric", "bundle", "interval", "float32", "change", "interval")
+_AGREEMENT = {
+    "verdict": "pairs with the same verdict",
+    "types": "types decided alike",
+    "all_types": "pairs with all four types alike",
+    "tokens": "tokens decided alike",
+    "no_box": "pairs alike in having a box",
+    "box_iou": "mean IoU of the two boxes",
+    "box_iou_min": "smallest IoU of the two boxes",
+    "score_change": "largest change of a score",
+}
+Rows = list[tuple[str, ...]]
+
+
+def write_table(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+    """Return the evaluation as lines of text, metrics in percent; `failures` as of `check_gate`, or None."""
+    lines = [*_head(found), "", *_align(_metric_rows(found)), "", *_align(_type_rows(found))]
+    compared = found.comparison
+    if compared is not None:
+        lines += ["", *_align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
+        if compared.worst:
+            lines += ["", "largest disagreements, bundle / float32", *_align(_worst_rows(compared), left=2)]
+    if failures is not None:
+        lines += ["", *_gate_lines(found, failures)]
+    return "\n".join(lines) + "\n"
+
+
+def write_page(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+    """Return the evaluation as a whole HTML document, the worst disagreements drawn."""
+    compared = found.comparison
+    parts = [
+        "<h1>Evaluation</h1>",
+        *(f"<p>{escape(line)}</p>" for line in _head(found)),
+        _gate_part(found, failures),
+        "<h2>Metrics</h2>",
+        _html_table(_metric_rows(found)),
+        "<h2>Types</h2>",
+        _html_table(_type_rows(found)),
+    ]
+    if compared is not None:
+        parts += ["<h2>Agreement with float32</h2>", _html_table([("", ""), *_agreement_rows(compared)])]
+        parts += ["<h2>Largest disagreements</h2>", _legend(), *map(_case_part, compared.worst)]
+    if compared is not None and not compared.worst:
+        parts.append("<p>None: every answer is the same.</p>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>dgm4 evaluate</title></head>\n'
+        f'<body style="font-family:system-ui,sans-serif;color:{css(INK)};max-width:1060px;margin:auto">\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _head(found: Evaluation) -> Iterator[str]:
+    """What was evaluated, on what, how fast, and what to know about it."""
+    model = found.model
+    yield (
+        f"{model['name']} {model['size']} {model['precision']}, {model['backend']} on {model['device']}: "
+        f"{found.pairs} pairs of {found.split} in {found.data}"
+    )
+    if found.comparison is not None:
+        yield f"reference: float32 torch, {found.comparison.source}"
+    if found.note:
+        yield f"note: {found.note}"
+    if not found.trained:
+        yield "note: the weights are untrained; the metrics mean nothing"
+    if found.problems:
+        yield "left out: " + ", ".join(f"{kind} {count}" for kind, count in found.problems.items())
+    yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items())
+
+
+def _metric_rows(found: Evaluation) -> Rows:
+    """Metrics in percent with intervals, and where there is a reference its own and the change."""
+    width = 3 if found.comparison is None else 6
+    name = f"{100 * found.level:g} %"
+    heads = [head if head != "interval" else name for head in _HEADS]
+    rows = [tuple(heads[:width])]
+    for key, value in found.scores.metrics.items():
+        row = [key, _percent(value), _interval(found.scores.intervals[key])]
+        if found.comparison is not None:
+            change = found.comparison.changes[key]
+            row += [_percent(found.comparison.scores.metrics[key]), _percent(change.value, "+")]
+            row.append(_interval((change.low, change.high), "+"))
+        rows.append(tuple(row))
+    return rows
+
+
+def _type_rows(found: Evaluation) -> Rows:
+    """Metrics of each type, beside float32's in brackets."""
+    rows: Rows = [("type", "pairs", *_TYPE_SCORES)]
+    theirs = None if found.comparison is None else found.comparison.scores.types
+    for name, scores in found.scores.types.items():
+        cells = [_percent(scores[key]) for key in _TYPE_SCORES]
+        if theirs is not None:
+            cells = [
+                f"{cell} ({_percent(theirs[name][key])})"
+                for cell, key in zip(cells, _TYPE_SCORES, strict=True)
+            ]
+        rows.append((name, f"{scores['positives']:g}", *cells))
+    return rows
+
+
+def _agreement_rows(compared: Comparison) -> Rows:
+    values = compared.agreement.to_dict()
+    return [(text, f"{_percent(values[name])} %") for name, text in _AGREEMENT.items()]
+
+
+def _worst_rows(compared: Comparison) -> Rows:
+    rows: Rows = [("id", "image", "score", "types", "IoU of boxes")]
+    for case in compared.worst:
+        pair = case.ours, case.theirs
+        scores = " / ".join(f"{answer.score:.3f}" for answer in pair)
+        types = " / ".join("&".join(answer.detected) or "none" for answer in pair)
+        rows.append(
+            (_line(case.sample.id), _line(case.sample.image), scores, types, f"{1 - case.parts['box']:.3f}")
+        )
+    return rows
+
+
+def _gate_lines(found: Evaluation, failures: Sequence[GateFailure]) -> list[str]:
+    precision = found.model["precision"]
+    bound = f"{', '.join(GATED)} within {100 * GATES[precision]:g} points of float32"
+    if not failures:
+        return [f"gate of {precision}: passed ({bound})"]
+    return [f"gate of {precision}: failed ({bound})", *(f"  {failure}" for failure in failures)]
+
+
+def _align(rows: Rows, left: int = 1) -> list[str]:
+    """Columns of equal width, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+
+
+def _interval(bounds: Interval, sign: str = "") -> str:
+    return "-" if math.isnan(bounds[0]) else " to ".join(_percent(value, sign) for value in bounds)
+
+
+def _line(text: str) -> str:
+    """Text of a user on one line of a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _html_table(rows: Rows) -> str:
+    head, *body = rows
+    return (
+        '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'
+        + _html_row(head, "th")
+        + "".join(_html_row(row, "td") for row in body)
+        + "</table>"
+    )
+
+
+def _html_row(cells: Iterable[str], tag: str) -> str:
+    first = _CELL.replace("right", "left")
+    return (
+        f'<tr style="border-bottom:1px solid {css(TRACK)}">'
+        + "".join(
+            f'<{tag} style="{_CELL if i else first}">{escape(cell)}</{tag}>' for i, cell in enumerate(cells)
+        )
+        + "</tr>"
+    )
+
+
+def _gate_part(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+    if failures is None:
+        return ""
+    color = MANIPULATED if failures else PRISTINE
+    lines = "<br>".join(escape(line) for line in _gate_lines(found, failures))
+    return f'<p style="color:{css(color)};font-weight:600">{lines}</p>'
+
+
+def _legend() -> str:
+    names = ((_TRUE_BOX, "true box"), (BOX, "bundle"), (_REFERENCE_BOX, "float32"))
+    boxes = " ".join(
+        f'<span style="border:3px solid {css(color)};padding:0 8px">{name}</span>' for color, name in names
+    )
+    return (
+        f"<p>{boxes} Words: {_mark('fake', True, False, False)} in truth, {_mark('fake', False, True, False)} "
+        f"to the bundle, {_mark('fake', False, False, True)} to float32.</p>"
+    )
+
+
+def _case_part(case: Case) -> str:
+    """One pair: the picture with all boxes, both answers, and the caption."""
+    sample = case.sample
+    rows: Rows = [("", "bundle", "float32", "truth")]
+    truth = "manipulated" if sample.manipulated else "pristine"
+    rows.append(("score", f"{case.ours.score:.3f}", f"{case.theirs.score:.3f}", truth))
+    for name in case.ours.types:
+        scores = (f"{answer.types[name]:.3f}" for answer in (case.ours, case.theirs))
+        rows.append((name.replace("_", " "), *scores, "yes" if name in sample.types else "no"))
+    rows.append(("box", *map(_pixels, (case.ours.box, case.theirs.box, sample.box))))
+    return (
+        f'<div style="border-top:2px solid {css(TRACK)};margin-top:18px;padding-top:12px">'
+        f"<h3>{escape(sample.id)} <small>{escape(sample.image)}</small></h3>"
+        '<div style="display:flex;flex-wrap:wrap;gap:28px">'
+        f'<div style="flex:1 1 320px">{_picture(case)}</div><div>{_html_table(rows)}</div></div>'
+        f'<p dir="auto" style="line-height:2;overflow-wrap:anywhere">{_caption(case)}</p></div>'
+    )
+
+
+def _pixels(box: Sequence[float] | None) -> str:
+    return "none" if box is None else ", ".join(f"{value:.0f}" for value in box)
+
+
+def _picture(case: Case) -> str:
+    """The stored picture with the true box and both predicted ones, where they are."""
+    try:
+        # As stored: the boxes are annotated and predicted without the EXIF orientation.
+        decoded = decode_image(case.sample.picture, options=ImageOptions(apply_orientation=False))
+        photo = make_thumbnail(decoded.rgb, _PICTURE)
+    except InputError as error:
+        return f'<p style="background:{css(EMPTY)};padding:20px">{escape(str(error))}</p>'
+    boxes = ((case.sample.box, _TRUE_BOX), (case.theirs.box, _REFERENCE_BOX), (case.ours.box, BOX))
+    for box, color in boxes:
+        if box is not None:
+            draw_box(photo, box, case.size, color)
+    return embed(photo)
+
+
+def _caption(case: Case) -> str:
+    """The caption with every word marked that is fake in truth or to either model."""
+    parts: list[str] = []
+    position = 0
+    for true, ours, theirs in zip(case.fake_words, case.ours.words, case.theirs.words, strict=True):
+        parts.append(escape(case.caption[position : ours.start]))
+        title = f"bundle {ours.score:.1%}, float32 {theirs.score:.1%}"
+        parts.append(_mark(ours.text, true, ours.manipulated, theirs.manipulated, title))
+        position = ours.end
+    return "".join(parts) + escape(case.caption[position:])
+
+
+def _mark(text: str, true: bool, ours: bool, theirs: bool, title: str = "") -> str:
+    """A word: underlined where truly fake, red where the bundle says so, overlined where float32 does."""
+    background = css(mix(WHITE, MANIPULATED, 0.4)) if ours else "transparent"
+    below = f"3px solid {css(_TRUE_BOX)}" if true else "3px solid transparent"
+    above = f"3px solid {css(_REFERENCE_BOX)}" if theirs else "3px solid transparent"
+    style = f"color:inherit;padding:1px 2px;background:{background};border-bottom:{below};border-top:{above}"
+    return f'<mark title="{escape(title)}" style="{style}">{escape(text)}</mark>'

@@ -1,0 +1,177 @@
+"""Runs networks over annotated pairs and keeps their raw answers beside the truth.
+
+Pictures are read in threads while the networks run, two batches ahead, so that a run takes as long as the
+networks do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dgm4.data.annotations import Problem, Sample
+from dgm4.data.dataset import Batch, Item, PairDataset, collate
+from dgm4.metrics import TOKEN_PADDING, Answers
+from dgm4.model import Detector
+from engine.backends import usable_cores
+from engine.errors import InputError
+
+_MAX_WORKERS = 4
+_BATCHES_AHEAD = 2
+_INPUTS = ("image", "input_ids", "attention_mask")
+WAITING = "waiting for pictures"
+
+
+class Network(Protocol):
+    """What `score` runs: a backend of the engine, or `TorchNetwork`."""
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answer one batch: arrays by input name in, arrays by output name out."""
+        ...
+
+
+class TorchNetwork:
+    """A trained network of torch as it is, float32 on the CPU."""
+
+    def __init__(self, model: Detector):
+        self.model = model.float().eval()
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answer one batch, as a backend does."""
+        with torch.inference_mode():
+            output = self.model(*(torch.from_numpy(feeds[name]) for name in _INPUTS))
+        return {name: value.numpy() for name, value in output._asdict().items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The samples that could be read, every network's answers to them, what failed, and seconds by part."""
+
+    samples: tuple[Sample, ...]
+    answers: dict[str, Answers]
+    problems: tuple[Problem, ...]
+    seconds: dict[str, float]
+
+
+def score(
+    networks: Mapping[str, Network],
+    dataset: PairDataset,
+    batch_size: int,
+    on_bad: str = "skip",
+    progress: bool = False,
+) -> Scored:
+    """Run every network over the same batches of `dataset`.
+
+    A picture that cannot be read is left out and listed, or raises InputError with on_bad="raise". Raises
+    InputError where no pair is left, and what the networks raise. `progress` shows a bar on stderr.
+    """
+    reader = _Reader(dataset, on_bad)
+    batches: list[Batch] = []
+    outputs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in networks}
+    seconds = dict.fromkeys([*networks, WAITING], 0.0)
+    with tqdm(total=len(dataset), unit="pair", file=sys.stderr, disable=not progress) as bar:
+        started = perf_counter()
+        for batch in reader.batches(batch_size):
+            seconds[WAITING] += perf_counter() - started
+            for name, network in networks.items():
+                started = perf_counter()
+                outputs[name].append(_run(network, batch))
+                seconds[name] += perf_counter() - started
+            bar.update(len(batch.indices))
+            # The picture is the bulk of a batch, and nothing after this reads it.
+            batches.append(batch._replace(image=batch.image[:, :0, :0, :0].clone()))
+            started = perf_counter()
+    if not batches:
+        raise InputError(f"expected at least one usable pair, got none of {len(dataset)}")
+    samples = tuple(dataset.samples[i] for batch in batches for i in batch.indices.tolist())
+    answers = {name: _join(samples, batches, parts) for name, parts in outputs.items()}
+    return Scored(samples, answers, tuple(reader.problems), seconds)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads inside the block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Reader:
+    """Reads a data set in order and ahead of its use."""
+
+    def __init__(self, dataset: PairDataset, on_bad: str):
+        self.dataset, self.on_bad = dataset, on_bad
+        self.problems: list[Problem] = []
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield batches of up to `size` pairs; a batch is smaller where pairs of it cannot be read."""
+        pool = ThreadPoolExecutor(min(_MAX_WORKERS, usable_cores()), thread_name_prefix="read")
+        ahead: deque[list[Future[Item | Problem]]] = deque()
+        try:
+            count = len(self.dataset)
+            for start in range(0, count, size):
+                ahead.append([pool.submit(self._read, i) for i in range(start, min(start + size, count))])
+                if len(ahead) > _BATCHES_AHEAD:
+                    yield from self._collect(ahead.popleft())
+            while ahead:
+                yield from self._collect(ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, index: int) -> Item | Problem:
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            if self.on_bad == "raise":
+                raise
+            sample = self.dataset.samples[index]
+            return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
+
+    def _collect(self, futures: Sequence[Future[Item | Problem]]) -> Iterator[Batch]:
+        """Yield one batch, or none where nothing of it could be read."""
+        found = [future.result() for future in futures]
+        self.problems += [x for x in found if isinstance(x, Problem)]
+        items = [x for x in found if isinstance(x, Item)]
+        if items:
+            yield collate(items)
+
+
+def _run(network: Network, batch: Batch) -> dict[str, np.ndarray]:
+    outputs = network.run({name: getattr(batch, name).numpy() for name in _INPUTS})
+    return {name: value for name, value in outputs.items() if name != "attention_map"}
+
+
+def _join(samples: Sequence[Sample], batches: list[Batch], parts: list[dict[str, np.ndarray]]) -> Answers:
+    """Join the batches' answers; the tokens are padded to the longest caption of all."""
+    width = max(batch.token_labels.shape[1] for batch in batches)
+    labels = np.full((len(samples), width), TOKEN_PADDING)
+    logits = np.zeros((len(samples), width, 2), dtype=np.float32)
+    row = 0
+    for batch, part in zip(batches, parts, strict=True):
+        count, length = batch.token_labels.shape
+        labels[row : row + count, :length] = batch.token_labels.numpy()
+        logits[row : row + count, :length] = part["logits_tok"]
+        row += count
+    return Answers(
+        labels=np.array([sample.fake_cls for sample in samples]),
+        logits_real_fake=np.concatenate([part["logits_real_fake"] for part in parts]),
+        logits_multicls=np.concatenate([part["logits_multicls"] for part in parts]),
+        pred_box=np.concatenate([part["box"] for part in parts]),
+        true_box=np.concatenate([batch.box.numpy() for batch in batches]),
+        # What a network says of padding depends on the batch.
+        logits_tok=np.where(labels[..., None] == TOKEN_PADDING, 0, logits).astype(np.float32),
+        token_labels=labels,
+    )
