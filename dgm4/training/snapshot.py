@@ -1,0 +1,97 @@
+"""Checkpoints of a run: the released layout, with what an exact resume needs beside it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgm4.config import ModelConfig
+from dgm4.training.trainee import Trainee
+from engine.errors import CheckpointError
+
+_POSITION_IDS = "bert.embeddings.position_ids"
+_ENCODERS = ("visual_encoder", "visual_encoder_m")
+
+
+def released_state(trainee: Trainee) -> dict[str, Tensor]:
+    """The trainee's tensors under the keys of a released checkpoint, modules that are never called included.
+
+    Those are zeros, and BERT's position ids are counted out: the published loaders are strict about both.
+    """
+    state = {name.removeprefix("network."): value for name, value in trainee.state_dict().items()}
+    config = trainee.network.config
+    for tower in ("text_encoder", "text_encoder_m"):
+        state[f"{tower}.{_POSITION_IDS}"] = torch.arange(config.positions)[None]
+    if config.name == "cals":
+        for name, shape in _uncalled(config).items():
+            for encoder in _ENCODERS:
+                whole = name.endswith("num_batches_tracked")
+                state[f"{encoder}.{name}"] = torch.zeros(shape, dtype=torch.int64 if whole else torch.float32)
+    return state
+
+
+def _uncalled(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Modules of CALS's visual encoder that are built and never called: name -> shape."""
+    width, hidden = config.width, config.mlp_ratio * config.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "CoordConv.coord_conv.weight": (width, 5, 3, 3),
+        "CoordConv.coord_conv.bias": (width,),
+        "usam_pre.weight": (1, 1, 3, 3),
+        "usam_pre.weight2": (1, 1, 1, 1),
+        "usam_pre.bn.num_batches_tracked": (),
+    }
+    shapes |= {f"usam_pre.bn.{n}": (1,) for n in ("weight", "bias", "running_mean", "running_var")}
+    block: dict[str, tuple[int, ...]] = {
+        "mha.in_proj_weight": (3 * width, width),
+        "mha.in_proj_bias": (3 * width,),
+        "mha.out_proj.weight": (width, width),
+        "mha.out_proj.bias": (width,),
+        "ffn.0.weight": (hidden, width),
+        "ffn.0.bias": (hidden,),
+        "ffn.2.weight": (width, hidden),
+        "ffn.2.bias": (width,),
+    }
+    block |= {f"layer_norm{i}.{n}": (width,) for i in (1, 2) for n in ("weight", "bias")}
+    shapes |= {f"{name}.{part}": shape for name in ("MHA1", "MHA3") for part, shape in block.items()}
+    for name in ("fl1_mlp", "fl2_mlp"):
+        pixels = (config.image_size + 2) ** 2
+        shapes |= {f"{name}.mlp.0.weight": (512, pixels), f"{name}.mlp.0.bias": (512,)}
+        shapes |= {f"{name}.mlp.2.weight": (width, 512), f"{name}.mlp.2.bias": (width,)}
+    return shapes
+
+
+def load_released(trainee: Trainee, state: dict[str, Tensor]) -> None:
+    """Load what `released_state` gave back into the trainee, strictly."""
+    own = trainee.state_dict()
+    trainee.load_state_dict({name: state[name.removeprefix("network.")] for name in own})
+
+
+def write_snapshot(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that `path` holds the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run to go on with; raises CheckpointError where it is none."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read to go on with: {str(error).splitlines()[0]}") from error
+    needed = {"model", "optimizer", "lr_scheduler", "config", "epoch", "progress"}
+    missing = needed - content.keys() if isinstance(content, dict) else needed
+    if missing:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of a run of this project, without {', '.join(sorted(missing))} it "
+            "serves as an initialisation only (--init)"
+        )
+    return content
