@@ -14,6 +14,7 @@ from engine.preprocess import (
     decode_image,
     make_thumbnail,
     preprocess_image,
+    read_size,
 )
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
@@ -307,3 +308,34 @@ def test_a_closed_picture_is_an_input_error(photo, encode):
 )
 def test_thumbnails(size, expected):
     assert make_thumbnail(Image.new("RGB", size), 1024).size == expected
+
+
+# The header alone
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_size_is_that_of_the_stored_picture(photo, encode, tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "picture"
+    path.write_bytes(encode(photo, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {})))
+    assert read_size(path) == read_size(str(path)) == (64, 48)
+
+
+def test_a_size_that_cannot_be_read_is_an_input_error(photo, encode, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(encode(photo, "PNG"))
+    for options in (ImageOptions(max_pixels=64 * 48 - 1), ImageOptions(max_bytes=100)):
+        with pytest.raises(InputError, match="picture.*expected at most"):
+            read_size(path, options=options)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="the file is empty"):
+        read_size(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read_size(path)
+    for other, found in ((tmp_path, "not a file"), (tmp_path / "none", "no such file")):
+        with pytest.raises(InputError, match=found):
+            read_size(other)
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read_size(tmp_path / ("x" * 5000))

@@ -157,6 +157,7 @@ BAD = {
             [10, 5, 40, HEIGHT + 2],
             [WIDTH, 5, WIDTH + 1, 45],
             [-1, 5, 0, 45],
+            [10, HEIGHT, 40, HEIGHT + 1],
         )
     ],
     "words_missing": [record(fake_text_pos=[])],

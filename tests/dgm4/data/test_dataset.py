@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_the_flip_mirrors_the_resized_picture(samples, tokenizer):
     assert len(set(kinds)) == 2
 
 
-def flips(samples, tokenizer, seed, epoch, **options):
+def flips(samples, tokenizer, seed, epoch):
     """Which samples are flipped, read off the pictures."""
     dataset = PairDataset(samples, tokenizer, image_size=4, flip=True, seed=seed, cache=True)
     still = PairDataset(samples, tokenizer, image_size=4, cache=True)
@@ -216,8 +217,7 @@ def test_flips_are_drawn_from_seed_epoch_and_index(samples, tokenizer):
 
 
 def test_evaluation_is_deterministic(samples, tokenizer):
-    dataset = PairDataset(samples, tokenizer)
-    first = list(dataset)
+    first = list(dataset := PairDataset(samples, tokenizer))
     dataset.set_epoch(5)
     assert all(same(a, b) for a, b in zip(first, dataset, strict=True))
 
@@ -331,15 +331,11 @@ def test_side_car_texts_are_tokenised(samples, tokenizer, caplog):
     assert batch.explanation_ids[1].tolist() == tokenizer("the face is wrong")[1].ids.tolist()
 
 
-def test_without_side_cars_there_are_no_texts(samples, tokenizer):
-    dataset = PairDataset(samples, tokenizer)
-    assert dataset.missing == {}
-    assert collate([dataset[0]])[-4:] == (None,) * 4
-
-
 def test_a_batch_is_padded_to_the_longest(samples, tokenizer):
     dataset = PairDataset(samples, tokenizer)
+    assert dataset.missing == {}
     batch = next(iter(DataLoader(dataset, batch_size=3, collate_fn=collate)))
+    assert batch[-4:] == (None,) * 4
     assert batch.image.shape == (3, 3, 256, 256)
     assert batch.image.dtype == batch.types.dtype == batch.box.dtype == torch.float32
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -378,9 +374,8 @@ def test_a_side_car_is_read(tmp_path):
 def test_a_bad_side_car_is_an_error(tmp_path, content, message):
     path = tmp_path / "captions.json"
     path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=re.escape(f"{path}: {message}")):
         read_sidecar(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
     with pytest.raises(InputError, match="cannot read the side-car: No such file"):
         read_sidecar(tmp_path / "none.json")
 
