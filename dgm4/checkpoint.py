@@ -120,7 +120,8 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def _read(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """Read every tensor of a checkpoint file, under its own names; raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
     try:
@@ -198,7 +199,7 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     damaged, no checkpoint, or a pickle that would run code.
     """
     path = Path(path)
-    state = _read(path)
+    state = read_state(path)
     layout = layout or _recognise(path, set(state))
     dead = _DEAD_ALBEF if layout == "albef" else _DEAD[layout]
     live = {_rename(k) if layout == "cals" else k: v for k, v in state.items() if not _is_dead(k, dead)}
@@ -217,7 +218,7 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     return known[width]
 
 
-def _resample_positions(state: State, config: ModelConfig) -> None:
+def resample_positions(state: State, config: ModelConfig) -> None:
     """Bring position embeddings [1, 1+G*G, D] of another grid to the network's, in place."""
     positions = state.get(_POSITIONS_KEY)
     if positions is None or positions.dim() != 3 or positions.shape[1] == config.image_tokens:
@@ -231,7 +232,7 @@ def _resample_positions(state: State, config: ModelConfig) -> None:
     state[_POSITIONS_KEY] = torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _encoder_keys(names: set[str]) -> set[str]:
+def encoder_keys(names: set[str]) -> set[str]:
     """What ALBEF brings: both encoders, without the classifier and without CALS's additions."""
     own = ("visual_encoder.Conv.", "visual_encoder.MHA2.")
     encoders = ("visual_encoder.", "text_encoder.bert.")
@@ -295,9 +296,9 @@ def load_state(
     config = config or _config_of(checkpoint, named)
     network = build(config)
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    _resample_positions(checkpoint.state, config)
+    resample_positions(checkpoint.state, config)
     if checkpoint.layout == "albef":
-        expected = {k: expected[k] for k in _encoder_keys(set(expected))}
+        expected = {k: expected[k] for k in encoder_keys(set(expected))}
         log.warning("%s initialises the encoders only; the heads of %s are untrained", checkpoint.path, named)
     _check(checkpoint, expected, config)
     network.load_state_dict(checkpoint.state, strict=False, assign=False)

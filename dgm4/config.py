@@ -72,6 +72,7 @@ _TINY = ModelConfig(
     vision_depth=4,
     text_depth=4,
     fusion_start=2,
+    vocabulary=2048,
     projection=64,
     caformer_start=2,
     caformer_heads=2,

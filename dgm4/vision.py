@@ -167,7 +167,7 @@ class CAFormer(VisionTransformer):
         return F.relu(self.Conv.bn2(torch.cat(pixels, dim=2))).unflatten(2, (4, -1)).mean(2)
 
     def _blur(self, field: Tensor, dim: int) -> Tensor:
-        """What is left of the way up and down again: a blur [1/4p, 1 - 1/2p, 1/4p] for patches of p pixels."""
+        """What is left of the way up and down: a blur [1/4p, 1 - 1/2p, 1/4p], patches of p pixels."""
         last = field.shape[dim] - 1
         before = torch.cat([field.narrow(dim, 0, 1), field.narrow(dim, 0, last)], dim)
         after = torch.cat([field.narrow(dim, 1, last), field.narrow(dim, last, 1)], dim)

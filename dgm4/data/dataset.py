@@ -80,7 +80,7 @@ class PairDataset(Dataset[Item]):
     With `flip`, half of the pictures are mirrored, drawn from (seed, epoch, index) alone. With `cache`, the
     process that reads a picture keeps it resized, `image_size`**2 * 3 bytes each: without workers every
     picture is decoded once, with workers once in each. `captions` and `explanations` map a sample's `image`
-    to a text; a missing entry reads as the empty text and is counted in `missing`.
+    to a text; the caption stands in for a missing entry, as published, and `missing` counts these.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class PairDataset(Dataset[Item]):
     def _side_text(self, texts: Mapping[str, str] | None, sample: Sample) -> Tensor | None:
         if texts is None:
             return None
-        tokens, _ = _encode(texts.get(sample.image, ""), self._tokenizer)
+        tokens, _ = _encode(texts.get(sample.image, sample.text), self._tokenizer)
         return torch.from_numpy(tokens.ids)
 
 
@@ -285,5 +285,7 @@ def _count_missing(
     }
     for name, count in missing.items():
         if count:
-            log.warning("%s: %d of %d samples have no text; read as empty", name, count, len(samples))
+            log.warning(
+                "%s: %d of %d samples have no text; their caption stands in", name, count, len(samples)
+            )
     return missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, updat
     """Rate of each of the run's `updates`: linear warm-up, then half a cosine down to `min_lr`."""
     warmup = min(options.warmup_epochs / options.epochs, 1.0) * updates
 
-    def factor(base: float, update: int) -> float:
+    def factor(update: int, base: float) -> float:
         floor = min(options.min_lr / base, 1.0)
         if update < warmup:
             return floor + (1 - floor) * (update + 1) / (warmup + 1)
@@ -42,4 +43,4 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, updat
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
     bases = [group["lr"] for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [lambda update, base=base: factor(base, update) for base in bases])
+    return LambdaLR(optimizer, [partial(factor, base=base) for base in bases])

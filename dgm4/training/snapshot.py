@@ -86,12 +86,14 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read to go on with: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read to go on with: {str(error).splitlines()[0]}"
+        ) from error
     needed = {"model", "optimizer", "lr_scheduler", "config", "epoch", "progress"}
     missing = needed - content.keys() if isinstance(content, dict) else needed
     if missing:
         raise CheckpointError(
-            f"{path}: expected a checkpoint of a run of this project, without {', '.join(sorted(missing))} it "
-            "serves as an initialisation only (--init)"
+            f"{path}: expected a checkpoint of a run of this project, it lacks {', '.join(sorted(missing))}; "
+            "it serves as an initialisation only (--init)"
         )
     return content

@@ -19,8 +19,9 @@ from dgm4.config import ModelConfig
 from dgm4.data.dataset import Batch
 from dgm4.layers import Head, padding_bias
 from dgm4.losses.contrastive import ALPHA, QUEUE_SIZE, TEMPERATURE, TEMPERATURE_RANGE
-from dgm4.model import Asap, Detector, Output, Trace, build
-from dgm4.vision import CAFormer
+from dgm4.model import Asap, Output, Trace, build
+from dgm4.text import TextEncoder
+from dgm4.vision import CAFormer, VisionTransformer
 
 Terms = dict[str, Tensor]
 
@@ -161,7 +162,8 @@ class Trainee(nn.Module):
         return image, F.normalize(self.text_proj(trace.text[:, 0]).float(), dim=-1)
 
     def _momentum(self, batch: Batch) -> Features:
-        vision, encoder = cast(nn.Module, self.visual_encoder_m), cast(nn.Module, self.text_encoder_m)
+        vision = cast(VisionTransformer, self.visual_encoder_m)
+        encoder = cast(TextEncoder, self.text_encoder_m)
         for_text, _ = vision(batch.image)
         text, bias = encoder.bert.encode_text(batch.input_ids, batch.attention_mask)
         logits = None
@@ -217,14 +219,14 @@ class Trainee(nn.Module):
 
     def _enqueue(self, momentum: Features) -> None:
         start = int(self.queue_ptr)
-        by_queue = dict(zip(("image_queue", "text_queue", "cap_queue", "prom_queue"), momentum[:4], strict=True))
-        for name in self.queues:
-            features = by_queue[name]
+        for name, features in zip(self.queues, momentum, strict=False):
             if features is not None:
                 self.queue_ptr[0] = losses.enqueue(getattr(self, name), start, gather(features))
 
 
-def _embed(encoder: nn.Module, project: nn.Module, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def _embed(
+    encoder: TextEncoder, project: nn.Module, ids: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
     """Normalised text features [B, projection] of ids [B, M]; None without them."""
     if ids is None or mask is None:
         return None
@@ -240,8 +242,3 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
-
-
-def is_finite(network: Detector) -> bool:
-    """Tell whether every parameter is finite."""
-    return all(bool(p.isfinite().all()) for p in network.parameters())

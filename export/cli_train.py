@@ -1,0 +1,80 @@
+"""`dgm4 train`: train a network on a data folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dgm4.config import model_config
+from dgm4.training.options import TrainOptions, check_fields, read_recipe
+from engine.errors import InputError
+from engine.text import CaptionTokenizer
+from export.tokenizer import build_tokenizer, count_pieces, find_vocabulary
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; progress and log go to stderr, stdout gets one line of JSON with what came out."""
+    from dgm4.training.initialise import Initialisation
+    from dgm4.training.trainer import BEST, LAST, Place, Trainer
+
+    recipe = TrainOptions(**_fields(options))
+    vocabulary = options.vocab or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
+    pieces = count_pieces(vocabulary)
+    place = Place(
+        data=options.data,
+        out=options.out,
+        device=options.device,
+        workers=options.workers,
+        cache=options.cache,
+        resume=options.resume,
+        save_every=options.save_every,
+        stop_after=options.stop_after,
+    )
+    initialisation = None
+    if options.init or options.init_vision:
+        initialisation = Initialisation(options.init, options.init_vision)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(build_tokenizer(vocabulary, pieces).to_str(), encoding="utf-8")
+        trainer = Trainer(recipe, place, CaptionTokenizer(path), pieces, initialisation)
+    progress = trainer.run()
+    if trainer.rank == 0:
+        finished = progress.epoch >= recipe.epochs
+        names = (BEST, LAST) if progress.epoch else (LAST,)
+        found = {"finished": finished, **vars(progress), "checkpoints": [str(place.out / n) for n in names]}
+        found["best"] = None if progress.best == float("-inf") else progress.best
+        sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's fields, with what the command line says over it."""
+    values = read_recipe(options.recipe) if options.recipe else {}
+    if options.model:
+        values["model"] = options.model
+    if options.size:
+        values["size"] = options.size
+    types = {field.name: type(field.default) for field in fields(TrainOptions)}
+    given = {}
+    for setting in options.set or []:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in types:
+            raise InputError(f"--set {setting}: expected NAME=VALUE with one of {', '.join(types)}")
+        given[name] = _parse(name, text, types[name])
+    return values | check_fields(given, "--set")
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise InputError(f"--set {name}: expected true or false, got {text!r}")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise InputError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
