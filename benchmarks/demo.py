@@ -1,0 +1,156 @@
+"""The demo's training: `python -m benchmarks.demo --work DIR [--only NAME] [--ship]`.
+
+Makes the sample set, trains the three tiny networks by the recipes in dgm4/recipes, and ASAP without MGCA
+guidance and CALS without GLRM beside them, and judges all of them on the test split. Finished runs in DIR
+are kept, unfinished ones taken up. `--ship` writes the weights and the record that the package carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from dgm4.config import model_config
+from dgm4.data.annotations import Sample, read_split
+from dgm4.data.dataset import PairDataset
+from dgm4.metrics import Answers, bootstrap, bootstrap_difference, per_type, summarise
+from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE, release
+from dgm4.training.answers import collect
+from dgm4.training.options import TrainOptions, read_recipe
+from dgm4.training.snapshot import load_released, read_snapshot
+from dgm4.training.trainer import BEST, LOG, make_trainee
+from engine.text import CaptionTokenizer
+from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
+
+RESULT = Path(__file__).resolve().parent / "results" / "demo.json"
+ABLATIONS = {
+    "asap-no-guidance": ("asap", {"guidance": False}),
+    "cals-no-glrm": ("cals", {"refinement": False}),
+}
+RUNS: dict[str, tuple[str, dict[str, bool]]] = {m: (m, {}) for m in ("hammer", "asap", "cals")} | ABLATIONS
+
+
+def recipe(run: str) -> TrainOptions:
+    """The options of a run."""
+    name, changed = RUNS[run]
+    return TrainOptions(**{**read_recipe(RECIPES / f"{name}.toml"), **changed})
+
+
+def train(run: str, data: Path, out: Path) -> None:
+    """Train `run` in a process of its own, unless it is finished; an unfinished run is taken up."""
+    name, changed = RUNS[run]
+    if (out / "done.json").is_file():
+        return
+    command = [sys.executable, "-m", "export.cli", "train", "--data", str(data), "--out", str(out), "--cache"]
+    command += ["--recipe", str(RECIPES / f"{name}.toml")]
+    for field, value in changed.items():
+        command += ["--set", f"{field}={str(value).lower()}"]
+    if (out / "checkpoint_last.pth").is_file():
+        command.append("--resume")
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    (out / "done.json").write_text(done.stdout)
+
+
+def make_data(folder: Path) -> Path:
+    """The sample set, made where it is not there yet."""
+    if not (folder / "metadata").is_dir():
+        subprocess.run([sys.executable, "-m", "export.cli", "data", "make", "--out", str(folder)], check=True)
+    return folder
+
+
+def tokenizer_of(folder: Path) -> CaptionTokenizer:
+    """The demo's tokenizer, written into `folder`."""
+    path = folder / "tokenizer.json"
+    path.write_text(build_tokenizer(DEMO_VOCABULARY, count_pieces(DEMO_VOCABULARY)).to_str())
+    return CaptionTokenizer(path)
+
+
+def judge(run: str, out: Path, data: PairDataset) -> Answers:
+    """Answers of a run's best checkpoint to the test split, in float32."""
+    trainee = make_trainee(recipe(run), model_config("asap", "tiny").vocabulary)
+    load_released(trainee, read_snapshot(out / BEST)["model"])
+    trainee.eval()
+    return collect(trainee.predict, data, 32, torch.device("cpu"))
+
+
+def scores(answers: Answers) -> dict[str, Any]:
+    """Metrics with their 95 % intervals, and those of every type."""
+    return {
+        "metrics": summarise(*answers),
+        "intervals": bootstrap(answers),
+        "types": per_type(answers.labels, answers.logits_multicls),
+    }
+
+
+def training_record(run: str, out: Path) -> dict[str, Any]:
+    """Recipe, seconds of training and the best epoch of a finished run."""
+    lines = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    best = read_snapshot(out / BEST)["epoch"]
+    seconds = round(sum(line["seconds"] for line in lines))
+    return {"recipe": recipe(run).to_dict(), "seconds": seconds, "best_epoch": best, "epochs": len(lines)}
+
+
+def pick_sample(samples: list[Sample]) -> Sample:
+    """The first test pair with a swapped face and a flipped mood word: chosen by class, not by the answer."""
+    wanted = "face_swap&text_attribute"
+    return next(sample for sample in samples if sample.fake_cls == wanted)
+
+
+def ship(work: Path, result: dict[str, Any], samples: list[Sample]) -> None:
+    """Write weights, record and sample into the package."""
+    record: dict[str, Any] = {"data": "sample set, test split", "networks": {}}
+    for name in ("hammer", "asap", "cals"):
+        metadata = {"network": name, "training": json.dumps(result["runs"][name]["training"])}
+        size = release(work / name / BEST, DEMO / f"{name}.safetensors", metadata)
+        record["networks"][name] = {"bytes": size, **result["runs"][name]}
+    sample = pick_sample(samples)
+    shutil.copyfile(sample.picture, SAMPLE)
+    truth = {"fake_cls": sample.fake_cls, "box": sample.box, "fake_words": sample.fake_words}
+    record["sample"] = {"id": sample.id, "text": sample.text, **truth}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Train what is asked for, judge what is there, write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the sample set and the runs")
+    parser.add_argument("--only", action="append", choices=tuple(RUNS), help="train just this run")
+    parser.add_argument("--ship", action="store_true", help="write dgm4/demo and the result file")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    data = make_data(options.work / "set")
+    for run in options.only or RUNS:
+        start = time.perf_counter()
+        train(run, data, options.work / run)
+        print(f"{run}: {time.perf_counter() - start:.0f} s")
+    if options.only and not options.ship:
+        return
+    samples = list(read_split(data, "test").samples)
+    dataset = PairDataset(samples, tokenizer_of(options.work), cache=True)
+    answers = {run: judge(run, options.work / run, dataset) for run in RUNS}
+    runs = {
+        run: {"training": training_record(run, options.work / run), **scores(answers[run])} for run in RUNS
+    }
+    differences = {
+        run: bootstrap_difference(answers[name], answers[run]) for run, (name, _) in ABLATIONS.items()
+    }
+    result = {"machine": describe_machine(), "pairs": len(samples), "runs": runs, "ablations": differences}
+    if options.ship:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ship(options.work, result, samples)
+    print(json.dumps({run: record["metrics"] for run, record in runs.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

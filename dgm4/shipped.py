@@ -1,0 +1,70 @@
+"""The demo that ships with the package: trained tiny networks, their vocabulary, their record, one sample.
+
+They were trained on the sample set (`dgm4 data make`) by the recipes beside them; `python -m benchmarks.demo`
+does it again. They show the way from training to serving; they are no detector of real manipulations.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dgm4.checkpoint import load_checkpoint
+from dgm4.config import MODEL_NAMES
+from engine.errors import CheckpointError, InputError
+
+_HERE = Path(__file__).resolve().parent
+DEMO = _HERE / "demo"
+RECIPES = _HERE / "recipes"
+RECORD, SAMPLE = DEMO / "demo.json", DEMO / "sample.jpg"
+
+
+def demo_checkpoint(name: str) -> Path:
+    """Return the weights of the trained tiny network `name`, float16 safetensors.
+
+    Raises InputError for an unknown network, CheckpointError where the file is not installed.
+    """
+    if name not in MODEL_NAMES:
+        raise InputError(f"unknown network {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+    path = DEMO / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the demo weights are not there; install the whole package")
+    return path
+
+
+def demo_record() -> dict[str, Any]:
+    """Return how the demo was trained and what it reaches on the sample set's test split, by network.
+
+    Raises CheckpointError where the record is not installed.
+    """
+    try:
+        record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{RECORD}: the demo's record is not there: {error.strerror}") from error
+    return record
+
+
+def demo_sample() -> tuple[Path, str]:
+    """Return a picture of the sample set's test split and its caption; both are manipulated."""
+    return SAMPLE, str(demo_record()["sample"]["text"])
+
+
+def release(checkpoint: Path, out: Path, metadata: dict[str, str]) -> int:
+    """Write what inference reads of a checkpoint as float16 safetensors; return the bytes written.
+
+    Raises CheckpointError where the checkpoint does not load or a value does not fit float16.
+    """
+    network = load_checkpoint(checkpoint)
+    state = {}
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        state[name] = value.to(torch.float16)
+        if not bool(state[name].isfinite().all()):
+            raise CheckpointError(f"{checkpoint}: {name} does not fit float16")
+    safetensors.torch.save_file(state, out, metadata=metadata)
+    return out.stat().st_size
