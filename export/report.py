@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from PIL import Image
+
 from dgm4.metrics import Interval
 from engine.errors import InputError
 from engine.markup import css, embed, escape
@@ -205,7 +207,7 @@ def _legend() -> str:
     boxes = " ".join(
         f'<span style="border:3px solid {css(color)};padding:0 8px">{name}</span>' for color, name in names
     )
-    true, ours, theirs = (_mark("fake", *(i == j for j in range(3))) for i in range(3))
+    true, ours, theirs = (_mark("fake", i == 0, i == 1, i == 2) for i in range(3))
     return f"<p>{boxes} Words: {true} in truth, {ours} to the bundle, {theirs} to float32.</p>"
 
 
@@ -238,7 +240,7 @@ def _picture(case: Case) -> str:
     try:
         # As stored: the boxes are annotated and predicted without the EXIF orientation.
         decoded = decode_image(case.sample.picture, options=ImageOptions(apply_orientation=False))
-        photo = make_thumbnail(decoded.rgb, _PICTURE)
+        photo = _fit(decoded.rgb)
     except InputError as error:
         return f'<p style="background:{css(EMPTY)};padding:20px">{escape(str(error))}</p>'
     boxes = ((case.sample.box, _TRUE_BOX), (case.theirs.box, _REFERENCE_BOX), (case.ours.box, BOX))
@@ -246,6 +248,13 @@ def _picture(case: Case) -> str:
         if box is not None:
             draw_box(photo, box, case.size, color)
     return embed(photo)
+
+
+def _fit(photo: Image.Image) -> Image.Image:
+    """Bring the longer side to _PICTURE pixels, so that the boxes' lines are thin beside it."""
+    scale = _PICTURE / max(photo.size)
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    return make_thumbnail(photo, _PICTURE).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _caption(case: Case) -> str:

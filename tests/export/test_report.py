@@ -126,10 +126,11 @@ def test_the_picture_carries_all_three_boxes(found, case):
     page = write_page(with_cases(found, replace(case, sample=sample, theirs=theirs)), None)
     (encoded,) = re.findall(r"base64,([^\"]+)", page)
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
-    assert drawn.shape == (40, 60, 3)
-    # JPEG moves colours; the middle of each left edge is nearest to its own colour.
-    for x, y, color in ((3, 18, (64, 200, 80)), (6, 12, (0, 229, 255)), (31, 20, (255, 160, 0))):
-        assert np.abs(drawn[y, x] - color).max() < 110
+    assert drawn.shape == (347, 520, 3)
+    # Colours are those of JPEG, in the middle of each box's left edge.
+    for x, y, color in ((2, 18, (64, 200, 80)), (5, 12, (0, 229, 255)), (30, 20, (255, 160, 0))):
+        column, row = round(x * 520 / 60) + 1, round(y * 347 / 40)
+        assert np.abs(drawn[row, column] - color).max() < 40
 
 
 def test_a_picture_that_has_gone_leaves_a_line(found, case, tmp_path):
