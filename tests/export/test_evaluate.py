@@ -81,6 +81,11 @@ def one_by_one(model, dataset):
     )
 
 
+def blank_answers(count):
+    shapes = {"logits_real_fake": 2, "logits_multicls": 4, "box": 4}
+    return {name: np.zeros((count, size)) for name, size in shapes.items()}
+
+
 def dataset_of(bundle, data):
     tokenizer = CaptionTokenizer(bundle.path / "tokenizer.json")
     return PairDataset(read_split(data, "test").samples, tokenizer)
@@ -164,6 +169,27 @@ def test_limit_draws_pairs_of_the_whole_split(bundle, data):
     assert first.scores.metrics == again.scores.metrics
     assert first.scores.metrics != other.scores.metrics
     assert evaluate(path, data, EvaluateOptions(**{**options, "limit": 99})).pairs == 20
+
+
+@pytest.mark.parametrize("limit", [1, 19])
+def test_limit_takes_no_pair_twice_and_keeps_the_order(limit):
+    drawn = module._draw(list(range(20)), EvaluateOptions(limit=limit))
+    assert len(set(drawn)) == limit and drawn == sorted(drawn)
+
+
+def test_what_a_network_says_of_padding_does_not_count(bundle, data):
+    dataset = dataset_of(bundle("asap", "fp32"), data)
+
+    class Careless:
+        def run(self, feeds):
+            mask = feeds["attention_mask"][:, 1:, None]
+            tokens = np.where(mask == 1, [1.0, 2.0], np.nan)
+            return {**blank_answers(len(mask)), "logits_tok": tokens}
+
+    found = score({"it": Careless()}, dataset, 7).answers["it"]
+    valid = found.token_labels != -100
+    assert 0 < valid.sum() < valid.size
+    assert (found.logits_tok[valid] == [1, 2]).all() and not found.logits_tok[~valid].any()
 
 
 def test_without_a_reference(bundle, data):
@@ -336,9 +362,7 @@ def test_pictures_are_read_while_the_network_runs(bundle, data):
         def run(self, feeds):
             assert asked.wait(20)
             count, length = feeds["input_ids"].shape
-            shapes = {"logits_real_fake": (2,), "logits_multicls": (4,), "box": (4,)}
-            outputs = {name: np.zeros((count, *shape)) for name, shape in shapes.items()}
-            return {**outputs, "logits_tok": np.zeros((count, length - 1, 2))}
+            return {**blank_answers(count), "logits_tok": np.zeros((count, length - 1, 2))}
 
     scored = score({"it": Waiting()}, Watched(), 4)
     assert scored.samples == tuple(dataset.samples)

@@ -120,12 +120,27 @@ def test_the_caption_is_kept_whole_and_its_words_marked(found, case):
         assert tuple(drawn(style, n) for n in ("border-bottom", "background", "border-top")) == expected
 
 
+def picture_of(page):
+    (encoded,) = re.findall(r"base64,([^\"]+)", page)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
+
+
+def test_the_picture_is_shown_as_stored(found, case, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer would turn it by 90 degrees; annotations do not
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    sample = replace(case.sample, picture=tmp_path / "turned.jpg")
+    assert picture_of(write_page(with_cases(found, replace(case, sample=sample)), None)).shape == (
+        347,
+        520,
+        3,
+    )
+
+
 def test_the_picture_carries_all_three_boxes(found, case):
     theirs = replace(case.theirs, box=(30.0, 10.0, 50.0, 30.0))
     sample = replace(case.sample, box=(2, 2, 12, 36))
-    page = write_page(with_cases(found, replace(case, sample=sample, theirs=theirs)), None)
-    (encoded,) = re.findall(r"base64,([^\"]+)", page)
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
+    drawn = picture_of(write_page(with_cases(found, replace(case, sample=sample, theirs=theirs)), None))
     assert drawn.shape == (347, 520, 3)
     # Colours are those of JPEG, in the middle of each box's left edge.
     for x, y, color in ((2, 18, (64, 200, 80)), (5, 12, (0, 229, 255)), (30, 20, (255, 160, 0))):
