@@ -27,7 +27,7 @@ class GateFailure:
         if math.isnan(self.value - self.reference):
             return f"{self.metric} is undefined on these pairs, so nothing can be said; use more pairs"
         return (
-            f"{self.metric}: expected within {100 * self.allowed:g} points of {100 * self.reference:.2f}, "
+            f"{self.metric}: expected within {100 * self.allowed:g} % points of {100 * self.reference:.2f}, "
             f"got {100 * self.value:.2f}"
         )
 

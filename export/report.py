@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from PIL import Image
+
 from dgm4.metrics import Interval
 from engine.errors import InputError
 from engine.markup import css, embed, escape
@@ -40,7 +42,7 @@ def write_table(found: Evaluation, failures: Sequence[GateFailure] | None) -> st
     if compared is not None:
         lines += ["", *_align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
         if compared.worst:
-            lines += ["", "largest disagreements, bundle / float32", *_align(_worst_rows(compared), left=2)]
+            lines += ["", "largest disagreements, bundle / float32", *_align(_worst_rows(compared), left=4)]
     if failures is not None:
         lines += ["", *_gate_lines(found, failures)]
     return "\n".join(lines) + "\n"
@@ -139,7 +141,7 @@ def _worst_rows(compared: Comparison) -> Rows:
 
 def _gate_lines(found: Evaluation, failures: Sequence[GateFailure]) -> list[str]:
     precision = found.model["precision"]
-    bound = f"{', '.join(GATED)} within {100 * GATES[precision]:g} points of float32"
+    bound = f"{', '.join(GATED)} within {100 * GATES[precision]:g} % points of float32"
     if not failures:
         return [f"gate of {precision}: passed ({bound})"]
     return [f"gate of {precision}: failed ({bound})", *(f"  {failure}" for failure in failures)]
@@ -158,7 +160,8 @@ def _align(rows: Rows, left: int = 1) -> list[str]:
 
 
 def _percent(value: float, sign: str = "") -> str:
-    return "-" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+    # + 0.0: a change that rounds to nothing has no sign of its own.
+    return "-" if math.isnan(value) else f"{round(100 * value, 2) + 0.0:{sign}.2f}"
 
 
 def _interval(bounds: Interval, sign: str = "") -> str:
@@ -204,10 +207,8 @@ def _legend() -> str:
     boxes = " ".join(
         f'<span style="border:3px solid {css(color)};padding:0 8px">{name}</span>' for color, name in names
     )
-    return (
-        f"<p>{boxes} Words: {_mark('fake', True, False, False)} in truth, {_mark('fake', False, True, False)} "
-        f"to the bundle, {_mark('fake', False, False, True)} to float32.</p>"
-    )
+    true, ours, theirs = (_mark("fake", i == 0, i == 1, i == 2) for i in range(3))
+    return f"<p>{boxes} Words: {true} in truth, {ours} to the bundle, {theirs} to float32.</p>"
 
 
 def _case_part(case: Case) -> str:
@@ -220,6 +221,7 @@ def _case_part(case: Case) -> str:
         scores = (f"{answer.types[name]:.3f}" for answer in (case.ours, case.theirs))
         rows.append((name.replace("_", " "), *scores, "yes" if name in sample.types else "no"))
     rows.append(("box", *map(_pixels, (case.ours.box, case.theirs.box, sample.box))))
+    rows.append(("IoU of the two", f"{1 - case.parts['box']:.3f}", "", ""))
     return (
         f'<div style="border-top:2px solid {css(TRACK)};margin-top:18px;padding-top:12px">'
         f"<h3>{escape(sample.id)} <small>{escape(sample.image)}</small></h3>"
@@ -238,7 +240,7 @@ def _picture(case: Case) -> str:
     try:
         # As stored: the boxes are annotated and predicted without the EXIF orientation.
         decoded = decode_image(case.sample.picture, options=ImageOptions(apply_orientation=False))
-        photo = make_thumbnail(decoded.rgb, _PICTURE)
+        photo = _fit(decoded.rgb)
     except InputError as error:
         return f'<p style="background:{css(EMPTY)};padding:20px">{escape(str(error))}</p>'
     boxes = ((case.sample.box, _TRUE_BOX), (case.theirs.box, _REFERENCE_BOX), (case.ours.box, BOX))
@@ -246,6 +248,13 @@ def _picture(case: Case) -> str:
         if box is not None:
             draw_box(photo, box, case.size, color)
     return embed(photo)
+
+
+def _fit(photo: Image.Image) -> Image.Image:
+    """Bring the longer side to _PICTURE pixels, so that the boxes' lines are thin beside it."""
+    scale = _PICTURE / max(photo.size)
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    return make_thumbnail(photo, _PICTURE).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _caption(case: Case) -> str:
