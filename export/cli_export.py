@@ -21,7 +21,8 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(
             f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
         )
-    from export.pipeline import ExportOptions, Stage, export_bundle
+    from export.options import ExportOptions
+    from export.pipeline import Stage, export_bundle
 
     stages: list[Stage] = []
 
@@ -75,7 +76,7 @@ def _line(stage: Any) -> str:
 def _try(bundle: Path) -> dict[str, Any] | None:
     """Run the finished bundle once on the sample photograph, as production would."""
     from engine import Predictor
-    from export.pipeline import SAMPLE_CAPTION, sample_picture
+    from export.sample import SAMPLE_CAPTION, sample_picture
 
     picture = sample_picture()
     if picture is None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,17 @@ import safetensors.torch
 import torch
 
 import dgm4
-from dgm4.config import TYPES, ModelConfig
+from dgm4.config import ModelConfig
 from dgm4.model import Detector
-from engine.errors import BackendError, InputError
-from engine.preprocess import CLIP_MEAN, CLIP_STD
+from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
 from export.card import model_card
 from export.inference import InferenceModel, rewrite, to_precision
-from export.onnx import data_of, export_onnx, outputs_of
+from export.onnx import data_of, export_onnx
+from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic
+from export.record import MAX_WORDS, MIN_TOKENS, manifest_fields
 from export.tokenizer import build_tokenizer, find_vocabulary
 from export.verify import (
     CASES,
@@ -48,36 +46,10 @@ from export.verify import (
     torch_answers,
 )
 
-PRECISIONS = ("fp32", "fp16", "int8")
 SEED = 1
-MAX_WORDS, MIN_TOKENS = 50, 2
-LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
 TARGETS = trt.RTX_CAPABILITIES
-THRESHOLD = 0.5
 MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
 _CHUNK = 1 << 20
-_SAMPLE_PACKAGE, _SAMPLE = "scikit-image", "astronaut.png"
-SAMPLE_CAPTION = "Astronaut Eileen Collins smiles in front of the flag and a model of the shuttle"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
-
-    `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
-    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line.
-    """
-
-    out: Path
-    model: str | None = None
-    checkpoint: Path | None = None
-    size: str | None = None
-    precision: str = "fp32"
-    max_batch: int = 32
-    max_tokens: int = 128
-    targets: tuple[str, ...] = ()
-    engine: bool = True
-    vocabulary: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +101,13 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     Raises InputError for options that do not fit, CheckpointError, VerificationError (then no bundle is
     written), BuildError, BundleError where the bundle cannot be written.
     """
-    _check_options(options)
+    check_options(options)
     run = _Run(options, report)
     with BundleWriter(options.out) as writer:
         config, weights = _write_networks(run, writer)
         engines = _write_engine(run, writer, config)
         with run.stage("bundle") as stage:
-            manifest = _manifest(options, config, weights, engines, run.verification)
+            manifest = manifest_fields(options, config, weights, engines, run.verification)
             writer.add_text(CARD, model_card(manifest))
             manifest = writer.commit(manifest)
             total = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -143,27 +115,6 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
                 f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
             )
     return manifest
-
-
-def _check_options(options: ExportOptions) -> None:
-    if options.precision not in PRECISIONS:
-        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
-    if options.max_batch < 1:
-        raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
-    if not MIN_TOKENS <= options.max_tokens <= 512:
-        raise InputError(f"max_tokens: expected {MIN_TOKENS} to 512, got {options.max_tokens}")
-    if options.size is not None and options.size not in dgm4.SIZES:
-        raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
-    builder = trt.find_builder() if options.targets else None
-    if builder is not None and builder.library == "tensorrt_rtx":
-        unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
-        if unknown:
-            raise InputError(
-                f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
-                f"{', '.join(unknown)}"
-            )
-    if options.model is not None and options.model not in dgm4.MODEL_NAMES:
-        raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
 
 
 def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[str, Any]]:
@@ -361,78 +312,3 @@ def _profile(
     text: list[trt.Shape] = list(zip(batch, tokens, strict=True))
     shapes = {"image": image, "input_ids": text, "attention_mask": text}
     return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}
-
-
-def _manifest(
-    options: ExportOptions,
-    config: ModelConfig,
-    weights: dict[str, Any],
-    engines: list[dict[str, Any]],
-    verification: Sequence[Difference],
-) -> dict[str, Any]:
-    """Everything of the manifest but the hashes."""
-    return {
-        "format": "dgm4-bundle",
-        "format_version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": config.name, "size": config.size, "config": config.to_dict()},
-        "weights": weights,
-        "precision": options.precision,
-        "preprocess": {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "resample": "bicubic",
-            "mean": list(CLIP_MEAN),
-            "std": list(CLIP_STD),
-            "max_words": MAX_WORDS,
-            "max_tokens": min(LONGEST_CAPTION, options.max_tokens),
-            "min_tokens": MIN_TOKENS,
-        },
-        **_tensors(config),
-        "limits": {"max_batch": options.max_batch, "max_tokens": options.max_tokens},
-        "types": list(TYPES),
-        "thresholds": {"manipulated": THRESHOLD, "types": THRESHOLD, "words": THRESHOLD},
-        "engines": engines,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "verification": [difference.to_dict() for difference in verification],
-    }
-
-
-def _tensors(config: ModelConfig) -> dict[str, list[dict[str, Any]]]:
-    """Inputs and outputs as the manifest declares them."""
-    picture = ["batch", 3, config.image_size, config.image_size]
-    shapes: dict[str, list[int | str]] = {
-        "logits_real_fake": ["batch", 2],
-        "logits_multicls": ["batch", len(TYPES)],
-        "box": ["batch", 4],
-        "logits_tok": ["batch", "tokens - 1", 2],
-        "attention_map": ["batch", "tokens", config.image_tokens],
-    }
-    text = [
-        {"name": n, "dtype": "int64", "shape": ["batch", "tokens"]} for n in ("input_ids", "attention_mask")
-    ]
-    return {
-        "inputs": [{"name": "image", "dtype": "float32", "shape": picture}, *text],
-        "outputs": [{"name": n, "dtype": "float32", "shape": shapes[n]} for n in outputs_of(config)],
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"  # the tree is run in place
-    return found
-
-
-def sample_picture() -> Path | None:
-    """A photograph that ships in a package, or None where that is not installed."""
-    try:
-        files = importlib.metadata.files(_SAMPLE_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found = [Path(str(f.locate())) for f in files if f.name == _SAMPLE]
-    return found[0] if found and found[0].is_file() else None

@@ -39,7 +39,8 @@ def bundle(tmp_path_factory):
 
     @functools.cache
     def export(name, precision):
-        from export.pipeline import ExportOptions, export_bundle
+        from export.options import ExportOptions
+        from export.pipeline import export_bundle
 
         out = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
         stages = []

@@ -16,9 +16,11 @@ import dgm4
 from engine import Predictor
 from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
-from export import inference, pipeline
+from export import inference, pipeline, sample
 from export.onnx import example_inputs, outputs_of
-from export.pipeline import ExportOptions, export_bundle, sample_picture
+from export.options import ExportOptions
+from export.pipeline import export_bundle
+from export.sample import sample_picture
 from export.verify import Tolerance
 
 STAGES = {
@@ -243,5 +245,5 @@ def test_the_sample_picture_is_a_file():
 
 
 def test_without_the_package_there_is_no_sample_picture(monkeypatch):
-    monkeypatch.setattr(pipeline, "_SAMPLE_PACKAGE", "no-such-package-here")
+    monkeypatch.setattr(sample, "_SAMPLE_PACKAGE", "no-such-package-here")
     assert sample_picture() is None

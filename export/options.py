@@ -1,0 +1,55 @@
+"""What to export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import dgm4
+from engine.errors import InputError
+from export import trt
+
+PRECISIONS = ("fp32", "fp16", "int8")
+FEWEST_TOKENS = 2  # [CLS] and a word
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
+
+    `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
+    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line.
+    """
+
+    out: Path
+    model: str | None = None
+    checkpoint: Path | None = None
+    size: str | None = None
+    precision: str = "fp32"
+    max_batch: int = 32
+    max_tokens: int = 128
+    targets: tuple[str, ...] = ()
+    engine: bool = True
+    vocabulary: Path | None = None
+
+
+def check_options(options: ExportOptions) -> None:
+    """Raise InputError for options that do not fit."""
+    if options.precision not in PRECISIONS:
+        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
+    if options.max_batch < 1:
+        raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
+    if not FEWEST_TOKENS <= options.max_tokens <= 512:
+        raise InputError(f"max_tokens: expected {FEWEST_TOKENS} to 512, got {options.max_tokens}")
+    if options.size is not None and options.size not in dgm4.SIZES:
+        raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
+    builder = trt.find_builder() if options.targets else None
+    if builder is not None and builder.library == "tensorrt_rtx":
+        unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
+        if unknown:
+            raise InputError(
+                f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
+                f"{', '.join(unknown)}"
+            )
+    if options.model is not None and options.model not in dgm4.MODEL_NAMES:
+        raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
