@@ -117,6 +117,20 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Metrics of the task (fractions; `dgm4.metrics.summarise` names them) on `pairs` annotated pairs.
+
+    `metrics` are this bundle's, `reference` those of the float32 network on the same pairs; either may be
+    empty where it was not measured.
+    """
+
+    source: str
+    pairs: int
+    metrics: dict[str, float]
+    reference: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole manifest.json of format 1."""
 
@@ -134,6 +148,7 @@ class Manifest:
     engines: tuple[EngineEntry, ...]
     versions: dict[str, str]
     verification: tuple[Verification, ...]
+    accuracy: tuple[Accuracy, ...] = ()
 
 
 def manifest_digest(fields: Mapping[str, Any]) -> str:
@@ -184,6 +199,7 @@ def parse_manifest(data: bytes) -> Manifest:
         engines=tuple(_engine(f) for f in root.children("engines")),
         versions={name: root.child("versions").text(name) for name in root.child("versions").raw},
         verification=tuple(_verification(f) for f in root.children("verification")),
+        accuracy=tuple(_accuracy(f) for f in root.children("accuracy")) if "accuracy" in root.raw else (),
     )
     _check_consistency(manifest)
     return manifest
@@ -355,6 +371,14 @@ def _engine(fields: _Fields) -> EngineEntry:
 def _verification(fields: _Fields) -> Verification:
     largest, rms, tolerance = (fields.number(name, 0) for name in ("max", "rms", "tolerance"))
     return Verification(fields.text("stage"), fields.text("against"), largest, rms, tolerance)
+
+
+def _accuracy(fields: _Fields) -> Accuracy:
+    sides = []
+    for name in ("metrics", "reference"):
+        side = fields.child(name)
+        sides.append({metric: side.number(metric) for metric in side.raw})
+    return Accuracy(fields.text("source"), fields.integer("pairs"), *sides)
 
 
 def _check_consistency(manifest: Manifest) -> None:

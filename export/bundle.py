@@ -119,6 +119,16 @@ class BundleWriter:
         """Write `content` in UTF-8 as the file `name` and return its path; raises `BundleError`."""
         return self.add_bytes(name, content.encode())
 
+    def preview(self, manifest: Mapping[str, Any]) -> Path:
+        """Make the unpublished directory one that `engine.Bundle` opens, to try it; return its path.
+
+        manifest as for `commit`, which still has to follow and writes its own. Raises `BundleError`.
+        """
+        directory = self._opened()
+        with _as_bundle_error(self.out):
+            self._write_manifest(manifest)
+        return directory
+
     def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Hash and sync every file, write the manifest last and publish the bundle at `out`.
 
@@ -129,14 +139,20 @@ class BundleWriter:
         """
         directory = self._opened()
         with _as_bundle_error(self.out):
-            filled = _fill_manifest(manifest, _seal_files(directory))
-            content = (json.dumps(filled, indent=1) + "\n").encode()
-            parse_manifest(content)  # what the reader would refuse is never published
-            _write_synced(directory / MANIFEST, content)
+            filled = self._write_manifest(manifest)
             _sync_directory(directory)
             check_replaceable(self.out, self.overwrite)
             _publish(directory, self.out)
             _sync_directory(self.out.parent)
+        return filled
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        directory = self._opened()
+        (directory / MANIFEST).unlink(missing_ok=True)
+        filled = _fill_manifest(manifest, _seal_files(directory))
+        content = (json.dumps(filled, indent=1) + "\n").encode()
+        parse_manifest(content)  # what the reader would refuse is never published
+        _write_synced(directory / MANIFEST, content)
         return filled
 
     def _opened(self) -> Path:

@@ -43,6 +43,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "## Inputs and outputs\n\n" + _tensors(manifest),
         "## Preprocessing\n\n" + _preprocessing(manifest["preprocess"]),
         "## Verification\n\n" + _verification(manifest["verification"]),
+        "## Accuracy\n\n" + _accuracy(manifest.get("accuracy", ())),
         "## Engines\n\n" + _engines(manifest["engines"]),
         "## Limits and intended use\n\n" + _limits(manifest["limits"]) + "\n\n" + _USE,
         "## Made with\n\n" + _versions(manifest["versions"]),
@@ -103,6 +104,24 @@ def _verification(stages: Sequence[Mapping[str, Any]]) -> str:
     return _table(("stage", "against", "max", "rms", "tolerance"), rows) + (
         "\n\nLargest and root-mean-square absolute difference of the outputs on the same inputs."
     )
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
+    if not records:
+        return "Not measured: `dgm4 evaluate` on annotated pairs does it."
+    parts = []
+    for record in records:
+        names = record["metrics"] or record["reference"]
+        rows = [
+            (name, *(_percent(record[side].get(name)) for side in ("metrics", "reference"))) for name in names
+        ]
+        head = f"{record['source']}, {record['pairs']} pairs, in percent."
+        parts.append(head + "\n\n" + _table(("metric", "this bundle", "float32 network"), rows))
+    return "\n\n".join(parts)
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.2f}"
 
 
 def _engines(engines: Sequence[Mapping[str, Any]]) -> str:

@@ -102,6 +102,8 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
     )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
+    verb.add_argument("--data", type=Path, metavar="DIR", help="judge it on this data: the accuracy gate")
+    verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="bundle-<model>-<size>-<precision> by default")
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"))

@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
             targets=options.target or (),
             engine=options.target is not None,
             vocabulary=options.vocab,
+            data=options.data,
+            split=options.split,
         ),
         report,
     )

@@ -18,7 +18,8 @@ class ExportOptions:
     """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
 
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
-    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line.
+    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line. `data` is a
+    folder in DGM4's layout: the bundle is judged on its `split`, and refused outside the accuracy gate.
     """
 
     out: Path
@@ -31,6 +32,8 @@ class ExportOptions:
     targets: tuple[str, ...] = ()
     engine: bool = True
     vocabulary: Path | None = None
+    data: Path | None = None
+    split: str = "test"
 
 
 def check_options(options: ExportOptions) -> None:

@@ -23,10 +23,12 @@ import torch
 import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
-from engine.errors import BackendError
+from engine.errors import BackendError, VerificationError
 from export import trt
 from export.bundle import BundleWriter
 from export.card import model_card
+from export.evaluate import EvaluateOptions, evaluate
+from export.gate import GATED, check_gate
 from export.inference import InferenceModel, rewrite, to_precision
 from export.onnx import data_of, export_onnx
 from export.options import ExportOptions, check_options
@@ -106,8 +108,9 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     with BundleWriter(options.out) as writer:
         config, weights = _write_networks(run, writer)
         engines = _write_engine(run, writer, config)
+        accuracy = _judge(run, writer, manifest_fields(options, config, weights, engines, run.verification))
         with run.stage("bundle") as stage:
-            manifest = manifest_fields(options, config, weights, engines, run.verification)
+            manifest = manifest_fields(options, config, weights, engines, run.verification, accuracy)
             writer.add_text(CARD, model_card(manifest))
             manifest = writer.commit(manifest)
             total = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -115,6 +118,25 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
                 f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
             )
     return manifest
+
+
+def _judge(run: _Run, writer: BundleWriter, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure the task's metrics of the unpublished bundle; raise VerificationError outside the gate."""
+    options = run.options
+    if options.data is None:
+        return []
+    with run.stage("accuracy") as stage:
+        settings = EvaluateOptions(split=options.split, checkpoint=options.checkpoint, repeats=1)
+        found = evaluate(writer.preview(manifest), options.data, settings)
+        metrics = found.scores.metrics
+        reference = {} if found.comparison is None else found.comparison.scores.metrics
+        failures = check_gate(options.precision, metrics, reference)
+        if failures:
+            raise VerificationError(f"the accuracy gate failed: {'; '.join(map(str, failures))}")
+        named = ", ".join(f"{name} {100 * metrics[name]:.2f}" for name in GATED)
+        stage.text = f"{found.pairs} pairs of {options.split}: {named}; within the gate of float32"
+    source = f"{options.data.name}, split {options.split}"
+    return [{"source": source, "pairs": found.pairs, "metrics": metrics, "reference": reference}]
 
 
 def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[str, Any]]:

@@ -25,6 +25,7 @@ def manifest_fields(
     weights: dict[str, Any],
     engines: list[dict[str, Any]],
     verification: Sequence[Difference],
+    accuracy: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything of the manifest but the hashes."""
     return {
@@ -51,6 +52,7 @@ def manifest_fields(
         "engines": engines,
         "versions": {"python": platform.python_version(), **_versions()},
         "verification": [difference.to_dict() for difference in verification],
+        "accuracy": list(accuracy),
     }
 
 

@@ -113,7 +113,7 @@ def test_a_vocabulary_of_another_size_exits_with_1(tmp_path, capsys):
     arguments = export(tmp_path / "b", "--vocab", str(path))
     assert cli.main(arguments) == 1
     err = capsys.readouterr().err
-    assert "expected 30522 word pieces, got 1" in err
+    assert "expected 2048 word pieces, got 1" in err
     assert [line.split()[0] for line in err.splitlines()] == ["load", "dgm4:"]
     assert [p.name for p in tmp_path.iterdir()] == ["vocab.txt"]
 
