@@ -112,16 +112,21 @@ def test_answers_are_those_that_production_gives(bundle, data):
     dataset = dataset_of(bundle("asap", "fp32"), data)
     scored = score({"it": create("ort", opened, "cpu", 1)}, dataset, 4)
     answers = scored.answers["it"]
+    tokenizer = CaptionTokenizer(opened.path / "tokenizer.json")
     with Predictor(opened, threads=1) as predictor:
         for row, sample in enumerate(scored.samples):
             found = predictor.predict(sample.picture, sample.text)
             assert softmax(answers.logits_real_fake[row])[1] == pytest.approx(found.score, abs=1e-5)
             types = list(found.types.values())
             assert sigmoid(answers.logits_multicls[row]) == pytest.approx(types, abs=1e-5)
-            words = [word.score for word in found.words]  # each of these words is one token
-            tokens = softmax(answers.logits_tok[row, : len(words)])[:, 1]
-            assert tokens == pytest.approx(words, abs=1e-5)
-            assert (answers.token_labels[row] != -100).sum() == len(words)
+            word_of = tokenizer(sample.text)[1].word_of[1:]
+            tokens = softmax(answers.logits_tok[row, : len(word_of)])[:, 1]
+            words = [tokens[word_of == i].max() for i in range(len(found.words))]
+            assert words == pytest.approx([word.score for word in found.words], abs=1e-5)
+            labels = answers.token_labels[row]
+            assert (labels != -100).sum() == len(word_of)
+            fake = set(word_of[labels[: len(word_of)] == 1].tolist())
+            assert fake == set(sample.fake_words)
 
 
 def test_a_lower_precision_is_measured_against_float32(int8):
