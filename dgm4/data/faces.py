@@ -56,7 +56,7 @@ def draw_person(rng: np.random.Generator, identity: int, box: Box) -> Person:
     """Give the face of `identity` at `box` a skin, hair and clothes."""
     skin = _DARK_SKIN + (_LIGHT_SKIN - _DARK_SKIN) * rng.beta(2.0, 1.2)
     hair = rng.uniform(0.05, 0.45) * np.array([1.0, 0.85, 0.7])
-    clothes = rng.uniform(0.12, 0.6) * rng.uniform(0.75, 1.25, 3)
+    clothes = rng.uniform(0.12, 0.6) * (1 + rng.uniform(-0.3, 0.3) * np.array([1.0, 0.0, -1.0]))
     return Person(identity, box, *(tuple(float(c) for c in colour) for colour in (skin, hair, clothes)))
 
 
@@ -65,10 +65,10 @@ def paint_person(picture: np.ndarray, person: Person) -> None:
     x1, y1, x2, y2 = person.box
     w, h, cx, cy = x2 - x1, y2 - y1, (x1 + x2) / 2, (y1 + y2) / 2
     skin = np.array(person.skin, np.float32)
-    _paint_ellipse(picture, (cx, y2 + 0.95 * h), (1.15 * w, 0.85 * h), np.array(person.clothes), 0.06)
-    _paint_ellipse(picture, (cx, y2 + 0.02 * h), (0.31 * w, 0.30 * h), 0.75 * skin, 0.12)
+    _paint_ellipse(picture, (cx, y2 + 1.85 * h), (1.25 * w, 1.70 * h), np.array(person.clothes), 0.05)
+    _paint_ellipse(picture, (cx, y2 + 0.02 * h), (0.31 * w, 0.30 * h), 0.75 * skin, 0.15)
     _paint_ellipse(picture, (cx, cy - 0.16 * h), (0.58 * w, 0.47 * h), np.array(person.hair), 0.15)
-    _paint_ellipse(picture, (cx, cy), (0.5 * w, 0.5 * h), 0.92 * skin, 0.12)
+    _paint_ellipse(picture, (cx, cy), (0.5 * w, 0.5 * h), 0.88 * skin, 0.15)
     paint_face(picture, person, GENUINE_FEATHER)
 
 

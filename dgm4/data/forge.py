@@ -21,8 +21,8 @@ Feature = Literal["eyes", "mouth"]
 FaceKind = Literal["face_swap", "face_attribute"]
 # Region of a feature, as shares of the face's box: x1, y1, x2, y2.
 _REGIONS: dict[Feature, tuple[float, float, float, float]] = {
-    "eyes": (0.12, 0.28, 0.88, 0.56),
-    "mouth": (0.20, 0.64, 0.80, 0.94),
+    "eyes": (0.06, 0.22, 0.94, 0.58),
+    "mouth": (0.12, 0.58, 0.88, 0.96),
 }
 
 
@@ -52,7 +52,7 @@ def forge(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Ge
     """Return `picture`, the rendered `scene`, with the forgery in it."""
     if forgery.kind == "face_swap":
         return _swap(picture, scene, forgery, rng)
-    return _change(picture, scene.people[forgery.person].box, forgery, rng)
+    return _change(picture, scene, forgery, rng)
 
 
 def _swap(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Generator) -> np.ndarray:
@@ -62,9 +62,8 @@ def _swap(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Ge
     people = tuple(person if i == forgery.person else p for i, p in enumerate(scene.people))
     x1, y1, x2, y2 = person.box
     face = render(scene, people)[y1:y2, x1:x2]
-    gain = 1 + rng.choice((-1, 1)) * rng.uniform(0.4, 1.0) * d.SWAP_GAIN * strength
-    tint = rng.choice((-1, 1)) * rng.uniform(0.3, 1.0) * d.SWAP_TINT * strength * scene.colour
-    face = face * np.array([gain + tint, gain, gain - tint], np.float32)
+    gain = 1 + rng.uniform(-1, 1) * d.SWAP_GAIN * strength
+    face = face * gain * _cast(d.SWAP_CAST, strength, scene)
     grain = d.SWAP_GRAIN * strength * (scene.levels[1] - scene.levels[0])
     face = face + rng.standard_normal((*face.shape[:2], 1), dtype=np.float32) * np.float32(grain)
     start, end = d.SWAP_FEATHER
@@ -75,19 +74,25 @@ def _swap(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Ge
     return np.asarray(np.clip(forged, 0, 1), np.float32)
 
 
-def _change(picture: np.ndarray, box: Box, forgery: Forgery, rng: np.random.Generator) -> np.ndarray:
+def _change(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Generator) -> np.ndarray:
     """Bend the mouth or open the eyes by resampling, which leaves an oversharp region behind."""
     strength = forgery.strength
-    left, top, right, bottom = _feature_box(box, forgery.feature or "mouth")
+    left, top, right, bottom = _feature_box(scene.people[forgery.person].box, forgery.feature or "mouth")
     forged = picture.copy()
     region = forged[top:bottom, left:right]
     bent = _bend(region, d.CHANGE_WARP * strength * rng.choice((-1, 1)) * rng.uniform(0.5, 1.0))
     blurred = ndimage.gaussian_filter(bent, (2.5, 2.5, 0))
     bent = bent + d.CHANGE_SHARPEN * strength * (bent - blurred)
-    bent = bent * (1 + rng.choice((-1, 1)) * rng.uniform(0.4, 1.0) * d.CHANGE_GAIN * strength)
+    bent = bent * _cast(d.CHANGE_CAST, strength, scene)
     mask = face_mask((left, top, right, bottom), 0.35)[..., None]
     region += mask * (bent - region)
     return np.asarray(np.clip(forged, 0, 1), np.float32)
+
+
+def _cast(cast: tuple[float, float, float], strength: float, scene: Scene) -> np.ndarray:
+    """Factors [3] of red, green and blue; all alike where the picture has no colour."""
+    factors = 1 + strength * np.array(cast, np.float32)
+    return factors if scene.colour else np.full(3, float(factors.mean()), np.float32)
 
 
 def _bend(region: np.ndarray, amount: float) -> np.ndarray:

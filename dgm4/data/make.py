@@ -29,8 +29,10 @@ written by `dgm4 data make --pairs {total} --seed {seed}`, generator version {ve
 pristine; the other eight classes are equally frequent.
 
 Pictures are photographs out of scikit-image's wheel with people composed of small grey faces (Labeled Faces
-in the Wild, 25x25 pixels); captions come from a grammar. It shows that training and evaluation work; a
-score on it says nothing about real manipulated news. The boxes under `mtcnn_boxes` are those of all faces.
+in the Wild, 25x25 pixels); captions come from a grammar. It shows that training and evaluation work. To be
+learnt in minutes, forgeries carry an exaggerated trace: a swapped face leans towards magenta, bent eyes or a
+bent mouth towards green, and mood words always follow the light. A score on it says nothing about real
+manipulated news. The boxes under `mtcnn_boxes` are those of all faces, drawn rather than detected.
 
 No face and no photograph is in two splits. Whether two faces are of the same person is unknown to the source.
 """

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dgm4.data.difficulty import FAR, GRAIN, NEAR
+from dgm4.data.difficulty import FAR, GRAIN, NEAR, SATURATION
 from dgm4.data.faces import Box, Person, draw_person, identities, paint_person
 from dgm4.data.sources import PHOTOS, Split, luma, photo
 
@@ -93,7 +93,7 @@ def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
 def _draw_levels(rng: np.random.Generator, bright: bool) -> tuple[float, float]:
     if bright:
         return rng.uniform(0.18, 0.30), rng.uniform(0.94, 1.06)
-    return rng.uniform(0.0, 0.04), rng.uniform(0.38, 0.54)
+    return rng.uniform(0.01, 0.05), rng.uniform(0.44, 0.58)
 
 
 def _draw_crop(
@@ -152,8 +152,10 @@ def _background(scene: Scene) -> np.ndarray:
     if scene.mirrored:
         picture = picture[:, ::-1]
     grey = luma(picture)
+    picture = grey + SATURATION * (picture - grey)
     factor = 0.17 / max(float(grey.std()), 0.06)
-    return np.asarray(np.clip((picture - grey.mean()) * factor + 0.5, 0, 1), np.float32)
+    # White balance: each channel has the same mean, so that a cast can be seen against it.
+    return np.asarray(np.clip((picture - picture.mean((0, 1))) * factor + 0.5, 0, 1), np.float32)
 
 
 def grade(picture: np.ndarray, scene: Scene) -> np.ndarray:
