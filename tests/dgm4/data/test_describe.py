@@ -229,7 +229,12 @@ def test_the_file_is_replaced_whole_every_so_often(data, samples, monkeypatch):
 
     write_captions(data, samples, caption, Pace(batch=2, save_every=3))
     assert seen == [0, 0, 4, 4, 8]
-    before = (data / "metadata/captions.json").read_bytes()
+    path = data / "metadata/captions.json"
+    with path.open("rb") as reader:
+        before = path.read_bytes()
+        write_captions(data, samples[:1], lambda pictures: ["other"], Pace(redo=True))
+        assert reader.read() == before  # another file took its place
+    before = path.read_bytes()
 
     def fail(_):
         raise OSError(28, "No space left on device")
@@ -237,7 +242,7 @@ def test_the_file_is_replaced_whole_every_so_often(data, samples, monkeypatch):
     monkeypatch.setattr(module.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_captions(data, samples, lambda pictures: ["new"] * len(pictures), Pace(redo=True))
-    assert (data / "metadata/captions.json").read_bytes() == before
+    assert path.read_bytes() == before
     assert leftovers(data) == []
 
 
