@@ -211,7 +211,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verb = verbs.add_parser("data", help="make the sample set")
+    verb = verbs.add_parser("data", help="make the sample set, or a folder's side-cars")
     subverbs = verb.add_subparsers(title="verbs", required=True, metavar="verb")
     make = subverbs.add_parser(
         "make",
@@ -224,12 +224,38 @@ def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
     make.add_argument("--seed", type=_seed, default=1, metavar="S", help="(%(default)s)")
     make.set_defaults(run=_verb("export.cli_data", "make"))
+    _add_describe(subverbs)
     pieces = subverbs.add_parser("vocabulary", help="choose a small vocabulary for a data folder")
     pieces.add_argument("--data", type=Path, required=True, metavar="DIR")
     pieces.add_argument("--size", type=_positive, default=2048, metavar="N", help="pieces (%(default)s)")
     pieces.add_argument("--out", type=Path, required=True, metavar="FILE")
     pieces.add_argument("--vocab", type=Path, metavar="FILE", help="large vocabulary; bert-base-uncased's")
     pieces.set_defaults(run=_verb("export.cli_data", "vocabulary"))
+
+
+def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = subverbs.add_parser(
+        "describe",
+        help="write the texts that ASAP trains with",
+        description="Write DIR/metadata/captions.json and explanations.json with local models of the "
+        "transformers library; nothing is downloaded. Texts that are there already are kept.",
+        epilog="Without --instructor only captions.json is written, without --captioner only "
+        "explanations.json; pictures without a caption are then explained by their news caption alone. "
+        "One run at a time may write a folder.",
+    )
+    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="DGM4 folder, as published")
+    verb.add_argument(
+        "--captioner", type=Path, metavar="DIR", help="model that captions a picture: BLIP, GIT, LLaVA, ..."
+    )
+    verb.add_argument(
+        "--instructor", type=Path, metavar="DIR", help="language model that follows instructions, T5 included"
+    )
+    verb.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train"])
+    verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs at once (%(default)s)")
+    verb.add_argument("--limit", type=_positive, metavar="N", help="only the first N pictures")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    verb.add_argument("--redo", action="store_true", help="replace the texts that are there")
+    verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
 
 
 def _positive(text: str) -> int:
@@ -279,6 +305,13 @@ def _evaluate_usage(options: argparse.Namespace) -> str | None:
         return "--gate and --checkpoint need the reference that --reference none leaves out"
     if options.out and options.html and options.out.absolute() == options.html.absolute():
         return "--out and --html name the same file"
+    return None
+
+
+def _describe_usage(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments of data describe taken together, or None."""
+    if not options.captioner and not options.instructor:
+        return "expected --captioner DIR, --instructor DIR or both"
     return None
 
 

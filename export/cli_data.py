@@ -1,10 +1,11 @@
-"""`dgm4 data`: the sample set."""
+"""`dgm4 data`: the sample set, ASAP's side-cars, vocabularies."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,6 +18,44 @@ def make(options: argparse.Namespace) -> int:
         counts = make_sample_set(options.out, options.pairs, options.seed, bar.update)
     sys.stdout.write(json.dumps({"out": str(options.out), "counts": counts}) + "\n")
     return 0
+
+
+def describe(options: argparse.Namespace) -> int:
+    """Write ASAP's side-cars of a data folder; stdout tells what became of its pictures."""
+    from dgm4.data import describe as library
+    from dgm4.data.language import Captioner, Instructor
+
+    _hush_transformers()
+    samples = library.read_pictures(options.data, options.split, options.limit)
+    pace = library.Pace(batch=options.batch, redo=options.redo)
+    # A model that cannot be loaded is to be known before the other one has worked for hours.
+    captioner = Captioner(options.captioner, options.device) if options.captioner else None
+    instructor = Instructor(options.instructor, options.device) if options.instructor else None
+    found: dict[str, Any] = {"data": str(options.data), "pictures": len(samples)}
+    if captioner:
+        with _bar(len(samples), "captions") as bar:
+            done = library.write_captions(options.data, samples, captioner, pace, bar.update)
+        found["captions"] = vars(done)
+    if instructor:
+        with _bar(len(samples), "explanations") as bar:
+            done = library.write_explanations(options.data, samples, instructor, pace, bar.update)
+        found["explanations"] = vars(done)
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _bar(total: int, name: str) -> Any:
+    return tqdm(total=total, desc=name, unit="picture", file=sys.stderr, disable=None)
+
+
+def _hush_transformers() -> None:
+    """Keep transformers' own progress and advice out of stderr; its errors stay."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def vocabulary(options: argparse.Namespace) -> int:
