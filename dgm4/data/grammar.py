@@ -113,6 +113,8 @@ def draw_facts(rng: np.random.Generator, scene: Scene) -> list[str]:
 
 def value_of(scene: Scene, fact: str) -> object:
     """What `scene` says on one of the facts of `vocabulary.FACTS`."""
+    if fact == "side":
+        return "aside" if scene.side in ("left", "right") else scene.side
     return len(scene.people) if fact == "count" else getattr(scene, fact)
 
 
@@ -168,7 +170,7 @@ def swap_caption(own: Caption, donor: Caption) -> tuple[Caption, list[int]]:
 def describe(scene: Scene) -> str:
     """A neutral and true description of the picture, as a captioning model might give it."""
     people = {1: "one person", 2: "two people", 3: "three people"}[len(scene.people)]
-    side = f" {v.FACTS['side'][scene.side][0]}" if scene.side else ""
+    side = f" {v.FACTS['side'][value_of(scene, 'side')][0]}" if scene.side else ""
     colour = f"in {scene.tone} colors" if scene.tone != "plain" else "in color"
     parts = [
         f"A {scene.light} picture {colour if scene.colour else 'in black and white'}",

@@ -77,9 +77,9 @@ FACTS: dict[str, dict[object, tuple[str, ...]]] = {
     },
     "fog": {True: ("in thick fog", "in the fog"), False: ("in clear air",)},
     "side": {
-        "left": ("on the left", "on the left side"),
+        # Left and right are told alike: a mirrored picture keeps its true caption.
+        "aside": ("to one side", "at the side"),
         "middle": ("in the middle", "in the center"),
-        "right": ("on the right", "on the right side"),
     },
     "count": {
         1: ("alone",),
