@@ -1,0 +1,124 @@
+"""Pretraining of a visual encoder that has no DeiT of its size: which patches lie in a manipulated face.
+
+The published networks start from encoders pretrained on ImageNet; the tiny size has none. A linear layer on
+each patch token says whether the patch overlaps the box of a swapped face, and of a changed one; the
+binary cross-entropy teaches the encoder to see local traces. The layer is thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dgm4.config import model_config
+from dgm4.data.annotations import read_split
+from dgm4.data.dataset import Batch, PairDataset, collate
+from dgm4.losses.maps import patch_mask
+from dgm4.training.answers import to_device
+from dgm4.training.optimizer import make_schedule
+from dgm4.training.options import TrainOptions
+from dgm4.training.order import BatchOrder
+from dgm4.training.trainee import initialise
+from dgm4.vision import VisionTransformer
+from engine.errors import InputError, NumericalError
+from engine.text import CaptionTokenizer
+
+log = logging.getLogger(__name__)
+
+FACE_TYPES = 2  # face swap and face attribute, the first two of TYPES
+_WAVE_SHARE = 0.5  # amplitude of the first position embeddings; the default of 0.02 drowns in the patches'
+_LONGEST_WAVE = 10000.0
+
+
+def patch_targets(batch: Batch, grid: int) -> Tensor:
+    """1 where a patch overlaps the box of a swapped, or of a changed, face; [B, grid^2, 2] float32."""
+    inside = patch_mask(batch.box, grid).to(torch.float32)
+    return inside[..., None] * batch.types[:, None, :FACE_TYPES]
+
+
+def wave_positions(grid: int, width: int) -> Tensor:
+    """Sines and cosines of row and column at width/4 frequencies, [1, grid^2, width] (arXiv:2111.06377)."""
+    count = width // 4
+    frequency = _LONGEST_WAVE ** -(torch.arange(count) / count)
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (rows, columns)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[None]
+
+
+class PatchTrainee(nn.Module):
+    """A visual encoder and the layer that judges its patches."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        super().__init__()
+        config = model_config(options.model, options.size)
+        self.grid = config.grid
+        self.visual_encoder = VisionTransformer(config)
+        self.head = nn.Linear(config.width, FACE_TYPES)
+        initialise(self)
+        with torch.no_grad():
+            self.visual_encoder.pos_embed[:, 1:] = _WAVE_SHARE * wave_positions(config.grid, config.width)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+        tokens, _ = self.visual_encoder(batch.image)
+        logits = self.head(tokens[:, 1:]).float()
+        return F.binary_cross_entropy_with_logits(logits, patch_targets(batch, self.grid))
+
+
+def pretrain(
+    options: TrainOptions,
+    data: Path,
+    out: Path,
+    tokenizer: CaptionTokenizer,
+    device: str = "cpu",
+    cache: bool = True,
+    progress: bool = True,
+) -> float:
+    """Train a ViT of `options.size` on the patches of the split "train"; return the last epoch's mean loss.
+
+    Writes `out`, a state with timm's names that `--init-vision` reads. Of the options the rates of the visual
+    encoder hold, batch, epochs, clip, precision (fp32 or bf16), seed and flip. Raises InputError for data
+    that cannot be used, NumericalError where the loss is no longer finite.
+    """
+    samples = read_split(data, "train").samples
+    dataset = PairDataset(samples, tokenizer, flip=options.flip, seed=options.seed, cache=cache)
+    batches = len(samples) // options.batch
+    if batches == 0:
+        raise InputError(f"{data}: {len(samples)} training pairs do not fill a batch of {options.batch}")
+    torch.manual_seed(options.seed)
+    trainee = PatchTrainee(options).to(device)
+    optimizer = torch.optim.AdamW(trainee.parameters(), options.lr_vision, weight_decay=options.weight_decay)
+    schedule = make_schedule(optimizer, options, options.epochs * batches)
+    mean = float("nan")
+    with tqdm(total=options.epochs * batches, unit="batch", disable=None if progress else True) as bar:
+        for epoch in range(options.epochs):
+            dataset.set_epoch(epoch)
+            order = BatchOrder(len(samples), options.batch, options.seed, epoch)
+            total = 0.0
+            for batch in DataLoader(dataset, batch_sampler=order, collate_fn=collate):
+                with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
+                    loss = trainee(to_device(batch, torch.device(device)))
+                optimizer.zero_grad()
+                loss.backward()
+                if options.clip:
+                    nn.utils.clip_grad_norm_(trainee.parameters(), options.clip)
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach())
+                bar.update()
+                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+            mean = total / batches
+            log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
+            if mean != mean:
+                raise NumericalError(
+                    f"epoch {epoch + 1}: the loss is not finite; lower lr_vision or set clip"
+                )
+    torch.save({"model": trainee.visual_encoder.cpu().state_dict()}, out)
+    return mean
