@@ -67,7 +67,9 @@ def test_what_is_written_is_loaded_back(name, config_of):
 def test_a_state_that_does_not_fit_is_named(config_of):
     trainee = Trainee(config_of("hammer"), queue=8)
     state = {k: v for k, v in released_state(trainee).items() if k != "text_encoder_m.classifier.0.bias"}
-    with pytest.raises(CheckpointError, match=r"hammer .*; 1 are missing .*: text_encoder_m\.classifier\.0\.b"):
+    with pytest.raises(
+        CheckpointError, match=r"hammer .*; 1 are missing .*: text_encoder_m\.classifier\.0\.b"
+    ):
         load_released(trainee, state)
     wider = Trainee(replace(config_of("hammer"), vocabulary=2049), queue=8)
     with pytest.raises(CheckpointError, match=r"2 are missing or misshapen: .*word_embeddings"):
@@ -113,7 +115,9 @@ def test_foreign_files_are_refused(content, tmp_path):
     if isinstance(content, dict):
         content = {k: v for k, v in content.items() if k not in ("progress", "random")}
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"expected a checkpoint of a run of this project, it lacks .*--init"):
+    with pytest.raises(
+        CheckpointError, match=r"expected a checkpoint of a run of this project, it lacks .*--init"
+    ):
         read_snapshot(path)
 
 

@@ -58,7 +58,9 @@ def test_momentum_towers_start_equal_and_apart(trainee):
         assert parameter.requires_grad, key
         assert not momentum.requires_grad, key
         count += 1
-    assert count == sum(1 for key, _ in trainee.named_parameters() if "_m." in key and "itm_head_m" not in key)
+    assert count == sum(
+        1 for key, _ in trainee.named_parameters() if "_m." in key and "itm_head_m" not in key
+    )
 
 
 def test_momentum_follows_before_each_forward_pass(trainee):
@@ -69,7 +71,7 @@ def test_momentum_follows_before_each_forward_pass(trainee):
     want = {key: 0.995 * m.double() + 0.005 * p.detach().double() for key, p, m in pairs_of(trainee)}
     terms = trainee(a_batch(trainee.network.config))
     torch.stack(list(terms.values())).sum().backward()
-    for key, parameter, momentum in pairs_of(trainee):
+    for key, _, momentum in pairs_of(trainee):
         assert (momentum.double() - want[key]).abs().max() <= 1e-6, key
         assert momentum.grad is None, key
     assert trainee.vision_proj.weight.grad.abs().max() > 0

@@ -317,7 +317,9 @@ def test_a_loss_that_is_no_number_ends_the_run(make, options, tmp_path):
     before = content(tmp_path)
     with torch.no_grad():
         made.trainee.network.itm_head[6].bias.fill_(float("nan"))
-    with pytest.raises(NumericalError, match=r"epoch 0, update 2: a loss is not finite .*'bic': nan.*; lower"):
+    with pytest.raises(
+        NumericalError, match=r"epoch 0, update 2: a loss is not finite .*'bic': nan.*; lower"
+    ):
         made.run()
     assert_same(before, content(tmp_path))
 
