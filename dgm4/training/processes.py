@@ -46,6 +46,12 @@ def join(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def wait() -> None:
+    """Wait until every process is here: what the first one writes is then written."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave() -> None:
     """Leave the group, if there is one, at the end of the program."""
     if dist.is_initialized():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -29,7 +28,7 @@ from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.optimizer import make_optimizer, make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
-from dgm4.training.processes import join, pick_device, random_states, set_random_state
+from dgm4.training.processes import join, pick_device, random_states, set_random_state, wait
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Terms, Trainee
 from engine.errors import BackendError, InputError, NumericalError
@@ -171,7 +170,7 @@ class Trainer:
         # Ablations, and batches without side-cars, leave parameters without a gradient. The queues are the
         # same in every process, since each gathers the features of all.
         return DistributedDataParallel(
-            self.trainee, devices, find_unused_parameters=True, broadcast_buffers=False
+            self.trainee, devices, find_unused_parameters=True, forward_sync_buffers=False
         )
 
     def _loader(self) -> DataLoader[Item]:
@@ -205,6 +204,7 @@ class Trainer:
                 within = self._stopped() and progress.batch < self.order.whole
                 if within or self._save_due():
                     self._save((LAST,), random_states(self.device))
+                    wait()
                 if within:
                     break
 
@@ -282,8 +282,7 @@ class Trainer:
             append_line(self.place.out / LOG, {**line, "lr": rates, "train": losses, "val": metrics})
             log.info("epoch %d: loss %.4f, val %s", progress.epoch, losses["loss"], metrics)
             self._save(names, states)
-        if self.world > 1:
-            dist.barrier()
+        wait()
 
     def validate(self) -> dict[str, float]:
         """Metrics of the online network on the split "val"; see `dgm4.metrics.summarise`."""

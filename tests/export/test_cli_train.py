@@ -209,7 +209,7 @@ def processes(data, tmp_path_factory):
 
 
 def states(folder, run):
-    return [torch.load(folder / f"{run}-{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{run}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("run", ["straight", "cut", "resumed", "one"])

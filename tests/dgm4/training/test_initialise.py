@@ -48,7 +48,7 @@ def test_deit_fills_the_visual_encoder(config, tmp_path):
     torch.save({"model": deit(config)}, path := tmp_path / "deit.pth")
     trainee, untouched = trainee_of(config, 1), trainee_of(config, 1)
     start_from(trainee, Initialisation(vision=str(path)))
-    wanted = torch.load(path)["model"]
+    wanted = torch.load(path, weights_only=True)["model"]
     field = wanted["pos_embed"][:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     field = F.interpolate(field, size=(4, 4), mode="bicubic", align_corners=False)
     positions = torch.cat([wanted["pos_embed"][:, :1], field.permute(0, 2, 3, 1).reshape(1, 16, -1)], 1)
