@@ -120,18 +120,23 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def read_state(path: Path) -> State:
-    """Read every tensor of a checkpoint file, under its own names; raises CheckpointError."""
+def read_content(path: Path) -> Any:
+    """Read what a checkpoint file holds, on the CPU and without running code; raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
     try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except _READ_ERRORS as error:
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise CheckpointError(
             f"{path}: expected a .pth or .safetensors checkpoint, but it cannot be read ({reason}): it is "
             "damaged or something else"
         ) from error
+
+
+def read_state(path: Path) -> State:
+    """Read every tensor of a checkpoint file, under its own names; raises CheckpointError."""
+    content = read_content(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

@@ -192,10 +192,10 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     verb.add_argument("--resume", action="store_true", help="go on where the run in --out ended")
     verb.add_argument("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
-    verb.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
+    verb.add_argument("--workers", type=_whole, default=0, metavar="N", help="processes that read pictures")
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
-    verb.add_argument("--save-every", type=int, default=0, metavar="N", help="a checkpoint every N updates")
-    verb.add_argument("--stop-after", type=int, default=0, metavar="N", help="end after N updates in all")
+    verb.add_argument("--save-every", type=_whole, default=0, metavar="N", help="save every N updates too")
+    verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli_train", "run"))
 
@@ -222,7 +222,7 @@ def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
     )
     make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
-    make.add_argument("--seed", type=_seed, default=1, metavar="S", help="(%(default)s)")
+    make.add_argument("--seed", type=_whole, default=1, metavar="S", help="(%(default)s)")
     make.set_defaults(run=_verb("export.cli_data", "make"))
     _add_describe(subverbs)
     pieces = subverbs.add_parser("vocabulary", help="choose a small vocabulary for a data folder")
@@ -265,7 +265,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seed(text: str) -> int:
+def _whole(text: str) -> int:
     """A whole number from 0, for argparse."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")

@@ -20,6 +20,7 @@ from export.tokenizer import build_tokenizer, count_pieces, find_vocabulary
 def run(options: argparse.Namespace) -> int:
     """Train; progress and log go to stderr, stdout gets one line of JSON with what came out."""
     from dgm4.training.initialise import Initialisation
+    from dgm4.training.processes import leave
     from dgm4.training.trainer import BEST, LAST, Place, Trainer
 
     recipe = TrainOptions(**_fields(options))
@@ -44,11 +45,12 @@ def run(options: argparse.Namespace) -> int:
         trainer = Trainer(recipe, place, CaptionTokenizer(path), pieces, initialisation)
     progress = trainer.run()
     if trainer.rank == 0:
-        finished = progress.epoch >= recipe.epochs
-        names = (BEST, LAST) if progress.epoch else (LAST,)
-        found = {"finished": finished, **vars(progress), "checkpoints": [str(place.out / n) for n in names]}
-        found["best"] = None if progress.best == float("-inf") else progress.best
+        known = {name: getattr(progress, name) for name in ("epoch", "update", "seconds")}
+        best = progress.best if progress.epoch else None
+        written = [str(place.out / name) for name in (BEST, LAST) if (place.out / name).is_file()]
+        found = {"finished": progress.epoch >= recipe.epochs, **known, "best": best, "checkpoints": written}
         sys.stdout.write(json.dumps(found) + "\n")
+    leave()
     return 0
 
 

@@ -15,12 +15,18 @@ from dgm4.model import Output
 
 
 def collect(
-    predict: Callable[[Batch], Output], data: PairDataset, batch: int, device: torch.device
+    predict: Callable[[Batch], Output],
+    data: PairDataset,
+    batch: int,
+    device: torch.device,
+    workers: int = 0,
 ) -> Answers:
     """Run `predict` over all of `data` and return answers and labels, tokens padded to the longest."""
     rows: list[tuple[np.ndarray, ...]] = []
+    # A generator of its own, since an iterator draws a number: torch's own stream stays where it was.
+    loader = DataLoader(data, batch, collate_fn=collate, num_workers=workers, generator=torch.Generator())
     with torch.inference_mode():
-        for part in DataLoader(data, batch, collate_fn=collate):
+        for part in loader:
             output = predict(to_device(part, device))
             kept = (output.logits_real_fake, output.logits_multicls, output.box, output.logits_tok)
             arrays = [value.float().cpu().numpy() for value in kept]

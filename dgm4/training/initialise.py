@@ -13,6 +13,8 @@ from engine.errors import BackendError, CheckpointError, InputError
 
 TIMM = "timm:"
 _CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "dist_token")
+# Trained, not read by inference: the projections, the temperature, two heads of ASAP.
+_BESIDE = ("vision_proj.", "text_proj.", "temp", "patch_head.", "itm_head_m.")
 _OURS = ("Conv.", "MHA2.")  # CALS's additions to the ViT
 
 
@@ -37,17 +39,22 @@ def start_from(trainee: Trainee, initialisation: Initialisation) -> None:
 
 
 def _load_weights(trainee: Trainee, path: Path) -> None:
-    """Load a checkpoint of this network, or ALBEF's two encoders, and the projections where it has them."""
+    """Load a checkpoint of this network, or ALBEF's two encoders, and what it has beside the network."""
     network = trainee.network
     checkpoint = read_checkpoint(path)
     loaded = load_state(checkpoint, network.config.name, network.config).state_dict()
     brought = encoder_keys(set(loaded)) if checkpoint.layout == "albef" else set(loaded)
     network.load_state_dict({name: loaded[name] for name in brought}, strict=False)
-    state = read_state(path)
-    for name, module in (("vision_proj", trainee.vision_proj), ("text_proj", trainee.text_proj)):
-        own = {part: state[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in state}
-        if own:
-            module.load_state_dict(own)
+    state, own = read_state(path), trainee.state_dict()
+    beside = {name: state[name] for name in own if name.startswith(_BESIDE) and name in state}
+    wrong = [
+        f"{name}: expected {list(own[name].shape)}, got {list(value.shape)}"
+        for name, value in beside.items()
+        if value.shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: {len(wrong)} misshapen ({', '.join(wrong[:5])})")
+    trainee.load_state_dict(beside, strict=False)
 
 
 def _load_vision(trainee: Trainee, source: str) -> None:
@@ -77,7 +84,7 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     """Weights that timm has, or fetches, for the model `name`."""
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch
         raise BackendError(f"the weights {TIMM}{name} need timm, which cannot be loaded: {error}") from error
     try:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()

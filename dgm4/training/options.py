@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from dgm4.config import MODEL_NAMES, SIZES
 from engine.errors import InputError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+_LARGEST_SEED = 2**32
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainOptions:
     lr_vision: float = 5e-5
     min_lr: float = 1e-6
     weight_decay: float = 0.02
-    warmup_epochs: float = 10
+    warmup_epochs: float = 10.0
     clip: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     queue: int = 65536
@@ -49,11 +51,13 @@ class TrainOptions:
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("epochs", "batch", "accumulate", "queue", "lr", "lr_vision"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: expected a value above 0, got {getattr(self, name)!r}")
         for name in ("min_lr", "weight_decay", "warmup_epochs", "clip", "seed"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: expected a value from 0, got {getattr(self, name)!r}")
+        if self.seed > _LARGEST_SEED:
+            raise InputError(f"seed: expected at most {_LARGEST_SEED}, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

@@ -9,21 +9,23 @@ from torch.utils.data import Sampler
 
 
 class BatchOrder(Sampler[list[int]]):
-    """Batches of indices for one epoch and one process, shuffled; what fills no batch is left out.
+    """Batches of indices for one epoch and one process, shuffled; what fills no weight update is left out.
 
-    `start` leaves out the batches that were trained before an interruption.
+    `seek` chooses the epoch, from 0 on, and how many of its batches to leave out, as trained before an
+    interruption. An update takes `accumulate` batches of each of `world` processes.
     """
 
     def __init__(
-        self, count: int, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0
+        self, count: int, batch: int, seed: int, accumulate: int = 1, rank: int = 0, world: int = 1
     ) -> None:
-        self.count, self.batch, self.seed, self.epoch = count, batch, seed, epoch
-        self.rank, self.world, self.start = rank, world, start
+        self.count, self.batch, self.seed = count, batch, seed
+        self.rank, self.world = rank, world
+        self.whole = count // (batch * world * accumulate) * accumulate  # batches of an epoch
+        self.seek(0)
 
-    @property
-    def whole(self) -> int:
-        """Batches of the whole epoch, those left out included."""
-        return self.count // (self.batch * self.world)
+    def seek(self, epoch: int, start: int = 0) -> None:
+        """Go to batch `start` of an epoch, for the next iteration."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.whole - self.start

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dgm4.checkpoint import read_content
 from dgm4.config import ModelConfig
 from dgm4.training.trainee import Trainee
 from engine.errors import CheckpointError
 
 _POSITION_IDS = "bert.embeddings.position_ids"
+_NEEDED = {"model", "optimizer", "lr_scheduler", "scaler", "config", "epoch", "progress", "random"}
 _ENCODERS = ("visual_encoder", "visual_encoder_m")
 
 
@@ -29,9 +30,10 @@ def released_state(trainee: Trainee) -> dict[str, Tensor]:
         state[f"{tower}.{_POSITION_IDS}"] = torch.arange(config.positions)[None]
     if config.name == "cals":
         for name, shape in _uncalled(config).items():
-            for encoder in _ENCODERS:
-                whole = name.endswith("num_batches_tracked")
-                state[f"{encoder}.{name}"] = torch.zeros(shape, dtype=torch.int64 if whole else torch.float32)
+            whole = name.endswith("num_batches_tracked")
+            # One number in the file and in memory, where base size would take 0.7 GB.
+            zeros = torch.zeros((), dtype=torch.int64 if whole else torch.float32).expand(shape)
+            state |= {f"{encoder}.{name}": zeros for encoder in _ENCODERS}
     return state
 
 
@@ -66,9 +68,15 @@ def _uncalled(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_released(trainee: Trainee, state: dict[str, Tensor]) -> None:
-    """Load what `released_state` gave back into the trainee, strictly."""
-    own = trainee.state_dict()
-    trainee.load_state_dict({name: state[name.removeprefix("network.")] for name in own})
+    """Load what `released_state` gave back into the trainee; raises CheckpointError for what does not fit."""
+    own = {name: (name.removeprefix("network."), value) for name, value in trainee.state_dict().items()}
+    wrong = [key for key, value in own.values() if key not in state or state[key].shape != value.shape]
+    if wrong:
+        raise CheckpointError(
+            f"expected the {len(own)} tensors of a training run of {trainee.network.config.name} "
+            f"({trainee.network.config.size}); {len(wrong)} are missing or misshapen: {', '.join(wrong[:5])}"
+        )
+    trainee.load_state_dict({name: state[key] for name, (key, _) in own.items()})
 
 
 def write_snapshot(path: Path, content: dict[str, Any]) -> None:
@@ -83,14 +91,10 @@ def write_snapshot(path: Path, content: dict[str, Any]) -> None:
 
 def read_snapshot(path: Path) -> dict[str, Any]:
     """Read a checkpoint of a run to go on with; raises CheckpointError where it is none."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read to go on with: {str(error).splitlines()[0]}"
-        ) from error
-    needed = {"model", "optimizer", "lr_scheduler", "config", "epoch", "progress"}
-    missing = needed - content.keys() if isinstance(content, dict) else needed
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file, so there is no run to go on with; start one anew")
+    content = read_content(path)
+    missing = _NEEDED - content.keys() if isinstance(content, dict) else _NEEDED
     if missing:
         raise CheckpointError(
             f"{path}: expected a checkpoint of a run of this project, it lacks {', '.join(sorted(missing))}; "

@@ -1,0 +1,34 @@
+"""The log of a run: one line of JSON an epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line; NaN, which JSON lacks, is written as null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(line)) + "\n")
+
+
+def keep_lines(path: Path, update: int) -> None:
+    """Drop the lines of epochs that a run taken up at `update` trains again, and a torn last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(text)["update"] <= update:
+                kept.append(text)
+        except ValueError:
+            continue  # the run was killed while it wrote
+    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
