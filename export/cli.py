@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(verbs)
     _add_evaluate(verbs)
     _add_train(verbs)
+    _add_pretrain(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -198,6 +199,22 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli_train", "run"))
+
+
+def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "pretrain",
+        help="pretrain a small visual encoder",
+        description="Teach a ViT which patches lie in a manipulated face; what it writes is for dgm4 train "
+        "--init-vision, where there is no DeiT of that size.",
+    )
+    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE")
+    verb.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file of settings")
+    verb.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting over the recipe's")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
+    verb.set_defaults(run=_verb("export.cli_train", "pretrain"), model=None, size=None)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

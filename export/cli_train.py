@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ def run(options: argparse.Namespace) -> int:
     from dgm4.training.trainer import BEST, LAST, Place, Trainer
 
     recipe = TrainOptions(**_fields(options))
-    vocabulary = options.vocab or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
-    pieces = count_pieces(vocabulary)
+    tokenizer, pieces = _tokenizer(options.vocab, recipe)
     place = Place(
         data=options.data,
         out=options.out,
@@ -39,10 +39,7 @@ def run(options: argparse.Namespace) -> int:
     initialisation = None
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(build_tokenizer(vocabulary, pieces).to_str(), encoding="utf-8")
-        trainer = Trainer(recipe, place, CaptionTokenizer(path), pieces, initialisation)
+    trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
     progress = trainer.run()
     if trainer.rank == 0:
         known = {name: getattr(progress, name) for name in ("epoch", "update", "seconds")}
@@ -52,6 +49,29 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(found) + "\n")
     leave()
     return 0
+
+
+def pretrain(options: argparse.Namespace) -> int:
+    """Pretrain a visual encoder on patch labels; stdout gets one line of JSON."""
+    from dgm4.training.vision import pretrain as train_vision
+
+    recipe = TrainOptions(**_fields(options))
+    tokenizer, _ = _tokenizer(None, recipe)
+    start = time.perf_counter()
+    loss = train_vision(recipe, options.data, options.out, tokenizer, options.device, options.cache)
+    seconds = round(time.perf_counter() - start, 1)
+    sys.stdout.write(json.dumps({"out": str(options.out), "loss": loss, "seconds": seconds}) + "\n")
+    return 0
+
+
+def _tokenizer(vocabulary: Path | None, recipe: TrainOptions) -> tuple[CaptionTokenizer, int]:
+    """The tokenizer of a vocabulary, by default that of the network's size, and its number of pieces."""
+    path = vocabulary or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
+    pieces = count_pieces(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(build_tokenizer(path, pieces).to_str(), encoding="utf-8")
+        return CaptionTokenizer(file), pieces
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:

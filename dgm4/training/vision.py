@@ -116,9 +116,7 @@ def pretrain(
                 bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
             mean = total / batches
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
-            if mean != mean:
-                raise NumericalError(
-                    f"epoch {epoch + 1}: the loss is not finite; lower lr_vision or set clip"
-                )
+            if not math.isfinite(mean):
+                raise NumericalError(f"epoch {epoch + 1}: the loss is {mean}; lower lr_vision or set clip")
     torch.save({"model": trainee.visual_encoder.cpu().state_dict()}, out)
     return mean
