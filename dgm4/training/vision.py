@@ -88,19 +88,20 @@ def pretrain(
     that cannot be used, NumericalError where the loss is no longer finite.
     """
     samples = read_split(data, "train").samples
-    dataset = PairDataset(samples, tokenizer, flip=options.flip, seed=options.seed, cache=cache)
-    batches = len(samples) // options.batch
-    if batches == 0:
+    size = model_config(options.model, options.size).image_size
+    dataset = PairDataset(samples, tokenizer, size, options.flip, options.seed, cache)
+    order = BatchOrder(len(samples), options.batch, options.seed)
+    if order.whole == 0:
         raise InputError(f"{data}: {len(samples)} training pairs do not fill a batch of {options.batch}")
     torch.manual_seed(options.seed)
     trainee = PatchTrainee(options).to(device)
     optimizer = torch.optim.AdamW(trainee.parameters(), options.lr_vision, weight_decay=options.weight_decay)
-    schedule = make_schedule(optimizer, options, options.epochs * batches)
+    schedule = make_schedule(optimizer, options, options.epochs * order.whole)
     mean = float("nan")
-    with tqdm(total=options.epochs * batches, unit="batch", disable=None if progress else True) as bar:
+    with tqdm(total=options.epochs * order.whole, unit="batch", disable=None if progress else True) as bar:
         for epoch in range(options.epochs):
             dataset.set_epoch(epoch)
-            order = BatchOrder(len(samples), options.batch, options.seed, epoch)
+            order.seek(epoch)
             total = 0.0
             for batch in DataLoader(dataset, batch_sampler=order, collate_fn=collate):
                 with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -114,7 +115,7 @@ def pretrain(
                 total += float(loss.detach())
                 bar.update()
                 bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
-            mean = total / batches
+            mean = total / order.whole
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
             if not math.isfinite(mean):
                 raise NumericalError(f"epoch {epoch + 1}: the loss is {mean}; lower lr_vision or set clip")
