@@ -49,7 +49,7 @@ class Trainee(nn.Module):
     """The online network and its momentum copy; `forward` gives the losses of a batch by name.
 
     `guidance` False leaves ASAP's MGCA loss out, `refinement` False CALS's refined box (GLRM): its answer is
-    then the coarse box. `sampled` computes CAFormer's local features only where they are read. `queue` is
+    then the coarse box, which `load_checkpoint`'s network does not answer with. `sampled` computes CAFormer's local features only where they are read. `queue` is
     the number of past momentum features that the contrastive losses compare with.
     """
 
@@ -117,7 +117,7 @@ class Trainee(nn.Module):
         with torch.no_grad():
             momentum = self._momentum(batch)
         name = network.config.name
-        terms = self._common(batch, trace, momentum, 0.0 if name == "cals" else alpha)
+        terms = self._common(batch, trace, momentum, alpha)
         features = self._project(trace)
         contrast = losses.csam if name == "cals" else losses.mac
         terms["csam" if name == "cals" else "mac"] = contrast(

@@ -184,7 +184,8 @@ run("straight", "straight", 0.1, published)
 run("cut", "cut", 0.1, published, "--stop-after", "1")
 torch.manual_seed(77)
 run("cut", "resumed", 0.1, published, "--resume")
-run("one", "one", 0.0, {{"hammer": {means}}}, "--stop-after", "1", "--set", "flip=false")
+run("one", "one", 0.0, {{"hammer": {means}}}, "--stop-after", "1", "--set", "flip=false",
+    "--set", "batch=1", "--set", "accumulate=2")
 leave()
 """
 
@@ -239,7 +240,9 @@ def test_one_process_writes_and_answers(processes):
     assert content["config"]["processes"] == len(content["random"]) == 2
 
 
-def test_two_processes_are_one_with_the_doubled_batch(processes, train, small, tmp_path, monkeypatch):
+def test_two_processes_with_two_steps_are_one_with_the_whole_batch(
+    processes, train, small, tmp_path, monkeypatch
+):
     """First moments of AdamW (a tenth of the gradient), weights' motion, and queues of both processes."""
     small(dropout=0.0)
     monkeypatch.setattr(module, "WEIGHTS", {"hammer": MEANS})

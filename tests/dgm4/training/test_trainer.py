@@ -117,6 +117,22 @@ def test_the_streams_matter(make, options, tmp_path):
     assert len({line[0]["train"]["loss"] for line in losses}) == 3
 
 
+def test_flips_change_with_the_epoch(make, options, tmp_path, monkeypatch):
+    made = make(options, tmp_path)
+    forward, seen = made.trainee.forward, {i: [] for i in range(16)}
+
+    def watch(batch, alpha):
+        for index, image in zip(batch.indices.tolist(), batch.image, strict=True):
+            seen[index].append(image)
+        return forward(batch, alpha)
+
+    monkeypatch.setattr(made.trainee, "forward", watch)
+    made.run()
+    assert {len(images) for images in seen.values()} == {2}
+    mirrored = [torch.equal(first, second.flip(2)) for first, second in seen.values()]
+    assert {True, False} == set(mirrored)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"lr": 2e-3}, "lr"), ({"seed": 2}, "seed"), ({"model": "asap"}, "model"), ({"batch": 4}, "batch")],
