@@ -49,8 +49,9 @@ class Trainee(nn.Module):
     """The online network and its momentum copy; `forward` gives the losses of a batch by name.
 
     `guidance` False leaves ASAP's MGCA loss out, `refinement` False CALS's refined box (GLRM): its answer is
-    then the coarse box, which `load_checkpoint`'s network does not answer with. `sampled` computes CAFormer's local features only where they are read. `queue` is
-    the number of past momentum features that the contrastive losses compare with.
+    then the coarse box, while the network that `load_checkpoint` gives answers with the untrained refined
+    one. `sampled` computes CAFormer's local features only where they are read. `queue` is the number of past
+    momentum features that the contrastive losses compare with.
     """
 
     image_queue: Tensor
