@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from engine.errors import BundleError
+from engine.fields import MANIFEST, Fields
 
 FORMAT = "dgm4-bundle"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
@@ -179,7 +177,7 @@ def _load(data: bytes) -> Any:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
-    root = _Fields(_load(data), "")
+    root = Fields(_load(data), "")
     if root.value("format") != FORMAT:
         root.fail("format", repr(FORMAT))
     if root.integer("format_version") != FORMAT_VERSION:
@@ -209,109 +207,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-class _Fields:
-    """A JSON object whose fields are read with a check of their type."""
-
-    def __init__(self, raw: object, path: str):
-        if not isinstance(raw, dict):
-            raise BundleError(f"{MANIFEST}: {path or 'the document'}: expected an object, got {_show(raw)}")
-        self.raw = raw
-        self.path = path
-
-    def fail(self, name: str, expected: str) -> NoReturn:
-        """Raise the BundleError of the field `name`."""
-        found = _show(self.raw[name]) if name in self.raw else "nothing"
-        raise BundleError(f"{MANIFEST}: {self._at(name)}: expected {expected}, got {found}")
-
-    def value(self, name: str) -> Any:
-        """Return the field as it is; it must be there."""
-        if name not in self.raw:
-            self.fail(name, "a value")
-        return self.raw[name]
-
-    def text(self, name: str) -> str:
-        """Return a string field."""
-        value = self.value(name)
-        return value if isinstance(value, str) else self.fail(name, "a string")
-
-    def choice(self, name: str, known: tuple[str, ...]) -> str:
-        """Return a string field that is one of `known`."""
-        value = self.text(name)
-        return value if value in known else self.fail(name, f"one of {', '.join(known)}")
-
-    def digest(self, name: str) -> str:
-        """Return a SHA-256 in lower-case hexadecimal."""
-        value = self.text(name)
-        return value if _SHA256.fullmatch(value) else self.fail(name, "64 lower-case hexadecimal digits")
-
-    def integer(self, name: str, low: int = 1) -> int:
-        """Return an integer field of at least `low`."""
-        value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            self.fail(name, f"an integer >= {low}")
-        return value
-
-    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-        """Return a finite number field within [low, high]."""
-        value = self.value(name)
-        if not _is_number(value) or not low <= value <= high:
-            self.fail(name, f"a finite number in [{low}, {high}]")
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        """Return a true or false field."""
-        value = self.value(name)
-        return value if isinstance(value, bool) else self.fail(name, "true or false")
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """Return a list of strings."""
-        value = self.value(name)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.fail(name, "a list of strings")
-        return tuple(value)
-
-    def triple(self, name: str) -> tuple[float, float, float]:
-        """Return a list of three finite numbers."""
-        value = self.value(name)
-        if not isinstance(value, list) or len(value) != 3 or not all(_is_number(item) for item in value):
-            self.fail(name, "a list of three numbers")
-        return float(value[0]), float(value[1]), float(value[2])
-
-    def child(self, name: str) -> _Fields:
-        """Return a field that is an object."""
-        return _Fields(self.value(name), self._at(name))
-
-    def children(self, name: str) -> list[_Fields]:
-        """Return a field that is a list of objects."""
-        value = self.value(name)
-        if not isinstance(value, list):
-            self.fail(name, "a list")
-        return [_Fields(item, f"{self._at(name)}[{i}]") for i, item in enumerate(value)]
-
-    def _at(self, name: str) -> str:
-        return f"{self.path}.{name}" if self.path else name
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _is_number(value: object) -> bool:
-    # abs() <= a float's largest: an integer beyond it cannot become one.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1.7e308
-
-
-def _model(fields: _Fields) -> ModelInfo:
+def _model(fields: Fields) -> ModelInfo:
     return ModelInfo(fields.text("name"), fields.text("size"), fields.child("config").raw)
 
 
-def _weights(fields: _Fields) -> Weights:
+def _weights(fields: Fields) -> Weights:
     digest = None if fields.value("sha256") is None else fields.digest("sha256")
     return Weights(fields.boolean("trained"), fields.text("source"), digest)
 
 
-def _preprocess(fields: _Fields) -> Preprocess:
+def _preprocess(fields: Fields) -> Preprocess:
     spec = Preprocess(
         image_size=fields.integer("image_size"),
         patch_size=fields.integer("patch_size"),
@@ -331,23 +236,23 @@ def _preprocess(fields: _Fields) -> Preprocess:
     return spec
 
 
-def _tensor(fields: _Fields) -> TensorSpec:
+def _tensor(fields: Fields) -> TensorSpec:
     shape = fields.value("shape")
     if not isinstance(shape, list) or not all(type(n) in (int, str) for n in shape):
         fields.fail("shape", "a list of numbers and names")
     return TensorSpec(fields.text("name"), fields.choice("dtype", ("float32", "int64")), tuple(shape))
 
 
-def _limits(fields: _Fields) -> Limits:
+def _limits(fields: Fields) -> Limits:
     return Limits(fields.integer("max_batch"), fields.integer("max_tokens"))
 
 
-def _thresholds(fields: _Fields) -> Thresholds:
+def _thresholds(fields: Fields) -> Thresholds:
     manipulated, types, words = (fields.number(name, 0, 1) for name in ("manipulated", "types", "words"))
     return Thresholds(manipulated, types, words)
 
 
-def _files(fields: _Fields) -> dict[str, FileEntry]:
+def _files(fields: Fields) -> dict[str, FileEntry]:
     entries = {}
     for name in fields.raw:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
@@ -357,7 +262,7 @@ def _files(fields: _Fields) -> dict[str, FileEntry]:
     return entries
 
 
-def _engine(fields: _Fields) -> EngineEntry:
+def _engine(fields: Fields) -> EngineEntry:
     return EngineEntry(
         file=fields.text("file"),
         library=fields.text("library"),
@@ -368,12 +273,12 @@ def _engine(fields: _Fields) -> EngineEntry:
     )
 
 
-def _verification(fields: _Fields) -> Verification:
+def _verification(fields: Fields) -> Verification:
     largest, rms, tolerance = (fields.number(name, 0) for name in ("max", "rms", "tolerance"))
     return Verification(fields.text("stage"), fields.text("against"), largest, rms, tolerance)
 
 
-def _accuracy(fields: _Fields) -> Accuracy:
+def _accuracy(fields: Fields) -> Accuracy:
     sides = []
     for name in ("metrics", "reference"):
         side = fields.child(name)

@@ -143,6 +143,7 @@ def base_manifest():
         "engines": [],
         "versions": {"dgm4": "0.1.0", "python": "3.11"},
         "verification": [{"stage": "onnx", "against": "torch", "max": 1e-6, "rms": 1e-7, "tolerance": 2e-5}],
+        "accuracy": [{"source": "set, split test", "pairs": 8, "metrics": {"AUC": 0.9}, "reference": {}}],
     }
 
 

@@ -99,6 +99,9 @@ def test_a_manifest_that_is_no_json_object(data):
         ("files/model.onnx/sha256", "A" * 64, "files.model.onnx.sha256: expected 64"),
         ("engines", [{"file": "a"}], r"engines\[0\].library: expected a value"),
         ("versions/dgm4", 3, "versions.dgm4: expected a string"),
+        ("accuracy", {}, "accuracy: expected a list"),
+        ("accuracy/0/pairs", 0, r"accuracy\[0\].pairs: expected an integer >= 1"),
+        ("accuracy/0/metrics/AUC", None, r"accuracy\[0\].metrics.AUC: expected a finite number"),
         ("verification/0/max", "0", r"verification\[0\].max: expected a finite number"),
     ],
 )
@@ -249,3 +252,10 @@ def test_mutated_manifests_raise_only_bundle_errors(bundle_copy):
             Bundle.open(bundle_copy)
         except BundleError as error:
             assert str(error)
+
+
+def test_a_manifest_from_before_accuracy_was_recorded(bundle_dir):
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    assert parse_manifest(json.dumps(manifest).encode()).accuracy[0].metrics == {"AUC": 0.9}
+    del manifest["accuracy"]
+    assert parse_manifest(json.dumps(manifest).encode()).accuracy == ()
