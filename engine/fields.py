@@ -17,7 +17,7 @@ class Fields:
 
     def __init__(self, raw: object, path: str):
         if not isinstance(raw, dict):
-            raise BundleError(f"{MANIFEST}: {path or 'the document'}: expected an object, got {show(raw)}")
+            raise BundleError(f"{MANIFEST}: {path or 'the document'}: expected an object, got {_show(raw)}")
         self.raw = raw
         self.path = path
 
