@@ -157,7 +157,7 @@ def _explain_face(pair: Pair) -> str:
         return ""
     side = side_of(pair.scene, pair.scene.people[pair.forgery.person])
     trace = "visible" if pair.forgery.strength >= 0.5 else "faint"
-    where = "in the middle" if side == "middle" else f"on the {side}"
+    where = "in the middle" if side == "middle" else "at the side"
     if pair.forgery.kind == "face_swap":
         return f"the face {where} has a {trace} seam and another grain than the picture"
     return f"there are {trace} traces of bending at the {pair.forgery.feature} of the face {where}"

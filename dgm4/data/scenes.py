@@ -35,13 +35,16 @@ _GAINS: dict[Tone, tuple[float, float, float]] = {
 class Scene:
     """The truth about one picture. `side` is None where more than one person is in it.
 
-    crop: (x1, y1, x2, y2) as shares of the photograph's sides; size: (width, height) in pixels; levels:
+    crop: (x1, y1, x2, y2) as shares of the photograph's sides; channels: which of its red, green and blue
+    stand for which, so that few photographs make many backgrounds; size: (width, height) in pixels; levels:
     what black and white of the ungraded picture become; fog_share: how much of the picture fog hides.
     """
 
     photo: str
     crop: tuple[float, float, float, float]
     mirrored: bool
+    upended: bool
+    channels: tuple[int, ...]
     size: tuple[int, int]
     light: Light
     tone: Tone
@@ -75,6 +78,8 @@ def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
         photo=name,
         crop=_draw_crop(rng, photo(name).size, size),
         mirrored=bool(rng.random() < 0.5),
+        upended=bool(rng.random() < 0.5),
+        channels=tuple(int(i) for i in rng.permutation(3)),
         size=size,
         light="bright" if bright else "dark",
         # Warm light is bright and cold light dark, so that tone, light and mood always agree.
@@ -151,6 +156,9 @@ def _background(scene: Scene) -> np.ndarray:
     picture = np.asarray(image, np.float32) / 255
     if scene.mirrored:
         picture = picture[:, ::-1]
+    if scene.upended:
+        picture = picture[::-1]
+    picture = picture[..., list(scene.channels)]
     grey = luma(picture)
     picture = grey + SATURATION * (picture - grey)
     factor = 0.17 / max(float(grey.std()), 0.06)
