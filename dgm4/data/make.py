@@ -21,7 +21,7 @@ RECORD = "sample.json"
 FORMAT = "dgm4-sample-set"
 VERSION = 1  # goes up whenever the same seed would give other files
 _PARTS = {"train": 10 / 13, "val": 1 / 13, "test": 2 / 13}
-_FEWEST = len(SPLITS)
+_FEWEST = 6  # two of each split: a swapped caption is another pair's
 _README = """# Sample set
 
 {total} pairs of a picture and its caption in the format of DGM4 (train {train}, val {val}, test {test}),
@@ -47,7 +47,7 @@ def make_sample_set(
 
     The same seed gives the same bytes, with the same versions of numpy, scipy and Pillow. `progress` is
     called with 1 after each pair. The folder appears when it is complete. Raises `InputError` for fewer
-    than 3 pairs, a negative seed, or a folder that holds anything but a sample set; `BackendError` where
+    than 6 pairs, a negative seed, or a folder that holds anything but a sample set; `BackendError` where
     scikit-image is missing.
     """
     out = Path(out).resolve()
@@ -67,8 +67,8 @@ def make_sample_set(
 
 
 def split_sizes(pairs: int) -> dict[Split, int]:
-    """How many pairs go to each split: ten, one and two of thirteen, at least one each."""
-    val, test = (max(1, round(pairs * _PARTS[split])) for split in ("val", "test"))
+    """How many pairs go to each split: ten, one and two of thirteen, at least two each."""
+    val, test = (max(2, round(pairs * _PARTS[split])) for split in ("val", "test"))
     return {"train": pairs - val - test, "val": val, "test": test}
 
 

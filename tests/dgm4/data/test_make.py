@@ -51,8 +51,8 @@ def test_no_leftovers_beside_the_set(made):
 
 def test_split_sizes():
     assert split_sizes(5200) == {"train": 4000, "val": 400, "test": 800}
-    assert split_sizes(3) == {"train": 1, "val": 1, "test": 1}
-    assert all(sum(split_sizes(n).values()) == n and min(split_sizes(n).values()) > 0 for n in range(3, 99))
+    assert split_sizes(6) == {"train": 2, "val": 2, "test": 2}
+    assert all(sum(split_sizes(n).values()) == n and min(split_sizes(n).values()) > 1 for n in range(6, 99))
 
 
 def test_every_record_is_valid(made):
@@ -117,41 +117,41 @@ def test_provenance(made):
 def test_a_sample_set_is_replaced_and_nothing_else(tmp_path):
     out = tmp_path / "set"
     out.mkdir()
-    make_sample_set(out, 3, seed=1)
+    make_sample_set(out, 6, seed=1)
     first = digests(out)
-    make_sample_set(out, 3, seed=2)
+    make_sample_set(out, 6, seed=2)
     assert digests(out) != first
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="choose another --out"):
-        make_sample_set(foreign, 3)
+        make_sample_set(foreign, 6)
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError):
-        make_sample_set(foreign / "thesis.txt", 3)
+        make_sample_set(foreign / "thesis.txt", 6)
 
 
-@pytest.mark.parametrize(("pairs", "seed"), [(2, 1), (5, -1)])
+@pytest.mark.parametrize(("pairs", "seed"), [(5, 1), (6, -1)])
 def test_too_few_pairs_and_negative_seeds_are_refused(tmp_path, pairs, seed):
-    with pytest.raises(InputError, match="at least 3"):
+    with pytest.raises(InputError, match="at least 6"):
         make_sample_set(tmp_path / "set", pairs, seed)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_the_old_set(tmp_path, monkeypatch):
     out = tmp_path / "set"
-    make_sample_set(out, 3, seed=1)
+    make_sample_set(out, 6, seed=1)
     before = digests(out)
     monkeypatch.setattr(make, "paint", lambda pair: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        make_sample_set(out, 3, seed=2)
+        make_sample_set(out, 6, seed=2)
     assert digests(out) == before and [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 def test_command_line(tmp_path, capsys):
-    assert main(["data", "make", "--out", str(tmp_path / "set"), "--pairs", "4", "--seed", "9"]) == 0
+    assert main(["data", "make", "--out", str(tmp_path / "set"), "--pairs", "7", "--seed", "9"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert sum(split["total"] for split in answer["counts"].values()) == 4
+    assert sum(split["total"] for split in answer["counts"].values()) == 7
     (tmp_path / "file").write_text("x")
     assert main(["data", "make", "--out", str(tmp_path / "file")]) == 1
     assert "choose another --out" in capsys.readouterr().err
