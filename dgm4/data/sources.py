@@ -44,7 +44,7 @@ def _folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise BackendError(
             "the sample set is made of scikit-image's pictures, which is not installed: "
-            "pip install -e '.[train]' in a clone of the project"
+            "pip install -e '.[export]' in a clone of the project"
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 
