@@ -87,6 +87,8 @@ class Bundle:
     def describe(self) -> dict[str, Any]:
         """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes."""
         fields = _plain(dataclasses.asdict(self.manifest))
+        if fields["calibration"] is None:
+            del fields["calibration"]  # as in the manifest of a bundle that was not calibrated
         total = sum(entry.bytes for entry in self.manifest.files.values())
         return {
             "path": str(self.path),

@@ -129,6 +129,16 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What the scales of a static int8 graph come from: `method`, `pairs` of `source`, drawn with `seed`."""
+
+    method: str
+    pairs: int
+    source: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole manifest.json of format 1."""
 
@@ -147,6 +157,7 @@ class Manifest:
     versions: dict[str, str]
     verification: tuple[Verification, ...]
     accuracy: tuple[Accuracy, ...] = ()
+    calibration: Calibration | None = None
 
 
 def manifest_digest(fields: Mapping[str, Any]) -> str:
@@ -198,6 +209,7 @@ def parse_manifest(data: bytes) -> Manifest:
         versions={name: root.child("versions").text(name) for name in root.child("versions").raw},
         verification=tuple(_verification(f) for f in root.children("verification")),
         accuracy=tuple(_accuracy(f) for f in root.children("accuracy")) if "accuracy" in root.raw else (),
+        calibration=_calibration(root.child("calibration")) if "calibration" in root.raw else None,
     )
     _check_consistency(manifest)
     return manifest
@@ -284,6 +296,11 @@ def _accuracy(fields: Fields) -> Accuracy:
         side = fields.child(name)
         sides.append({metric: side.number(metric) for metric in side.raw})
     return Accuracy(fields.text("source"), fields.integer("pairs"), *sides)
+
+
+def _calibration(fields: Fields) -> Calibration:
+    method, source = fields.text("method"), fields.text("source")
+    return Calibration(method, fields.integer("pairs"), source, fields.integer("seed", low=0))
 
 
 def _check_consistency(manifest: Manifest) -> None:

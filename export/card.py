@@ -55,6 +55,11 @@ def _network(manifest: Mapping[str, Any]) -> str:
     weights = manifest["weights"]
     digest = f", SHA-256 `{weights['sha256']}`" if weights["sha256"] else ""
     head = f"Weights: {weights['source']}{digest}. Inner precision: {manifest['precision']}."
+    if calibration := manifest.get("calibration"):
+        head += (
+            f" Activations have fixed scales, calibrated ({calibration['method']}) on "
+            f"{calibration['pairs']} pairs of {calibration['source']}, drawn with seed {calibration['seed']}."
+        )
     config = {
         name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
     }

@@ -106,8 +106,20 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb.add_argument("--data", type=Path, metavar="DIR", help="judge it on this data: the accuracy gate")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="bundle-<model>-<size>-<precision> by default")
+    verb.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="data whose training split calibrates static int8"
+    )
+    verb.add_argument(
+        "--calibration-pairs", type=_positive, default=512, metavar="N", help="drawn from it (%(default)s)"
+    )
+    verb.add_argument(
+        "--calibration-method",
+        choices=("minmax", "percentile", "entropy"),
+        default="minmax",
+        help="how activations get their scale (%(default)s)",
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
-    verb.set_defaults(run=_verb("export.cli_export", "run"))
+    verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
 
 
 def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -304,6 +316,13 @@ def _targets(text: str) -> tuple[str, ...] | None:
     if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
         raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
     return targets
+
+
+def _export_usage(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments of export taken together, or None."""
+    if options.calibration and options.precision != "int8":
+        return "--calibration is for --precision int8"
+    return None
 
 
 def _predict_usage(options: argparse.Namespace) -> str | None:

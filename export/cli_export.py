@@ -44,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
             vocabulary=options.vocab,
             data=options.data,
             split=options.split,
+            calibration=options.calibration,
+            calibration_pairs=options.calibration_pairs,
+            calibration_method=options.calibration_method,
         ),
         report,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import dgm4
 from engine.errors import InputError
 from export import trt
+from export.calibrate import METHODS
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FEWEST_TOKENS = 2  # [CLS] and a word
@@ -20,6 +21,8 @@ class ExportOptions:
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line. `data` is a
     folder in DGM4's layout: the bundle is judged on its `split`, and refused outside the accuracy gate.
+    `calibration` is such a folder too: int8 is static then, its scales calibrated by `calibration_method` on
+    `calibration_pairs` pairs of the training split.
     """
 
     out: Path
@@ -34,6 +37,9 @@ class ExportOptions:
     vocabulary: Path | None = None
     data: Path | None = None
     split: str = "test"
+    calibration: Path | None = None
+    calibration_pairs: int = 512
+    calibration_method: str = METHODS[0]
 
 
 def check_options(options: ExportOptions) -> None:
@@ -44,6 +50,7 @@ def check_options(options: ExportOptions) -> None:
         raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
     if not FEWEST_TOKENS <= options.max_tokens <= 512:
         raise InputError(f"max_tokens: expected {FEWEST_TOKENS} to 512, got {options.max_tokens}")
+    _check_calibration(options)
     if options.size is not None and options.size not in dgm4.SIZES:
         raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
     builder = trt.find_builder() if options.targets else None
@@ -56,3 +63,15 @@ def check_options(options: ExportOptions) -> None:
             )
     if options.model is not None and options.model not in dgm4.MODEL_NAMES:
         raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
+
+
+def _check_calibration(options: ExportOptions) -> None:
+    if options.calibration is not None and options.precision != "int8":
+        raise InputError(f"calibration: expected precision int8 with it, got {options.precision}")
+    if options.calibration_pairs < 1:
+        raise InputError(f"calibration_pairs: expected at least 1, got {options.calibration_pairs}")
+    if options.calibration_method not in METHODS:
+        expected = ", ".join(METHODS)
+        raise InputError(
+            f"calibration_method: expected one of {expected}, got {options.calibration_method!r}"
+        )

@@ -24,16 +24,18 @@ import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from engine.errors import BackendError, VerificationError
+from engine.text import CaptionTokenizer
 from export import trt
 from export.bundle import BundleWriter
+from export.calibrate import PairReader, read_pairs
 from export.card import model_card
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.inference import InferenceModel, rewrite, to_precision
 from export.onnx import data_of, export_onnx
 from export.options import ExportOptions, check_options
-from export.quantize import quantize_dynamic
-from export.record import MAX_WORDS, MIN_TOKENS, manifest_fields
+from export.quantize import quantize_dynamic, quantize_static
+from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
 from export.tokenizer import build_tokenizer, find_vocabulary
 from export.verify import (
     CASES,
@@ -52,6 +54,7 @@ SEED = 1
 TARGETS = trt.RTX_CAPABILITIES
 MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
 _CHUNK = 1 << 20
+_CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,12 @@ class Stage:
 
 @dataclass
 class _Run:
-    """The state of one export: options, what was said so far, and the record for the manifest."""
+    """The state of one export: options, what was said so far, and the records for the manifest."""
 
     options: ExportOptions
     report: Callable[[Stage], None]
     verification: list[Difference] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[_Open]:
@@ -108,9 +112,10 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     with BundleWriter(options.out) as writer:
         config, weights = _write_networks(run, writer)
         engines = _write_engine(run, writer, config)
-        accuracy = _judge(run, writer, manifest_fields(options, config, weights, engines, run.verification))
+        known = (options, config, weights, engines, run.verification)
+        accuracy = _judge(run, writer, manifest_fields(*known, calibration=run.calibration))
         with run.stage("bundle") as stage:
-            manifest = manifest_fields(options, config, weights, engines, run.verification, accuracy)
+            manifest = manifest_fields(*known, accuracy, run.calibration)
             writer.add_text(CARD, model_card(manifest))
             manifest = writer.commit(manifest)
             total = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -156,7 +161,7 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
     del model
     graph = writer.path(MODEL)
     if run.options.precision == "int8":
-        _trace_and_quantize(run, inference, graph, answers)
+        _trace_and_quantize(run, inference, graph, writer.path(TOKENIZER), answers)
     else:
         tolerance = HALF if run.options.precision == "fp16" else EXACT
         _trace(run, inference, graph, answers, tolerance)
@@ -249,18 +254,36 @@ def _trace(
 
 
 def _trace_and_quantize(
-    run: _Run, inference: InferenceModel, graph: Path, reference: Sequence[Arrays]
+    run: _Run, inference: InferenceModel, graph: Path, tokenizer: Path, reference: Sequence[Arrays]
 ) -> None:
+    config, options = inference.config, run.options
+    data = options.calibration
+    reader = None if data is None else _read_calibration(run, data, config, tokenizer)
     floating = graph.with_name("float." + graph.name)
     _trace(run, inference, floating, reference, EXACT)
     with run.stage("quantise") as stage:
-        before = onnx_answers(floating, inference.config)
-        count = quantize_dynamic(floating, graph)
-        answers = onnx_answers(graph, inference.config)
+        # Drawn pictures are noise, beyond the ranges of real ones: scales are judged on what they are for.
+        feeds = None if reader is None else list(reader.batches(stop=_CHECKED_BATCHES))
+        before = onnx_answers(floating, config, feeds)
+        if reader is None:
+            count, activations = quantize_dynamic(floating, graph), "dynamic"
+        else:
+            count = quantize_static(floating, graph, reader, options.calibration_method)
+            activations = "calibrated ({method}) on {pairs} pairs of {source}".format(**run.calibration or {})
+        answers = onnx_answers(graph, config, feeds)
         stage.differences.append(check(compare("int8", "onnx", before, answers, INT8)))
-        stage.text = f"{count} products in int8, weights per channel, activations dynamic"
+        stage.text = f"{count} products in int8, weights per channel, activations {activations}"
     floating.unlink()
     data_of(floating).unlink()
+
+
+def _read_calibration(run: _Run, data: Path, config: ModelConfig, tokenizer: Path) -> PairReader:
+    """Draw the pairs and note them for the manifest."""
+    options = run.options
+    words = CaptionTokenizer(tokenizer, MAX_WORDS, min(LONGEST_CAPTION, options.max_tokens))
+    reader = read_pairs(data, options.calibration_pairs, words, config.image_size)
+    run.calibration = {"method": options.calibration_method, **reader.record}
+    return reader
 
 
 def _write_tokenizer(run: _Run, writer: BundleWriter, config: ModelConfig) -> None:
@@ -314,8 +337,8 @@ def _no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str |
     """Why no engine is built, or None."""
     if not options.engine:
         return "not asked for"
-    if options.precision == "int8":
-        return "TensorRT takes int8 from calibrated Q/DQ nodes, not from dynamic quantisation"
+    if options.precision == "int8" and options.calibration is None:
+        return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
     if builder is None:
         reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
         if options.targets:

@@ -26,6 +26,7 @@ def manifest_fields(
     engines: list[dict[str, Any]],
     verification: Sequence[Difference],
     accuracy: Sequence[dict[str, Any]] = (),
+    calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything of the manifest but the hashes."""
     return {
@@ -53,6 +54,7 @@ def manifest_fields(
         "versions": {"python": platform.python_version(), **_versions()},
         "verification": [difference.to_dict() for difference in verification],
         "accuracy": list(accuracy),
+        **({} if calibration is None else {"calibration": calibration}),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,12 @@ def torch_answers(
         ]
 
 
-def onnx_answers(path: Path, config: ModelConfig) -> list[Arrays]:
-    """Let ONNX Runtime answer every case from the graph at `path`, on the CPU."""
+def onnx_answers(path: Path, config: ModelConfig, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
+    """Let ONNX Runtime answer every case, or `feeds` instead, from the graph at `path`, on the CPU."""
     session = load_session(path, usable_cores())
     names = outputs_of(config)
-    feeds = ({k: v.numpy() for k, v in inputs.items()} for inputs in case_inputs(config))
+    if feeds is None:
+        feeds = ({k: v.numpy() for k, v in inputs.items()} for inputs in case_inputs(config))
     return [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]
 
 

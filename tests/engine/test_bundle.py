@@ -259,3 +259,18 @@ def test_a_manifest_from_before_accuracy_was_recorded(bundle_dir):
     assert parse_manifest(json.dumps(manifest).encode()).accuracy[0].metrics == {"AUC": 0.9}
     del manifest["accuracy"]
     assert parse_manifest(json.dumps(manifest).encode()).accuracy == ()
+
+
+def test_the_calibration_of_static_int8_is_read_where_it_is_recorded(bundle_dir):
+    manifest = json.loads((bundle_dir / "manifest.json").read_text())
+    assert parse_manifest(json.dumps(manifest).encode()).calibration is None
+    manifest["calibration"] = {"method": "minmax", "pairs": 8, "source": "set, split train", "seed": 0}
+    found = parse_manifest(json.dumps(manifest).encode()).calibration
+    assert (found.method, found.pairs, found.source, found.seed) == ("minmax", 8, "set, split train", 0)
+    for path, value, message in (
+        ("calibration/pairs", 0, "calibration.pairs: expected an integer >= 1"),
+        ("calibration/method", 1, "calibration.method: expected a string"),
+        ("calibration", [], "calibration: expected an object"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            parse_manifest(json.dumps(changed(manifest, path, value)).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,31 @@ def bundle(tmp_path_factory):
         return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def linear_calls():
+    """Count how often Linear layers run in one answer of a network: of the box head, and of all others."""
+
+    def count(model):
+        import torch
+
+        from export.onnx import example_inputs
+
+        box = set(model.branch.bbox_head.modules())
+        calls = Counter()
+        hooks = [
+            module.register_forward_hook(lambda m, _x, _y: calls.update(["box" if m in box else "other"]))
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        with torch.inference_mode():
+            model(**example_inputs(model.config, 2, 5))
+        for hook in hooks:
+            hook.remove()
+        return calls
+
+    return count
 
 
 WORDS = ["a", "man", "president", "smiles", "with", "the", "new", "house", "in", "front", "of", "senate"]

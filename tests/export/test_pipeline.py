@@ -73,6 +73,7 @@ def test_manifest_says_what_it_is(name, precision, bundle):
     assert manifest["model"]["name"] == name
     assert dgm4.ModelConfig.from_dict(manifest["model"]["config"]) == dgm4.model_config(name, "tiny")
     assert manifest["precision"] == precision
+    assert "calibration" not in manifest, "for static int8 alone"
     assert manifest["weights"] == {"trained": False, "source": "drawn from seed 1", "sha256": None}
     assert [x["name"] for x in manifest["outputs"]] == list(outputs_of(dgm4.model_config(name)))
     assert manifest["types"] == list(dgm4.TYPES)

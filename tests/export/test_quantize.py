@@ -11,9 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import numpy_helper
-from torch import nn
 
 from engine.errors import BuildError
 from export.onnx import data_of, example_inputs, flatten
@@ -32,23 +30,7 @@ def quantized(exported, tmp_path_factory):
     return make
 
 
-def linear_calls(model):
-    """How often Linear layers run in one answer: of the box head, and of all others."""
-    box = set(model.branch.bbox_head.modules())
-    calls = Counter()
-    hooks = [
-        module.register_forward_hook(lambda m, _x, _y: calls.update(["box" if m in box else "other"]))
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.inference_mode():
-        model(**example_inputs(model.config, 2, 5))
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
-def test_every_linear_but_the_box_heads_is_quantised(name, exported, quantized):
+def test_every_linear_but_the_box_heads_is_quantised(name, exported, quantized, linear_calls):
     graph = exported(name)
     calls = linear_calls(graph.model)
     gates = 1 if name == "cals" else 0  # the face classes' convolutions, a product with a constant matrix too

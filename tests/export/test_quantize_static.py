@@ -1,0 +1,321 @@
+"""Static INT8: the scales are those of the pairs, the graph is portable, and only products are rounded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from engine.errors import InputError
+from engine.manifest import parse_manifest
+from engine.text import CaptionTokenizer
+from export import cli, pipeline, trt
+from export.calibrate import BATCH, METHODS, read_pairs
+from export.onnx import data_of, outputs_of
+from export.options import ExportOptions
+from export.pipeline import export_bundle
+from export.quantize import _as_products, linear_products, quantize_static
+from export.verify import INT8, compare, onnx_answers
+
+PAIRS = 20  # two whole batches and a part of one
+
+
+@pytest.fixture(scope="module")
+def data(annotated):
+    """A folder with a training split."""
+    folder = annotated(PAIRS + 4)
+    (folder / "metadata" / "test.json").rename(folder / "metadata" / "train.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle):
+    return CaptionTokenizer(bundle("hammer", "fp32").path / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def reader(data, tokenizer):
+    return read_pairs(data, PAIRS, tokenizer, 256)
+
+
+@pytest.fixture(scope="module")
+def quantized(exported, reader, tmp_path_factory):
+    @functools.cache
+    def make(name, method="minmax"):
+        path = tmp_path_factory.mktemp(f"static-{name}") / "model.onnx"
+        count = quantize_static(exported(name).path, path, reader, method)
+        proto = onnx.load_model(path)
+        return SimpleNamespace(path=path, count=count, proto=proto, products=products_of(proto.graph))
+
+    return make
+
+
+def products_of(graph):
+    """What every quantised product reads, by the product's name."""
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    found = {}
+    for node in graph.node:
+        left, right = (
+            (makers.get(name) for name in node.input[:2]) if node.op_type == "MatMul" else (None, None)
+        )
+        if right is not None and right.op_type == "DequantizeLinear":
+            rounded = makers[left.input[0]]
+            assert (left.op_type, rounded.op_type) == ("DequantizeLinear", "QuantizeLinear")
+            assert list(left.input[1:]) == list(rounded.input[1:]), "one scale there and back"
+            found[node.name] = SimpleNamespace(
+                activation=rounded.input[0],
+                scale=tensors[rounded.input[1]],
+                zero=tensors[rounded.input[2]],
+                weight=tensors[right.input[0]],
+                weight_scale=tensors[right.input[1]],
+                weight_zero=tensors[right.input[2]],
+                axis=onnx.helper.get_node_attr_value(right, "axis"),
+            )
+    return found
+
+
+def test_every_linear_but_the_box_heads_and_the_gates_is_quantised(name, exported, quantized, linear_calls):
+    made = quantized(name)
+    kinds = Counter(node.op_type for node in made.proto.graph.node)
+    assert len(made.products) == made.count == linear_calls(exported(name).model)["other"]
+    assert kinds["QuantizeLinear"] == len({product.activation for product in made.products.values()})
+
+
+def test_only_products_read_rounded_values(name, exported, quantized):
+    """Norms, residual sums and heads read the floats, and nothing else has changed."""
+    made = quantized(name)
+    graph = made.proto.graph
+    rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    readers = {node.name for node in graph.node if rounded & set(node.input)}
+    assert readers == made.products.keys()
+    before = onnx.load_model(exported(name).path)
+    _as_products(before.graph)
+    plain = [node for node in graph.node if not node.op_type.endswith("quantizeLinear")]
+    plain = [node for node in plain if node.op_type != "QuantizeLinear"]
+    kept = {node.name: node for node in before.graph.node}
+    assert len(plain) == len(kept)
+    for node in plain:
+        if node.name not in made.products:
+            assert node.SerializeToString() == kept[node.name].SerializeToString()
+
+
+def test_the_graph_is_portable(name, exported, quantized):
+    made = quantized(name)
+    assert {node.domain for node in made.proto.graph.node} <= {"", "dgm4"}
+    assert {opset.domain for opset in made.proto.opset_import} <= {"", "ai.onnx", "dgm4"}
+    before = {f.name: f.SerializeToString() for f in exported(name).proto.functions}
+    assert {f.name: f.SerializeToString() for f in made.proto.functions} == before
+    onnx.checker.check_model(made.path, full_check=True)
+
+
+def test_activation_scales_are_the_largest_magnitudes_of_the_pairs(
+    name, exported, quantized, reader, session_of
+):
+    made = quantized(name)
+    float_graph = onnx.load_model(exported(name).path)
+    names = sorted({product.activation for product in made.products.values()})
+    float_graph.graph.output.extend(
+        onnx.helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in names
+    )
+    session = session_of(float_graph.SerializeToString())
+    largest = dict.fromkeys(names, 0.0)
+    for feed in reader.batches():
+        for key, value in zip(names, session.run(names, feed), strict=True):
+            largest[key] = max(largest[key], float(np.abs(value).max()))
+    for product in made.products.values():
+        assert product.scale.shape == ()
+        assert product.scale == pytest.approx(largest[product.activation] / 127, rel=1e-4)
+        assert product.zero.dtype == np.int8
+        assert product.zero == 0
+
+
+def test_weights_are_int8_by_their_columns(name, exported, quantized):
+    before = onnx.load_model(exported(name).path)
+    _as_products(before.graph)
+    weights = {t.name: numpy_helper.to_array(t) for t in before.graph.initializer}
+    floats = {node.name: weights[node.input[1]] for node in linear_products(before.graph)["quantised"]}
+    for key, product in quantized(name).products.items():
+        scale = np.abs(floats[key]).max(0) / 127
+        np.testing.assert_allclose(product.weight_scale, scale, rtol=1e-5)
+        assert product.axis == 1
+        assert product.weight.dtype == np.int8
+        assert not product.weight_zero.any()
+        assert np.abs(product.weight * scale - floats[key]).max() <= 0.51 * scale.max()
+
+
+def test_the_box_head_and_the_gate_are_floats(name, quantized):
+    graph = quantized(name).proto.graph
+    floats = [t for t in graph.initializer if "bbox_head" in t.name]
+    assert len(floats) >= 6
+    assert {t.data_type for t in floats} == {TensorProto.FLOAT}
+    widths = {t.name: t.dims for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+    gates = [n for n in graph.node if n.op_type == "MatMul" and list(widths.get(n.input[1], ())) == [128, 2]]
+    assert len(gates) == (1 if name == "cals" else 0)
+
+
+def test_answers_are_near_float_on_pairs(name, exported, quantized, reader):
+    config = exported(name).model.config
+    feeds = list(reader.batches())
+    before, after = (onnx_answers(x.path, config, feeds) for x in (exported(name), quantized(name)))
+    difference = compare("int8", "onnx", before, after, INT8)
+    assert difference.relative <= 0.1
+    assert difference.max > 0, "nothing was quantised"
+
+
+def test_batch_and_tokens_are_dynamic(name, exported, quantized, session_of):
+    config = exported(name).model.config
+    session = session_of(quantized(name).path)
+    random = np.random.default_rng(0)
+    for batch, tokens in ((1, 2), (3, 31)):
+        feed = {
+            "image": random.standard_normal((batch, 3, 256, 256), dtype=np.float32),
+            "input_ids": random.integers(5, 2000, (batch, tokens)),
+            "attention_mask": np.ones((batch, tokens), np.int64),
+        }
+        answers = dict(zip(outputs_of(config), session.run(list(outputs_of(config)), feed), strict=True))
+        assert answers["box"].shape == (batch, 4)
+        assert answers["logits_tok"].shape == (batch, tokens - 1, 2)
+        assert all(np.isfinite(value).all() for value in answers.values())
+
+
+def test_the_same_pairs_give_the_same_file(exported, quantized, data, tokenizer, tmp_path):
+    path = tmp_path / "model.onnx"
+    source = exported("hammer").path
+    before = source.read_bytes()
+    quantize_static(source, path, read_pairs(data, PAIRS, tokenizer, 256))
+    made = quantized("hammer").path
+    assert path.read_bytes() == made.read_bytes()
+    assert data_of(path).read_bytes() == data_of(made).read_bytes()
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_other_methods_cut_the_ranges(method, quantized, capfd):
+    made, whole = quantized("hammer", method), quantized("hammer")
+    assert capfd.readouterr().out == "", "stdout is for answers"
+    ratios = [product.scale / whole.products[key].scale for key, product in made.products.items()]
+    assert max(ratios) <= 1 + 1e-3
+    assert min(ratios) < 0.99
+
+
+def test_batches_are_those_of_the_data_set(reader):
+    feeds = list(reader.batches())
+    assert [len(feed["image"]) for feed in feeds] == [BATCH, BATCH, PAIRS - 2 * BATCH]
+    assert len(reader) == 3
+    assert any(not feed["attention_mask"].all() for feed in feeds), "padded as in serving"
+    reader.set_range(start_index=1, end_index=2)
+    again = reader.get_next()
+    assert all(np.array_equal(value, feeds[1][key]) for key, value in again.items())
+    assert reader.get_next() is None
+    item = reader.dataset[BATCH + 3]
+    assert np.array_equal(again["image"][3], item.image.numpy())
+    assert np.array_equal(again["input_ids"][3][: len(item.input_ids)], item.input_ids.numpy())
+
+
+def test_pairs_are_drawn_alike_at_each_call(data, tokenizer, reader):
+    def ids(count):
+        return [sample.id for sample in read_pairs(data, count, tokenizer, 256).dataset.samples]
+
+    assert ids(PAIRS) == [sample.id for sample in reader.dataset.samples]
+    assert len(set(ids(PAIRS))) == PAIRS
+    assert ids(5) != ids(PAIRS)[:5], "drawn, not the first ones"
+    assert reader.record == {"pairs": PAIRS, "source": f"{data.name}, split train", "seed": 1}
+
+
+def test_fewer_pairs_are_all_taken_and_said(data, tokenizer, caplog):
+    found = read_pairs(data, 512, tokenizer, 256)
+    assert found.record["pairs"] == len(found.dataset) == PAIRS + 4
+    assert f"has {PAIRS + 4} usable pairs to calibrate on, not 512" in caplog.text
+
+
+def test_folders_that_do_not_serve(annotated, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="expected the data folder"):
+        read_pairs(tmp_path / "none", 8, tokenizer, 256)
+    folder = annotated(1)
+    with pytest.raises(InputError, match=r"train\.json"):
+        read_pairs(folder, 8, tokenizer, 256)
+    (folder / "metadata" / "train.json").write_text("[]")
+    with pytest.raises(InputError, match="expected annotated pairs in the split train to calibrate on"):
+        read_pairs(folder, 8, tokenizer, 256)
+
+
+def static(out, **fields):
+    common = {"out": out, "model": "hammer", "size": "tiny", "engine": False, "precision": "int8"}
+    return ExportOptions(**{**common, **fields})
+
+
+def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_path):
+    stages = []
+    rtx = importlib.util.find_spec("tensorrt_rtx") is not None
+    engine = {"engine": rtx, "targets": ("8.6",) if rtx else (), "max_batch": 2, "max_tokens": 24}
+    made = export_bundle(
+        static(tmp_path / "b", calibration=data, calibration_pairs=6, **engine), stages.append
+    )
+    assert [entry["file"] for entry in made["engines"]] == (["model.rtx-sm86.engine"] if rtx else [])
+    record = {"method": "minmax", "pairs": 6, "source": f"{data.name}, split train", "seed": 1}
+    assert made["calibration"] == record
+    assert made["precision"] == "int8"
+    read = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes()).calibration
+    assert vars(read) == record
+    text = next(stage.text for stage in stages if stage.name == "quantise")
+    assert text.startswith("50 products in int8")
+    assert f"calibrated (minmax) on 6 pairs of {data.name}, split train" in text
+    assert "fixed scales, calibrated (minmax) on 6 pairs" in (tmp_path / "b" / "README.md").read_text()
+    graph = onnx.load_model(tmp_path / "b" / "model.onnx", load_external_data=False).graph
+    assert "QuantizeLinear" in {node.op_type for node in graph.node}
+    assert not list((tmp_path / "b").glob("float.*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "fp16"}, "calibration: expected precision int8 with it, got fp16"),
+        ({"calibration_pairs": 0}, "calibration_pairs: expected at least 1, got 0"),
+        ({"calibration_method": "max"}, "calibration_method: expected one of minmax, percentile, entropy"),
+    ],
+)
+def test_options_that_do_not_fit(fields, message, data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export_bundle(static(tmp_path / "b", calibration=data, **fields), [].append)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="expected the data folder"):
+        export_bundle(static(tmp_path / "b", calibration=tmp_path / "none"), [].append)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_of_floats_is_a_usage_error(data, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "--calibration", str(data), "--precision", "fp16"])
+    assert ended.value.code == 2
+    assert "--calibration is for --precision int8" in capsys.readouterr().err
+
+
+def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):
+    heard = []
+
+    def stop(options, _report):
+        heard.append(options)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(pipeline, "export_bundle", stop)
+    flags = ["--calibration-pairs", "9", "--calibration-method", "percentile", "--out", str(tmp_path / "b")]
+    assert cli.main(["export", "--precision", "int8", "--calibration", str(data), *flags]) == 1
+    (options,) = heard
+    found = (options.calibration, options.calibration_pairs, options.calibration_method)
+    assert found == (data, 9, "percentile")
+
+
+def test_static_int8_may_have_an_engine(data, tmp_path):
+    builder = trt.BuilderInfo("tensorrt_rtx", "1", True, "")
+    assert pipeline._no_engine(static(tmp_path, engine=True, calibration=data), builder) is None
+    assert "(--calibration)" in pipeline._no_engine(static(tmp_path, engine=True), builder)
