@@ -1,8 +1,10 @@
-"""Pretraining of a visual encoder that has no DeiT of its size: which patches lie in a manipulated face.
+"""Pretraining of a visual encoder that has no DeiT of its size, on what its patches show.
 
 The published networks start from encoders pretrained on ImageNet; the tiny size has none. A linear layer on
-each patch token says whether the patch overlaps the box of a swapped face, and of a changed one; the
-binary cross-entropy teaches the encoder to see local traces. The layer is thrown away.
+each patch token says whether the patch overlaps the box of a swapped face, and of a changed one: the
+binary cross-entropy teaches the encoder to see local traces. A second one tells the patch's mean colour and
+the whole picture's: without it the encoder loses the light that captions speak of. Both layers are thrown
+away.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from engine.text import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 
+COLOUR_WEIGHT = 0.1
 FACE_TYPES = 2  # face swap and face attribute, the first two of TYPES
 _WAVE_SHARE = 0.5  # amplitude of the first position embeddings; the default of 0.02 drowns in the patches'
 _LONGEST_WAVE = 10000.0
@@ -41,6 +44,12 @@ def patch_targets(batch: Batch, grid: int) -> Tensor:
     """1 where a patch overlaps the box of a swapped, or of a changed, face; [B, grid^2, 2] float32."""
     inside = patch_mask(batch.box, grid).to(torch.float32)
     return inside[..., None] * batch.types[:, None, :FACE_TYPES]
+
+
+def colour_targets(image: Tensor, grid: int) -> Tensor:
+    """Mean colour of each patch, then of the whole picture, as normalised; [B, grid^2, 6] float32."""
+    patches = F.adaptive_avg_pool2d(image, grid).flatten(2).transpose(1, 2)
+    return torch.cat([patches, patches.mean(1, keepdim=True).expand_as(patches)], dim=-1)
 
 
 def wave_positions(grid: int, width: int) -> Tensor:
@@ -60,7 +69,8 @@ class PatchTrainee(nn.Module):
         config = model_config(options.model, options.size)
         self.grid = config.grid
         self.visual_encoder = VisionTransformer(config)
-        self.head = nn.Linear(config.width, FACE_TYPES)
+        self.faces = nn.Linear(config.width, FACE_TYPES)
+        self.colours = nn.Linear(config.width, 2 * 3)
         initialise(self)
         with torch.no_grad():
             self.visual_encoder.pos_embed[:, 1:] = _WAVE_SHARE * wave_positions(config.grid, config.width)
@@ -68,8 +78,12 @@ class PatchTrainee(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
         tokens, _ = self.visual_encoder(batch.image)
-        logits = self.head(tokens[:, 1:]).float()
-        return F.binary_cross_entropy_with_logits(logits, patch_targets(batch, self.grid))
+        patches = tokens[:, 1:]
+        faces = F.binary_cross_entropy_with_logits(
+            self.faces(patches).float(), patch_targets(batch, self.grid)
+        )
+        colours = F.mse_loss(self.colours(patches).float(), colour_targets(batch.image, self.grid))
+        return faces + COLOUR_WEIGHT * colours
 
 
 def pretrain(

@@ -11,7 +11,7 @@ import torch
 from dgm4.training import vision
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.trainee import Trainee
-from dgm4.training.vision import patch_targets, pretrain, wave_positions
+from dgm4.training.vision import colour_targets, patch_targets, pretrain, wave_positions
 from engine.errors import InputError, NumericalError
 
 
@@ -81,3 +81,13 @@ def test_a_loss_that_is_not_finite_writes_nothing(recipe, data, tokenizer, tmp_p
             progress=False,
         )
     assert not (tmp_path / "v.pth").exists()
+
+
+def test_colours_by_hand():
+    image = torch.zeros(1, 3, 8, 8)
+    image[0, 0, :4, 4:] = 2.0  # red in the second of four patches
+    found = colour_targets(image, 2)
+    assert found.shape == (1, 4, 6)
+    assert found[0, :, 0].tolist() == [0.0, 2.0, 0.0, 0.0]
+    assert found[0, :, 3].tolist() == [0.5] * 4
+    assert not found[..., [1, 2, 4, 5]].any()
