@@ -79,3 +79,15 @@ def test_head_is_the_formula():
     want = y @ head[6].weight.T + head[6].bias
     assert (head(x) - want).abs().max() <= EXACT
     assert head[0].out_features == 12
+
+
+def test_bfloat16_on_a_cpu_is_the_same_attention():
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 16, generator=random) for n in (5, 7, 7))
+    bias = torch.tensor([0.0, 0, 0, 0, 0, float("-inf"), float("-inf")])[None, None, None]
+    want = attention(query, key, value, bias)
+    halves = [x.bfloat16() for x in (query, key, value, bias)]
+    assert (attention(*halves).float() - want).abs().max() <= 2e-2
+    torch.manual_seed(0)
+    dropped = attention(*halves[:3], dropout=0.5)
+    assert (dropped != attention(*halves[:3])).any()
