@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from dgm4.data.annotations import Problem, Sample
 from dgm4.data.dataset import Batch, Item, PairDataset, collate
-from dgm4.metrics import TOKEN_PADDING, Answers
+from dgm4.metrics import Answers
 from dgm4.model import Detector
+from dgm4.training.answers import join_answers
 from engine.backends import usable_cores
 from engine.errors import InputError
 
@@ -89,12 +90,12 @@ def score(
                 seconds[name] += perf_counter() - started
             bar.update(len(batch.indices))
             # The picture is the bulk of a batch, and nothing after this reads it.
-            batches.append(batch._replace(image=batch.image[:, :0, :0, :0].clone()))
+            batches.append(batch._replace(image=batch.image.new_empty(0)))
             started = perf_counter()
     if not batches:
         raise InputError(f"expected at least one usable pair, got none of {len(dataset)}")
     samples = tuple(dataset.samples[i] for batch in batches for i in batch.indices.tolist())
-    answers = {name: _join(samples, batches, parts) for name, parts in outputs.items()}
+    answers = {name: join_answers(samples, batches, parts) for name, parts in outputs.items()}
     return Scored(samples, answers, tuple(reader.problems), seconds)
 
 
@@ -152,26 +153,3 @@ class _Reader:
 def _run(network: Network, batch: Batch) -> dict[str, np.ndarray]:
     outputs = network.run({name: getattr(batch, name).numpy() for name in _INPUTS})
     return {name: value for name, value in outputs.items() if name != "attention_map"}
-
-
-def _join(samples: Sequence[Sample], batches: list[Batch], parts: list[dict[str, np.ndarray]]) -> Answers:
-    """Join the batches' answers; the tokens are padded to the longest caption of all."""
-    width = max(batch.token_labels.shape[1] for batch in batches)
-    labels = np.full((len(samples), width), TOKEN_PADDING)
-    logits = np.zeros((len(samples), width, 2), dtype=np.float32)
-    row = 0
-    for batch, part in zip(batches, parts, strict=True):
-        count, length = batch.token_labels.shape
-        labels[row : row + count, :length] = batch.token_labels.numpy()
-        logits[row : row + count, :length] = part["logits_tok"]
-        row += count
-    return Answers(
-        labels=np.array([sample.fake_cls for sample in samples]),
-        logits_real_fake=np.concatenate([part["logits_real_fake"] for part in parts]),
-        logits_multicls=np.concatenate([part["logits_multicls"] for part in parts]),
-        pred_box=np.concatenate([part["box"] for part in parts]),
-        true_box=np.concatenate([batch.box.numpy() for batch in batches]),
-        # What a network says of padding depends on the batch.
-        logits_tok=np.where(labels[..., None] == TOKEN_PADDING, 0, logits).astype(np.float32),
-        token_labels=labels,
-    )

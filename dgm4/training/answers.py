@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dgm4.data.annotations import Sample
 from dgm4.data.dataset import IGNORED, Batch, PairDataset, collate
 from dgm4.metrics import Answers
 from dgm4.model import Output
+
+_READ = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 
 
 def collect(
@@ -22,26 +25,43 @@ def collect(
     workers: int = 0,
 ) -> Answers:
     """Run `predict` over all of `data` and return answers and labels, tokens padded to the longest."""
-    rows: list[tuple[np.ndarray, ...]] = []
+    batches: list[Batch] = []
+    outputs: list[dict[str, np.ndarray]] = []
     # A generator of its own, since an iterator draws a number: torch's own stream stays where it was.
     loader = DataLoader(data, batch, collate_fn=collate, num_workers=workers, generator=torch.Generator())
     with torch.inference_mode():
         for part in loader:
-            output = predict(to_device(part, device))
-            kept = (output.logits_real_fake, output.logits_multicls, output.box, output.logits_tok)
-            arrays = [value.float().cpu().numpy() for value in kept]
-            rows.append((*arrays, part.box.numpy(), part.token_labels.numpy()))
-    longest = max(row[3].shape[1] for row in rows)
-    columns = list(zip(*rows, strict=True))
-    real_fake, classes, boxes, true_boxes = (np.concatenate(columns[i]) for i in (0, 1, 2, 4))
+            output = predict(to_device(part, device))._asdict()
+            outputs.append({name: output[name].float().cpu().numpy() for name in _READ})
+            batches.append(part._replace(image=part.image.new_empty(0)))
+    return join_answers(data.samples, batches, outputs)
+
+
+def join_answers(
+    samples: Sequence[Sample], batches: Sequence[Batch], outputs: Sequence[Mapping[str, np.ndarray]]
+) -> Answers:
+    """Join the answers to batches of `samples`, in their order; tokens are padded to the longest of all.
+
+    `outputs` holds the arrays of `Output` by name, one mapping a batch.
+    """
+    width = max(batch.token_labels.shape[1] for batch in batches)
+    labels = np.full((len(samples), width), IGNORED)
+    logits = np.zeros((len(samples), width, 2), dtype=np.float32)
+    row = 0
+    for batch, part in zip(batches, outputs, strict=True):
+        count, length = batch.token_labels.shape
+        labels[row : row + count, :length] = batch.token_labels.numpy()
+        logits[row : row + count, :length] = part["logits_tok"]
+        row += count
     return Answers(
-        labels=np.array([sample.fake_cls for sample in data.samples]),
-        logits_real_fake=real_fake,
-        logits_multicls=classes,
-        pred_box=boxes,
-        true_box=true_boxes,
-        logits_tok=np.concatenate([_pad(tokens, longest, 0) for tokens in columns[3]]),
-        token_labels=np.concatenate([_pad(labels, longest, IGNORED) for labels in columns[5]]),
+        labels=np.array([sample.fake_cls for sample in samples]),
+        logits_real_fake=np.concatenate([part["logits_real_fake"] for part in outputs]),
+        logits_multicls=np.concatenate([part["logits_multicls"] for part in outputs]),
+        pred_box=np.concatenate([part["box"] for part in outputs]),
+        true_box=np.concatenate([batch.box.numpy() for batch in batches]),
+        # What a network says of padding depends on the batch.
+        logits_tok=np.where(labels[..., None] == IGNORED, 0, logits).astype(np.float32),
+        token_labels=labels,
     )
 
 
@@ -51,8 +71,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         k: None if v is None else v.to(device, non_blocking=True) for k, v in batch._asdict().items()
     }
     return Batch(**moved)
-
-
-def _pad(array: np.ndarray, longest: int, value: int) -> np.ndarray:
-    width = [(0, 0), (0, longest - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
-    return np.pad(array, width, constant_values=value)
