@@ -21,14 +21,12 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from engine.errors import BundleError
@@ -159,36 +157,6 @@ class BundleWriter:
         if self._directory is None:
             raise BundleError("the bundle writer is closed: use it inside its with block")
         return self._directory
-
-
-@contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """On SIGTERM or SIGHUP inside the block remove unfinished bundles and exit with 128 + number.
-
-    Main thread only. The process ends in the handler itself: an exception raised there can strike
-    inside a lock or a destructor, where it is lost or leaves a thread waiting for ever. A SIGHUP that
-    is ignored, as under nohup, stays ignored.
-    """
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
-    handled = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in handled:
-        signal.signal(number, _leave)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, before[number])
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    try:
-        _remove_live()
-        for stream in (sys.stdout, sys.stderr):
-            # The signal may have struck inside this very stream, or its reader may be gone.
-            with contextlib.suppress(RuntimeError, OSError, ValueError):
-                stream.flush()
-    finally:
-        os._exit(128 + number)
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
@@ -377,7 +345,8 @@ def _remove_tree(directory: Path) -> None:
 
 
 @atexit.register
-def _remove_live() -> None:
+def remove_unfinished() -> None:
+    """Remove what this process has not published; a bundle that was set aside for a moment comes back."""
     for directory, out in list(_live.items()):
         aside = _aside(directory)
         if aside.exists():

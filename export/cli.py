@@ -26,7 +26,7 @@ _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's error shows one line, no trace."""
-    from export.bundle import exit_on_sigterm
+    from export.stopping import exit_on_sigterm
 
     options = _parser().parse_args(arguments)
     if (wrong := options.usage_error(options)) is not None:

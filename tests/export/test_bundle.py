@@ -16,8 +16,9 @@ import pytest
 from engine.bundle import Bundle
 from engine.errors import BundleError
 from export import bundle
-from export.bundle import BundleWriter, exit_on_sigterm, sweep_partials
+from export.bundle import BundleWriter, sweep_partials
 from export.card import model_card
+from export.stopping import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = {
@@ -343,7 +344,8 @@ WRITER = """
 import json
 import sys
 from pathlib import Path
-from export.bundle import BundleWriter, exit_on_sigterm
+from export.bundle import BundleWriter
+from export.stopping import exit_on_sigterm
 from contextlib import nullcontext
 
 manifest = json.loads(sys.argv[3])
@@ -407,7 +409,7 @@ def test_killed_at_any_moment(tmp_path, number, handled, status):
 def test_sigterm_is_not_lost_in_a_destructor():
     script = """
         import time
-        from export.bundle import exit_on_sigterm
+        from export.stopping import exit_on_sigterm
 
         class Slow:
             def __del__(self):
