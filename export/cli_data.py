@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.errors import InputError
+
 
 def make(options: argparse.Namespace) -> int:
     """Write the sample set; stdout tells how many pairs of each class there are."""
@@ -65,6 +67,8 @@ def vocabulary(options: argparse.Namespace) -> int:
     from dgm4.data.pieces import small_vocabulary
     from export.tokenizer import build_tokenizer, count_pieces, find_vocabulary
 
+    if not options.out.resolve().parent.is_dir():
+        raise InputError(f"{options.out}: its folder does not exist; create it, or choose another --out")
     large = options.vocab or find_vocabulary()
     tokenizer = build_tokenizer(large, count_pieces(large))
     texts = [sample.text for sample in read_split(options.data, "train", check_pictures=False).samples]

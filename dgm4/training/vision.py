@@ -27,6 +27,7 @@ from dgm4.training.answers import to_device
 from dgm4.training.optimizer import make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
+from dgm4.training.snapshot import write_snapshot
 from dgm4.training.trainee import initialise
 from dgm4.vision import VisionTransformer
 from engine.errors import InputError, NumericalError
@@ -101,6 +102,8 @@ def pretrain(
     encoder hold, batch, epochs, clip, precision (fp32 or bf16), seed and flip. Raises InputError for data
     that cannot be used, NumericalError where the loss is no longer finite.
     """
+    if not out.resolve().parent.is_dir():
+        raise InputError(f"{out}: its folder does not exist; create it, or choose another --out")
     samples = read_split(data, "train").samples
     size = model_config(options.model, options.size).image_size
     dataset = PairDataset(samples, tokenizer, size, options.flip, options.seed, cache)
@@ -133,5 +136,5 @@ def pretrain(
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
             if not math.isfinite(mean):
                 raise NumericalError(f"epoch {epoch + 1}: the loss is {mean}; lower lr_vision or set clip")
-    torch.save({"model": trainee.visual_encoder.cpu().state_dict()}, out)
+    write_snapshot(out, {"model": trainee.visual_encoder.cpu().state_dict()})
     return mean

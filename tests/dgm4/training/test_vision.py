@@ -71,6 +71,11 @@ def test_too_few_pairs(recipe, data, tokenizer, tmp_path):
         pretrain(replace(recipe, batch=32), data, tmp_path / "v.pth", tokenizer, progress=False)
 
 
+def test_a_folder_that_is_not_there_is_told_before_training(recipe, data, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="its folder does not exist; create it"):
+        pretrain(recipe, data, tmp_path / "no" / "v.pth", tokenizer, progress=False)
+
+
 def test_a_loss_that_is_not_finite_writes_nothing(recipe, data, tokenizer, tmp_path):
     with pytest.raises(NumericalError, match="the loss is"):
         pretrain(
