@@ -2,9 +2,9 @@
 
 The published networks start from encoders pretrained on ImageNet; the tiny size has none. A linear layer on
 each patch token says whether the patch overlaps the box of a swapped face, and of a changed one: the
-binary cross-entropy teaches the encoder to see local traces. A second one tells the patch's mean colour and
-the whole picture's: without it the encoder loses the light that captions speak of. Both layers are thrown
-away.
+binary cross-entropy teaches the encoder to see local traces. A second one tells, in the patches of such a
+face, its box, so that a patch knows where it lies. A third one tells the patch's mean colour and the whole
+picture's: without it the encoder loses the light that captions speak of. All three layers are thrown away.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dgm4.config import model_config
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import Batch, PairDataset, collate
+from dgm4.losses.boxes import box_giou, box_l1
 from dgm4.losses.maps import patch_mask
 from dgm4.training.answers import to_device
 from dgm4.training.optimizer import make_schedule
@@ -35,6 +36,7 @@ from engine.text import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 
+BOX_WEIGHT = 0.1
 COLOUR_WEIGHT = 0.1
 FACE_TYPES = 2  # face swap and face attribute, the first two of TYPES
 _WAVE_SHARE = 0.5  # amplitude of the first position embeddings; the default of 0.02 drowns in the patches'
@@ -71,6 +73,7 @@ class PatchTrainee(nn.Module):
         self.grid = config.grid
         self.visual_encoder = VisionTransformer(config)
         self.faces = nn.Linear(config.width, FACE_TYPES)
+        self.boxes = nn.Linear(config.width, 4)
         self.colours = nn.Linear(config.width, 2 * 3)
         initialise(self)
         with torch.no_grad():
@@ -80,11 +83,18 @@ class PatchTrainee(nn.Module):
         """The loss of a batch."""
         tokens, _ = self.visual_encoder(batch.image)
         patches = tokens[:, 1:]
-        faces = F.binary_cross_entropy_with_logits(
-            self.faces(patches).float(), patch_targets(batch, self.grid)
-        )
+        targets = patch_targets(batch, self.grid)
+        faces = F.binary_cross_entropy_with_logits(self.faces(patches).float(), targets)
         colours = F.mse_loss(self.colours(patches).float(), colour_targets(batch.image, self.grid))
-        return faces + COLOUR_WEIGHT * colours
+        return faces + BOX_WEIGHT * self._locate(patches, batch.box, targets) + COLOUR_WEIGHT * colours
+
+    def _locate(self, patches: Tensor, box: Tensor, targets: Tensor) -> Tensor:
+        """L1 and GIoU of what the patches of a manipulated face say of its box; 0 without such a face."""
+        pair, patch = targets.amax(-1).nonzero(as_tuple=True)
+        if len(pair) == 0:
+            return patches.new_zeros(())
+        told = self.boxes(patches[pair, patch]).float().sigmoid()
+        return box_l1(told, box[pair]) + box_giou(told, box[pair])
 
 
 def pretrain(

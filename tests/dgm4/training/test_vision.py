@@ -11,7 +11,7 @@ import torch
 from dgm4.training import vision
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.trainee import Trainee
-from dgm4.training.vision import colour_targets, patch_targets, pretrain, wave_positions
+from dgm4.training.vision import PatchTrainee, colour_targets, patch_targets, pretrain, wave_positions
 from engine.errors import InputError, NumericalError
 
 
@@ -96,3 +96,17 @@ def test_colours_by_hand():
     assert found[0, :, 0].tolist() == [0.0, 2.0, 0.0, 0.0]
     assert found[0, :, 3].tolist() == [0.5] * 4
     assert not found[..., [1, 2, 4, 5]].any()
+
+
+def test_only_patches_of_a_manipulated_face_tell_its_box(options):
+    """All patches tell (0.5, 0.5, 0.5, 0.5): loss 0 where that is the box, 0.25 + 0.5 where w is half."""
+    trainee = PatchTrainee(options)
+    torch.nn.init.zeros_(trainee.boxes.weight)
+    patches = torch.randn(2, 16, trainee.boxes.in_features)
+    box = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.25, 0.5]])
+    targets = torch.zeros(2, 16, 2)
+    assert trainee._locate(patches, box, targets) == 0
+    targets[0, 3, 1] = 1
+    assert trainee._locate(patches, box, targets).item() == pytest.approx(0, abs=1e-6)
+    targets[1, [2, 5, 6], 0] = 1
+    assert trainee._locate(patches, box, targets).item() == pytest.approx(3 / 4 * 0.75, abs=1e-6)
