@@ -10,16 +10,21 @@ Source: the released network of CALS.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import torch
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 from torch.nn import functional as F
 
+from engine.errors import InputError
 from kernels import onnx_ops
+from kernels.jit import LOG2E, ceil_div, jit, launchable, power_of_two, tl
 
 NAME = "GaussianGuidance"
 FLOOR = 1e-8
-STRIDE, PADDING = 2, 1
+KERNEL, STRIDE, PADDING = 4, 2, 1
 
 
 def gaussian_guidance_ref(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -32,6 +37,76 @@ def gaussian_guidance_ref(box: Tensor, weight: Tensor, bias: Tensor, size: int) 
     across, along = torch.exp(-((pixels[None, :, None] - centre[:, None]) ** 2) / spread[:, None]).unbind(-1)
     gaussian = (along[:, :, None] * across[:, None, :]).clamp(0, 1)[:, None]
     return F.relu(F.conv2d(gaussian.to(weight.dtype), weight, bias, stride=STRIDE, padding=PADDING))
+
+
+@jit
+def _guidance_kernel(
+    box: tl.tensor,  # [B, 4], dense, (cx, cy, w, h)
+    weight: tl.tensor,  # [C, 4, 4], dense
+    bias: tl.tensor,  # [C]
+    out: tl.tensor,  # [B, C, S/2, S/2], dense
+    channels: tl.tensor,
+    SIZE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLOOR: tl.constexpr,
+    LOG2E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,  # S/2, up to a power of two
+) -> None:
+    """Programs: output rows x channel tiles x pairs."""
+    i_row, i_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_channel = o_channel < channels
+    box += 4 * i_batch
+    centre_x, centre_y = SIZE * tl.load(box).to(tl.float32), SIZE * tl.load(box + 1).to(tl.float32)
+    half_w, half_h = SIZE * tl.load(box + 2).to(tl.float32) / 2, SIZE * tl.load(box + 3).to(tl.float32) / 2
+    rate = -LOG2E / (2 * (half_w * half_w + half_h * half_h) + FLOOR)
+    SIDE: tl.constexpr = SIZE // STRIDE
+    o_x = tl.arange(0, BLOCK_X)
+    b_out = tl.zeros((BLOCK_C, BLOCK_X), tl.float32)
+    b_out += tl.load(bias + o_channel, mask=m_channel, other=0.0).to(tl.float32)[:, None]
+    for i_x in tl.static_range(KERNEL):
+        x = STRIDE * o_x - PADDING + i_x
+        b_across = tl.where((x >= 0) & (x < SIZE), tl.exp2((x - centre_x) * (x - centre_x) * rate), 0.0)
+        b_share = tl.zeros((BLOCK_C,), tl.float32)
+        for i_y in tl.static_range(KERNEL):
+            y = STRIDE * i_row - PADDING + i_y
+            along = tl.where((y >= 0) & (y < SIZE), tl.exp2((y - centre_y) * (y - centre_y) * rate), 0.0)
+            p_weight = weight + (o_channel * KERNEL + i_y) * KERNEL + i_x
+            b_share += along * tl.load(p_weight, mask=m_channel, other=0.0).to(tl.float32)
+        b_out += b_share[:, None] * b_across[None, :]
+    p_out = out + ((i_batch * channels + o_channel) * SIDE + i_row)[:, None] * SIDE + o_x[None, :]
+    b_out = tl.maximum(b_out, 0.0).to(out.dtype.element_ty)
+    tl.store(p_out, b_out, mask=m_channel[:, None] & (o_x < SIDE)[None, :])
+
+
+def launch(kernel: Any, box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """Launch `kernel`, `_guidance_kernel` or its wrapping for torch.compile."""
+    batch, channels, side = box.shape[0], weight.shape[0], size // STRIDE
+    out = weight.new_empty(batch, channels, side, side)
+    if out.numel() == 0:
+        return out
+    block = min(power_of_two(channels), 64)
+    kernel[(side, ceil_div(channels, block), batch)](
+        box=box.contiguous(),
+        weight=weight.contiguous(),
+        bias=bias.contiguous(),
+        out=out,
+        channels=channels,
+        SIZE=size,
+        KERNEL=KERNEL,
+        STRIDE=STRIDE,
+        PADDING=PADDING,
+        FLOOR=FLOOR,
+        LOG2E=LOG2E,
+        BLOCK_C=block,
+        BLOCK_X=power_of_two(side),
+        num_warps=8,
+        num_stages=1,
+    )
+    return out
 
 
 def _body() -> onnx.FunctionProto:
@@ -86,10 +161,33 @@ def _body() -> onnx.FunctionProto:
 onnx_ops.register_body(NAME, _body)
 
 
+@triton_op("dgm4::gaussian_guidance", mutates_args={})
+def _guidance_op(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    return launch(wrap_triton(_guidance_kernel), box, weight, bias, size)
+
+
 def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    """Encode box [B, 4] on a size x size grid to [B, C, size/2, size/2]; see the module's formula."""
+    """Encode box [B, 4] on a size x size grid to [B, C, size/2, size/2]; see the module's formula.
+
+    Raises InputError for shapes or devices that do not go together.
+    """
     if onnx_ops.exporting():
         side = size // STRIDE
         shape = (box.shape[0], weight.shape[0], side, side)
         return onnx_ops.emit(NAME, (box, weight, bias), [shape], [weight.dtype], {"size": [size]})[0]
+    channels = weight.shape[0]
+    expected = {
+        "box": (box, (len(box), 4)),
+        "weight": (weight, (channels, 1, KERNEL, KERNEL)),
+        "bias": (bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != box.device:
+            raise InputError(f"{name}: expected it on {box.device} as the box, got {tensor.device}")
+    if size < STRIDE or size % STRIDE:
+        raise InputError(f"size: expected an even number of pixels, got {size}")
+    if launchable(box):
+        return torch.ops.dgm4.gaussian_guidance(box, weight, bias, size)
     return gaussian_guidance_ref(box, weight, bias, size)

@@ -1,0 +1,181 @@
+"""Ahead-of-time compilation of the kernels, on any machine: `python -m kernels.aot [--json]`.
+
+A launcher is called with tensors without data and with a recorder in the kernel's place; what it would have
+launched is compiled for each compute capability, and the assembler's own report is read: registers, stack
+(spills), shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import attention, conv_fusion
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+WARP = 32
+ALIGNMENT = 16  # bytes of a pointer, and the divisor of an integer, that the compiler is told of
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher would have launched: its grid, and the arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+class Recorder:
+    """Stands where a launcher expects a kernel."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[Launch] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Record instead of launching."""
+        return lambda **arguments: self.launches.append(Launch(self.kernel, grid, arguments))
+
+
+def record(launcher: Callable[..., Any], kernel: Any, *arguments: Any, **options: Any) -> Launch:
+    """The one launch of `launcher`, whose tensors may be without data (device "meta")."""
+    recorder = Recorder(kernel)
+    launcher(recorder, *arguments, **options)
+    (launch,) = recorder.launches
+    return launch
+
+
+@dataclass(frozen=True)
+class Built:
+    """One compiled kernel: its names, its code, and the assembler's report (bytes, but for registers)."""
+
+    name: str
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+    entry: str
+    ptx: str
+
+
+def compile_launch(name: str, launch: Launch, capability: int) -> Built:
+    """Compile for `capability` (90 for 9.0) what `launch` recorded."""
+    options = {k: v for k, v in launch.arguments.items() if k in ("num_warps", "num_stages")}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = _type_of(value)
+        if isinstance(value, Tensor) or (type(value) is int and value % ALIGNMENT == 0):
+            attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Built(
+        name,
+        capability,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        compiled.metadata.name,
+        compiled.asm["ptx"],
+    )
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory, by NVIDIA's own disassembler."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if found is None:
+        raise ValueError(f"expected REG, STACK and LOCAL in the report, got {report[:200]!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases(dtypes: Sequence[torch.dtype] = (torch.float32, *HALF)) -> Iterator[tuple[str, Launch]]:
+    """Every kernel at the shapes of the base networks, B = 64, 50 tokens."""
+    for dtype in dtypes:
+        yield from ((f"{name}-{TYPES[dtype]}", launch) for name, launch in _cases(dtype))
+
+
+def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    image, text = (_empty(64, length, 768, dtype=dtype) for length in (257, 50))
+    mask = _empty(64, 50, dtype=torch.int64)
+    kernel = attention._attention_kernel
+    yield "attention-257x257", record(attention.launch, kernel, image, image, image, 12)
+    yield "attention-257x257-d96", record(attention.launch, kernel, image, image, image, 8)
+    yield "attention-50x257", record(attention.launch, kernel, text, image, image, 12)
+    yield "attention-257x50-mask", record(attention.launch, kernel, image, text, text, 12, mask)
+    yield "attention-50x257-map", record(attention.launch, kernel, text, image, image, 12, guided=True)
+    weight, bias = _empty(4 * 768, 3, 6, 6, dtype=dtype), _empty(4 * 768, dtype=dtype)
+    picture = _empty(64, 3, 256, 256, dtype=dtype)
+    kernel = conv_fusion._fusion_kernel
+    yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, weight, bias)
+
+
+def build(targets: Iterable[int] = TARGETS) -> Iterator[Built]:
+    """Compile every case for every target."""
+    found = list(cases())
+    for capability in targets:
+        for name, launch in found:
+            yield compile_launch(name, launch, capability)
+
+
+def main() -> None:
+    """Print the table or the records."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="one record a line")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="%(default)s")
+    options = parser.parse_args()
+    for built in build(options.targets):
+        values = {k: v for k, v in asdict(built).items() if k not in ("ptx", "entry")}
+        line = json.dumps(values) if options.json else "  ".join(f"{v!s:>24}" for v in values.values())
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

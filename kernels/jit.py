@@ -1,0 +1,63 @@
+"""Triton where it is installed, and what the kernels share.
+
+Without Triton every module here still imports: its operators then take their composed torch form.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:
+    triton = tl = None
+
+    def jit(kernel: Callable[..., None]) -> Any:
+        """Leave the kernel as it stands; nothing launches it."""
+        return kernel
+
+
+LOG2E = math.log2(math.e)
+SMALLEST_DOT = 16  # the least side of a tile that the matrix units take
+
+
+class Tiles(NamedTuple):
+    """Block shapes and schedule of one launch."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for the compiler, so that kernels run on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launchable(*tensors: Tensor) -> bool:
+    """Whether a kernel can run on `tensors`: Triton is there, and they lie on a GPU."""
+    return triton is not None and all(tensor.is_cuda for tensor in tensors)
+
+
+def ceil_div(count: int, block: int) -> int:
+    """Blocks that hold `count`."""
+    return -(-count // block)
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two from `count` and `least` up."""
+    return 1 << (max(count, least) - 1).bit_length()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of tl.dot: float32 inputs are multiplied as float32, never as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
