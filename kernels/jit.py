@@ -6,7 +6,6 @@ Without Triton every module here still imports: its operators then take their co
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ except ImportError:
 
 
 LOG2E = math.log2(math.e)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_DOT = 16  # the least side of a tile that the matrix units take
 
 
@@ -38,14 +38,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for the compiler, so that kernels run on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def launchable(*tensors: Tensor) -> bool:
-    """Whether a kernel can run on `tensors`: Triton is there, and they lie on a GPU."""
-    return triton is not None and all(tensor.is_cuda for tensor in tensors)
+def launchable(tensor: Tensor) -> bool:
+    """Whether a kernel can run on `tensor`: Triton is there, it lies on a GPU, and its type has a kernel."""
+    return triton is not None and tensor.is_cuda and tensor.dtype in DTYPES
 
 
 def ceil_div(count: int, block: int) -> int:

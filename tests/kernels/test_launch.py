@@ -1,0 +1,222 @@
+"""The Triton kernels against float64: compiled where there is a GPU, in Triton's interpreter elsewhere.
+
+A kernel may err twice as much as torch in the same type, and its RMS error is bounded. Outputs start as NaN
+between sentinel values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernels import attention, conv_fusion, gaussian_guidance, latent_pool
+from kernels.jit import Tiles, triton
+
+pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)  # which the interpreter multiplies wrongly (Triton 3.9)
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+RATIO = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+GUARD, SENTINEL = 64, -77.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Float64 inputs; `launch` runs the kernel, `reference` is torch's form in the type of its inputs."""
+
+    inputs: tuple[torch.Tensor, ...]
+    launch: Callable
+    reference: Callable
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def lengths(batch, keys, *valid):
+    return (torch.arange(keys)[None] < torch.tensor(valid)[:, None]).to(torch.int64).expand(batch, keys)
+
+
+def attend(batch, heads, queries, keys, width, mask=None, guided=False, schedule=None):
+    kernel = attention._attention_kernel
+    mask = None if mask is None else mask.to(DEVICE)
+
+    def launch(*tensors):
+        found = attention.launch(kernel, *tensors, heads, mask, guided, schedule)
+        return found if guided else found[:1]
+
+    def reference(*tensors):
+        return attention.attention_ref(*tensors, heads, mask)[: 2 if guided else 1]
+
+    shapes = ((batch, n, heads * width) for n in (queries, keys, keys))
+    return Case(tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes)), launch, reference)
+
+
+def fuse(batch, grid, width, branches=1):
+    kernels = 4 * branches * width
+    image, tokens = normal(batch, 3, 16 * grid, 16 * grid), normal(batch, 1 + grid**2, width, seed=1)
+    weight, bias = normal(kernels, 3, 6, 6, seed=2) / 10, normal(kernels, seed=3)
+    return Case(
+        (image, tokens, weight, bias),
+        lambda *tensors: (conv_fusion.launch(conv_fusion._fusion_kernel, *tensors),),
+        lambda *tensors: (conv_fusion.conv_fusion_ref(*tensors),),
+    )
+
+
+def guide(boxes, channels, size):
+    weight, bias = normal(channels, 1, 4, 4), normal(channels, seed=1)
+    kernel = gaussian_guidance._guidance_kernel
+    return Case(
+        (torch.tensor(boxes, dtype=torch.float64), weight, bias),
+        lambda *tensors: (gaussian_guidance.launch(kernel, *tensors, size),),
+        lambda *tensors: (gaussian_guidance.gaussian_guidance_ref(*tensors, size),),
+    )
+
+
+def pool(batch, tokens, heads, width):
+    query = normal(heads, width, seed=3) / width**0.5
+    return Case(
+        (normal(batch, tokens, width) + 0.5, normal(width, seed=1), normal(width, seed=2), query),
+        lambda *tensors: (latent_pool.launch(latent_pool._pool_kernel, *tensors),),
+        lambda *tensors: (latent_pool.latent_pool_ref(*tensors),),
+    )
+
+
+BOXES = [[0.5, 0.4, 0.3, 0.2], [0.1, 0.9, 0.05, 0.5], [0.0, 0.0, 0.0, 0.0]]
+CASES = {
+    "attention-one-of-all": attend(1, 1, 1, 1, 1),
+    "attention-odd-head": attend(2, 3, 7, 50, 24),
+    "attention-text-over-picture": attend(2, 2, 50, 257, 64),
+    "attention-picture-over-text": attend(3, 2, 63, 50, 16, lengths(3, 50, 50, 17, 0)),
+    "attention-two-parts": attend(1, 2, 33, 70, 96, lengths(1, 70, 69)),
+    "attention-holes": attend(2, 1, 5, 40, 16, (torch.arange(80).view(2, 40) % 3 == 0).int()),
+    "attention-map": attend(2, 3, 20, 65, 16, guided=True),
+    "attention-map-two-parts": attend(1, 2, 17, 33, 96, guided=True),
+    "attention-large-tiles": attend(1, 1, 70, 129, 32, schedule=Tiles(64, 128, 8, 3)),
+    "fusion": fuse(2, 2, 24),
+    "fusion-odd-grid": fuse(1, 3, 7),
+    "fusion-two-branches": fuse(1, 2, 16, branches=2),
+    "guidance": guide(BOXES, 5, 16),
+    "guidance-odd-side": guide(BOXES[:1], 70, 10),
+    "pool": pool(2, 37, 3, 24),
+    "pool-one": pool(1, 1, 1, 16),
+    "pool-tiny": pool(2, 64, 2, 128),
+}
+if DEVICE == "cuda":
+    CASES |= {
+        "attention-base-map": attend(64, 12, 50, 257, 64, guided=True),
+        "attention-base": attend(64, 12, 257, 257, 64),
+        "attention-base-d96": attend(16, 8, 257, 257, 96),
+        "attention-long": attend(2, 16, 577, 577, 64),
+        "attention-base-text": attend(64, 12, 257, 50, 64, lengths(64, 50, *range(64)).clamp(max=1)),
+        "fusion-base": fuse(64, 16, 768),
+        "guidance-base": guide(BOXES * 20, 64, 256),
+        "pool-base": pool(64, 256, 12, 768),
+    }
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Every output is born as NaN between two fences; returns a function that checks them."""
+    fences = []
+
+    plain_empty, plain_like = torch.Tensor.new_empty, torch.empty_like
+
+    def new_empty(tensor, *shape, dtype=None, **options):
+        if options:  # the interpreter's own copies
+            return plain_empty(tensor, *shape, dtype=dtype, **options)
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        whole = torch.full((count + 2 * GUARD,), SENTINEL, dtype=dtype or tensor.dtype, device=tensor.device)
+        whole[GUARD : GUARD + count] = float("nan")
+        fences.append(whole)
+        return whole[GUARD : GUARD + count].view(shape)
+
+    def empty_like(tensor, **options):
+        return plain_like(tensor, **options) if options else new_empty(tensor, tensor.shape)
+
+    def check():
+        assert fences
+        for whole in fences:
+            assert (whole[:GUARD] == SENTINEL).all()
+            assert (whole[-GUARD:] == SENTINEL).all()
+            assert whole.isfinite().all(), "an output was left unwritten"
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    return check
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_close_to_float64(name, dtype, fenced):
+    case = CASES[name]
+    tensors = [x.to(DEVICE, dtype) for x in case.inputs]
+    copies = [x.clone() for x in tensors]
+    found = case.launch(*tensors)
+    fenced()
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True)), "an input was changed"
+    exact = case.reference(*(x.double() for x in tensors))
+    plain = case.reference(*tensors)
+    for got, want, torchs in zip(found, exact, plain, strict=True):
+        assert got.shape == want.shape
+        error = (got.double() - want).abs().max()
+        allowed = 2 * (torchs.double() - want).abs().max() + FLOOR[dtype] * want.abs().max()
+        assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+        ratio = (got.double() - want).norm() / want.norm()
+        assert ratio <= RATIO[dtype], f"RMS ratio {ratio:.2e}"
+
+
+@pytest.mark.parametrize(
+    "name", ["attention-map", "attention-picture-over-text", "fusion", "pool"]
+)
+def test_three_runs_are_bit_equal(name):
+    tensors = [x.to(DEVICE, torch.float16) for x in CASES[name].inputs]
+    runs = [CASES[name].launch(*tensors) for _ in range(3)]
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
+
+
+def test_a_row_without_a_valid_key_is_zero():
+    case = CASES["attention-picture-over-text"]
+    (out,) = case.launch(*(x.to(DEVICE, torch.float32) for x in case.inputs))
+    assert not out[2].any()
+    assert out[:2].all()
+
+
+@pytest.mark.parametrize("form", ["packed", "expanded", "strided", "reversed"])
+def test_attention_reads_by_strides(form):
+    """Columns of one product, one query for all, every other row, and a last axis that is not dense."""
+    packed = normal(3, 18, 3 * 32).float().to(DEVICE)
+    parts = packed.chunk(3, dim=-1)
+    if form == "expanded":
+        parts = (parts[0][:1].expand(3, -1, -1), *parts[1:])
+    if form == "strided":
+        parts = tuple(x[:, ::2] for x in parts)
+    if form == "reversed":
+        parts = tuple(x.flip(-1).transpose(0, 1).contiguous().transpose(0, 1) for x in parts)
+    got, _ = attention.launch(attention._attention_kernel, *parts, 2)
+    want, _ = attention.attention_ref(*(x.double() for x in parts), 2)
+    assert (got - want).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("form", ["rows", "batch", "columns"])
+def test_pooling_reads_by_strides(form):
+    tokens = normal(4, 38, 48).float().to(DEVICE)
+    tokens = {"rows": tokens[:, 1:], "batch": tokens[::2], "columns": tokens[..., ::2]}[form]
+    rest = [normal(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate([(tokens.shape[-1],)] * 2)]
+    query = normal(3, tokens.shape[-1], seed=5).float().to(DEVICE) / 5
+    got = latent_pool.launch(latent_pool._pool_kernel, tokens, *rest, query)
+    want = latent_pool.latent_pool_ref(*(x.double() for x in (tokens, *rest, query)))
+    assert (got - want).abs().max() <= 1e-5
+
+
+def test_an_empty_batch():
+    empty = torch.empty(0, 5, 32, device=DEVICE)
+    out, guide = attention.launch(attention._attention_kernel, empty, empty, empty, 2, guided=True)
+    assert (out.shape, guide.shape) == ((0, 5, 32), (0, 5, 5))
