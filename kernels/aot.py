@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import attention, conv_fusion
+from kernels.rows import E4M3_CAPABILITY
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
@@ -86,8 +87,11 @@ def compile_launch(name: str, launch: Launch, capability: int) -> Built:
     """Compile for `capability` (90 for 9.0) what `launch` recorded."""
     options = {k: v for k, v in launch.arguments.items() if k in ("num_warps", "num_stages")}
     signature, constants, attributes = {}, {}, {}
+    arguments = launch.arguments
+    if "NATIVE" in arguments:
+        arguments = arguments | {"NATIVE": (capability // 10, capability % 10) >= E4M3_CAPABILITY}
     for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+        value = arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue

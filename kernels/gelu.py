@@ -1,0 +1,178 @@
+"""Bias and exact GELU in one pass, with the rounding to eight bits that may follow.
+
+    v = x + bias;  out = v * (1 + erf(v / sqrt 2)) / 2 = max(v, 0) - |v| * Q(|v|),  Q(a) = erfc(a / sqrt 2) / 2
+
+Out may be codes of float8_e4m3fn or int8 with a given scale or one a row (see kernels/rows.py). Shapes:
+x [..., D], D <= 8192, rows by strides; bias [D] of any float type, or absent. All inside is in float32.
+
+In float32 erf is the library's. In half precision log2 Q is a polynomial of degree 7, fitted here for the
+least relative error of Q on [0, 8]: 3.5e-5, a fourteenth of what rounding to float16 costs; past 8, where the
+answer is below 5e-15, it falls on to zero. That is 13 instructions an element instead of 30 (sm_90), and keeps
+the kernel on the side of the memory.
+
+One read and one write: at 64 x 257 x 3072 in bf16 202 MB, 47 us at 4.3 TB/s; with the bias as a launch of its
+own 404 MB. Codes make it 152 MB, and save 152 MB of a rounding pass of its own.
+Source: arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.nn import functional as F
+
+from engine.errors import InputError
+from kernels import onnx_ops
+from kernels.jit import ceil_div, jit, launchable, tl
+from kernels.rows import (
+    MAX_WIDTH,
+    RowAnswer,
+    as_rows,
+    check_codes,
+    chunk_mask,
+    quantize_ref,
+    row_answer,
+    row_arguments,
+    row_offsets,
+    store_rows,
+)
+
+FAR = 16.0  # Q of it is zero in float32
+
+
+def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Plain form in the dtype of x."""
+    return F.gelu(x if bias is None else x + bias.to(x.dtype))
+
+
+@jit
+def _gelu(b_value: tl.tensor, PRECISE: tl.constexpr, FAR: tl.constexpr) -> tl.tensor:
+    """GELU of float32 values; PRECISE for an answer in float32."""
+    if PRECISE:
+        ROOT_HALF: tl.constexpr = 0.7071067811865476
+        return 0.5 * b_value * (1.0 + tl.erf(b_value * ROOT_HALF))
+    b_size = tl.minimum(tl.abs(b_value), FAR, propagate_nan=tl.PropagateNan.ALL)
+    b_tail = -1.2624585e-06 * b_size + 4.8203306e-05
+    b_tail = b_tail * b_size - 0.00080724857
+    b_tail = b_tail * b_size + 0.0079445816
+    b_tail = b_tail * b_size - 0.052635394
+    b_tail = b_tail * b_size - 0.45995681
+    b_tail = b_tail * b_size - 1.15061
+    b_tail = tl.exp2(b_tail * b_size - 1.0000431)
+    return tl.maximum(b_value, 0.0, propagate_nan=tl.PropagateNan.ALL) - b_size * b_tail
+
+
+@jit
+def _gelu_kernel(
+    x: tl.tensor,  # [B, N, D]
+    bias: tl.tensor,  # [D], or None
+    out: tl.tensor,  # [B*N, D], dense; bytes for codes
+    scale: tl.tensor,  # [1], given, or [B*N], to write; None without codes
+    n_rows: tl.tensor,
+    n_inner: tl.tensor,  # N
+    x_batch: tl.tensor,
+    x_row: tl.tensor,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TOP: tl.constexpr,  # the largest code; 0 for plain values
+    DYNAMIC: tl.constexpr,  # whether the scale is each row's own
+    E4M3: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LEAST_PEAK: tl.constexpr,
+    PRECISE: tl.constexpr,
+    FAR: tl.constexpr,
+) -> None:
+    """Programs: tiles of ROWS rows."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < n_rows
+    p_x = x + row_offsets(o_row, n_inner, x_batch, x_row)
+    b_rows = ()
+    for i in tl.static_range(CHUNKS):
+        o_col = i * CHUNK + tl.arange(0, CHUNK)
+        m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
+        b_row = tl.load(p_x + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)  # (ROWS, CHUNK)
+        if bias is not None:
+            b_row += tl.load(bias + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_rows = b_rows + (_gelu(b_row, PRECISE, FAR),)
+    store_rows(
+        out,
+        scale,
+        b_rows,
+        o_row,
+        m_row,
+        WIDTH,
+        CHUNK,
+        CHUNKS,
+        TOP,
+        DYNAMIC,
+        E4M3,
+        NATIVE,
+        LEAST_PEAK,
+    )
+
+
+def launch(
+    kernel: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+) -> RowAnswer:
+    """Launch `kernel`, `_gelu_kernel` or its wrapping for torch.compile."""
+    answer = row_answer(x, dtype, scale)
+    if x.numel() == 0:
+        return answer
+    arguments = row_arguments(x, dtype, answer, given=scale is not None)
+    x = as_rows(x)
+    kernel[(ceil_div(arguments["n_rows"], arguments["ROWS"]),)](
+        x=x,
+        bias=None if bias is None else bias.contiguous(),
+        n_inner=x.shape[1],
+        x_batch=x.stride(0),
+        x_row=x.stride(1),
+        PRECISE=x.dtype == torch.float32,
+        FAR=FAR,
+        **arguments,
+    )
+    return answer
+
+
+@triton_op("dgm4::gelu", mutates_args={})
+def _gelu_op(
+    x: Tensor, bias: Tensor | None, dtype: torch.dtype | None, scale: Tensor | None
+) -> list[Tensor]:
+    found = launch(wrap_triton(_gelu_kernel), x, bias, dtype, scale)
+    return [found.out] if found.scale is None or scale is not None else [found.out, found.scale]
+
+
+def gelu(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+) -> RowAnswer:
+    """GELU of x [..., D] + bias [D], by erf.
+
+    `dtype`, float8_e4m3fn or int8, asks for codes, whose scale is the given float32 [1], or one a row, [...].
+    Raises InputError for what does not go together.
+    """
+    width = x.shape[-1] if x.dim() else 0
+    if not 1 <= width <= MAX_WIDTH:
+        raise InputError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (width,):
+        raise InputError(f"bias: expected the shape ({width},), got {tuple(bias.shape)}")
+    if bias is not None and bias.device != x.device:
+        raise InputError(f"bias: expected it on {x.device} as x, got {bias.device}")
+    if dtype is not None:
+        check_codes(dtype, scale, x)
+    if launchable(x) and not onnx_ops.exporting():
+        out, *own = torch.ops.dgm4.gelu(x, bias, dtype, scale)
+        return RowAnswer(out, own[0] if own else scale)
+    out = gelu_ref(x, bias)
+    return RowAnswer(out, None) if dtype is None else RowAnswer(*quantize_ref(out, dtype, scale))
