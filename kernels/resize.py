@@ -1,0 +1,393 @@
+"""Pictures to the network's input on the device: Pillow's bicubic resize, then (level / 255 - mean) / std.
+
+Bit for bit Pillow's arithmetic on 8-bit pictures. Along an axis of `length` pixels, r = max(length / S, 1), the
+output at i is centred at c = (i + 0.5) length / S and reads the pixels j from trunc(c - 2r + 0.5) to
+trunc(c + 2r + 0.5), with the weights k((j - c + 0.5) / r), k the cubic kernel of a = -1/2, divided by their sum
+and rounded to multiples of 2^-22. Sums are 32-bit integers; each pass rounds to a level in 0..255. The pass
+along the rows comes first, but in Pillow 13 and later the one along the columns where H > S + 2 max(W - S, 0).
+
+Pictures of a batch lie one behind the other in one buffer of bytes, so that a batch of any sizes is one copy
+to the device and two launches; a loop would be two launches a picture, which cost the host more than the
+device works. Weights and the 3 x 256 normalised levels are made on the host: the levels by the division of
+engine/preprocess.py, so that they too are equal bit for bit.
+
+64 pictures of 640 x 480: 59 MB of pixels read, 24 MB between the passes written and read (less than the L2
+cache), 50 MB written: 157 MB, 37 us at 4.3 TB/s. Either pass is a sum of 11 or 9 taps, 0.4 G products.
+The copy of the pixels to the device costs more than that: 1 ms at 55 GB/s.
+Source: Pillow, src/libImaging/Resample.c (its documented filter and precision); R. Keys, "Cubic convolution
+interpolation for digital image processing", IEEE TASSP 29(6), 1981.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from engine.errors import InputError
+from kernels import onnx_ops
+from kernels.jit import DTYPES, ceil_div, jit, power_of_two, tl, triton
+
+CHANNELS, LEVELS = 3, 256
+SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
+PRECISION_BITS = 32 - 8 - 2  # of a weight, beside a level and two bits for the sum
+MAX_SIDE = 1 << 16  # bounds a table of weights at 1 MB for S = 256
+CACHED_AXES = 64
+MOST_SIZE = 1024
+MOST_PICTURES = 65535  # programs along a grid's last axis
+TURNING_PILLOW = 13  # from which tall pictures are resized along their columns first
+# A picture is lines of pixels, rows or, turned, columns; the first pass resizes each line.
+# Fields of a picture's plan: offset in pixels, offset in lines, lines, pixels of a line, bytes from a line to the
+# next, bytes from a pixel to the next, offset and taps along a line, offset and taps across, whether turned.
+FIELDS = 11
+
+
+class Axis(NamedTuple):
+    """Resampling of one axis: the first pixel of every output, int32 [S], and weights, int32 [taps, S]."""
+
+    first: np.ndarray
+    weights: np.ndarray
+
+
+class Tables(NamedTuple):
+    """What the kernels read beside the pixels.
+
+    plan: int64 [B, FIELDS]; coefficients: int32, the axes one behind the other; levels: float32 [3, 256].
+    """
+
+    plan: Tensor
+    coefficients: Tensor
+    levels: Tensor
+
+
+@lru_cache(maxsize=CACHED_AXES)
+def axis_filter(length: int, size: int) -> Axis:
+    """Weights that take `length` pixels to `size`, in multiples of 2^-22."""
+    scale = length / size
+    stretch = max(scale, 1.0)
+    centre = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centre - SUPPORT * stretch + 0.5).astype(np.int64), 0)
+    end = np.minimum((centre + SUPPORT * stretch + 0.5).astype(np.int64), length)
+    position = first + np.arange((end - first).max())[:, None]
+    weights = np.where(position < end, _cubic((position - centre + 0.5) * (1.0 / stretch)), 0.0)
+    weights /= np.cumsum(weights, axis=0)[-1]  # one after another, as Pillow adds them
+    fixed = np.trunc(weights * (1 << PRECISION_BITS) + np.copysign(0.5, weights))
+    return Axis(first.astype(np.int32), fixed.astype(np.int32))
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near = ((CUBIC + 2.0) * x - (CUBIC + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * CUBIC
+    return np.where(x < 1, near, np.where(x < SUPPORT, far, 0.0))
+
+
+def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What every level becomes, float32 [3, 256]."""
+    levels = np.arange(LEVELS, dtype=np.float32) / np.float32(LEVELS - 1)
+    return (levels - np.float32(mean)[:, None]) / np.float32(std)[:, None]
+
+
+def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Lay uint8 pictures [H, W, 3] one behind the other; the bytes and the (height, width) of each.
+
+    Raises InputError for anything else.
+    """
+    for index, picture in enumerate(pictures):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != CHANNELS:
+            raise InputError(
+                f"picture {index}: expected uint8 of shape (height, width, {CHANNELS}), "
+                f"got {picture.dtype} of shape {picture.shape}"
+            )
+    pixels = np.concatenate([x.reshape(-1) for x in pictures]) if pictures else np.empty(0, np.uint8)
+    return torch.from_numpy(pixels), [x.shape[:2] for x in pictures]
+
+
+@cache
+def pillow_turns() -> bool:
+    """Whether the installed Pillow resizes tall pictures along their columns first."""
+    return int(version("pillow").split(".")[0]) >= TURNING_PILLOW
+
+
+def turned(height: int, width: int, size: int, turning: bool) -> bool:
+    """Whether the pass along the columns comes first."""
+    return turning and height > size + 2 * max(width - size, 0)
+
+
+def make_tables(
+    sizes: Sequence[tuple[int, int]], size: int, mean: Sequence[float], std: Sequence[float], turning: bool
+) -> Tables:
+    """Everything that the sizes (height, width) decide, on the host."""
+    axes: dict[int, tuple[int, int]] = {}  # length: offset and taps
+    blocks, end = [np.empty(0, np.int32)], 0
+    for length in sorted({length for pair in sizes for length in pair}):
+        axis = axis_filter(length, size)
+        blocks += [axis.first, axis.weights.reshape(-1)]
+        axes[length] = end, len(axis.weights)
+        end += axis.first.size + axis.weights.size
+    coefficients = torch.from_numpy(np.concatenate(blocks))
+    levels = torch.from_numpy(normalized_levels(mean, std))
+    turns = [turned(*pair, size, turning) for pair in sizes]
+    return Tables(_plan(sizes, turns, axes), coefficients, levels)
+
+
+def _plan(
+    sizes: Sequence[tuple[int, int]], turns: Sequence[bool], axes: dict[int, tuple[int, int]]
+) -> Tensor:
+    plan, start, line = [], 0, 0
+    for (height, width), turn in zip(sizes, turns, strict=True):
+        row = (height, width, CHANNELS * width, CHANNELS, *axes[width], *axes[height])
+        column = (width, height, CHANNELS, CHANNELS * width, *axes[height], *axes[width])
+        fields = column if turn else row
+        plan.append((start, line, *fields, turn))
+        start += CHANNELS * height * width
+        line += fields[0]
+    return torch.tensor(plan, dtype=torch.int64).reshape(-1, FIELDS)
+
+
+def resize_ref(
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    turning: bool,
+) -> Tensor:
+    """Plain form, a picture at a time: float32 [B, 3, S, S]."""
+    levels = torch.from_numpy(normalized_levels(mean, std)).to(pixels.device)
+    out = levels.new_empty(len(sizes), CHANNELS, size, size)
+    start = 0
+    for index, (height, width) in enumerate(sizes):
+        end = start + CHANNELS * height * width
+        planes = pixels[start:end].view(height, width, CHANNELS).permute(2, 0, 1)
+        turn = turned(height, width, size, turning)
+        for _ in range(2):
+            planes = planes.transpose(1, 2) if turn else planes
+            planes = _resample(planes, axis_filter(planes.shape[2], size))
+            planes = planes if turn else planes.transpose(1, 2)
+        for channel in range(CHANNELS):
+            out[index, channel] = levels[channel][planes[channel]]
+        start = end
+    return out
+
+
+def _resample(planes: Tensor, axis: Axis) -> Tensor:
+    """Resample the last axis of planes [3, N, length]; levels, int32 [3, N, S]."""
+    first, weights = (torch.from_numpy(x).to(planes.device) for x in axis)
+    total = planes.new_full((*planes.shape[:2], len(first)), 1 << (PRECISION_BITS - 1), dtype=torch.int32)
+    for tap, weight in enumerate(weights):
+        total += planes[..., (first + tap).clamp(max=planes.shape[-1] - 1)] * weight
+    return (total >> PRECISION_BITS).clamp(0, LEVELS - 1)
+
+
+@jit
+def _level(b_sum: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """Round a sum of weighted levels to a level."""
+    return tl.minimum(tl.maximum((b_sum + (1 << (BITS - 1))) >> BITS, 0), 255)
+
+
+@jit
+def _line_kernel(
+    pixels: tl.tensor,  # bytes, pictures [H, W, 3]
+    plan: tl.tensor,  # [B, FIELDS]
+    coefficients: tl.tensor,  # axes: [S] first pixels, [taps, S] weights
+    middle: tl.tensor,  # bytes, pictures [3, lines, S]
+    SIZE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Programs: tiles of lines x tiles of outputs of a line x pictures; as many lines as the largest has."""
+    plan += tl.program_id(2) * FIELDS
+    lines, length = tl.load(plan + 2).to(tl.int32), tl.load(plan + 3).to(tl.int32)
+    o_line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * ROWS < lines:
+        m_out = o_out < SIZE
+        m_tile = (o_line < lines)[:, None] & m_out[None, :]
+        p_line = pixels + tl.load(plan) + (o_line * tl.load(plan + 4))[:, None]
+        pixel_stride = tl.load(plan + 5)
+        coefficients += tl.load(plan + 6)
+        b_first = tl.load(coefficients + o_out, mask=m_out, other=0)
+        b_red = tl.zeros((ROWS, BLOCK), tl.int32)
+        b_green = tl.zeros((ROWS, BLOCK), tl.int32)
+        b_blue = tl.zeros((ROWS, BLOCK), tl.int32)
+        for i_tap in range(tl.load(plan + 7).to(tl.int32)):
+            b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_out, mask=m_out, other=0)[None, :]
+            # A tap past the last pixel has no weight; it may read that pixel.
+            p_tap = p_line + (tl.minimum(b_first + i_tap, length - 1) * pixel_stride)[None, :]
+            b_red += tl.load(p_tap, mask=m_tile, other=0).to(tl.int32) * b_weight
+            b_green += tl.load(p_tap + 1, mask=m_tile, other=0).to(tl.int32) * b_weight
+            b_blue += tl.load(p_tap + 2, mask=m_tile, other=0).to(tl.int32) * b_weight
+        plane = lines.to(tl.int64) * SIZE
+        p_out = middle + tl.load(plan + 1) * 3 * SIZE + o_line.to(tl.int64)[:, None] * SIZE + o_out[None, :]
+        tl.store(p_out, _level(b_red, BITS).to(tl.uint8), mask=m_tile)
+        tl.store(p_out + plane, _level(b_green, BITS).to(tl.uint8), mask=m_tile)
+        tl.store(p_out + 2 * plane, _level(b_blue, BITS).to(tl.uint8), mask=m_tile)
+
+
+@jit
+def _cross_kernel(
+    middle: tl.tensor,  # bytes, pictures [3, lines, S]
+    plan: tl.tensor,  # [B, FIELDS]
+    coefficients: tl.tensor,  # axes: [S] first pixels, [taps, S] weights
+    levels: tl.tensor,  # [3, 256]
+    out: tl.tensor,  # [B, 3, S, S], dense
+    SIZE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # S, up to a power of two
+) -> None:
+    """Programs: tiles of output lines x channels x pictures."""
+    i_channel, i_picture = tl.program_id(1), tl.program_id(2)
+    plan += i_picture * FIELDS
+    o_line, o_out = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_line = o_line < SIZE
+    m_tile = m_line[:, None] & (o_out < SIZE)[None, :]
+    lines = tl.load(plan + 2).to(tl.int32)
+    coefficients += tl.load(plan + 8)
+    b_first = tl.load(coefficients + o_line, mask=m_line, other=0)
+    p_plane = middle + (tl.load(plan + 1) * 3 + i_channel * lines.to(tl.int64)) * SIZE
+    b_sum = tl.zeros((ROWS, BLOCK), tl.int32)
+    for i_tap in range(tl.load(plan + 9).to(tl.int32)):
+        b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_line, mask=m_line, other=0)[:, None]
+        p_tap = p_plane + (tl.minimum(b_first + i_tap, lines - 1) * SIZE)[:, None] + o_out[None, :]
+        b_sum += tl.load(p_tap, mask=m_tile, other=0).to(tl.int32) * b_weight
+    b_value = tl.load(levels + i_channel * LEVELS + _level(b_sum, BITS)).to(out.dtype.element_ty)
+    out += (i_picture.to(tl.int64) * 3 + i_channel) * SIZE * SIZE
+    if tl.load(plan + 10) != 0:
+        tl.store(out + o_out[None, :] * SIZE + o_line[:, None], b_value, mask=m_tile)
+    else:
+        tl.store(out + o_line[:, None] * SIZE + o_out[None, :], b_value, mask=m_tile)
+
+
+def launch_lines(
+    kernel: Any,
+    pixels: Tensor,
+    tables: Tables,
+    size: int,
+    lines: int,
+    most_lines: int,
+    block_rows: int = 4,
+) -> Tensor:
+    """Launch the first pass, `_line_kernel` or its wrapping; bytes, 3 * size for each of all `lines`."""
+    middle = pixels.new_empty(CHANNELS * lines * size)
+    block = min(power_of_two(size), 128)
+    kernel[(ceil_div(most_lines, block_rows), ceil_div(size, block), len(tables.plan))](
+        pixels=pixels,
+        plan=tables.plan,
+        coefficients=tables.coefficients,
+        middle=middle,
+        SIZE=size,
+        FIELDS=FIELDS,
+        BITS=PRECISION_BITS,
+        ROWS=block_rows,
+        BLOCK=block,
+        num_warps=4,
+        num_stages=2,
+    )
+    return middle
+
+
+def launch_cross(
+    kernel: Any, middle: Tensor, tables: Tables, size: int, dtype: torch.dtype, block_rows: int = 4
+) -> Tensor:
+    """Launch the second pass, `_cross_kernel` or its wrapping; [B, 3, S, S] of `dtype`."""
+    out = tables.levels.new_empty((len(tables.plan), CHANNELS, size, size), dtype=dtype)
+    kernel[(ceil_div(size, block_rows), CHANNELS, len(tables.plan))](
+        middle=middle,
+        plan=tables.plan,
+        coefficients=tables.coefficients,
+        levels=tables.levels,
+        out=out,
+        SIZE=size,
+        FIELDS=FIELDS,
+        BITS=PRECISION_BITS,
+        LEVELS=LEVELS,
+        ROWS=block_rows,
+        BLOCK=power_of_two(size),
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
+
+
+@triton_op("dgm4::resize", mutates_args={})
+def _resize_op(
+    pixels: Tensor,
+    plan: Tensor,
+    coefficients: Tensor,
+    levels: Tensor,
+    size: int,
+    lines: int,
+    most_lines: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    tables = Tables(plan, coefficients, levels)
+    middle = launch_lines(wrap_triton(_line_kernel), pixels, tables, size, lines, most_lines)
+    return launch_cross(wrap_triton(_cross_kernel), middle, tables, size, dtype)
+
+
+def resize(
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    turning: bool | None = None,
+) -> Tensor:
+    """Resize and normalise packed RGB pictures, bytes [sum of 3 H W], to [B, 3, size, size] of `dtype`.
+
+    `sizes` are (height, width), 1 to 65536 each; `mean` and `std` are of the three channels, for levels in
+    [0, 1]. `turning` tells whether tall pictures go columns first, as in Pillow 13; None: as the installed
+    Pillow does. Raises InputError for what does not go together.
+    """
+    _check(pixels, sizes, size, mean, std, dtype)
+    turning = pillow_turns() if turning is None else turning
+    if triton is None or not pixels.is_cuda or onnx_ops.exporting() or not sizes:
+        return resize_ref(pixels, sizes, size, mean, std, turning).to(dtype)
+    tables = make_tables(sizes, size, mean, std, turning)
+    lines = tables.plan[:, 2].tolist()
+    sent = (x.to(pixels.device) for x in tables)
+    return torch.ops.dgm4.resize(pixels.contiguous(), *sent, size, sum(lines), max(lines), dtype)
+
+
+def _check(
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    for index, (height, width) in enumerate(sizes):
+        if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+            raise InputError(
+                f"picture {index}: expected sides of 1 to {MAX_SIDE} pixels, got {height} x {width}"
+            )
+    count = CHANNELS * sum(height * width for height, width in sizes)
+    if pixels.dtype != torch.uint8 or tuple(pixels.shape) != (count,):
+        raise InputError(
+            f"pixels: expected uint8 of shape ({count},) for {len(sizes)} pictures, "
+            f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
+        )
+    if not 1 <= size <= MOST_SIZE or len(sizes) > MOST_PICTURES:
+        raise InputError(
+            f"expected a size of 1 to {MOST_SIZE} and at most {MOST_PICTURES} pictures, "
+            f"got {size} and {len(sizes)}"
+        )
+    if len(mean) != CHANNELS or len(std) != CHANNELS or 0 in std:
+        raise InputError(f"expected three means and three deviations other than 0, got {mean} and {std}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
