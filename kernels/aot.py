@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, conv_fusion
-from kernels.rows import E4M3_CAPABILITY
+from kernels import attention, conv_fusion, gelu, residual_norm, resize
+from kernels.rows import E4M3_CAPABILITY, TOPS
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
@@ -37,6 +37,8 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "e4m3",
 }
 HALF = (torch.float16, torch.bfloat16)
 
@@ -156,6 +158,42 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     picture = _empty(64, 3, 256, 256, dtype=dtype)
     kernel = conv_fusion._fusion_kernel
     yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, weight, bias)
+    yield from _row_cases(image)
+    yield from _resize_cases(dtype)
+
+
+def _row_cases(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Norms of the base and the tiny width and of the widest, activations, and their codes."""
+    for width in (128, 768, 4096):
+        row, vector = _empty(64, 257, width, dtype=x.dtype), _empty(width, dtype=torch.float32)
+        arguments = (residual_norm._norm_kernel, row, row, vector, vector, 1e-6, vector)
+        yield f"norm-{width}", record(residual_norm.launch, *arguments, summed=True)
+    vector, scale = _empty(768, dtype=torch.float32), _empty(1, dtype=torch.float32)
+    norm = (residual_norm._norm_kernel, x, x, vector, vector, 1e-6)
+    yield "norm-768-post", record(residual_norm.launch, *norm)
+    active = (gelu._gelu_kernel, _empty(64, 257, 3072, dtype=x.dtype), _empty(3072, dtype=x.dtype))
+    yield "gelu-3072", record(gelu.launch, *active)
+    for codes in TOPS:
+        for suffix, given in (("own", None), ("given", scale)):
+            name = f"{TYPES[codes]}-{suffix}"
+            options = {"dtype": codes, "scale": given}
+            yield f"norm-768-{name}", record(residual_norm.launch, *norm, summed=True, **options)
+            yield f"gelu-3072-{name}", record(gelu.launch, *active, **options)
+
+
+def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Pictures of 640 x 480."""
+    pixels = _empty(64 * 480 * 640 * 3, dtype=torch.uint8)
+    tables = resize.Tables(
+        _empty(64, resize.FIELDS, dtype=torch.int64),
+        _empty(22 * 256, dtype=torch.int32),
+        _empty(3, 256, dtype=torch.float32),
+    )
+    middle = _empty(64 * 480 * 3 * 256, dtype=torch.uint8)
+    if dtype == torch.float32:  # the first pass knows bytes alone
+        lines = (resize._line_kernel, pixels, tables, 256, 64 * 480, 480)
+        yield "resize-lines", record(resize.launch_lines, *lines)
+    yield "resize-cross", record(resize.launch_cross, resize._cross_kernel, middle, tables, 256, dtype)
 
 
 def build(targets: Iterable[int] = TARGETS) -> Iterator[Built]:

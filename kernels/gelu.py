@@ -169,8 +169,7 @@ def gelu(
         raise InputError(f"bias: expected the shape ({width},), got {tuple(bias.shape)}")
     if bias is not None and bias.device != x.device:
         raise InputError(f"bias: expected it on {x.device} as x, got {bias.device}")
-    if dtype is not None:
-        check_codes(dtype, scale, x)
+    check_codes(dtype, scale, x)
     if launchable(x) and not onnx_ops.exporting():
         out, *own = torch.ops.dgm4.gelu(x, bias, dtype, scale)
         return RowAnswer(out, own[0] if own else scale)

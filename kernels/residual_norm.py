@@ -220,8 +220,7 @@ def residual_norm(
     the given float32 [1], or one a row, [...]. Raises InputError for what does not go together.
     """
     _check(x, residual, {"weight": weight, "bias": bias, "shift": shift})
-    if dtype is not None:
-        check_codes(dtype, scale, x)
+    check_codes(dtype, scale, x)
     if launchable(x) and not onnx_ops.exporting():
         found = torch.ops.dgm4.residual_norm(x, residual, weight, bias, eps, shift, dtype, scale, summed)
         out, *others = found

@@ -210,19 +210,18 @@ def _line_kernel(
     o_line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) * ROWS < lines:
-        m_out = o_out < SIZE
-        m_tile = (o_line < lines)[:, None] & m_out[None, :]
+        m_tile = (o_line < lines)[:, None] & (o_out < SIZE)[None, :]
         p_line = pixels + tl.load(plan) + (o_line * tl.load(plan + 4))[:, None]
         pixel_stride = tl.load(plan + 5)
         coefficients += tl.load(plan + 6)
-        b_first = tl.load(coefficients + o_out, mask=m_out, other=0)
+        b_first = tl.load(coefficients + o_out[None, :], mask=m_tile, other=0)  # (ROWS, BLOCK)
         b_red = tl.zeros((ROWS, BLOCK), tl.int32)
         b_green = tl.zeros((ROWS, BLOCK), tl.int32)
         b_blue = tl.zeros((ROWS, BLOCK), tl.int32)
         for i_tap in range(tl.load(plan + 7).to(tl.int32)):
-            b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_out, mask=m_out, other=0)[None, :]
+            b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_out[None, :], mask=m_tile, other=0)
             # A tap past the last pixel has no weight; it may read that pixel.
-            p_tap = p_line + (tl.minimum(b_first + i_tap, length - 1) * pixel_stride)[None, :]
+            p_tap = p_line + tl.minimum(b_first + i_tap, length - 1) * pixel_stride
             b_red += tl.load(p_tap, mask=m_tile, other=0).to(tl.int32) * b_weight
             b_green += tl.load(p_tap + 1, mask=m_tile, other=0).to(tl.int32) * b_weight
             b_blue += tl.load(p_tap + 2, mask=m_tile, other=0).to(tl.int32) * b_weight
@@ -293,7 +292,7 @@ def launch_lines(
         ROWS=block_rows,
         BLOCK=block,
         num_warps=4,
-        num_stages=2,
+        num_stages=1,
     )
     return middle
 
@@ -316,7 +315,7 @@ def launch_cross(
         ROWS=block_rows,
         BLOCK=power_of_two(size),
         num_warps=4,
-        num_stages=2,
+        num_stages=1,
     )
     return out
 

@@ -97,12 +97,14 @@ def row_arguments(
     }
 
 
-def check_codes(dtype: torch.dtype, scale: Tensor | None, x: Tensor) -> None:
-    """Raise InputError unless `dtype` has codes and `scale` is None or one float32 beside `x`."""
-    if dtype not in TOPS:
+def check_codes(dtype: torch.dtype | None, scale: Tensor | None, x: Tensor) -> None:
+    """Raise InputError unless `dtype` is None or has codes, and `scale` None or one float32 beside `x`."""
+    if dtype is not None and dtype not in TOPS:
         raise InputError(f"dtype: expected one of {', '.join(map(str, TOPS))}, got {dtype}")
     if scale is None:
         return
+    if dtype is None:
+        raise InputError("scale: expected a dtype of codes beside it, got None")
     if scale.numel() != 1 or scale.dtype != torch.float32:
         raise InputError(f"scale: expected one float32, got {scale.dtype} of shape {tuple(scale.shape)}")
     if scale.device != x.device:
