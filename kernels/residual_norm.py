@@ -96,7 +96,7 @@ def _norm_kernel(
     p_x = x + row_offsets(o_row, n_inner, x_batch, x_row)
     if residual is not None:
         p_residual = residual + row_offsets(o_row, n_inner, residual_batch, residual_row)
-    b_rows = ()
+    b_rows: tl.tuple = ()
     b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
     for i in tl.static_range(CHUNKS):  # all loads before the first store, which would hold them back
         o_col = i * CHUNK + tl.arange(0, CHUNK)
@@ -120,7 +120,7 @@ def _norm_kernel(
             b_centred = tl.where((i * CHUNK + tl.arange(0, CHUNK) < WIDTH)[None, :], b_centred, 0.0)
         b_squares += b_centred * b_centred
     b_inverse = tl.rsqrt(tl.sum(b_squares, 1)[:, None] / WIDTH + eps)
-    b_normed = ()
+    b_normed: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         o_col = i * CHUNK + tl.arange(0, CHUNK)
         m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
@@ -195,9 +195,7 @@ def _norm_op(
     scale: Tensor | None,
     summed: bool,
 ) -> list[Tensor]:
-    found = launch(
-        wrap_triton(_norm_kernel), x, residual, weight, bias, eps, shift, dtype, scale, summed
-    )
+    found = launch(wrap_triton(_norm_kernel), x, residual, weight, bias, eps, shift, dtype, scale, summed)
     own = found._replace(scale=found.scale if scale is None else None)
     return [tensor for tensor in own if tensor is not None]
 
@@ -216,8 +214,8 @@ def residual_norm(
 ) -> Normed:
     """Add x, residual [..., D] and shift [D], and norm the sum with weight and bias [D].
 
-    `summed` asks for the sum, in the type of x. `dtype`, float8_e4m3fn or int8, asks for codes, whose scale is
-    the given float32 [1], or one a row, [...]. Raises InputError for what does not go together.
+    `summed` asks for the sum, in the type of x. `dtype`, float8_e4m3fn or int8, asks for codes, whose scale
+    is the given float32 [1], or one a row, [...]. Raises InputError for what does not go together.
     """
     _check(x, residual, {"weight": weight, "bias": bias, "shift": shift})
     check_codes(dtype, scale, x)

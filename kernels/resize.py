@@ -1,10 +1,11 @@
 """Pictures to the network's input on the device: Pillow's bicubic resize, then (level / 255 - mean) / std.
 
-Bit for bit Pillow's arithmetic on 8-bit pictures. Along an axis of `length` pixels, r = max(length / S, 1), the
-output at i is centred at c = (i + 0.5) length / S and reads the pixels j from trunc(c - 2r + 0.5) to
-trunc(c + 2r + 0.5), with the weights k((j - c + 0.5) / r), k the cubic kernel of a = -1/2, divided by their sum
-and rounded to multiples of 2^-22. Sums are 32-bit integers; each pass rounds to a level in 0..255. The pass
-along the rows comes first, but in Pillow 13 and later the one along the columns where H > S + 2 max(W - S, 0).
+Bit for bit Pillow's arithmetic on 8-bit pictures. Along an axis of `length` pixels, r = max(length / S, 1),
+the output at i is centred at c = (i + 0.5) length / S and reads the pixels j from trunc(c - 2r + 0.5) up to
+trunc(c + 2r + 0.5), with the weights k((j - c + 0.5) / r), k the cubic kernel of a = -1/2, divided by their
+sum and rounded to multiples of 2^-22. Sums are 32-bit integers; each pass rounds to a level in 0..255. The
+rows are resized first, but in Pillow 13 and later the columns where H > S + 2 max(W - S, 0): 12 and 13 differ
+there by levels, and networks trained before saw the former.
 
 Pictures of a batch lie one behind the other in one buffer of bytes, so that a batch of any sizes is one copy
 to the device and two launches; a loop would be two launches a picture, which cost the host more than the
@@ -43,8 +44,8 @@ MOST_SIZE = 1024
 MOST_PICTURES = 65535  # programs along a grid's last axis
 TURNING_PILLOW = 13  # from which tall pictures are resized along their columns first
 # A picture is lines of pixels, rows or, turned, columns; the first pass resizes each line.
-# Fields of a picture's plan: offset in pixels, offset in lines, lines, pixels of a line, bytes from a line to the
-# next, bytes from a pixel to the next, offset and taps along a line, offset and taps across, whether turned.
+# Fields of a picture's plan: offset in pixels, offset in lines, lines, pixels of a line, bytes from a line to
+# the next and from a pixel to the next, offset and taps along a line, offset and taps across, whether turned.
 FIELDS = 11
 
 
@@ -91,7 +92,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """What every level becomes, float32 [3, 256]."""
     levels = np.arange(LEVELS, dtype=np.float32) / np.float32(LEVELS - 1)
-    return (levels - np.float32(mean)[:, None]) / np.float32(std)[:, None]
+    return (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:

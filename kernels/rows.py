@@ -12,7 +12,7 @@ Source of E4M3: arXiv:2209.05433; of the rounding by an added power of two: IEEE
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class RowAnswer(NamedTuple):
 
 
 def row_tiles(width: int, itemsize: int) -> RowTiles:
-    """Place rows of `width` values of `itemsize` bytes. Chosen on paper for sm_90; no GPU has tuned them yet."""
+    """Place rows of `width` values of `itemsize` bytes. Chosen on paper for sm_90; no GPU has tuned it."""
     across = power_of_two(ceil_div(width, WARP * LANE_VALUES))
     load = across * WARP * LANE_BYTES // itemsize
     chunk, warps = min(power_of_two(width), load), max(across, LEAST_WARPS)
@@ -74,9 +74,7 @@ def row_answer(x: Tensor, dtype: torch.dtype | None, scale: Tensor | None) -> Ro
     return RowAnswer(codes, x.new_empty(x.shape[:-1], dtype=torch.float32) if scale is None else scale)
 
 
-def row_arguments(
-    x: Tensor, dtype: torch.dtype | None, answer: RowAnswer, given: bool
-) -> dict[str, Tensor | int | float | bool | None]:
+def row_arguments(x: Tensor, dtype: torch.dtype | None, answer: RowAnswer, given: bool) -> dict[str, Any]:
     """What a kernel that ends in `store_rows` takes for it, by name."""
     tiles = row_tiles(x.shape[-1], x.element_size())
     return {

@@ -80,7 +80,7 @@ def rms():
 
 @pytest.fixture
 def fenced(monkeypatch):
-    """Every output is born as NaN, bytes as E4M3's, between two fences; returns a function that checks them."""
+    """Every output is born as NaN, bytes as E4M3's, between two fences; returns what checks them."""
     fences = []
 
     plain_empty, plain_like = torch.Tensor.new_empty, torch.empty_like

@@ -1,4 +1,4 @@
-"""The row kernels' eight-bit codes, strides and types against float64, on a GPU or in Triton's interpreter."""
+"""The row kernels' eight-bit codes, strides and types against float64, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -124,9 +124,7 @@ def test_rows_are_read_by_strides(form):
     exact = [y.double() for y in (x, residual, weight, bias)]
     want = residual_norm.residual_norm_ref(*exact, EPS)
     for other in (residual, residual.contiguous()):
-        found = residual_norm.launch(
-            residual_norm._norm_kernel, x, other, weight, bias, EPS, summed=True
-        )
+        found = residual_norm.launch(residual_norm._norm_kernel, x, other, weight, bias, EPS, summed=True)
         assert (found.out - want[0]).abs().max() <= 1e-5
         assert (found.total - want[1]).abs().max() <= 1e-6
     out, _ = gelu.launch(gelu._gelu_kernel, x, weight)
@@ -134,7 +132,8 @@ def test_rows_are_read_by_strides(form):
 
 
 def test_norm_without_a_residual():
-    x, weight, bias = (normal(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate([(7, 70), (70,), (70,)]))
+    x = normal(7, 70).float().to(DEVICE)
+    weight, bias = (normal(70, seed=i).float().to(DEVICE) for i in (1, 2))
     found = residual_norm.launch(residual_norm._norm_kernel, x, None, weight, bias, EPS)
     want, _ = residual_norm.residual_norm_ref(x.double(), None, weight.double(), bias.double(), EPS)
     assert (found.out - want).abs().max() <= 1e-5

@@ -1,4 +1,4 @@
-"""The resize against Pillow, bit for bit: the plain form at the network's size, the kernels at a small one."""
+"""The resize against Pillow, bit for bit: the plain form at the network's size, kernels at a small one."""
 
 from __future__ import annotations
 
@@ -47,13 +47,15 @@ def test_a_batch_of_different_sizes():
 
 
 def test_the_filter_is_keys_cubic():
-    """From 8 pixels to 4: centres at 1, 3, 5, 7; by hand at half the step, in float64 and without rounding."""
+    """From 8 pixels to 4: centres at 1, 3, 5, 7; the kernel's two pieces, in float64."""
     first, weights = axis_filter(8, 4)
     assert first.tolist() == [0, 0, 1, 3]
 
     def cubic(x):
         x = abs(x)
-        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+        if x < 1:
+            return 1.5 * x**3 - 2.5 * x**2 + 1
+        return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
     for column, centre in enumerate((1, 3, 5, 7)):
         raw = {j: cubic((j + 0.5 - centre) / 2) for j in range(8)}
@@ -111,8 +113,7 @@ def test_pictures_of_another_kind_are_refused():
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("turning", [False, True])
-@pytest.mark.parametrize("size", [16, 20])
+@pytest.mark.parametrize(("size", "turning"), [(16, False), (20, True)])
 def test_kernels_equal_the_plain_form(size, turning, fenced):
     pixels, sizes = pack([draw(*pair, "black and white") for pair in SMALL])
     tables = make_tables(sizes, size, *NORM, turning)
