@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import onnx
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -348,56 +347,6 @@ def launch(
         num_stages=schedule.stages,
     )
     return out, guide
-
-
-def _body(name: str) -> onnx.FunctionProto:
-    """Write the standard-operator form of one of the three variants."""
-    mask, guide = name == MASKED, name == GUIDED
-    masking = f"""
-        keep_flat = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
-        heads_axes = Constant <value_ints = [1, 2]> ()
-        keep = Unsqueeze (keep_flat, heads_axes)
-        one = Constant <value_float = 1.0> ()
-        ignored = Sub (one, keep)
-        floor = Constant <value_float = {MASKED_SCORE}> ()
-        bias = Mul (ignored, floor)
-        biased = Add (scores, bias)
-        masked_weights = Softmax <axis = -1> (biased)
-        weights = Mul (masked_weights, keep)"""
-    plain = "\n        weights = Softmax <axis = -1> (scores)"
-    averaging = """
-        heads_axis = Constant <value_ints = [1]> ()
-        guide = ReduceMean <keepdims = 0> (scores, heads_axis)"""
-    return onnx_ops.body(f"""
-    {name} <heads, scale> (query, key, value{", mask" if mask else ""}) => (out{", guide" if guide else ""})
-    {{
-        keep_two = Constant <value_ints = [0, 0]> ()
-        rest = Constant <value_ints = [-1]> ()
-        head_count = Constant <value_ints: ints = @heads> ()
-        split = Concat <axis = 0> (keep_two, head_count, rest)
-        merge = Concat <axis = 0> (keep_two, rest)
-        scale_float = Constant <value_float: float = @scale> ()
-        scale_typed = CastLike (scale_float, query)
-        query_heads = Reshape (query, split)
-        query_rows = Transpose <perm = [0, 2, 1, 3]> (query_heads)
-        scaled = Mul (query_rows, scale_typed)
-        key_heads = Reshape (key, split)
-        key_columns = Transpose <perm = [0, 2, 3, 1]> (key_heads)
-        value_heads = Reshape (value, split)
-        value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads)
-        products = MatMul (scaled, key_columns)
-        scores = Cast <to = {onnx.TensorProto.FLOAT}> (products){masking if mask else plain}{
-        averaging if guide else ""
-    }
-        weights_typed = CastLike (weights, query)
-        mixed = MatMul (weights_typed, value_rows)
-        mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
-        out = Reshape (mixed_tokens, merge)
-    }}""")
-
-
-for _name in (PLAIN, MASKED, GUIDED):
-    onnx_ops.register_body(_name, lambda name=_name: _body(name))  # type: ignore[misc]
 
 
 def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:

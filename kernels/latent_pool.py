@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -175,28 +174,6 @@ def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Ten
         num_stages=2,
     )
     return out
-
-
-def _body() -> onnx.FunctionProto:
-    """Write the standard-operator form."""
-    return onnx_ops.body(f"""
-    {NAME} (tokens, weight, bias, query) => (out)
-    {{
-        tokens_float = Cast <to = {onnx.TensorProto.FLOAT}> (tokens)
-        weight_float = Cast <to = {onnx.TensorProto.FLOAT}> (weight)
-        bias_float = Cast <to = {onnx.TensorProto.FLOAT}> (bias)
-        query_float = Cast <to = {onnx.TensorProto.FLOAT}> (query)
-        normed = LayerNormalization <axis = -1, epsilon = {EPS}> (tokens_float, weight_float, bias_float)
-        columns = Transpose <perm = [1, 0]> (query_float)
-        scores = MatMul (normed, columns)
-        by_head = Transpose <perm = [0, 2, 1]> (scores)
-        weights = Softmax <axis = -1> (by_head)
-        pooled = MatMul (weights, normed)
-        out = CastLike (pooled, tokens)
-    }}""")
-
-
-onnx_ops.register_body(NAME, _body)
 
 
 @triton_op("dgm4::latent_pool", mutates_args={})
