@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
@@ -42,6 +42,7 @@ from kernels.jit import (
     dot_precision,
     jit,
     launchable,
+    operator,
     power_of_two,
     tl,
 )
@@ -359,12 +360,12 @@ def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:
     return list(onnx_ops.emit(name, inputs, shapes, dtypes, {"heads": [heads], "scale": scale}))
 
 
-@triton_op("dgm4::attention", mutates_args={})
+@operator("dgm4::attention")
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     return launch(wrap_triton(_attention_kernel), query, key, value, heads, mask)[0]
 
 
-@triton_op("dgm4::guided_attention", mutates_args={})
+@operator("dgm4::guided_attention")
 def _guided_op(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     out, guide = launch(wrap_triton(_attention_kernel), query, key, value, heads, guided=True)
     return out, cast(Tensor, guide)

@@ -20,12 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import SMALLEST_DOT, Tiles, ceil_div, dot_precision, jit, launchable, power_of_two, tl
+from kernels.jit import (
+    SMALLEST_DOT,
+    Tiles,
+    ceil_div,
+    dot_precision,
+    jit,
+    launchable,
+    operator,
+    power_of_two,
+    tl,
+)
 
 NAME = "ConvTokenFusion"
 STRIDE = 16
@@ -181,7 +191,7 @@ def launch(
     return out
 
 
-@triton_op("dgm4::conv_fusion", mutates_args={})
+@operator("dgm4::conv_fusion")
 def _fusion_op(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return launch(wrap_triton(_fusion_kernel), image, tokens, weight, bias)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, ceil_div, jit, launchable, power_of_two, tl
+from kernels.jit import LOG2E, ceil_div, jit, launchable, operator, power_of_two, tl
 
 NAME = "GaussianGuidance"
 FLOOR = 1e-8
@@ -108,7 +108,7 @@ def launch(kernel: Any, box: Tensor, weight: Tensor, bias: Tensor, size: int) ->
     return out
 
 
-@triton_op("dgm4::gaussian_guidance", mutates_args={})
+@operator("dgm4::gaussian_guidance")
 def _guidance_op(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     return launch(wrap_triton(_guidance_kernel), box, weight, bias, size)
 
@@ -120,10 +120,10 @@ def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> T
     """
     if onnx_ops.exporting():
         side = size // STRIDE
-        shape = (box.shape[0], weight.shape[0], side, side)
-        return onnx_ops.emit(NAME, (box, weight, bias), [shape], [weight.dtype], {"size": [size]})[0]
+        out = (box.shape[0], weight.shape[0], side, side)
+        return onnx_ops.emit(NAME, (box, weight, bias), [out], [weight.dtype], {"size": [size]})[0]
     channels = weight.shape[0]
-    expected = {
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "box": (box, (len(box), 4)),
         "weight": (weight, (channels, 1, KERNEL, KERNEL)),
         "bias": (bias, (channels,)),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.library
 from torch import Tensor
 
 try:
@@ -19,7 +20,7 @@ try:
 except ImportError:
     triton = tl = None
 
-    def jit(kernel: Callable[..., None]) -> Any:
+    def jit(kernel: Callable[..., Any]) -> Any:
         """Leave the kernel as it stands; nothing launches it."""
         return kernel
 
@@ -36,6 +37,16 @@ class Tiles(NamedTuple):
     block_n: int
     warps: int
     stages: int
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a launcher as torch's operator `name`, which torch.compile and torch.export see through.
+
+    Without Triton the function stays as it is: nothing calls it.
+    """
+    if triton is None:
+        return lambda function: function
+    return torch.library.triton_op(name, mutates_args={})
 
 
 def launchable(tensor: Tensor) -> bool:

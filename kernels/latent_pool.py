@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, SMALLEST_DOT, dot_precision, jit, launchable, power_of_two, tl
+from kernels.jit import LOG2E, SMALLEST_DOT, dot_precision, jit, launchable, operator, power_of_two, tl
 
 NAME = "LatentQueryPool"
 EPS = 1e-5
@@ -176,7 +176,7 @@ def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Ten
     return out
 
 
-@triton_op("dgm4::latent_pool", mutates_args={})
+@operator("dgm4::latent_pool")
 def _pool_op(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
     return launch(wrap_triton(_pool_kernel), tokens, weight, bias, query)
 
