@@ -39,6 +39,7 @@ from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
     ceil_div,
+    check_tensor,
     dot_precision,
     jit,
     launchable,
@@ -403,19 +404,12 @@ def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> t
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> None:
-    shape, tensors = query.shape, {"query": query, "key": key, "value": value}
+    if query.dim() != 3 or heads < 1 or query.shape[-1] % heads:
+        raise InputError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
+    batch, keys, columns = query.shape[0], key.shape[-2], query.shape[-1]
+    check_tensor("key", key, (batch, keys, columns), query)
+    check_tensor("value", value, (batch, keys, columns), query)
     if mask is not None:
-        tensors["mask"] = mask
-    batch, columns, keys = shape[0], shape[-1], key.shape[-2]
-    if query.dim() != 3 or heads < 1 or columns % heads:
-        raise InputError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(shape)}")
-    expected = {"key": (batch, keys, columns), "value": (batch, keys, columns), "mask": (batch, keys)}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected.get(name, tuple(shape)):
-            raise InputError(f"{name}: expected the shape {expected[name]}, got {tuple(tensor.shape)}")
-        if tensor.device != query.device:
-            raise InputError(f"{name}: expected it on {query.device} as the query, got {tensor.device}")
-        if name != "mask" and tensor.dtype != query.dtype:
-            raise InputError(f"{name}: expected {query.dtype} as the query, got {tensor.dtype}")
-    if mask is not None and (mask.is_floating_point() or mask.is_complex()):
-        raise InputError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
+        check_tensor("mask", mask, (batch, keys), query, same_dtype=False)
+        if mask.is_floating_point() or mask.is_complex():
+            raise InputError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")

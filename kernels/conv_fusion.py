@@ -29,6 +29,7 @@ from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
     ceil_div,
+    check_tensor,
     dot_precision,
     jit,
     launchable,
@@ -219,16 +220,7 @@ def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise InputError(
             f"weight: expected a multiple of 4 * {width} kernels for {width} channels, got {kernels}"
         )
-    expected = {
-        "image": (image, (batch, 3, size, size)),
-        "tokens": (tokens, (batch, 1 + (size // STRIDE) ** 2, width)),
-        "weight": (weight, (kernels, 3, WINDOW, WINDOW)),
-        "bias": (bias, (kernels,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != tokens.device:
-            raise InputError(f"{name}: expected it on {tokens.device} as the tokens, got {tensor.device}")
-        if name != "image" and tensor.dtype != tokens.dtype:
-            raise InputError(f"{name}: expected {tokens.dtype} as the tokens, got {tensor.dtype}")
+    check_tensor("image", image, (batch, 3, size, size), tokens, same_dtype=False)
+    check_tensor("tokens", tokens, (batch, 1 + (size // STRIDE) ** 2, width), tokens)
+    check_tensor("weight", weight, (kernels, 3, WINDOW, WINDOW), tokens)
+    check_tensor("bias", bias, (kernels,), tokens)

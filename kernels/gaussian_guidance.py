@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, ceil_div, jit, launchable, operator, power_of_two, tl
+from kernels.jit import LOG2E, ceil_div, check_tensor, jit, launchable, operator, power_of_two, tl
 
 NAME = "GaussianGuidance"
 FLOOR = 1e-8
@@ -123,16 +123,9 @@ def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> T
         out = (box.shape[0], weight.shape[0], side, side)
         return onnx_ops.emit(NAME, (box, weight, bias), [out], [weight.dtype], {"size": [size]})[0]
     channels = weight.shape[0]
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "box": (box, (len(box), 4)),
-        "weight": (weight, (channels, 1, KERNEL, KERNEL)),
-        "bias": (bias, (channels,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != box.device:
-            raise InputError(f"{name}: expected it on {box.device} as the box, got {tensor.device}")
+    check_tensor("box", box, (len(box), 4), box)
+    check_tensor("weight", weight, (channels, 1, KERNEL, KERNEL), box, same_dtype=False)
+    check_tensor("bias", bias, (channels,), weight)
     if size < STRIDE or size % STRIDE:
         raise InputError(f"size: expected an even number of pixels, got {size}")
     if launchable(box):

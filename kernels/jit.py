@@ -13,6 +13,8 @@ import torch
 import torch.library
 from torch import Tensor
 
+from engine.errors import InputError
+
 try:
     import triton
     import triton.language as tl
@@ -67,3 +69,15 @@ def power_of_two(count: int, least: int = 1) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of tl.dot: float32 inputs are multiplied as float32, never as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, same_dtype: bool = True
+) -> None:
+    """Raise InputError where `tensor` has another shape, or another device or type than `like`."""
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise InputError(f"{name}: expected it on {like.device} as the rest, got {tensor.device}")
+    if same_dtype and tensor.dtype != like.dtype:
+        raise InputError(f"{name}: expected {like.dtype} as the rest, got {tensor.dtype}")

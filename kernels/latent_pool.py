@@ -17,9 +17,18 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, SMALLEST_DOT, dot_precision, jit, launchable, operator, power_of_two, tl
+from kernels.jit import (
+    LOG2E,
+    SMALLEST_DOT,
+    check_tensor,
+    dot_precision,
+    jit,
+    launchable,
+    operator,
+    power_of_two,
+    tl,
+)
 
 NAME = "LatentQueryPool"
 EPS = 1e-5
@@ -190,12 +199,9 @@ def latent_pool(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> 
         shape = (tokens.shape[0], *query.shape)
         return onnx_ops.emit(NAME, (tokens, weight, bias, query), [shape], [tokens.dtype], {})[0]
     width = tokens.shape[-1]
-    expected = {"weight": (weight, (width,)), "bias": (bias, (width,)), "query": (query, (len(query), width))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != tokens.device:
-            raise InputError(f"{name}: expected it on {tokens.device} as the tokens, got {tensor.device}")
+    check_tensor("weight", weight, (width,), tokens, same_dtype=False)
+    check_tensor("bias", bias, (width,), weight)
+    check_tensor("query", query, (len(query), width), weight)
     if launchable(tokens):
         return torch.ops.dgm4.latent_pool(tokens, weight, bias, query)
     return latent_pool_ref(*(x.to(weight.dtype) for x in (tokens, weight, bias, query))).to(tokens.dtype)
