@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import ceil_div, jit, launchable, tl
+from kernels.jit import ceil_div, check_tensor, jit, launchable, operator, tl
 from kernels.rows import (
     MAX_WIDTH,
     RowAnswer,
@@ -143,7 +143,7 @@ def launch(
     return answer
 
 
-@triton_op("dgm4::gelu", mutates_args={})
+@operator("dgm4::gelu")
 def _gelu_op(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None, scale: Tensor | None) -> list[Tensor]:
     found = launch(wrap_triton(_gelu_kernel), x, bias, dtype, scale)
     return [found.out] if found.scale is None or scale is not None else [found.out, found.scale]
@@ -164,10 +164,8 @@ def gelu(
     width = x.shape[-1] if x.dim() else 0
     if not 1 <= width <= MAX_WIDTH:
         raise InputError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
-    if bias is not None and tuple(bias.shape) != (width,):
-        raise InputError(f"bias: expected the shape ({width},), got {tuple(bias.shape)}")
-    if bias is not None and bias.device != x.device:
-        raise InputError(f"bias: expected it on {x.device} as x, got {bias.device}")
+    if bias is not None:
+        check_tensor("bias", bias, (width,), x, same_dtype=False)
     check_codes(dtype, scale, x)
     if launchable(x) and not onnx_ops.exporting():
         out, *own = torch.ops.dgm4.gelu(x, bias, dtype, scale)

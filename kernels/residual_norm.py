@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import ceil_div, jit, launchable, tl
+from kernels.jit import ceil_div, check_tensor, jit, launchable, operator, tl
 from kernels.rows import (
     MAX_WIDTH,
     as_rows,
@@ -183,7 +183,7 @@ def launch(
     return found
 
 
-@triton_op("dgm4::residual_norm", mutates_args={})
+@operator("dgm4::residual_norm")
 def _norm_op(
     x: Tensor,
     residual: Tensor | None,
@@ -236,15 +236,8 @@ def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]
     width = x.shape[-1] if x.dim() else 0
     if not 1 <= width <= MAX_WIDTH:
         raise InputError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise InputError(
-            f"residual: expected {x.dtype} of shape {tuple(x.shape)} as x, "
-            f"got {residual.dtype} of shape {tuple(residual.shape)}"
-        )
-    for name, tensor in {"residual": residual, **vectors}.items():
-        if tensor is None:
-            continue
-        if name != "residual" and tuple(tensor.shape) != (width,):
-            raise InputError(f"{name}: expected the shape ({width},), got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise InputError(f"{name}: expected it on {x.device} as x, got {tensor.device}")
+    if residual is not None:
+        check_tensor("residual", residual, tuple(x.shape), x)
+    for name, tensor in vectors.items():
+        if tensor is not None:
+            check_tensor(name, tensor, (width,), x, same_dtype=False)

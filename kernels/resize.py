@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import DTYPES, ceil_div, jit, power_of_two, tl, triton
+from kernels.jit import DTYPES, ceil_div, jit, operator, power_of_two, tl, triton
 
 CHANNELS, LEVELS = 3, 256
 SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
@@ -321,7 +321,7 @@ def launch_cross(
     return out
 
 
-@triton_op("dgm4::resize", mutates_args={})
+@operator("dgm4::resize")
 def _resize_op(
     pixels: Tensor,
     plan: Tensor,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
-from kernels.jit import ceil_div, jit, power_of_two, tl
+from kernels.jit import ceil_div, check_tensor, jit, power_of_two, tl
 
 WARP = 32
 LANE_BYTES = 16  # the widest load of a lane
@@ -105,8 +105,7 @@ def check_codes(dtype: torch.dtype | None, scale: Tensor | None, x: Tensor) -> N
         raise InputError("scale: expected a dtype of codes beside it, got None")
     if scale.numel() != 1 or scale.dtype != torch.float32:
         raise InputError(f"scale: expected one float32, got {scale.dtype} of shape {tuple(scale.shape)}")
-    if scale.device != x.device:
-        raise InputError(f"scale: expected it on {x.device} as x, got {scale.device}")
+    check_tensor("scale", scale, tuple(scale.shape), x, same_dtype=False)
 
 
 def quantize_ref(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

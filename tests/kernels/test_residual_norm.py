@@ -102,11 +102,14 @@ def test_codes(drawn, dtype, top):
     [
         ({"x": torch.zeros(2, 0)}, "x: expected 1 to 8192 columns, got the shape (2, 0)"),
         ({"x": torch.tensor(1.0)}, "x: expected 1 to 8192 columns, got the shape ()"),
-        ({"residual": torch.zeros(3, 8)}, "residual: expected torch.float32 of shape (2, 8) as x, got"),
-        ({"residual": torch.zeros(2, 8).half()}, "got torch.float16 of shape (2, 8)"),
+        ({"residual": torch.zeros(3, 8)}, "residual: expected the shape (2, 8), got (3, 8)"),
+        (
+            {"residual": torch.zeros(2, 8).half()},
+            "residual: expected torch.float32 as the rest, got torch.float16",
+        ),
         ({"weight": torch.zeros(7)}, "weight: expected the shape (8,), got (7,)"),
         ({"shift": torch.zeros(2, 8)}, "shift: expected the shape (8,), got (2, 8)"),
-        ({"bias": torch.zeros(8, device="meta")}, "bias: expected it on cpu as x, got meta"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias: expected it on cpu as the rest, got meta"),
         ({"dtype": torch.uint8}, "dtype: expected one of torch.float8_e4m3fn, torch.int8, got torch.uint8"),
         ({"scale": torch.ones(2)}, "scale: expected one float32, got torch.float32 of shape (2,)"),
         ({"dtype": None}, "scale: expected a dtype of codes beside it"),
