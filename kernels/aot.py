@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from kernels import attention, conv_fusion, gaussian_guidance, gelu, latent_pool, residual_norm, resize
 from kernels.jit import DTYPES
+from kernels.resize_tables import FIELDS, Tables
 from kernels.rows import E4M3_CAPABILITY, TOPS
 
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -190,8 +191,8 @@ def _row_cases(x: Tensor) -> Iterator[tuple[str, Launch]]:
 def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """Pictures of 640 x 480."""
     pixels = _empty(64 * 480 * 640 * 3, dtype=torch.uint8)
-    tables = resize.Tables(
-        _empty(64, resize.FIELDS, dtype=torch.int64),
+    tables = Tables(
+        _empty(64, FIELDS, dtype=torch.int64),
         _empty(22 * 256, dtype=torch.int32),
         _empty(3, 256, dtype=torch.float32),
     )

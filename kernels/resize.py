@@ -22,9 +22,7 @@ interpolation for digital image processing", IEEE TASSP 29(6), 1981.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,65 +32,23 @@ from torch.library import wrap_triton
 from engine.errors import InputError
 from kernels import onnx_ops
 from kernels.jit import DTYPES, ceil_div, jit, operator, power_of_two, tl, triton
+from kernels.resize_tables import (
+    CHANNELS,
+    FIELDS,
+    LEVELS,
+    PRECISION_BITS,
+    Axis,
+    Tables,
+    axis_filter,
+    make_tables,
+    normalized_levels,
+    pillow_turns,
+    turned,
+)
 
-CHANNELS, LEVELS = 3, 256
-SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
-PRECISION_BITS = 32 - 8 - 2  # of a weight, beside a level and two bits for the sum
 MAX_SIDE = 1 << 16  # bounds a table of weights at 1 MB for S = 256
-CACHED_AXES = 64
 MOST_SIZE = 1024
 MOST_PICTURES = 65535  # programs along a grid's last axis
-TURNING_PILLOW = 13  # from which tall pictures are resized along their columns first
-# A picture is lines of pixels, rows or, turned, columns; the first pass resizes each line.
-# Fields of a picture's plan: offset in pixels, offset in lines, lines, pixels of a line, bytes from a line to
-# the next and from a pixel to the next, offset and taps along a line, offset and taps across, whether turned.
-FIELDS = 11
-
-
-class Axis(NamedTuple):
-    """Resampling of one axis: the first pixel of every output, int32 [S], and weights, int32 [taps, S]."""
-
-    first: np.ndarray
-    weights: np.ndarray
-
-
-class Tables(NamedTuple):
-    """What the kernels read beside the pixels.
-
-    plan: int64 [B, FIELDS]; coefficients: int32, the axes one behind the other; levels: float32 [3, 256].
-    """
-
-    plan: Tensor
-    coefficients: Tensor
-    levels: Tensor
-
-
-@lru_cache(maxsize=CACHED_AXES)
-def axis_filter(length: int, size: int) -> Axis:
-    """Weights that take `length` pixels to `size`, in multiples of 2^-22."""
-    scale = length / size
-    stretch = max(scale, 1.0)
-    centre = (np.arange(size) + 0.5) * scale
-    first = np.maximum((centre - SUPPORT * stretch + 0.5).astype(np.int64), 0)
-    end = np.minimum((centre + SUPPORT * stretch + 0.5).astype(np.int64), length)
-    position = first + np.arange((end - first).max())[:, None]
-    weights = np.where(position < end, _cubic((position - centre + 0.5) * (1.0 / stretch)), 0.0)
-    weights /= np.cumsum(weights, axis=0)[-1]  # one after another, as Pillow adds them
-    fixed = np.trunc(weights * (1 << PRECISION_BITS) + np.copysign(0.5, weights))
-    return Axis(first.astype(np.int32), fixed.astype(np.int32))
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    x = np.abs(x)
-    near = ((CUBIC + 2.0) * x - (CUBIC + 3.0)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * CUBIC
-    return np.where(x < 1, near, np.where(x < SUPPORT, far, 0.0))
-
-
-def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """What every level becomes, float32 [3, 256]."""
-    levels = np.arange(LEVELS, dtype=np.float32) / np.float32(LEVELS - 1)
-    return (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -108,48 +64,6 @@ def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]
             )
     pixels = np.concatenate([x.reshape(-1) for x in pictures]) if pictures else np.empty(0, np.uint8)
     return torch.from_numpy(pixels), [x.shape[:2] for x in pictures]
-
-
-@cache
-def pillow_turns() -> bool:
-    """Whether the installed Pillow resizes tall pictures along their columns first."""
-    return int(version("pillow").split(".")[0]) >= TURNING_PILLOW
-
-
-def turned(height: int, width: int, size: int, turning: bool) -> bool:
-    """Whether the pass along the columns comes first."""
-    return turning and height > size + 2 * max(width - size, 0)
-
-
-def make_tables(
-    sizes: Sequence[tuple[int, int]], size: int, mean: Sequence[float], std: Sequence[float], turning: bool
-) -> Tables:
-    """Everything that the sizes (height, width) decide, on the host."""
-    axes: dict[int, tuple[int, int]] = {}  # length: offset and taps
-    blocks, end = [np.empty(0, np.int32)], 0
-    for length in sorted({length for pair in sizes for length in pair}):
-        axis = axis_filter(length, size)
-        blocks += [axis.first, axis.weights.reshape(-1)]
-        axes[length] = end, len(axis.weights)
-        end += axis.first.size + axis.weights.size
-    coefficients = torch.from_numpy(np.concatenate(blocks))
-    levels = torch.from_numpy(normalized_levels(mean, std))
-    turns = [turned(*pair, size, turning) for pair in sizes]
-    return Tables(_plan(sizes, turns, axes), coefficients, levels)
-
-
-def _plan(
-    sizes: Sequence[tuple[int, int]], turns: Sequence[bool], axes: dict[int, tuple[int, int]]
-) -> Tensor:
-    plan, start, line = [], 0, 0
-    for (height, width), turn in zip(sizes, turns, strict=True):
-        row = (height, width, CHANNELS * width, CHANNELS, *axes[width], *axes[height])
-        column = (width, height, CHANNELS, CHANNELS * width, *axes[height], *axes[width])
-        fields = column if turn else row
-        plan.append((start, line, *fields, turn))
-        start += CHANNELS * height * width
-        line += fields[0]
-    return torch.tensor(plan, dtype=torch.int64).reshape(-1, FIELDS)
 
 
 def resize_ref(

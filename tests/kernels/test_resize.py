@@ -11,7 +11,8 @@ from engine.errors import InputError
 from engine.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
 from kernels import resize as module
 from kernels.jit import triton
-from kernels.resize import axis_filter, make_tables, pack, pillow_turns, resize, resize_ref, turned
+from kernels.resize import pack, resize, resize_ref
+from kernels.resize_tables import Tables, axis_filter, make_tables, pillow_turns, turned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORM = (CLIP_MEAN, CLIP_STD)
@@ -118,7 +119,7 @@ def test_kernels_equal_the_plain_form(size, turning, fenced):
     pixels, sizes = pack([draw(*pair, "black and white") for pair in SMALL])
     tables = make_tables(sizes, size, *NORM, turning)
     lines = tables.plan[:, 2].tolist()
-    sent = module.Tables(*(x.to(DEVICE) for x in tables))
+    sent = Tables(*(x.to(DEVICE) for x in tables))
     copy = pixels.clone().to(DEVICE)
     middle = module.launch_lines(
         module._line_kernel, pixels.to(DEVICE), sent, size, sum(lines), max(lines), block_rows=64
