@@ -272,7 +272,7 @@ def resize(
     if triton is None or not pixels.is_cuda or onnx_ops.exporting() or not sizes:
         return resize_ref(pixels, sizes, size, mean, std, turning).to(dtype)
     tables = make_tables(sizes, size, mean, std, turning)
-    lines = tables.plan[:, 2].tolist()
+    lines = [width if turned(height, width, size, turning) else height for height, width in sizes]
     sent = (x.to(pixels.device) for x in tables)
     return torch.ops.dgm4.resize(pixels.contiguous(), *sent, size, sum(lines), max(lines), dtype)
 
