@@ -13,7 +13,7 @@ device works. Weights and the 3 x 256 normalised levels are made on the host: th
 engine/preprocess.py, so that they too are equal bit for bit.
 
 64 pictures of 640 x 480: 59 MB of pixels read, 24 MB between the passes written and read (less than the L2
-cache), 50 MB written: 157 MB, 37 us at 4.3 TB/s. Either pass is a sum of 11 or 9 taps, 0.4 G products.
+cache), 50 MB written: 157 MB, 36 us at 4.3 TB/s. The passes are sums of 10 and 8 taps, 0.4 G products.
 The copy of the pixels to the device costs more than that: 1 ms at 55 GB/s.
 Source: Pillow, src/libImaging/Resample.c (its documented filter and precision); R. Keys, "Cubic convolution
 interpolation for digital image processing", IEEE TASSP 29(6), 1981.

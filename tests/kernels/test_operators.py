@@ -1,0 +1,58 @@
+"""The path of a GPU without one: tensors without data through the public functions and torch's operators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.jit import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from kernels.gelu import gelu
+from kernels.residual_norm import residual_norm
+from kernels.resize import resize
+
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
+def show(*tensors):
+    print(*("-" if x is None else f"{x.dtype}{list(x.shape)}" for x in tensors), sep="|")
+
+
+with FakeTensorMode(allow_non_fake_inputs=True):
+    x, vector = torch.empty(2, 5, 768, device="cuda").half(), torch.empty(768, device="cuda")
+    rows, scale = x.narrow(1, 1, 4), torch.empty(1, device="cuda")
+    for options in ({}, {"summed": True}, {"dtype": torch.int8, "summed": True},
+                    {"dtype": torch.float8_e4m3fn, "scale": scale, "shift": vector}):
+        show(*residual_norm(rows, rows, vector, vector, 1e-6, **options))
+    for options in ({}, {"dtype": torch.float8_e4m3fn}, {"dtype": torch.int8, "scale": scale}):
+        show(*gelu(x, vector, **options))
+    pixels = torch.empty(3 * (4 * 6 + 40 * 5), dtype=torch.uint8, device="cuda")
+    show(resize(pixels, [(4, 6), (40, 5)], 8, (0.5,) * 3, (0.2,) * 3, dtype=torch.float16))
+"""
+WANT = """\
+torch.float16[2, 4, 768]|-|-
+torch.float16[2, 4, 768]|torch.float16[2, 4, 768]|-
+torch.int8[2, 4, 768]|torch.float16[2, 4, 768]|torch.float32[2, 4]
+torch.float8_e4m3fn[2, 4, 768]|-|torch.float32[1]
+torch.float16[2, 5, 768]|-
+torch.float8_e4m3fn[2, 5, 768]|torch.float32[2, 5]
+torch.int8[2, 5, 768]|torch.float32[1]
+torch.float16[2, 3, 8, 8]
+"""
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_operators_tell_their_shapes():
+    """In a process of its own, since torch's operators refuse the interpreter's kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == WANT, done.stderr[-2000:]
