@@ -173,9 +173,7 @@ def test_close_to_float64(name, dtype, fenced):
         assert ratio <= RATIO[dtype], f"RMS ratio {ratio:.2e}"
 
 
-@pytest.mark.parametrize(
-    "name", ["attention-map", "attention-picture-over-text", "fusion", "pool"]
-)
+@pytest.mark.parametrize("name", ["attention-map", "attention-picture-over-text", "fusion", "pool"])
 def test_three_runs_are_bit_equal(name):
     tensors = [x.to(DEVICE, torch.float16) for x in CASES[name].inputs]
     runs = [CASES[name].launch(*tensors) for _ in range(3)]
