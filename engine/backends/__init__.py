@@ -14,7 +14,7 @@ from engine.errors import BackendError
 if TYPE_CHECKING:
     from engine.bundle import Bundle
 
-# name -> (libraries that must be installed, module with `create(bundle, device, threads)`), the best one first.
+# name -> (libraries that must be installed, module with `create(bundle, device, threads)`), best one first.
 _BACKENDS: dict[str, tuple[tuple[str, ...], str]] = {
     "ort": (("onnxruntime",), "engine.backends.ort"),
     "torch": (("torch", "safetensors", "onnx"), "engine.backends.torch"),

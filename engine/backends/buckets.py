@@ -28,7 +28,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(batch: int, tokens: int, limits: Limits) -> Bucket:
-    """The smallest bucket that holds `batch` pairs of `tokens` tokens; raises BackendError above the limits."""
+    """The smallest bucket for `batch` pairs of `tokens` tokens; raises BackendError above the limits."""
     most = (limits.max_batch, limits.max_tokens)
     if not (1 <= batch <= most[0] and 1 <= tokens <= most[1]):
         raise BackendError(
@@ -62,12 +62,12 @@ def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]
     """Whether `shape` is `dims`; a name that is met first takes its size and enters `sizes`."""
     if len(shape) != len(dims):
         return False
-    names = (sizes.setdefault(dim, size) if isinstance(dim, str) else dim for size, dim in zip(shape, dims))
-    return all(size == want for size, want in zip(shape, names, strict=True))
+    pairs = zip(shape, dims, strict=True)
+    return all(size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) for size, dim in pairs)
 
 
 def fill(buffer: np.ndarray, values: np.ndarray) -> None:
-    """Put `values` [b, ...] or [b, n] at the start of a static buffer [B, ...] or [B, N]; zeros behind them."""
+    """Put `values` [b, ...] or [b, n] at the start of a buffer [B, ...] or [B, N]; zeros behind them."""
     batch = len(values)
     buffer[batch:] = 0
     if buffer.ndim == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -45,29 +45,29 @@ class BucketRunner:
     A run holds the bucket's lock from the first copy to the last; other buckets run beside it.
     """
 
-    def __init__(self, model: InferenceModel, bucket: Bucket, device: torch.device, capture: bool) -> None:
-        self._model, self._device, self._capture_wanted = model, device, capture
-        self._lock = threading.Lock()
+    def __init__(self, model: InferenceModel, bucket: Bucket, device: torch.device) -> None:
+        self._model, self._lock = model, threading.Lock()
+        self._pinned = device.type == "cuda"  # copies from pinned memory alone run beside the host
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
-        cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None
         size = model.config.image_size
-        text = torch.zeros(tuple(bucket), dtype=torch.int64)
-        # Captured on blank inputs: one valid token a caption.
-        text[:, 0] = 1
-        blank = {
-            "image": torch.zeros(bucket.batch, 3, size, size),
-            "input_ids": torch.zeros_like(text),
-            "attention_mask": text,
+        buffers = {
+            "image": ((bucket.batch, 3, size, size), torch.float32),
+            "input_ids": (tuple(bucket), torch.int64),
+            "attention_mask": (tuple(bucket), torch.int64),
         }
-        self._host = {name: x.pin_memory() if cuda else x.clone() for name, x in blank.items()}
-        self._inputs = {name: x.to(device, copy=True) for name, x in blank.items()}
-        self._outputs: dict[str, Tensor] = {}
-        self._answers: dict[str, Tensor] = {}
+        self._host = {
+            name: torch.zeros(shape, dtype=dtype, pin_memory=self._pinned)
+            for name, (shape, dtype) in buffers.items()
+        }
+        self._inputs = {name: x.to(device, copy=True) for name, x in self._host.items()}
+        self._outputs: dict[str, Tensor] = {}  # where every replay of the graph leaves its answers
+        self._answers: dict[str, Tensor] = {}  # the same on the host
 
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Answer `batch` pairs of `tokens` tokens, which fit the bucket."""
-        with self._lock, torch.inference_mode(), self._on_stream():
+        stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with self._lock, torch.inference_mode(), stream:
             if not self._answers:
                 self._prepare()
             for name, values in feeds.items():
@@ -80,46 +80,32 @@ class BucketRunner:
                 self._stream.synchronize()
             return cut({name: x.numpy() for name, x in self._answers.items()}, batch, tokens)
 
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """The bucket's own stream and its device, where there is one."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def _forward(self) -> dict[str, Tensor]:
-        # cuDNN would round the inputs of float32 convolutions to TF32 otherwise.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return answers_of(self._model, self._inputs)
-
     def _prepare(self) -> None:
-        """Warm up on the side stream, capture if asked for, and make room for the answers on the host."""
-        for _ in range(_WARM_UPS if self._capture_wanted else 1):
-            outputs = self._forward()
-        if self._stream is not None:
-            self._stream.synchronize()
-        if self._capture_wanted:
-            outputs = self._capture()
-        pinned = self._device.type == "cuda"
+        """Capture where there is a stream to, and make room for the answers on the host."""
+        outputs = (
+            answers_of(self._model, self._inputs) if self._stream is None else self._capture(self._stream)
+        )
         self._answers = {
-            name: torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for name, x in outputs.items()
+            name: torch.empty(x.shape, dtype=x.dtype, pin_memory=self._pinned) for name, x in outputs.items()
         }
 
-    def _capture(self) -> dict[str, Tensor]:
-        """Record one forward pass; its outputs stay where every replay writes them."""
+    def _capture(self, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+        """Warm up and record one forward pass on `stream`, a side stream."""
         graph = torch.cuda.CUDAGraph()
-        # Another thread may copy or allocate meanwhile, hence "thread_local".
-        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        with _CAPTURE, recording:
-            self._outputs = self._forward()
+        # cuDNN would round float32 convolutions to TF32; its flags are the process's, hence inside the lock.
+        with _CAPTURE, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for _ in range(_WARM_UPS):
+                answers_of(self._model, self._inputs)
+            stream.synchronize()
+            # "thread_local": other threads may copy and allocate meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._outputs = answers_of(self._model, self._inputs)
         self._graph = graph
         return self._outputs
 
     def _replay(self) -> dict[str, Tensor]:
         if self._graph is None:
-            return self._forward()
+            return answers_of(self._model, self._inputs)
         self._graph.replay()
         return self._outputs
 
@@ -130,8 +116,8 @@ class BucketedRunner:
     Each graph keeps memory of its own for what lies between inputs and outputs.
     """
 
-    def __init__(self, model: InferenceModel, limits: Limits, device: torch.device, capture: bool) -> None:
-        self._model, self._limits, self._device, self._capture = model, limits, device, capture
+    def __init__(self, model: InferenceModel, limits: Limits, device: torch.device) -> None:
+        self._model, self._limits, self._device = model, limits, device
         self._runners: dict[Bucket, BucketRunner] = {}
         self._lock = threading.Lock()
 
@@ -142,5 +128,5 @@ class BucketedRunner:
     def _runner(self, bucket: Bucket) -> BucketRunner:
         with self._lock:
             if bucket not in self._runners:
-                self._runners[bucket] = BucketRunner(self._model, bucket, self._device, self._capture)
+                self._runners[bucket] = BucketRunner(self._model, bucket, self._device)
             return self._runners[bucket]

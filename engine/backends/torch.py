@@ -60,6 +60,8 @@ def find_device(name: str) -> torch.device:
             f"device {name!r}: torch {torch.__version__} {built} and finds no NVIDIA GPU; "
             "use device 'cpu', or install the driver and a CUDA build of torch"
         )
+    if jit.triton is None:
+        raise BackendError(f"device {name!r} needs Triton, which is not installed; install it or use 'cpu'")
     index = torch.cuda.current_device() if match[2] is None else int(match[2])
     if index >= torch.cuda.device_count():
         raise BackendError(f"device {name!r}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
@@ -74,6 +76,7 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     """
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
+    _check_outputs(config, manifest)
     path = bundle.verified(WEIGHTS)
     # Folds are computed from what is stored, and cast afterwards.
     state = {name: x.float() if x.is_floating_point() else x for name, x in _read(path).items()}
@@ -81,7 +84,6 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
         model = InferenceModel.from_released(state, config)
     except CheckpointError as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
-    _check_outputs(path, config, manifest)
     if device.type == "cpu":
         return model
     return to_precision(model, _DTYPES[manifest.precision]).to(device)
@@ -96,11 +98,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _check_outputs(path: Path, config: NetworkConfig, manifest: Manifest) -> None:
+def _check_outputs(config: NetworkConfig, manifest: Manifest) -> None:
     found = [name for name in Output._fields if name != "attention_map" or config.has_map]
     expected = [spec.name for spec in manifest.outputs]
     if sorted(found) != sorted(expected):
-        raise BundleError(f"{path}: expected the outputs {expected} of the manifest, got {found}")
+        raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {found}")
 
 
 class TorchBackend:
@@ -112,14 +114,12 @@ class TorchBackend:
         self.device = str(device)
         self._inputs = manifest.inputs
         self._vocabulary = model.config.vocabulary
-        self._runner: EagerRunner | BucketedRunner | None = None
-        if device.type == "cpu":
-            self._runner = EagerRunner(model, threads)
-            return
-        capture = jit.triton is not None
-        if not capture:  # the composed forms copy constants to the GPU, which a capture forbids
-            logger.warning("Triton is not installed: the network runs without its kernels and uncaptured")
-        self._runner = BucketedRunner(model, manifest.limits, device, capture)
+        self._runner: EagerRunner | BucketedRunner | None = (
+            EagerRunner(model, threads)
+            if device.type == "cpu"
+            else BucketedRunner(model, manifest.limits, device)
+        )
+        logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, device)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answer one batch; raises BackendError where torch fails or the backend was closed."""
@@ -130,7 +130,9 @@ class TorchBackend:
         _check_ids(feeds["input_ids"], self._vocabulary)
         try:
             return runner.run(feeds, sizes["batch"], sizes["tokens"])
-        except RuntimeError as error:  # torch's own kind, for a GPU out of memory too
+        except BackendError:
+            raise
+        except Exception as error:  # torch's and Triton's errors share no base but Exception
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
 
@@ -141,7 +143,6 @@ class TorchBackend:
 
 def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
     """Raise BackendError for an id outside the vocabulary, which would leave a GPU unusable."""
-    if ids.size and not (0 <= ids.min() and ids.max() < vocabulary):
-        raise BackendError(
-            f"input_ids: expected 0 to {vocabulary - 1}, the network's vocabulary, got {ids.min()} to {ids.max()}"
-        )
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+        found = f"{ids.min()} to {ids.max()}"
+        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")
