@@ -1,6 +1,6 @@
 """The inference model as one ONNX graph, batch and token count dynamic.
 
-Hot paths are nodes of the domain `dgm4` with a body of standard operators (kernels/onnx_ops.py), which
+Hot paths are nodes of the domain `dgm4` with a body of standard operators (kernels/bodies.py), which
 ONNX Runtime inlines; `flatten` writes the same network without them, for tools that know no functions.
 Inputs and outputs are float32 and int64 whatever the inner precision.
 """
@@ -19,7 +19,8 @@ from dgm4.config import ModelConfig
 from engine.errors import BuildError
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
-from kernels import attention, conv_fusion, gaussian_guidance, latent_pool, onnx_ops  # noqa: F401
+from kernels import onnx_ops
+from kernels.bodies import bodies
 
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map")
@@ -87,7 +88,7 @@ def _finish(path: Path) -> onnx.ModelProto:
     proto = onnx.load_model(path, load_external_data=False)
     used = sorted({node.op_type for node in proto.graph.node if node.domain == onnx_ops.DOMAIN})
     del proto.functions[:]
-    proto.functions.extend(onnx_ops.bodies(used))
+    proto.functions.extend(bodies(used))
     proto.ir_version = _IR_VERSION
     proto.producer_name, proto.producer_version = "dgm4", ""
     graph = proto.graph

@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, conv_fusion
+from kernels import attention, conv_fusion, gaussian_guidance, latent_pool
+from kernels.jit import DTYPES
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
@@ -37,7 +38,6 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cases(dtypes: Sequence[torch.dtype] = (torch.float32, *HALF)) -> Iterator[tuple[str, Launch]]:
+def cases(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, Launch]]:
     """Every kernel at the shapes of the base networks, B = 64, 50 tokens."""
     for dtype in dtypes:
         yield from ((f"{name}-{TYPES[dtype]}", launch) for name, launch in _cases(dtype))
@@ -152,11 +152,17 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     picture = _empty(64, 3, 256, 256, dtype=dtype)
     kernel = conv_fusion._fusion_kernel
     yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, weight, bias)
+    box, norm = _empty(64, 4, dtype=torch.float32), _empty(768, dtype=torch.float32)
+    first, first_bias = _empty(64, 1, 4, 4, dtype=dtype), _empty(64, dtype=dtype)
+    kernel = gaussian_guidance._guidance_kernel
+    yield "gaussian-guidance", record(gaussian_guidance.launch, kernel, box, first, first_bias, 256)
+    query, kernel = _empty(12, 768, dtype=torch.float32), latent_pool._pool_kernel
+    yield "latent-pool", record(latent_pool.launch, kernel, image[:, 1:], norm, norm, query)
 
 
-def build(targets: Iterable[int] = TARGETS) -> Iterator[Built]:
+def build(targets: Iterable[int], dtypes: Sequence[torch.dtype]) -> Iterator[Built]:
     """Compile every case for every target."""
-    found = list(cases())
+    found = list(cases(dtypes))
     for capability in targets:
         for name, launch in found:
             yield compile_launch(name, launch, capability)
@@ -169,8 +175,10 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one record a line")
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="%(default)s")
+    names = {TYPES[dtype]: dtype for dtype in DTYPES}
+    parser.add_argument("--dtypes", choices=tuple(names), nargs="+", default=tuple(names), help="%(default)s")
     options = parser.parse_args()
-    for built in build(options.targets):
+    for built in build(options.targets, [names[name] for name in options.dtypes]):
         values = {k: v for k, v in asdict(built).items() if k not in ("ptx", "entry")}
         line = json.dumps(values) if options.json else "  ".join(f"{v!s:>24}" for v in values.values())
         sys.stdout.write(line + "\n")

@@ -27,10 +27,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import onnx
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
@@ -40,9 +39,11 @@ from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
     ceil_div,
+    check_tensor,
     dot_precision,
     jit,
     launchable,
+    operator,
     power_of_two,
     tl,
 )
@@ -350,56 +351,6 @@ def launch(
     return out, guide
 
 
-def _body(name: str) -> onnx.FunctionProto:
-    """Write the standard-operator form of one of the three variants."""
-    mask, guide = name == MASKED, name == GUIDED
-    masking = f"""
-        keep_flat = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
-        heads_axes = Constant <value_ints = [1, 2]> ()
-        keep = Unsqueeze (keep_flat, heads_axes)
-        one = Constant <value_float = 1.0> ()
-        ignored = Sub (one, keep)
-        floor = Constant <value_float = {MASKED_SCORE}> ()
-        bias = Mul (ignored, floor)
-        biased = Add (scores, bias)
-        masked_weights = Softmax <axis = -1> (biased)
-        weights = Mul (masked_weights, keep)"""
-    plain = "\n        weights = Softmax <axis = -1> (scores)"
-    averaging = """
-        heads_axis = Constant <value_ints = [1]> ()
-        guide = ReduceMean <keepdims = 0> (scores, heads_axis)"""
-    return onnx_ops.body(f"""
-    {name} <heads, scale> (query, key, value{", mask" if mask else ""}) => (out{", guide" if guide else ""})
-    {{
-        keep_two = Constant <value_ints = [0, 0]> ()
-        rest = Constant <value_ints = [-1]> ()
-        head_count = Constant <value_ints: ints = @heads> ()
-        split = Concat <axis = 0> (keep_two, head_count, rest)
-        merge = Concat <axis = 0> (keep_two, rest)
-        scale_float = Constant <value_float: float = @scale> ()
-        scale_typed = CastLike (scale_float, query)
-        query_heads = Reshape (query, split)
-        query_rows = Transpose <perm = [0, 2, 1, 3]> (query_heads)
-        scaled = Mul (query_rows, scale_typed)
-        key_heads = Reshape (key, split)
-        key_columns = Transpose <perm = [0, 2, 3, 1]> (key_heads)
-        value_heads = Reshape (value, split)
-        value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads)
-        products = MatMul (scaled, key_columns)
-        scores = Cast <to = {onnx.TensorProto.FLOAT}> (products){masking if mask else plain}{
-        averaging if guide else ""
-    }
-        weights_typed = CastLike (weights, query)
-        mixed = MatMul (weights_typed, value_rows)
-        mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
-        out = Reshape (mixed_tokens, merge)
-    }}""")
-
-
-for _name in (PLAIN, MASKED, GUIDED):
-    onnx_ops.register_body(_name, lambda name=_name: _body(name))  # type: ignore[misc]
-
-
 def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:
     query, key = inputs[:2]
     shapes, dtypes = [query.shape], [query.dtype]
@@ -410,12 +361,12 @@ def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:
     return list(onnx_ops.emit(name, inputs, shapes, dtypes, {"heads": [heads], "scale": scale}))
 
 
-@triton_op("dgm4::attention", mutates_args={})
+@operator("dgm4::attention")
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     return launch(wrap_triton(_attention_kernel), query, key, value, heads, mask)[0]
 
 
-@triton_op("dgm4::guided_attention", mutates_args={})
+@operator("dgm4::guided_attention")
 def _guided_op(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     out, guide = launch(wrap_triton(_attention_kernel), query, key, value, heads, guided=True)
     return out, cast(Tensor, guide)
@@ -453,19 +404,12 @@ def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> t
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> None:
-    shape, tensors = query.shape, {"query": query, "key": key, "value": value}
+    if query.dim() != 3 or heads < 1 or query.shape[-1] % heads:
+        raise InputError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
+    batch, keys, columns = query.shape[0], key.shape[-2], query.shape[-1]
+    check_tensor("key", key, (batch, keys, columns), query)
+    check_tensor("value", value, (batch, keys, columns), query)
     if mask is not None:
-        tensors["mask"] = mask
-    batch, columns, keys = shape[0], shape[-1], key.shape[-2]
-    if query.dim() != 3 or heads < 1 or columns % heads:
-        raise InputError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(shape)}")
-    expected = {"key": (batch, keys, columns), "value": (batch, keys, columns), "mask": (batch, keys)}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected.get(name, tuple(shape)):
-            raise InputError(f"{name}: expected the shape {expected[name]}, got {tuple(tensor.shape)}")
-        if tensor.device != query.device:
-            raise InputError(f"{name}: expected it on {query.device} as the query, got {tensor.device}")
-        if name != "mask" and tensor.dtype != query.dtype:
-            raise InputError(f"{name}: expected {query.dtype} as the query, got {tensor.dtype}")
-    if mask is not None and (mask.is_floating_point() or mask.is_complex()):
-        raise InputError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
+        check_tensor("mask", mask, (batch, keys), query, same_dtype=False)
+        if mask.is_floating_point() or mask.is_complex():
+            raise InputError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")

@@ -18,15 +18,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import SMALLEST_DOT, Tiles, ceil_div, dot_precision, jit, launchable, power_of_two, tl
+from kernels.jit import (
+    SMALLEST_DOT,
+    Tiles,
+    ceil_div,
+    check_tensor,
+    dot_precision,
+    jit,
+    launchable,
+    operator,
+    power_of_two,
+    tl,
+)
 
 NAME = "ConvTokenFusion"
 STRIDE = 16
@@ -182,49 +192,7 @@ def launch(
     return out
 
 
-def _body() -> onnx.FunctionProto:
-    """Write the standard-operator form."""
-    grid = 16
-    values = ", ".join(repr(float(x)) for x in blur_matrix(grid).flatten())
-    return onnx_ops.body(f"""
-    {NAME} (image, tokens, weight, bias) => (out)
-    {{
-        begin = Constant <value_ints = [{MARGIN}, {MARGIN}]> ()
-        end = Constant <value_ints = [-{MARGIN}, -{MARGIN}]> ()
-        plane = Constant <value_ints = [2, 3]> ()
-        inner = Slice (image, begin, end, plane)
-        local_map = Conv <strides = [{STRIDE}, {STRIDE}]> (inner, weight, bias)
-        local_positive = Relu (local_map)
-        by_position = Constant <value_ints = [0, {POSITIONS}, -1, {grid * grid}]> ()
-        local_grouped = Reshape (local_positive, by_position)
-        position_axis = Constant <value_ints = [1]> ()
-        local_mean = ReduceMean <keepdims = 0> (local_grouped, position_axis)
-        local_tokens = Transpose <perm = [0, 2, 1]> (local_mean)
-        lengths = Constant <value_ints = [1, {grid * grid}]> ()
-        cls, patches = Split <axis = 1> (tokens, lengths)
-        matrix_flat = Constant <value_floats = [{values}]> ()
-        square = Constant <value_ints = [{grid}, {grid}]> ()
-        matrix_float = Reshape (matrix_flat, square)
-        matrix = CastLike (matrix_float, tokens)
-        as_rows = Constant <value_ints = [0, {grid}, -1]> ()
-        rows = Reshape (patches, as_rows)
-        rows_blurred = MatMul (matrix, rows)
-        token_shape = Shape <start = 2> (patches)
-        lead = Constant <value_ints = [0, {grid}, {grid}]> ()
-        as_field = Concat <axis = 0> (lead, token_shape)
-        field = Reshape (rows_blurred, as_field)
-        blurred = MatMul (matrix, field)
-        as_tokens = Shape (patches)
-        blurred_tokens = Reshape (blurred, as_tokens)
-        fused = Add (blurred_tokens, local_tokens)
-        out = Concat <axis = 1> (cls, fused)
-    }}""")
-
-
-onnx_ops.register_body(NAME, _body)
-
-
-@triton_op("dgm4::conv_fusion", mutates_args={})
+@operator("dgm4::conv_fusion")
 def _fusion_op(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return launch(wrap_triton(_fusion_kernel), image, tokens, weight, bias)
 
@@ -252,16 +220,7 @@ def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise InputError(
             f"weight: expected a multiple of 4 * {width} kernels for {width} channels, got {kernels}"
         )
-    expected = {
-        "image": (image, (batch, 3, size, size)),
-        "tokens": (tokens, (batch, 1 + (size // STRIDE) ** 2, width)),
-        "weight": (weight, (kernels, 3, WINDOW, WINDOW)),
-        "bias": (bias, (kernels,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != tokens.device:
-            raise InputError(f"{name}: expected it on {tokens.device} as the tokens, got {tensor.device}")
-        if name != "image" and tensor.dtype != tokens.dtype:
-            raise InputError(f"{name}: expected {tokens.dtype} as the tokens, got {tensor.dtype}")
+    check_tensor("image", image, (batch, 3, size, size), tokens, same_dtype=False)
+    check_tensor("tokens", tokens, (batch, 1 + (size // STRIDE) ** 2, width), tokens)
+    check_tensor("weight", weight, (kernels, 3, WINDOW, WINDOW), tokens)
+    check_tensor("bias", bias, (kernels,), tokens)

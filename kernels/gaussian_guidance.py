@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, ceil_div, jit, launchable, power_of_two, tl
+from kernels.jit import LOG2E, ceil_div, check_tensor, jit, launchable, operator, power_of_two, tl
 
 NAME = "GaussianGuidance"
 FLOOR = 1e-8
@@ -109,59 +108,7 @@ def launch(kernel: Any, box: Tensor, weight: Tensor, bias: Tensor, size: int) ->
     return out
 
 
-def _body() -> onnx.FunctionProto:
-    """Write the standard-operator form."""
-    pads = ", ".join([str(PADDING)] * 4)
-    return onnx_ops.body(f"""
-    {NAME} <size> (box, weight, bias) => (out)
-    {{
-        box_float = Cast <to = {onnx.TensorProto.FLOAT}> (box)
-        size_ints = Constant <value_ints: ints = @size> ()
-        size_float = Cast <to = {onnx.TensorProto.FLOAT}> (size_ints)
-        pixel_box = Mul (box_float, size_float)
-        pair = Constant <value_ints = [2, 2]> ()
-        centre, extent = Split <axis = 1> (pixel_box, pair)
-        two = Constant <value_float = 2.0> ()
-        half_extent = Div (extent, two)
-        squared = Mul (half_extent, half_extent)
-        last_axis = Constant <value_ints = [1]> ()
-        axis_two = Constant <value_ints = [2]> ()
-        axis_three = Constant <value_ints = [3]> ()
-        variance = ReduceSum <keepdims = 1> (squared, last_axis)
-        doubled = Mul (variance, two)
-        floor = Constant <value_float = {FLOOR}> ()
-        spread = Add (doubled, floor)
-        zero = Constant <value_int = 0> ()
-        unit = Constant <value_int = 1> ()
-        first = Constant <value_ints = [0]> ()
-        limit = Squeeze (size_ints, first)
-        positions = Range (zero, limit, unit)
-        pixels = Cast <to = {onnx.TensorProto.FLOAT}> (positions)
-        spread_column = Unsqueeze (spread, last_axis)
-        centre_column = Unsqueeze (centre, axis_two)
-        offset = Sub (pixels, centre_column)
-        distance = Mul (offset, offset)
-        ratio = Div (distance, spread_column)
-        negative = Neg (ratio)
-        profile = Exp (negative)
-        ones = Constant <value_ints = [1, 1]> ()
-        across, along = Split <axis = 1> (profile, ones)
-        across_row = Unsqueeze (across, axis_two)
-        along_column = Unsqueeze (along, axis_three)
-        product = Mul (along_column, across_row)
-        low = Constant <value_float = 0.0> ()
-        high = Constant <value_float = 1.0> ()
-        clamped = Clip (product, low, high)
-        gaussian = CastLike (clamped, weight)
-        convolved = Conv <strides = [{STRIDE}, {STRIDE}], pads = [{pads}]> (gaussian, weight, bias)
-        out = Relu (convolved)
-    }}""")
-
-
-onnx_ops.register_body(NAME, _body)
-
-
-@triton_op("dgm4::gaussian_guidance", mutates_args={})
+@operator("dgm4::gaussian_guidance")
 def _guidance_op(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     return launch(wrap_triton(_guidance_kernel), box, weight, bias, size)
 
@@ -173,19 +120,12 @@ def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> T
     """
     if onnx_ops.exporting():
         side = size // STRIDE
-        shape = (box.shape[0], weight.shape[0], side, side)
-        return onnx_ops.emit(NAME, (box, weight, bias), [shape], [weight.dtype], {"size": [size]})[0]
+        out = (box.shape[0], weight.shape[0], side, side)
+        return onnx_ops.emit(NAME, (box, weight, bias), [out], [weight.dtype], {"size": [size]})[0]
     channels = weight.shape[0]
-    expected = {
-        "box": (box, (len(box), 4)),
-        "weight": (weight, (channels, 1, KERNEL, KERNEL)),
-        "bias": (bias, (channels,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != box.device:
-            raise InputError(f"{name}: expected it on {box.device} as the box, got {tensor.device}")
+    check_tensor("box", box, (len(box), 4), box)
+    check_tensor("weight", weight, (channels, 1, KERNEL, KERNEL), box, same_dtype=False)
+    check_tensor("bias", bias, (channels,), weight)
     if size < STRIDE or size % STRIDE:
         raise InputError(f"size: expected an even number of pixels, got {size}")
     if launchable(box):

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.library
 from torch import Tensor
+
+from engine.errors import InputError
 
 try:
     import triton
@@ -19,7 +22,7 @@ try:
 except ImportError:
     triton = tl = None
 
-    def jit(kernel: Callable[..., None]) -> Any:
+    def jit(kernel: Callable[..., Any]) -> Any:
         """Leave the kernel as it stands; nothing launches it."""
         return kernel
 
@@ -36,6 +39,16 @@ class Tiles(NamedTuple):
     block_n: int
     warps: int
     stages: int
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a launcher as torch's operator `name`, which torch.compile and torch.export see through.
+
+    Without Triton the function stays as it is: nothing calls it.
+    """
+    if triton is None:
+        return lambda function: function
+    return torch.library.triton_op(name, mutates_args={})
 
 
 def launchable(tensor: Tensor) -> bool:
@@ -56,3 +69,15 @@ def power_of_two(count: int, least: int = 1) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of tl.dot: float32 inputs are multiplied as float32, never as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, same_dtype: bool = True
+) -> None:
+    """Raise InputError where `tensor` has another shape, or another device or type than `like`."""
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise InputError(f"{name}: expected it on {like.device} as the rest, got {tensor.device}")
+    if same_dtype and tensor.dtype != like.dtype:
+        raise InputError(f"{name}: expected {like.dtype} as the rest, got {tensor.dtype}")

@@ -12,15 +12,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
 from kernels import onnx_ops
-from kernels.jit import LOG2E, SMALLEST_DOT, dot_precision, jit, launchable, power_of_two, tl
+from kernels.jit import (
+    LOG2E,
+    SMALLEST_DOT,
+    check_tensor,
+    dot_precision,
+    jit,
+    launchable,
+    operator,
+    power_of_two,
+    tl,
+)
 
 NAME = "LatentQueryPool"
 EPS = 1e-5
@@ -177,29 +185,7 @@ def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Ten
     return out
 
 
-def _body() -> onnx.FunctionProto:
-    """Write the standard-operator form."""
-    return onnx_ops.body(f"""
-    {NAME} (tokens, weight, bias, query) => (out)
-    {{
-        tokens_float = Cast <to = {onnx.TensorProto.FLOAT}> (tokens)
-        weight_float = Cast <to = {onnx.TensorProto.FLOAT}> (weight)
-        bias_float = Cast <to = {onnx.TensorProto.FLOAT}> (bias)
-        query_float = Cast <to = {onnx.TensorProto.FLOAT}> (query)
-        normed = LayerNormalization <axis = -1, epsilon = {EPS}> (tokens_float, weight_float, bias_float)
-        columns = Transpose <perm = [1, 0]> (query_float)
-        scores = MatMul (normed, columns)
-        by_head = Transpose <perm = [0, 2, 1]> (scores)
-        weights = Softmax <axis = -1> (by_head)
-        pooled = MatMul (weights, normed)
-        out = CastLike (pooled, tokens)
-    }}""")
-
-
-onnx_ops.register_body(NAME, _body)
-
-
-@triton_op("dgm4::latent_pool", mutates_args={})
+@operator("dgm4::latent_pool")
 def _pool_op(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
     return launch(wrap_triton(_pool_kernel), tokens, weight, bias, query)
 
@@ -213,12 +199,9 @@ def latent_pool(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> 
         shape = (tokens.shape[0], *query.shape)
         return onnx_ops.emit(NAME, (tokens, weight, bias, query), [shape], [tokens.dtype], {})[0]
     width = tokens.shape[-1]
-    expected = {"weight": (weight, (width,)), "bias": (bias, (width,)), "query": (query, (len(query), width))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: expected the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != tokens.device:
-            raise InputError(f"{name}: expected it on {tokens.device} as the tokens, got {tensor.device}")
+    check_tensor("weight", weight, (width,), tokens, same_dtype=False)
+    check_tensor("bias", bias, (width,), weight)
+    check_tensor("query", query, (len(query), width), weight)
     if launchable(tokens):
         return torch.ops.dgm4.latent_pool(tokens, weight, bias, query)
     return latent_pool_ref(*(x.to(weight.dtype) for x in (tokens, weight, bias, query))).to(tokens.dtype)

@@ -1,4 +1,4 @@
-"""How an operator leaves for ONNX: a node of our own domain, with a body of standard operators.
+"""How an operator leaves for ONNX: a node of our own domain, with a body of standard operators (bodies.py).
 
 A runtime without our plugins inlines the body; one that has them takes the node. TensorRT reads the
 plugin's namespace and version from the node's attributes and ignores the body then.
@@ -6,10 +6,8 @@ plugin's namespace and version from the node's attributes and ignores the body t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-import onnx
-import onnx.parser
 import torch
 from torch import Tensor
 
@@ -18,24 +16,6 @@ VERSION = 1
 # 20 is the first opset with Gelu, and the newest whose every operator here is native to ONNX Runtime,
 # OpenVINO and TensorRT 10.13. Attention (23) is no gain: TensorRT refuses it in float32.
 OPSET = 20
-
-_bodies: dict[str, Callable[[], onnx.FunctionProto]] = {}
-
-
-def body(text: str) -> onnx.FunctionProto:
-    """Parse an operator's body, written in ONNX's text form without its header."""
-    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{text}')
-
-
-def register_body(name: str, make: Callable[[], onnx.FunctionProto]) -> None:
-    """Declare the body of operator `name`; `make` is called when a graph that uses it is written."""
-    _bodies[name] = make
-
-
-def bodies(names: Sequence[str]) -> Iterator[onnx.FunctionProto]:
-    """Yield the bodies of the operators in `names`. Raises KeyError for one that was never declared."""
-    for name in names:
-        yield _bodies[name]()
 
 
 def exporting() -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # name -> (libraries that must be installed, module with `create(bundle, device, threads)`), best one first.
 _BACKENDS: dict[str, tuple[tuple[str, ...], str]] = {
     "ort": (("onnxruntime",), "engine.backends.ort"),
-    "torch": (("torch", "safetensors", "onnx"), "engine.backends.torch"),
+    "torch": (("torch", "safetensors"), "engine.backends.torch"),
 }
 
 

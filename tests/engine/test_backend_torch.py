@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 import threading
@@ -16,14 +17,15 @@ import torch
 from engine import Bundle, Predictor, backends
 from engine.backends import graphs
 from engine.backends import torch as torch_backend
+from engine.backends.buckets import bucket_of
 from engine.backends.graphs import BucketedRunner
 from engine.errors import BackendError, BundleError
 from engine.manifest import Limits, manifest_digest
 from export.verify import HALF
 
-EXACT = 1e-5
-# Batch and token count choose how a product is blocked, which rounds differently; as for ONNX Runtime.
-BUCKET = 1e-5
+# Float32 rounding, of answers around 1 and of the map's scores, which no softmax has bounded. Batch and
+# token count choose how a product is blocked, so that a bucket rounds differently too, by as much.
+EXACT, EXACT_MAP = 1e-5, 2e-5
 CPU = torch.device("cpu")
 CASES = [(1, 2), (3, 17), (4, 50)]
 
@@ -48,12 +50,22 @@ def feeds(batch, tokens, seed=0):
     }
 
 
-def apart(got, want):
+def check_same(got, want, bound=EXACT, map_bound=EXACT_MAP):
+    """Same names, shapes and float32 values, up to rounding."""
     assert got.keys() == want.keys()
     for name, array in got.items():
         assert array.shape == want[name].shape
         assert array.dtype == np.float32
-    return max(float(np.abs(array - want[name]).max()) for name, array in got.items())
+        assert np.abs(array - want[name]).max() <= (map_bound if name == "attention_map" else bound), name
+
+
+def check_near(got, want):
+    """As far apart as an export allows its half precision to be."""
+    assert got.keys() == want.keys()
+    for name, array in got.items():
+        assert array.dtype == np.float32
+        ratio = np.sqrt(np.square(array - want[name]).mean() / np.square(want[name]).mean())
+        assert ratio <= HALF.value, name
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +91,8 @@ def rewrite_manifest(path, **changes):
     del manifest["sha256"]
     for name in manifest["files"]:
         data = (path / name).read_bytes()
-        manifest["files"][name] = {"sha256": _sha256(data), "bytes": len(data)}
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
-
-
-def _sha256(data):
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 def test_it_is_available_after_onnx_runtime():
@@ -103,18 +109,13 @@ def test_it_says_what_it_is(bundle, device):
 @pytest.mark.parametrize("shape", CASES)
 def test_answers_are_onnx_runtimes(name, shape, loaded):
     inputs = feeds(*shape)
-    assert apart(loaded(name).run(inputs), loaded(name, backend="ort").run(inputs)) <= EXACT
+    check_same(loaded(name).run(inputs), loaded(name, backend="ort").run(inputs))
 
 
 def test_half_precision_is_near_onnx_runtimes(name, loaded):
-    """Within the bound that an export holds its own half precision to; the arithmetic here is float32."""
+    """The arithmetic here is float32, the weights are half's."""
     inputs = feeds(4, 24)
-    got, want = loaded(name, "fp16").run(inputs), loaded(name, "fp16", "ort").run(inputs)
-    assert got.keys() == want.keys()
-    for key, array in got.items():
-        assert array.dtype == np.float32
-        ratio = np.sqrt(np.square(array - want[key]).mean() / np.square(want[key]).mean())
-        assert ratio <= HALF.value, key
+    check_near(loaded(name, "fp16").run(inputs), loaded(name, "fp16", "ort").run(inputs))
 
 
 def test_half_precision_bundles_run_in_float32_on_a_cpu(bundle):
@@ -149,16 +150,10 @@ def test_an_answer_does_not_depend_on_its_bucket(name, shape, bucketed, loaded):
     """Padded to its bucket, and to a larger one that held something else before."""
     inputs = feeds(*shape)
     want = loaded(name).run(inputs)
-    assert apart(bucketed.run(inputs, *shape), want) <= BUCKET
-    largest = bucketed._runner(torch_backend_bucket(bucketed))
+    check_same(bucketed.run(inputs, *shape), want)
+    largest = bucketed._runner(bucket_of(6, 60, bucketed._limits))
     largest.run(feeds(6, 60, seed=1), 6, 60)
-    assert apart(largest.run(inputs, *shape), want) <= BUCKET
-
-
-def torch_backend_bucket(bucketed):
-    from engine.backends.buckets import bucket_of
-
-    return bucket_of(6, 60, bucketed._limits)
+    check_same(largest.run(inputs, *shape), want)
 
 
 def test_a_bucket_is_made_once_and_keeps_its_buffers(bucketed):
@@ -186,7 +181,7 @@ def test_buckets_refuse_what_is_beyond_the_limits(bucketed):
 
 
 def in_threads(run, cases, turns):
-    """Answer the cases in eight threads at once; the answers that differ from a serial run."""
+    """Answer the cases in four threads at once; the answers that differ from a serial run."""
     serial = [run(case) for case in cases]
     wrong = []
 
@@ -196,7 +191,7 @@ def in_threads(run, cases, turns):
                 answer = run(case)
                 wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
 
-    workers = [threading.Thread(target=work) for _ in range(8)]
+    workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -243,7 +238,7 @@ def test_read_only_inputs_are_read(loaded, recwarn):
     want = loaded("hammer").run(inputs)
     for array in inputs.values():
         array.setflags(write=False)
-    assert apart(loaded("hammer").run(inputs), want) == 0
+    check_same(loaded("hammer").run(inputs), want, 0, 0)
     assert not recwarn.list
 
 
@@ -282,11 +277,12 @@ def test_a_gpu_beyond_the_last(monkeypatch):
         torch_backend.find_device("cuda:1")
 
 
-def test_int8_bundles_are_for_onnx_runtime(bundle):
+def test_int8_bundles_are_for_onnx_runtime(copied):
+    rewrite_manifest(copied, precision="int8")
     with pytest.raises(
         BackendError, match="runs bundles in fp32 or fp16, got int8; use the backend 'ort', or"
     ):
-        Predictor(bundle("hammer", "int8").path, backend="torch")
+        Predictor(copied, backend="torch")
 
 
 def test_altered_weights_are_found_before_they_are_parsed(copied):
@@ -384,10 +380,9 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
         inputs = feeds(*shape, seed)
         got, want = backend.run(inputs), loaded(name, precision).run(inputs)
         if precision == "fp32":
-            assert apart(got, want) <= 1e-4
-        for key, array in got.items():
-            ratio = np.sqrt(np.square(array - want[key]).mean() / np.square(want[key]).mean())
-            assert ratio <= HALF.value, key
+            check_same(got, want, 1e-4, 1e-4)
+        else:
+            check_near(got, want)
 
 
 @needs_gpu

@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper
 
 from kernels import onnx_ops
+from kernels.bodies import bodies
 
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.int32: TensorProto.INT32}
 
@@ -32,9 +33,7 @@ def body_model(op, inputs, outputs, rank, attributes):
         ],
     )
     opsets = [helper.make_opsetid("", onnx_ops.OPSET), helper.make_opsetid(onnx_ops.DOMAIN, onnx_ops.VERSION)]
-    return helper.make_model(
-        graph, functions=list(onnx_ops.bodies([op])), opset_imports=opsets, ir_version=10
-    )
+    return helper.make_model(graph, functions=list(bodies([op])), opset_imports=opsets, ir_version=10)
 
 
 def run_body(op, inputs, outputs, rank=3, **attributes):

@@ -20,10 +20,13 @@ REGISTERS = 255
 pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("target", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("target", [80, 90, 120])
 def test_every_kernel_compiles_without_spills(target):
-    """In a process of its own, since the interpreter and the compiler exclude each other."""
-    command = [sys.executable, "-m", "kernels.aot", "--json", "--targets", str(target)]
+    """In a process of its own, since the interpreter and the compiler exclude each other.
+
+    All targets and types: `python -m kernels.aot --json`, kept in benchmarks/results/kernels-aot.jsonl.
+    """
+    command = [sys.executable, "-m", "kernels.aot", "--json", "--dtypes", "fp16", "--targets", str(target)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from engine.errors import InputError
 from kernels.attention import GUIDED, MASKED, PLAIN, attention, attention_ref, guided_attention
 
 EXACT = 1e-10
@@ -176,3 +177,31 @@ def test_large_scores_do_not_reach_ignored_keys(drawn, onnx_body):
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]], dtype=torch.int32)
     (out,) = onnx_body(MASKED, arrays(tensors, mask), {"out": TensorProto.FLOAT}, heads=[2], scale=8**-0.5)
     assert apart(out, formula(*tensors, 2, mask)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"heads": 5}, r"query: expected \[B, N, heads \* d\] with 5 heads, got \(2, 3, 8\)"),
+        ({"heads": 0}, "query: expected .* with 0 heads"),
+        ({"query": torch.zeros(3, 8)}, r"query: expected \[B, N, heads \* d\] with 2 heads, got \(3, 8\)"),
+        ({"key": torch.zeros(2, 4, 9)}, r"key: expected the shape \(2, 4, 8\), got \(2, 4, 9\)"),
+        ({"value": torch.zeros(2, 5, 8)}, r"value: expected the shape \(2, 4, 8\), got \(2, 5, 8\)"),
+        (
+            {"value": torch.zeros(2, 4, 8).half()},
+            "value: expected torch.float32 as the rest, got torch.float16",
+        ),
+        ({"key": torch.zeros(2, 4, 8, device="meta")}, "key: expected it on cpu as the rest, got meta"),
+        ({"mask": torch.ones(2, 3).long()}, r"mask: expected the shape \(2, 4\), got \(2, 3\)"),
+        ({"mask": torch.ones(2, 4)}, "mask: expected integers, 1 valid and 0 ignored, got torch.float32"),
+    ],
+)
+def test_bad_inputs_are_named(changed, message):
+    good = {
+        "query": torch.zeros(2, 3, 8),
+        "key": torch.zeros(2, 4, 8),
+        "value": torch.zeros(2, 4, 8),
+        "heads": 2,
+    }
+    with pytest.raises(InputError, match=message):
+        attention(**{**good, **changed})

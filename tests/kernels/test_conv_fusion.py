@@ -110,3 +110,14 @@ def test_onnx_body_in_half_precision(drawn, onnx_body, rms):
     (got,) = onnx_body(NAME, named(tensors), {"out": TensorProto.FLOAT16})
     assert got.dtype == np.float16
     assert rms(got, conv_fusion_ref(*(x.double() for x in tensors))) <= 5e-3
+
+
+def test_two_branches_are_added(drawn, onnx_body, normal):
+    """A second set of kernels beside the first, in torch and in the body; tokens are blurred once."""
+    image, tokens, weight, bias = drawn(1, 16, 7, torch.float32)
+    other = normal(*weight.shape, seed=8, dtype=torch.float32) / 10
+    both = (image, tokens, torch.cat([weight, other]), torch.cat([bias, -bias]))
+    want = formula(image, tokens, weight, bias) + formula(image, 0 * tokens, other, -bias)
+    assert np.abs(conv_fusion(*both).numpy() - want).max() <= 1e-5
+    (got,) = onnx_body(NAME, named(both), {"out": TensorProto.FLOAT})
+    assert np.abs(got - want).max() <= 1e-5

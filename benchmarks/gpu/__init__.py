@@ -1,0 +1,1 @@
+"""The proof on a GPU: `python -m benchmarks.gpu --out DIR`."""
