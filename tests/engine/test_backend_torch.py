@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,8 +18,8 @@ import torch
 from engine import Bundle, Predictor, backends
 from engine.backends import graphs
 from engine.backends import torch as torch_backend
-from engine.backends.buckets import bucket_of
-from engine.backends.graphs import BucketedRunner
+from engine.backends.buckets import Bucket, bucket_of
+from engine.backends.graphs import BucketedRunner, BucketRunner
 from engine.errors import BackendError, BundleError
 from engine.manifest import Limits, manifest_digest
 from export.verify import HALF
@@ -365,6 +366,75 @@ def test_a_failing_run_is_a_backend_error(bundle, monkeypatch):
     monkeypatch.setattr(graphs, "answers_of", fail)
     with pytest.raises(BackendError, match=r"torch failed on inputs of shape .*\[1, 4\].*: no room"):
         backend.run(feeds(1, 4))
+
+
+class FakeCuda:
+    """torch.cuda as far as a capture needs it: a graph that answers again, and a log of what was asked."""
+
+    def __init__(self, failures=0):
+        self.log, self.failures, self.runner = [], failures, None
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        assert graph is self
+        assert stream is self
+        assert capture_error_mode == "thread_local"
+        assert torch.is_inference_mode_enabled()
+        if self.failures:
+            self.failures -= 1
+            raise torch.OutOfMemoryError("no room")
+        self.log.append("capture")
+        yield
+
+    def CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.log.append("replay")
+        for name, x in graphs.answers_of(self.runner._model, self.runner._inputs).items():
+            self.runner._outputs[name].copy_(x)
+
+
+@pytest.fixture
+def captured(bundle, monkeypatch):
+    """A bucket of (2, 32) that captures, with as many failures first as asked for."""
+
+    def make(failures=0):
+        fake = FakeCuda(failures)
+        for part in ("stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, part, getattr(fake, part))
+        model = torch_backend.load_network(Bundle.open(bundle("asap", "fp32").path), CPU)
+        fake.runner = BucketRunner(model, Bucket(2, 32), CPU)
+        fake.runner._stream = fake
+        return fake
+
+    return make
+
+
+def test_a_bucket_is_captured_once_after_warming_up(captured, loaded, monkeypatch):
+    cases = [feeds(*shape, seed) for seed, shape in enumerate([(1, 20), (2, 32), (1, 2)])]
+    wanted = [loaded("asap").run(case) for case in cases]
+    fake, run, flag = captured(), graphs.answers_of, torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(graphs, "answers_of", lambda *x: fake.log.append("pass") or run(*x))
+    for case, want in zip(cases, wanted, strict=True):
+        check_same(fake.runner.run(case, *case["input_ids"].shape), want)
+    turn = ["replay", "pass", "synchronize"]
+    assert fake.log == ["pass"] * 3 + ["synchronize", "capture", "pass", *turn, *turn, *turn]
+    assert torch.backends.cudnn.allow_tf32 == flag
+
+
+def test_a_failed_capture_is_tried_again(captured, loaded):
+    fake, inputs = captured(failures=1), feeds(2, 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        fake.runner.run(inputs, 2, 20)
+    check_same(fake.runner.run(inputs, 2, 20), loaded("asap").run(inputs))
+    assert fake.log.count("capture") == 1
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
