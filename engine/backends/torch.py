@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_DEVICE = re.compile(r"(cpu|cuda)(?::(\d+))?")
+_DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
 
 
 def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend:
     """Verify and load the bundle's `model.safetensors`; raises BackendError or BundleError.
 
-    `device` is "auto" (a GPU where torch finds one), "cpu", "cuda" or "cuda:N"; `threads` counts on the CPU.
+    `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N"; `threads`, of
+    the CPU's products, is torch's number for the whole process.
     """
     precision = bundle.manifest.precision
     if precision not in _DTYPES:
@@ -46,13 +47,13 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend:
 def find_device(name: str) -> torch.device:
     """The device that `name` means on this machine; raises BackendError where it has none of that name."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and jit.triton is not None else "cpu"
     match = _DEVICE.fullmatch(name)
-    if match is None or name.startswith("cpu:"):
+    if match is None:
         raise BackendError(
             f"the backend 'torch' runs on device 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}"
         )
-    if match[1] == "cpu":
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
@@ -62,7 +63,7 @@ def find_device(name: str) -> torch.device:
         )
     if jit.triton is None:
         raise BackendError(f"device {name!r} needs Triton, which is not installed; install it or use 'cpu'")
-    index = torch.cuda.current_device() if match[2] is None else int(match[2])
+    index = torch.cuda.current_device() if match[1] is None else int(match[1])
     if index >= torch.cuda.device_count():
         raise BackendError(f"device {name!r}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return torch.device("cuda", index)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,14 +206,16 @@ def test_threads_agree_bit_for_bit(loaded):
     assert in_threads(loaded("asap").run, cases, 2) == []
 
 
-def test_threads_agree_bit_for_bit_in_buckets(bucketed):
-    """Two cases share a bucket, one has its own."""
+def test_threads_agree_bit_for_bit_in_buckets(bucketed, monkeypatch):
+    """Two cases share a bucket, one has its own; each waits between its inputs and its answers."""
     cases = [feeds(1, 5), feeds(1, 9, seed=1), feeds(2, 20, seed=2)]
+    answers_of = graphs.answers_of
+    monkeypatch.setattr(graphs, "answers_of", lambda *x: time.sleep(0.02) or answers_of(*x))
 
     def run(case):
         return bucketed.run(case, *case["input_ids"].shape)
 
-    assert in_threads(run, cases, 2) == []
+    assert in_threads(run, cases, 1) == []
 
 
 def test_the_number_of_threads_is_the_one_given(loaded):
@@ -273,7 +276,10 @@ def test_a_gpu_beyond_the_last(monkeypatch):
     assert torch_backend.find_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(BackendError, match="device 'cuda:2': expected cuda:0 to cuda:1"):
         torch_backend.find_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert torch_backend.find_device("auto") == torch_backend.find_device("cuda") == torch.device("cuda", 1)
     monkeypatch.setattr(torch_backend.jit, "triton", None)
+    assert torch_backend.find_device("auto") == CPU
     with pytest.raises(BackendError, match="device 'cuda:1' needs Triton, which is not installed"):
         torch_backend.find_device("cuda:1")
 

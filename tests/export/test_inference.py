@@ -98,6 +98,13 @@ def test_cals_projects_the_caption_once(tiny):
     assert len(calls) == 1
 
 
+def test_cals_has_one_aggregator_for_two_queries(tiny):
+    branch = to_precision(rewrite(tiny("cals")), torch.float16).branch
+    assert branch.refined_pool.norm is branch.pool.norm
+    assert branch.refined_pool.out is branch.pool.out
+    assert not torch.equal(branch.refined_pool.query, branch.pool.query)
+
+
 def test_fusion_layers_share_one_product_when_stacked(name, tiny):
     model = tiny(name)
     stacked, single = rewrite(model, True).text, rewrite(model, False).text
