@@ -24,6 +24,8 @@ from dgm4.config import MODEL_NAMES, ModelConfig
 from dgm4.model import Detector
 from dgm4.shipped import demo_checkpoint, demo_record
 from engine.errors import BackendError, VerificationError
+from engine.network.config import NetworkConfig
+from engine.network.model import InferenceModel, to_precision
 from engine.text import CaptionTokenizer
 from export import trt
 from export.bundle import BundleWriter
@@ -32,7 +34,7 @@ from export.card import model_card
 from export.digest import sha256_of
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
-from export.inference import InferenceModel, rewrite, to_precision
+from export.inference import rewrite
 from export.onnx import data_of, export_onnx
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
@@ -280,7 +282,7 @@ def _trace_and_quantize(
     data_of(floating).unlink()
 
 
-def _read_calibration(run: _Run, data: Path, config: ModelConfig, tokenizer: Path) -> PairReader:
+def _read_calibration(run: _Run, data: Path, config: NetworkConfig, tokenizer: Path) -> PairReader:
     """Draw the pairs and note them for the manifest."""
     options = run.options
     words = CaptionTokenizer(tokenizer, MAX_WORDS, min(LONGEST_CAPTION, options.max_tokens))
