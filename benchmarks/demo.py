@@ -14,25 +14,38 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.machine import describe_machine
-from dgm4.config import model_config
+from dgm4.config import TYPES, model_config
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
-from dgm4.metrics import Answers, bootstrap, bootstrap_difference, per_type, summarise
+from dgm4.metrics import (
+    TOKEN_PADDING,
+    Answers,
+    bootstrap,
+    bootstrap_difference,
+    box_iou,
+    per_type,
+    summarise,
+)
 from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE, release
 from dgm4.training.answers import collect
 from dgm4.training.options import TrainOptions, read_recipe
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
-from engine.text import CaptionTokenizer
+from engine.text import CaptionTokenizer, clean_caption
+from export.gate import GATED
 from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
 
 RESULT = Path(__file__).resolve().parent / "results" / "demo.json"
+SAMPLE_CLASS = "face_swap&text_attribute"
+GOOD_BOX = 0.7
 ABLATIONS = {
     "asap-no-guidance": ("asap", {"guidance": False}),
     "cals-no-glrm": ("cals", {"refinement": False}),
@@ -88,17 +101,19 @@ def tokenizer_of(folder: Path) -> CaptionTokenizer:
 
 
 def judge(run: str, out: Path, data: PairDataset) -> Answers:
-    """Answers of a run's best checkpoint to the test split, in float32."""
+    """Answers of a run's best checkpoint to `data`, in float32 with the weights that ship: float16's."""
     trainee = make_trainee(recipe(run), model_config("asap", "tiny").vocabulary)
     load_released(trainee, read_snapshot(out / BEST)["model"])
-    trainee.eval()
+    trainee.half().float().eval()
     return collect(trainee.predict, data, 32, torch.device("cpu"))
 
 
 def scores(answers: Answers) -> dict[str, Any]:
-    """Metrics with their 95 % intervals, and those of every type."""
+    """Metrics with their 95 % intervals, those of every type, and the IoU where there is a box to find."""
+    face = (answers.true_box != 0).any(1)
     return {
         "metrics": summarise(*answers),
+        "face_iou": float(box_iou(answers.pred_box[face], answers.true_box[face]).mean()),
         "intervals": bootstrap(answers),
         "types": per_type(answers.labels, answers.logits_multicls),
     }
@@ -112,24 +127,62 @@ def training_record(run: str, out: Path) -> dict[str, Any]:
     return {"recipe": recipe(run).to_dict(), "seconds": seconds, "best_epoch": best, "epochs": len(lines)}
 
 
-def pick_sample(samples: list[Sample]) -> Sample:
-    """The first test pair with a swapped face and a flipped mood word: chosen by class, not by the answer."""
-    wanted = "face_swap&text_attribute"
-    return next(sample for sample in samples if sample.fake_cls == wanted)
+def pick_sample(answers: Answers) -> tuple[int, dict[str, Any]]:
+    """The first pair of SAMPLE_CLASS that is answered right, and how many of its class are.
+
+    Right: the box overlaps the true one by more than GOOD_BOX, every word and the four types are as
+    annotated. Raises ValueError where none is.
+    """
+    boxes = box_iou(answers.pred_box, answers.true_box) > GOOD_BOX
+    said = answers.logits_tok.argmax(-1)
+    words = ((said == answers.token_labels) | (answers.token_labels == TOKEN_PADDING)).all(1)
+    true = np.array([[name in label.split("&") for name in TYPES] for label in answers.labels])
+    types = ((answers.logits_multicls >= 0) == true).all(1)
+    of_class = answers.labels == SAMPLE_CLASS
+    right = np.flatnonzero(of_class & boxes & words & types)
+    if not len(right):
+        raise ValueError(f"no pair of class {SAMPLE_CLASS} is answered right")
+    return int(right[0]), {"answered_right": len(right), "of": int(of_class.sum())}
 
 
-def ship(work: Path, result: dict[str, Any], samples: list[Sample]) -> None:
+def ship(work: Path, result: dict[str, Any], samples: list[Sample], answers: Answers) -> None:
     """Write weights, record and sample into the package."""
-    record: dict[str, Any] = {"data": "sample set, test split", "networks": {}}
+    record: dict[str, Any] = {"data": "sample set, test split", "pairs": len(samples), "networks": {}}
     for name in ("hammer", "asap", "cals"):
-        metadata = {"network": name, "training": json.dumps(result["runs"][name]["training"])}
+        # One entry: safetensors writes several in no fixed order.
+        metadata = {"demo": json.dumps({"network": name, **result["runs"][name]["training"]})}
         size = release(work / name / BEST, DEMO / f"{name}.safetensors", metadata)
         record["networks"][name] = {"bytes": size, **result["runs"][name]}
-    sample = pick_sample(samples)
+    index, right = pick_sample(answers)
+    sample = samples[index]
     shutil.copyfile(sample.picture, SAMPLE)
-    truth = {"fake_cls": sample.fake_cls, "box": sample.box, "fake_words": sample.fake_words}
-    record["sample"] = {"id": sample.id, "text": sample.text, **truth}
+    words = clean_caption(sample.text).text.split(" ")
+    changed = [words[i] for i in sample.fake_words]
+    truth = {"fake_cls": sample.fake_cls, "box": sample.box, "words": changed}
+    record["sample"] = {"id": sample.id, "text": sample.text, **truth, **right}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The README's table: each run's metrics in percent; what each ablation changed, with its interval."""
+    head = ["run", *GATED, "IoU where a face", "training"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for run, record in result["runs"].items():
+        cells = [f"{100 * record['metrics'][name]:.1f}" for name in GATED]
+        cells += [f"{100 * record['face_iou']:.1f}", f"{record['training']['seconds'] / 60:.0f} min"]
+        lines.append("| " + " | ".join([run, *cells]) + " |")
+    for run, intervals in result["ablations"].items():
+        whole = ABLATIONS[run][0]
+        ours, ablated = (result["runs"][name]["metrics"] for name in (whole, run))
+        cells = [_change(ours[name], ablated[name], intervals[name]) for name in GATED]
+        lines.append("| " + " | ".join([f"{whole} against {run}", *cells, "", ""]) + " |")
+    return "\n".join(lines)
+
+
+def _change(ours: float, ablated: float, interval: Sequence[float]) -> str:
+    """Difference in points with its interval."""
+    low, high = (100 * x for x in interval)
+    return f"{100 * (ours - ablated):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def main() -> None:
@@ -172,8 +225,8 @@ def main() -> None:
     }
     if options.ship:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        ship(options.work, result, samples)
-    print(json.dumps({run: record["metrics"] for run, record in runs.items()}, indent=1))
+        ship(options.work, result, samples, answers["asap"])
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -116,12 +116,12 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
         return "Not measured: `dgm4 evaluate` on annotated pairs does it."
     parts = []
     for record in records:
+        sides = {"metrics": "this bundle", "reference": "float32 network"}
+        sides = {side: title for side, title in sides.items() if record[side]}
         names = record["metrics"] or record["reference"]
-        rows = [
-            (name, *(_percent(record[side].get(name)) for side in ("metrics", "reference"))) for name in names
-        ]
+        rows = [(name, *(_percent(record[side].get(name)) for side in sides)) for name in names]
         head = f"{record['source']}, {record['pairs']} pairs, in percent."
-        parts.append(head + "\n\n" + _table(("metric", "this bundle", "float32 network"), rows))
+        parts.append(head + "\n\n" + _table(("metric", *sides.values()), rows))
     return "\n\n".join(parts)
 
 

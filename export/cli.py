@@ -88,6 +88,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else drawn weights"
     )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
+    verb.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
     verb.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
     verb.add_argument(
         "--max-batch", type=_positive, default=32, metavar="N", help="largest batch (%(default)s)"

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         ExportOptions(
             out=options.out or _default_out(options),
             model=options.model,
-            checkpoint=options.checkpoint,
+            checkpoint=_checkpoint(options),
             size=options.size,
             precision=options.precision,
             max_batch=options.max_batch,
@@ -51,13 +51,22 @@ def run(options: argparse.Namespace) -> int:
         report,
     )
     out = options.out or _default_out(options)
-    answer = _try(out)
+    answer = _try(out, manifest["weights"]["sha256"])
     if options.json:
         record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
         sys.stdout.write(json.dumps({**record, "sample": answer}, allow_nan=False) + "\n")
     elif answer is not None:
         sys.stdout.write(_summary(answer))
     return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> Path | None:
+    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise."""
+    if options.checkpoint is not None or options.drawn or options.size == "base":
+        return options.checkpoint
+    from dgm4.shipped import demo_checkpoint
+
+    return demo_checkpoint(options.model or "asap")
 
 
 def _default_out(options: argparse.Namespace) -> Path:
@@ -78,20 +87,24 @@ def _line(stage: Any) -> str:
     return f"{stage.name:<10}{stage.seconds:7.1f} s  {stage.text}{distances}\n"
 
 
-def _try(bundle: Path) -> dict[str, Any] | None:
-    """Run the finished bundle once on the sample photograph, as production would."""
+def _try(bundle: Path, weights: str | None) -> dict[str, Any] | None:
+    """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
     from engine import Predictor
-    from export.sample import SAMPLE_CAPTION, sample_picture
+    from export.sample import choose_sample
 
-    picture = sample_picture()
-    if picture is None:
+    sample = choose_sample(weights)
+    if sample is None:
         sys.stderr.write(
             "sample            none: scikit-image, which ships the photograph, is not installed\n"
         )
         return None
     with Predictor(bundle) as predictor:
         predictor.warm_up()
-        return {"picture": picture.name, **predictor.predict(picture, SAMPLE_CAPTION).to_dict(heatmap=False)}
+        answer = predictor.predict(sample.picture, sample.caption)
+    drawn = bundle.with_name(f"{bundle.name}-sample.png")
+    answer.plot(drawn)
+    known = {"picture": sample.picture.name, "truth": sample.truth, "drawn": str(drawn)}
+    return {**known, **answer.to_dict(heatmap=False)}
 
 
 def _summary(answer: dict[str, Any]) -> str:
@@ -106,7 +119,9 @@ def _summary(answer: dict[str, Any]) -> str:
         f"  types    {types}",
         f"  box      {box} (pixels of the picture: x1, y1, x2, y2)",
         f"  words    {marked}",
+        *([f"  truth    {answer['truth']}"] if answer["truth"] else []),
         f"  timing   {timing} (ms)",
+        f"  drawn    {answer['drawn']}",
         *(f"  warning  {warning}" for warning in answer["warnings"]),
     ]
     return "\n".join(lines) + "\n"

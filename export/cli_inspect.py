@@ -12,7 +12,17 @@ from typing import Any
 from engine.backends import available, usable_cores
 from engine.bundle import Bundle
 
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "onnx", "tokenizers", "pillow", "numpy")
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "triton",
+    "safetensors",
+    "onnx",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
 
 
 def inspect(options: argparse.Namespace) -> int:

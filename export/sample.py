@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
+
+from dgm4.config import MODEL_NAMES
+from dgm4.shipped import demo_checkpoint, demo_record, demo_sample
+from export.digest import sha256_of
 
 _SAMPLE_PACKAGE, _SAMPLE = "scikit-image", "astronaut.png"
 SAMPLE_CAPTION = "Astronaut Eileen Collins smiles in front of the flag and a model of the shuttle"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair to try a bundle on; `truth` says in one line what was done to it, where that is known."""
+
+    picture: Path
+    caption: str
+    truth: str | None = None
+
+
+def choose_sample(weights: str | None) -> Sample | None:
+    """The demo's pair for the demo's weights (by SHA-256), else a photograph, or None without it."""
+    if weights is not None and weights in {sha256_of(demo_checkpoint(name)) for name in MODEL_NAMES}:
+        picture, caption = demo_sample()
+        known = demo_record()["sample"]
+        words = " ".join(known["words"])
+        return Sample(picture, caption, f"{known['fake_cls']}, box {known['box']}, words: {words}")
+    photograph = sample_picture()
+    return None if photograph is None else Sample(photograph, SAMPLE_CAPTION)
 
 
 def sample_picture() -> Path | None:

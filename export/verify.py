@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgm4.config import ModelConfig
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
 from engine.errors import VerificationError
-from export.onnx import example_inputs, outputs_of
+from export.onnx import Config, example_inputs, outputs_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -65,15 +64,13 @@ class Difference:
         return asdict(self)
 
 
-def case_inputs(
-    config: ModelConfig, cases: Sequence[tuple[int, int]] = CASES
-) -> list[dict[str, torch.Tensor]]:
+def case_inputs(config: Config, cases: Sequence[tuple[int, int]] = CASES) -> list[dict[str, torch.Tensor]]:
     """Draw the inputs of every case, the same at each call."""
     return [example_inputs(config, batch, tokens, seed=i) for i, (batch, tokens) in enumerate(cases)]
 
 
 def torch_answers(
-    model: torch.nn.Module, config: ModelConfig, cases: Sequence[tuple[int, int]] = CASES
+    model: torch.nn.Module, config: Config, cases: Sequence[tuple[int, int]] = CASES
 ) -> list[Arrays]:
     """Let a network of torch answer the cases, as named NumPy arrays."""
     names = outputs_of(config)
@@ -84,7 +81,7 @@ def torch_answers(
         ]
 
 
-def onnx_answers(path: Path, config: ModelConfig, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
+def onnx_answers(path: Path, config: Config, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
     """Let ONNX Runtime answer every case, or `feeds` instead, from the graph at `path`, on the CPU."""
     session = load_session(path, usable_cores())
     names = outputs_of(config)

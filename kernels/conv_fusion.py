@@ -10,7 +10,7 @@ and blur is [1/64, 31/32, 1/64] along both axes with replicated edges. The [CLS]
 Saves the [B, D, S, S] tensor: 201 MB a picture in float32 at D = 768, S = 256.
 
 Shapes: image [B, 3, S, S]; tokens [B, 1+G*G, D]; weight [4*D, 3, 6, 6]; bias [4*D].
-Source: the released network of CALS; derivation in export/rewrite.py.
+Source: the released network of CALS; derivation in engine/network/fold.py.
 """
 
 from __future__ import annotations

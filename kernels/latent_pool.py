@@ -2,8 +2,8 @@
 
     n = LayerNorm(tokens);  weights = softmax over patches of n @ query^T;  out_h = sum_p weights[p, h] n[p]
 
-The query of head h already holds the key projection (see export/rewrite.py), so no key is ever
-computed, and the value projection follows on H vectors instead of P.
+The query of head h already holds the key projection (see engine/network/fold.py), so no key is
+ever computed, and the value projection follows on H vectors instead of P.
 Shapes: tokens [B, P, D]; weight and bias of the norm [D]; query [H, D]; answer [B, H, D].
 Softmax and norm are in float32.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -90,6 +91,23 @@ def tiny():
     import dgm4
 
     return lambda name, dtype=None, seed=1: dgm4.seeded_model(name, "tiny", seed).to(dtype or None)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """Export a tiny bundle by name and precision, without an engine: .path, .manifest and .stages."""
+
+    @functools.cache
+    def export(name, precision):
+        from export.options import ExportOptions
+        from export.pipeline import export_bundle
+
+        out = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
+        stages = []
+        options = ExportOptions(out=out, model=name, size="tiny", precision=precision, engine=False)
+        return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
+
+    return export
 
 
 @pytest.fixture(params=NAMES)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import capture, time_ms
 from benchmarks.published import Published
-from dgm4.model import Output
 from dgm4.seeded import seeded_model
-from export.inference import InferenceModel, rewrite, to_precision
+from engine.network.model import InferenceModel, Output, to_precision
+from export.inference import rewrite
 
 BATCHES = (1, 8, 64, 256)
 TOKENS = (24, 50)
@@ -27,6 +27,7 @@ GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
 LARGEST_PUBLISHED = 64  # CALS holds 201 MB a picture in each of several tensors
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+Answers = tuple[Tensor | None, ...]  # an Output, of the trained network or of ours
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Variant:
     """A way to run a network; `build` gives a callable on the device."""
 
     name: str
-    build: Callable[[str], Callable[..., Output]]
+    build: Callable[[str], Callable[..., Answers]]
     graphed: bool
 
 
@@ -46,10 +47,10 @@ def inputs(batch: int, tokens: int, device: str = "cuda") -> Inputs:
     return image, ids, torch.ones_like(ids)
 
 
-def published(dtype: torch.dtype, compiled: bool = False) -> Callable[[str], Callable[..., Output]]:
+def published(dtype: torch.dtype, compiled: bool = False) -> Callable[[str], Callable[..., Answers]]:
     """The published form, cast whole as its users do."""
 
-    def build(name: str) -> Callable[..., Output]:
+    def build(name: str) -> Callable[..., Answers]:
         model = Published(seeded_model(name)).to("cuda", dtype)
         run = torch.compile(model, mode="max-autotune") if compiled else model
         return lambda image, ids, mask: run(image.to(dtype), ids, mask)
@@ -71,7 +72,7 @@ VARIANTS = (
 )
 
 
-def distance(found: Output, exact: Output) -> dict[str, float]:
+def distance(found: Answers, exact: Answers) -> dict[str, float]:
     """RMS of the difference over RMS of the float32 answer, by output."""
     pairs = zip(Output._fields, found, exact, strict=True)
     return {

@@ -14,9 +14,10 @@ from engine.errors import BackendError
 if TYPE_CHECKING:
     from engine.bundle import Bundle
 
-# name -> (library that must be installed, module with `create(bundle, device, threads)`), the best one first.
-_BACKENDS = {
-    "ort": ("onnxruntime", "engine.backends.ort"),
+# name -> (libraries that must be installed, module with `create(bundle, device, threads)`), best one first.
+_BACKENDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "ort": (("onnxruntime",), "engine.backends.ort"),
+    "torch": (("torch", "safetensors"), "engine.backends.torch"),
 }
 
 
@@ -40,8 +41,8 @@ class _Module(Protocol):
 
 
 def available() -> list[str]:
-    """Names of the backends whose library is installed, the best one first; imports none of them."""
-    return [name for name, (library, _) in _BACKENDS.items() if importlib.util.find_spec(library)]
+    """Names of the backends whose libraries are installed, the best one first; imports none of them."""
+    return [name for name in _BACKENDS if not _missing(name)]
 
 
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
@@ -57,13 +58,13 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         name = present[0]
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
-    library, module = _BACKENDS[name]
     if name not in present:
-        raise BackendError(f"the backend {name!r} needs {library}, which is not installed")
+        needed = " and ".join(_missing(name) or _BACKENDS[name][0])
+        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
     cores = usable_cores()
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
-    return cast(_Module, importlib.import_module(module)).create(bundle, device, threads)
+    return cast(_Module, importlib.import_module(_BACKENDS[name][1])).create(bundle, device, threads)
 
 
 def usable_cores() -> int:
@@ -73,5 +74,10 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _missing(name: str) -> list[str]:
+    """The libraries of a backend that are not installed."""
+    return [library for library in _BACKENDS[name][0] if not importlib.util.find_spec(library)]
+
+
 def _libraries() -> str:
-    return ", ".join(sorted({library for library, _ in _BACKENDS.values()}))
+    return ", ".join(" with ".join(libraries) for libraries, _ in _BACKENDS.values())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 import dgm4
-from dgm4.shipped import demo_checkpoint, release
+from dgm4 import shipped
+from dgm4.shipped import RECORD, demo_checkpoint, demo_record, demo_sample, release
 from dgm4.training.options import TrainOptions
 from dgm4.training.snapshot import released_state
 from dgm4.training.trainer import make_trainee
@@ -58,3 +60,33 @@ def test_a_weight_beyond_float16_is_refused(checkpoint, tmp_path):
 def test_only_the_three_networks_are_known():
     with pytest.raises(InputError, match="unknown network 'clip'"):
         demo_checkpoint("clip")
+
+
+@pytest.mark.parametrize("name", dgm4.MODEL_NAMES)
+def test_the_demo_is_small_trained_and_on_record(name):
+    """Its record is that of a network that has learnt, on a set that is not trivial."""
+    path, record = demo_checkpoint(name), demo_record()["networks"][name]
+    assert path.stat().st_size == record["bytes"] <= LARGEST
+    network = dgm4.load_checkpoint(path)
+    assert (network.config.name, network.config.size) == (name, "tiny")
+    assert 0.85 <= record["metrics"]["AUC"] <= 0.98
+    assert record["training"]["epochs"] == record["training"]["recipe"]["epochs"]
+
+
+def test_the_demo_sample_is_a_manipulated_pair():
+    picture, caption = demo_sample()
+    truth = demo_record()["sample"]
+    assert truth["fake_cls"] == "face_swap&text_attribute"
+    assert set(truth["words"]) <= set(caption.lower().replace(".", "").split())
+    with Image.open(picture) as opened:
+        left, top, right, bottom = truth["box"]
+        assert 0 <= left < right <= opened.width
+        assert 0 <= top < bottom <= opened.height
+
+
+@pytest.mark.parametrize("missing", ["asap.safetensors", RECORD.name])
+def test_a_missing_file_is_told(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "DEMO", tmp_path)
+    monkeypatch.setattr(shipped, "RECORD", tmp_path / RECORD.name)
+    with pytest.raises(CheckpointError, match=f"{missing}: the demo.* not there"):
+        demo_record() if missing == RECORD.name else demo_checkpoint("asap")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import threading
 
 import numpy as np
@@ -51,6 +52,16 @@ def test_no_library(bundle_dir, monkeypatch):
         Predictor(bundle_dir)
     with pytest.raises(BackendError, match="needs onnxruntime, which is not installed"):
         Predictor(bundle_dir, backend="ort")
+
+
+def test_a_library_beside_torch_is_named(bundle_dir, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
+    )
+    assert backends.available() == ["ort"]
+    with pytest.raises(BackendError, match="the backend 'torch' needs safetensors, which is not installed"):
+        Predictor(bundle_dir, backend="torch")
 
 
 def test_threads_must_be_positive(bundle_dir):

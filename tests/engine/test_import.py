@@ -9,7 +9,8 @@ import pytest
 
 import engine
 
-SOURCES = sorted(Path(engine.__file__).parent.rglob("*.py"))
+ROOT = Path(engine.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def loaded_after(code: str) -> set[str]:
@@ -36,6 +37,19 @@ def test_imports_point_one_way(path):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not {name.split(".")[0] for name in names} & {"dgm4", "export", "benchmarks", "tests"}
+
+
+def test_torch_stays_where_it_runs():
+    """Torch and the kernels, which import it: in the network and in the backend of that name alone."""
+    importing = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.split(".")[0] for name in names} & {"torch", "kernels"}:
+                importing.add(path.relative_to(ROOT).as_posix())
+    network = {name for name in importing if name.startswith("network/")}
+    assert importing - network == {"backends/torch.py", "backends/graphs.py"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -35,23 +35,6 @@ def exported(tiny, bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
-    """Export a tiny bundle by name and precision, without an engine: .path, .manifest and .stages."""
-
-    @functools.cache
-    def export(name, precision):
-        from export.options import ExportOptions
-        from export.pipeline import export_bundle
-
-        out = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
-        stages = []
-        options = ExportOptions(out=out, model=name, size="tiny", precision=precision, engine=False)
-        return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
-
-    return export
-
-
-@pytest.fixture(scope="session")
 def linear_calls():
     """Count how often Linear layers run in one answer of a network: of the box head, and of all others."""
 

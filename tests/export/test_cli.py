@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dgm4.shipped import demo_record
 from export import cli, pipeline
 from export.verify import Tolerance
 
@@ -22,6 +23,14 @@ SCRIPT = ROOT / "export" / "to_trt.py"
 
 def export(out, *arguments):
     return ["export", "--model", "hammer", "--target", "none", "--out", str(out), *arguments]
+
+
+def box_overlap(one, other):
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    left, top, right, bottom = (f(a, b) for f, a, b in zip((max, max, min, min), one, other, strict=True))
+    shared = max(0, right - left) * max(0, bottom - top)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
+    return shared / (sum(areas) - shared)
 
 
 def failed(capsys, arguments, code):
@@ -175,7 +184,7 @@ def test_doctor_as_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["cores"] >= 1
-    assert "ort" in record["backends"]
+    assert record["backends"] == ["ort", "torch"]
     assert record["packages"]["torch"]
     assert set(record["builders"]) == {"tensorrt", "tensorrt_rtx"}
     assert all(isinstance(builder["usable"], bool) for builder in record["builders"].values())
@@ -200,8 +209,34 @@ def test_the_script_works_from_another_folder(tmp_path):
     assert record["manifest"]["model"]["name"] == "asap"
     assert [stage["stage"] for stage in record["stages"]][:2] == ["load", "tokenizer"]
     assert 0 <= record["sample"]["score"] <= 1
-    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "here-sample.png"}
     assert "Warning" not in done.stderr
+
+
+def test_without_an_argument_the_trained_demo_finds_the_face_and_the_words(tmp_path, capsys, monkeypatch):
+    """ASAP on the pair that ships: the box lies on the swapped face, the changed words alone are marked."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "--target", "none", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["bundle"] == "bundle-asap-tiny-fp32"
+    assert record["manifest"]["weights"]["trained"] is True
+    sample, truth = record["sample"], demo_record()["sample"]
+    assert sample["warnings"] == []
+    assert sample["manipulated"]
+    assert [word["text"].lower() for word in sample["words"] if word["manipulated"]] == truth["words"]
+    assert box_overlap(sample["box"], truth["box"]) > 0.5
+    known = demo_record()["networks"]["asap"]["metrics"]
+    assert record["manifest"]["accuracy"][0]["reference"] == known
+    assert f"{100 * known['AUC']:.2f}" in (tmp_path / record["bundle"] / "README.md").read_text()
+
+
+def test_drawn_weights_on_request(tmp_path, capsys):
+    out = tmp_path / "bundle"
+    assert cli.main(["export", "--model", "asap", "--drawn", "--target", "none", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("astronaut.png: ")
+    assert "warning  untrained_weights: the scores mean nothing" in printed
+    assert str(out) + "-sample.png" in printed
 
 
 def test_the_script_shows_its_help_from_another_folder(tmp_path):

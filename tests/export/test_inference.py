@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dgm4.layers import padding_bias
-from export.inference import InferenceCAFormer, rewrite, to_precision
+from engine.network.model import to_precision
+from export.inference import rewrite
 from export.onnx import example_inputs
 
 EXACT = 1e-10
@@ -55,11 +56,11 @@ def test_float32_answers_stay_near(name, tiny):
 
 def test_both_streams_as_one_batch(tiny):
     """Rewrite 4, with the fold of rewrite 2."""
-    vision = tiny("cals", torch.float64).visual_encoder
+    model = tiny("cals", torch.float64)
     image = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode():
-        fused, plain = InferenceCAFormer(vision)(image)
-        want = vision(image)
+        fused, plain = rewrite(model).vision(image)
+        want = model.visual_encoder(image)
     assert apart((fused, plain), want) <= EXACT
     assert (fused - plain).abs().max() > 0.1, "the streams differ, or the test proves nothing"
 
@@ -95,6 +96,13 @@ def test_cals_projects_the_caption_once(tiny):
     with torch.inference_mode():
         inference(**padded(inference.config, torch.float32))
     assert len(calls) == 1
+
+
+def test_cals_has_one_aggregator_for_two_queries(tiny):
+    branch = to_precision(rewrite(tiny("cals")), torch.float16).branch
+    assert branch.refined_pool.norm is branch.pool.norm
+    assert branch.refined_pool.out is branch.pool.out
+    assert not torch.equal(branch.refined_pool.query, branch.pool.query)
 
 
 def test_fusion_layers_share_one_product_when_stacked(name, tiny):

@@ -16,7 +16,8 @@ import dgm4
 from engine import Predictor
 from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
-from export import inference, pipeline, sample
+from engine.network import released
+from export import pipeline, sample
 from export.onnx import example_inputs, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
@@ -171,14 +172,13 @@ def test_a_failed_check_leaves_nothing(precision, bound, stage, tmp_path, monkey
 
 def test_a_wrong_rewrite_leaves_nothing(tmp_path, monkeypatch):
     """A query that is one percent off."""
-    right = inference.fold_latent_query
+    right = released.fold_latent_query
 
     def wrong(*arguments):
-        pool = right(*arguments)
-        pool.query.data *= 1.01
-        return pool
+        folded = right(*arguments)
+        return folded._replace(query=1.01 * folded.query)
 
-    monkeypatch.setattr(inference, "fold_latent_query", wrong)
+    monkeypatch.setattr(released, "fold_latent_query", wrong)
     with pytest.raises(VerificationError, match="stage 'rewrite' differs from 'trained network'"):
         export_bundle(options(tmp_path / "bundle"), quietly)
     assert not list(tmp_path.iterdir())

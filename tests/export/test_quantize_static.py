@@ -84,7 +84,8 @@ def products_of(graph):
 def test_every_linear_but_the_box_heads_and_the_gates_is_quantised(name, exported, quantized, linear_calls):
     made = quantized(name)
     kinds = Counter(node.op_type for node in made.proto.graph.node)
-    assert len(made.products) == made.count == linear_calls(exported(name).model)["other"]
+    gates = 1 if name == "cals" else 0
+    assert len(made.products) == made.count == linear_calls(exported(name).model)["other"] - gates
     assert kinds["QuantizeLinear"] == len({product.activation for product in made.products.values()})
 
 

@@ -1,0 +1,87 @@
+"""Buckets of shapes: a captured graph answers one shape only, so that inputs are padded to the next.
+
+Batches go to the next power of two, tokens to the next multiple of 16, each up to the bundle's limit. 16 is
+the least tile of queries that the attention kernel takes (kernels/jit.py), so that padding within it costs
+that kernel nothing; elsewhere it is 8 tokens of some 300 a pair on average. At the usual limits (32 pairs,
+128 tokens) there are 48 buckets at most; with steps of 8 there would be twice as many graphs to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.errors import BackendError
+from engine.manifest import Limits, TensorSpec
+
+TOKEN_STEP = 16
+Arrays = Mapping[str, np.ndarray]
+
+
+class Bucket(NamedTuple):
+    """Pairs and tokens of one static shape."""
+
+    batch: int
+    tokens: int
+
+
+def bucket_of(batch: int, tokens: int, limits: Limits) -> Bucket:
+    """The smallest bucket for `batch` pairs of `tokens` tokens; raises BackendError above the limits."""
+    most = (limits.max_batch, limits.max_tokens)
+    if not (1 <= batch <= most[0] and 1 <= tokens <= most[1]):
+        raise BackendError(
+            f"expected 1 to {most[0]} pairs of 1 to {most[1]} tokens, the bundle's limits, "
+            f"got {batch} of {tokens}; split the batch, or export with higher limits"
+        )
+    power, steps = 1 << (batch - 1).bit_length(), -(-tokens // TOKEN_STEP)
+    return Bucket(min(power, most[0]), min(steps * TOKEN_STEP, most[1]))
+
+
+def measure(feeds: Arrays, specs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Sizes of the symbolic dimensions, "batch" and "tokens", that `feeds` agree on.
+
+    Raises BackendError for names, types or shapes other than those of `specs`.
+    """
+    if set(feeds) != {spec.name for spec in specs}:
+        raise BackendError(f"expected the inputs {[spec.name for spec in specs]}, got {list(feeds)}")
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        if array.dtype != spec.dtype or not _bind(array.shape, spec.shape, sizes):
+            known = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise BackendError(
+                f"{spec.name}: expected {spec.dtype} of shape {list(spec.shape)}"
+                f"{f' where {known}' if known else ''}, got {array.dtype} of shape {list(array.shape)}"
+            )
+    return sizes
+
+
+def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
+    """Whether `shape` is `dims`; a name that is met first takes its size and enters `sizes`."""
+    if len(shape) != len(dims):
+        return False
+    pairs = zip(shape, dims, strict=True)
+    return all(size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) for size, dim in pairs)
+
+
+def fill(buffer: np.ndarray, values: np.ndarray) -> None:
+    """Put `values` [b, ...] or [b, n] at the start of a buffer [B, ...] or [B, N]; zeros behind them."""
+    batch = len(values)
+    buffer[batch:] = 0
+    if buffer.ndim == 2:
+        tokens = values.shape[1]
+        buffer[:batch, tokens:] = 0
+        buffer[:batch, :tokens] = values
+    else:
+        buffer[:batch] = values
+
+
+def cut(outputs: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
+    """Copy what belongs to the first `batch` pairs and `tokens` tokens out of a bucket's outputs."""
+    rows = {"logits_tok": tokens - 1, "attention_map": tokens}  # [CLS] is no word
+    return {
+        name: array[:batch, : rows[name]].copy() if name in rows else array[:batch].copy()
+        for name, array in outputs.items()
+    }

@@ -1,0 +1,143 @@
+"""Building blocks of the network. B batch, N query tokens, M key tokens, P patches, D width, H heads.
+
+Their tensors come from `engine.network.released`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.network.config import TORCH_EPS
+from kernels.attention import attention, guided_attention
+from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion
+from kernels.latent_pool import latent_pool
+
+
+def empty(*shape: int) -> nn.Parameter:
+    """A parameter still without values."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module whose parameters have one."""
+    return next(module.parameters()).dtype
+
+
+class Norm(nn.Module):
+    """LayerNorm that works in its own dtype whatever comes, a float32 island in a half-precision network."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = empty(width), empty(width), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        y = F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
+        return y.to(x.dtype)
+
+
+def head(width: int, out: int) -> nn.Sequential:
+    """Linear(D, 2D) LN GELU Linear(2D, 2D) LN GELU Linear(2D, out); the norms keep their own dtype."""
+    hidden = 2 * width
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        Norm(hidden, TORCH_EPS),
+        nn.GELU(),
+        nn.Linear(hidden, hidden),
+        Norm(hidden, TORCH_EPS),
+        nn.GELU(),
+        nn.Linear(hidden, out),
+    )
+
+
+class SelfAttention(nn.Module):
+    """Self-attention from one product for query, key and value (rewrite 6)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(attention(q, k, v, self.heads, mask))
+
+
+class CrossAttention(nn.Module):
+    """Attention whose keys and values are projected once and may be read many times (rewrites 5 and 7).
+
+    With `stacked` they come from a product that several layers share.
+    """
+
+    def __init__(self, width: int, heads: int, stacked: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = None if stacked else nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, M, D] each of memory [B, M, D]."""
+        if self.key_value is None:
+            raise ValueError("keys and values of this layer come from the stacked product of its network")
+        key, value = self.key_value(memory).chunk(2, dim=-1)
+        return key, value
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let x [B, N, D] read keys and values [B, M, D]; mask [B, M] or None."""
+        return self.out(attention(self.query(x), key, value, self.heads, mask))
+
+    def guided(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, with the map of MGCA [B, N, M] from the same pass."""
+        mixed, guide = guided_attention(self.query(x), key, value, self.heads)
+        return self.out(mixed), guide
+
+
+class ConvFusion(nn.Module):
+    """CAFormer's fusion without the full-size map (rewrite 2); see kernels/conv_fusion.py."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = empty(POSITIONS * width, 3, WINDOW, WINDOW), empty(POSITIONS * width)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """image [B, 3, S, S], tokens [B, 1+P, D] after the post-norm block -> [B, 1+P, D]."""
+        return conv_fusion(image, tokens, self.weight, self.bias)
+
+
+class LatentPool(nn.Module):
+    """Pooling by the learnt query, its key projection folded away (rewrite 3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = Norm(width, TORCH_EPS)
+        self.query = empty(heads, width)
+        self.value = empty(heads, width, width // heads)
+        self.bias = empty(heads, width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, P, D] -> [B, D]."""
+        pooled = latent_pool(patches, self.norm.weight, self.norm.bias, self.query)
+        values = (pooled[:, :, None] @ self.value)[:, :, 0] + self.bias
+        return self.out(values.flatten(1))
+
+
+class PatchClassifier(nn.Module):
+    """CALS's face classes: Linear([CLS]) + lambda * mean(sigmoid(Linear(patches)) * patches) per class."""
+
+    def __init__(self, width: int, classes: int = 2) -> None:
+        super().__init__()
+        self.lambda_param = empty()
+        self.gate = nn.Linear(width, classes)
+        self.fc_global = nn.Linear(width, classes)
+
+    def forward(self, patches: Tensor, cls: Tensor) -> Tensor:
+        """patches [B, P, D], cls [B, D] -> [B, classes]."""
+        gate = self.gate(patches).sigmoid()
+        # The gate is the same for every channel, so the mean over channels can come first.
+        pooled = (gate * patches.mean(-1, keepdim=True)).mean(1)
+        return self.fc_global(cls) + self.lambda_param * pooled

@@ -1,0 +1,87 @@
+"""Shape of a network, as a bundle's manifest records it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.fields import Fields
+
+NAMES = ("hammer", "asap", "cals")
+
+BERT_EPS = 1e-12
+VIT_EPS = 1e-6
+TORCH_EPS = 1e-5  # the default of torch, which every other norm of the published code keeps
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What inference reads of a model's configuration.
+
+    Depths are layers, widths are channels, `image_size` and `patch_size` are pixels.
+    """
+
+    name: str
+    width: int
+    heads: int
+    vision_depth: int
+    text_depth: int
+    fusion_start: int
+    mlp_ratio: int
+    image_size: int
+    patch_size: int
+    vocabulary: int
+    positions: int
+    caformer_start: int
+    caformer_heads: int
+    guidance_widths: tuple[int, int, int]
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Patches and the image's [CLS]."""
+        return self.grid**2 + 1
+
+    @property
+    def has_map(self) -> bool:
+        """Whether the network answers with the map of MGCA."""
+        return self.name == "asap"
+
+    @classmethod
+    def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
+        """Read `model.config` of a manifest; other fields are left alone.
+
+        Raises BundleError that names the field at fault.
+        """
+        fields = Fields(dict(raw), "model.config")
+        name = fields.choice("name", NAMES)
+        rest = [key for key in cls.__dataclass_fields__ if key not in ("name", "guidance_widths")]
+        sizes = {key: fields.integer(key) for key in rest}
+        config = cls(name=name, guidance_widths=_widths(fields), **sizes)
+        _check(config, fields)
+        return config
+
+
+def _widths(fields: Fields) -> tuple[int, int, int]:
+    widths = fields.value("guidance_widths")
+    if not isinstance(widths, list) or len(widths) != 3 or not all(type(x) is int and x > 0 for x in widths):
+        fields.fail("guidance_widths", "a list of three integers >= 1")
+    return widths[0], widths[1], widths[2]
+
+
+def _check(config: NetworkConfig, fields: Fields) -> None:
+    """Check what one field says about another."""
+    for name in ("heads", "caformer_heads"):
+        if config.width % getattr(config, name):
+            fields.fail(name, f"a divisor of width {config.width}")
+    if config.image_size % config.patch_size:
+        fields.fail("patch_size", f"a divisor of image_size {config.image_size}")
+    if config.fusion_start >= config.text_depth:
+        fields.fail("fusion_start", f"less than text_depth {config.text_depth}")
+    if config.name == "cals" and config.caformer_start >= config.vision_depth:
+        fields.fail("caformer_start", f"less than vision_depth {config.vision_depth}")

@@ -1,0 +1,97 @@
+"""The whole network for answering, and the precision it answers in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from engine.network.blocks import LatentPool, Norm
+from engine.network.branch import BRANCHES, CalsBranch
+from engine.network.config import NetworkConfig
+from engine.network.released import fold_network
+from engine.network.text import Text
+from engine.network.vision import build_vision
+
+
+class Output(NamedTuple):
+    """Answers for B pairs with N tokens each, [CLS] included.
+
+    logits_real_fake [B, 2] (index 1 = manipulated); logits_multicls [B, 4] (face swap, face attribute,
+    text swap, text attribute); box [B, 4] as (cx, cy, w, h) in [0, 1]; logits_tok [B, N-1, 2] (index 1 =
+    manipulated token); attention_map [B, N, 1+P], ASAP's MGCA scores before the softmax, else None.
+    """
+
+    logits_real_fake: Tensor
+    logits_multicls: Tensor
+    box: Tensor
+    logits_tok: Tensor
+    attention_map: Tensor | None = None
+
+
+class InferenceModel(nn.Module):
+    """A detector for answering only, in any one floating dtype with float32 islands.
+
+    Answers are float32 (float64 in a float64 network) whatever the inner dtype.
+    """
+
+    def __init__(self, config: NetworkConfig, stacked: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = build_vision(config)
+        self.text = Text(config, stacked)
+        self.branch = BRANCHES[config.name](config)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_released(
+        cls, state: Mapping[str, Tensor], config: NetworkConfig, stacked: bool = True
+    ) -> InferenceModel:
+        """Build from tensors under the released names; those that no rewrite changes are shared, not copied.
+
+        `stacked` projects the image's keys and values for all fusion layers in one product. Raises
+        CheckpointError where the tensors are not those of the network that `config` describes.
+        """
+        with torch.device("meta"):
+            model = cls(config, stacked)
+        try:
+            model.load_state_dict(fold_network(state, config, stacked), assign=True)
+        except RuntimeError as error:  # torch's own kind, for any shape that does not fit
+            raise CheckpointError(f"the tensors do not fit {config.name}'s configuration: {error}") from error
+        return model
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
+        """Judge normalised pictures float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
+        mask = attention_mask.to(torch.int32)
+        for_text, for_image = self.vision(image.to(self.vision.positions.dtype))
+        text = self.text.encode(input_ids, mask)
+        fused, guide = self.text.fuse(text, mask, for_text)
+        box, real_fake, classes = self.branch(for_image, text, mask, fused[:, 0])
+        tokens = self.text.classifier(fused[:, 1:])
+        out = torch.promote_types(real_fake.dtype, torch.float32)
+        return Output(real_fake.to(out), classes.to(out), box.to(out), tokens.to(out), guide)
+
+
+def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
+    """Parameters that stay float32: norms, the box head, the pooled scores, CALS's patch reductions."""
+    for module in model.modules():
+        if isinstance(module, Norm):
+            yield from module.parameters()
+        if isinstance(module, LatentPool):
+            yield module.query
+    yield from model.branch.bbox_head.parameters()
+    if isinstance(model.branch, CalsBranch):
+        yield from model.branch.faces.parameters()
+
+
+def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
+    """Cast everything but the float32 islands to `dtype`, in place; what it was made of stays."""
+    islands = {id(p) for p in _islands(model)}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in islands:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    return model

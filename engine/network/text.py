@@ -1,0 +1,80 @@
+"""Text encoder: BERT with cross-attention to the picture in its upper layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.network.blocks import CrossAttention, Norm, SelfAttention, empty, head
+from engine.network.config import BERT_EPS, NetworkConfig
+
+
+class TextLayer(nn.Module):
+    """One BERT layer; `stacked` tells that its cross-attention gets keys and values from outside."""
+
+    def __init__(self, config: NetworkConfig, fusion: bool, stacked: bool) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.attention = SelfAttention(width, config.heads)
+        self.attention_norm = Norm(width, BERT_EPS)
+        if fusion:
+            self.cross = CrossAttention(width, config.heads, stacked)
+            self.cross_norm = Norm(width, BERT_EPS)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.output_norm = Norm(width, BERT_EPS)
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, N, D] and its mask [B, N] -> [B, N, D]."""
+        return self.attention_norm(self.attention(x, mask) + x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.output_norm(self.down(F.gelu(self.up(x))) + x)
+
+
+class Text(nn.Module):
+    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5)."""
+
+    def __init__(self, config: NetworkConfig, stacked: bool) -> None:
+        super().__init__()
+        width, fusions = config.width, config.text_depth - config.fusion_start
+        self.with_map = config.has_map
+        self.words = nn.Embedding(config.vocabulary, width)
+        self.places = empty(config.positions, width)
+        self.norm = Norm(width, BERT_EPS)
+        self.text_layers = nn.ModuleList(TextLayer(config, False, False) for _ in range(config.fusion_start))
+        self.fusion_layers = nn.ModuleList(TextLayer(config, True, stacked) for _ in range(fusions))
+        self.key_values = nn.Linear(width, 2 * width * fusions) if stacked else None
+        self.classifier = head(width, 2)
+
+    def _layers(self, layers: nn.ModuleList) -> list[TextLayer]:
+        return [cast(TextLayer, layer) for layer in layers]
+
+    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask [B, N] -> [B, N, D]."""
+        x = self.norm(self.words(input_ids) + self.places[: input_ids.shape[1]])
+        for layer in self._layers(self.text_layers):
+            x = layer.feed_forward(layer.attend(x, mask))
+        return x
+
+    def _keys_and_values(self, image: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        if self.key_values is None:
+            return [layer.cross.project(image) for layer in self._layers(self.fusion_layers)]
+        parts = self.key_values(image).chunk(2 * len(self.fusion_layers), dim=-1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def fuse(self, x: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the fusion layers of x [B, N, D] over image [B, M, D]; the map of the last one, or None."""
+        guide = None
+        layers = self._layers(self.fusion_layers)
+        for layer, (key, value) in zip(layers, self._keys_and_values(image), strict=True):
+            x = layer.attend(x, mask)
+            if self.with_map and layer is layers[-1]:
+                crossed, guide = layer.cross.guided(x, key, value)
+            else:
+                crossed = layer.cross(x, key, value)
+            x = layer.feed_forward(layer.cross_norm(crossed + x))
+        return x, guide

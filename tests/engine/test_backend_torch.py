@@ -1,0 +1,468 @@
+"""The torch backend: the answers of ONNX Runtime, of the published networks, and the same in any bucket."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from engine import Bundle, Predictor, backends
+from engine.backends import graphs
+from engine.backends import torch as torch_backend
+from engine.backends.buckets import Bucket, bucket_of
+from engine.backends.graphs import BucketedRunner, BucketRunner
+from engine.errors import BackendError, BundleError
+from engine.manifest import Limits, manifest_digest
+from export.verify import HALF
+
+# Float32 rounding, of answers around 1 and of the map's scores, which no softmax has bounded. Batch and
+# token count choose how a product is blocked, so that a bucket rounds differently too, by as much.
+EXACT, EXACT_MAP = 1e-5, 2e-5
+CPU = torch.device("cpu")
+CASES = [(1, 2), (3, 17), (4, 50)]
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """What a test does to torch's number of threads stays in it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def feeds(batch, tokens, seed=0):
+    """Drawn pictures and captions of different lengths for a tiny network."""
+    random = np.random.default_rng(seed)
+    low = random.standard_normal((batch, 3, 16, 16), dtype=np.float32)
+    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
+    return {
+        "image": low.repeat(16, 2).repeat(16, 3),
+        "input_ids": random.integers(1, 2000, (batch, tokens)) * mask,
+        "attention_mask": mask,
+    }
+
+
+def check_same(got, want, bound=EXACT, map_bound=EXACT_MAP):
+    """Same names, shapes and float32 values, up to rounding."""
+    assert got.keys() == want.keys()
+    for name, array in got.items():
+        assert array.shape == want[name].shape
+        assert array.dtype == np.float32
+        assert np.abs(array - want[name]).max() <= (map_bound if name == "attention_map" else bound), name
+
+
+def check_near(got, want):
+    """As far apart as an export allows its half precision to be."""
+    assert got.keys() == want.keys()
+    for name, array in got.items():
+        assert array.dtype == np.float32
+        ratio = np.sqrt(np.square(array - want[name]).mean() / np.square(want[name]).mean())
+        assert ratio <= HALF.value, name
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle):
+    """A backend of a tiny bundle, by network, precision and backend."""
+
+    @functools.cache
+    def load(name, precision="fp32", backend="torch"):
+        return backends.create(backend, Bundle.open(bundle(name, precision).path), "cpu", 1)
+
+    return load
+
+
+@pytest.fixture
+def copied(bundle, tmp_path):
+    """A tiny bundle that the test may damage."""
+    return Path(shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle"))
+
+
+def rewrite_manifest(path, **changes):
+    """Enter the files as they are, and these fields, into the manifest."""
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    del manifest["sha256"]
+    for name in manifest["files"]:
+        data = (path / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+
+
+def test_it_is_available_after_onnx_runtime():
+    assert backends.available() == ["ort", "torch"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_it_says_what_it_is(bundle, device):
+    backend = backends.create("torch", Bundle.open(bundle("hammer", "fp32").path), device, 1)
+    if not torch.cuda.is_available():
+        assert (backend.name, backend.device) == ("torch", "cpu")
+
+
+@pytest.mark.parametrize("shape", CASES)
+def test_answers_are_onnx_runtimes(name, shape, loaded):
+    inputs = feeds(*shape)
+    check_same(loaded(name).run(inputs), loaded(name, backend="ort").run(inputs))
+
+
+def test_half_precision_is_near_onnx_runtimes(name, loaded):
+    """The arithmetic here is float32, the weights are half's."""
+    inputs = feeds(4, 24)
+    check_near(loaded(name, "fp16").run(inputs), loaded(name, "fp16", "ort").run(inputs))
+
+
+def test_half_precision_bundles_run_in_float32_on_a_cpu(bundle):
+    model = torch_backend.load_network(Bundle.open(bundle("cals", "fp16").path), CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.base
+def test_outputs_are_the_published_ones(base, outputs_apart, manifest_template, write_manifest, tmp_path):
+    """Through a bundle of the base network that holds nothing but its weights."""
+    safetensors.torch.save_file(base.model.state_dict(), tmp_path / "model.safetensors")
+    manifest = manifest_template()
+    manifest["model"] = {"name": base.name, "size": "base", "config": base.model.config.to_dict()}
+    if base.name != "asap":
+        manifest["outputs"] = manifest["outputs"][:4]
+    write_manifest(tmp_path, manifest)
+    backend = backends.create("torch", Bundle.open(tmp_path), "cpu", backends.usable_cores())
+    worst = outputs_apart(backend.run(base.golden.inputs), base.golden)
+    (tmp_path / "model.safetensors").unlink()  # a gigabyte
+    assert max(worst.values()) <= 2e-5, worst
+
+
+@pytest.fixture
+def bucketed(name, bundle):
+    """The network in buckets, on the CPU, where nothing is captured."""
+    model = torch_backend.load_network(Bundle.open(bundle(name, "fp32").path), CPU)
+    return BucketedRunner(model, Limits(max_batch=6, max_tokens=60), CPU)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 16), (3, 17), (5, 33), (6, 60)])
+def test_an_answer_does_not_depend_on_its_bucket(name, shape, bucketed, loaded):
+    """Padded to its bucket, and to a larger one that held something else before."""
+    inputs = feeds(*shape)
+    want = loaded(name).run(inputs)
+    check_same(bucketed.run(inputs, *shape), want)
+    largest = bucketed._runner(bucket_of(6, 60, bucketed._limits))
+    largest.run(feeds(6, 60, seed=1), 6, 60)
+    check_same(largest.run(inputs, *shape), want)
+
+
+def test_a_bucket_is_made_once_and_keeps_its_buffers(bucketed):
+    for tokens in (17, 20, 32):
+        bucketed.run(feeds(2, tokens), 2, tokens)
+    (runner,) = bucketed._runners.values()
+    addresses = [x.data_ptr() for x in (*runner._inputs.values(), *runner._answers.values())]
+    bucketed.run(feeds(2, 25, seed=3), 2, 25)
+    assert [x.data_ptr() for x in (*runner._inputs.values(), *runner._answers.values())] == addresses
+
+
+def test_what_a_caption_held_before_is_gone(bucketed):
+    """A short caption after a long one in the same bucket, bit for bit as in a fresh bucket."""
+    short, long = feeds(1, 3), feeds(2, 16, seed=1)
+    fresh = bucketed.run(short, 1, 3)
+    bucketed.run(feeds(1, 16, seed=2), 1, 16)
+    bucketed.run(long, 2, 16)
+    again = bucketed.run(short, 1, 3)
+    assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
+
+
+def test_buckets_refuse_what_is_beyond_the_limits(bucketed):
+    with pytest.raises(BackendError, match="expected 1 to 6 pairs of 1 to 60 tokens"):
+        bucketed.run(feeds(7, 5), 7, 5)
+
+
+def in_threads(run, cases, turns):
+    """Answer the cases in four threads at once; the answers that differ from a serial run."""
+    serial = [run(case) for case in cases]
+    wrong = []
+
+    def work():
+        for _ in range(turns):
+            for case, expected in zip(cases, serial, strict=True):
+                answer = run(case)
+                wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return wrong
+
+
+def test_threads_agree_bit_for_bit(loaded):
+    cases = [feeds(1, 5, seed) for seed in range(3)]
+    assert in_threads(loaded("asap").run, cases, 2) == []
+
+
+def test_threads_agree_bit_for_bit_in_buckets(bucketed, monkeypatch):
+    """Two cases share a bucket, one has its own; each waits between its inputs and its answers."""
+    cases = [feeds(1, 5), feeds(1, 9, seed=1), feeds(2, 20, seed=2)]
+    answers_of = graphs.answers_of
+    monkeypatch.setattr(graphs, "answers_of", lambda *x: time.sleep(0.02) or answers_of(*x))
+
+    def run(case):
+        return bucketed.run(case, *case["input_ids"].shape)
+
+    assert in_threads(run, cases, 1) == []
+
+
+def test_the_number_of_threads_is_the_one_given(loaded):
+    torch.set_num_threads(2)
+    loaded("hammer").run(feeds(1, 4))
+    assert torch.get_num_threads() == 1
+
+
+def test_predictor_serves_it(name, bundle):
+    picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    caption = "A man speaks in front of the flag"
+    scores = []
+    for backend in ("torch", "ort"):
+        with Predictor(bundle(name, "fp32").path, backend=backend, threads=1) as predictor:
+            answer = predictor.predict(picture, caption)
+            assert answer.model["backend"] == backend
+            assert (answer.heatmap is not None) == (name == "asap")
+            scores.append([answer.score, *answer.types.values(), *(word.score for word in answer.words)])
+    assert np.abs(np.subtract(*scores)).max() <= EXACT
+
+
+def test_read_only_inputs_are_read(loaded, recwarn):
+    inputs = feeds(1, 4)
+    want = loaded("hammer").run(inputs)
+    for array in inputs.values():
+        array.setflags(write=False)
+    check_same(loaded("hammer").run(inputs), want, 0, 0)
+    assert not recwarn.list
+
+
+def test_a_closed_backend_refuses(bundle):
+    backend = backends.create("torch", Bundle.open(bundle("hammer", "fp32").path), "cpu", 1)
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="the backend was closed; create another Predictor"):
+        backend.run(feeds(1, 4))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:-1", "mps", ""])
+def test_unknown_devices_are_refused(bundle, device):
+    with pytest.raises(BackendError, match=f"device 'auto', 'cpu', 'cuda' or 'cuda:N', got '{device}'"):
+        Predictor(bundle("hammer", "fp32").path, backend="torch", device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there(bundle, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        BackendError, match=f"device '{device}': torch .* finds no NVIDIA GPU; use device 'cpu'"
+    ):
+        Predictor(bundle("hammer", "fp32").path, backend="torch", device=device)
+
+
+def test_a_gpu_beyond_the_last(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch_backend.jit, "triton", object())
+    assert torch_backend.find_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BackendError, match="device 'cuda:2': expected cuda:0 to cuda:1"):
+        torch_backend.find_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert torch_backend.find_device("auto") == torch_backend.find_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch_backend.jit, "triton", None)
+    assert torch_backend.find_device("auto") == CPU
+    with pytest.raises(BackendError, match="device 'cuda:1' needs Triton, which is not installed"):
+        torch_backend.find_device("cuda:1")
+
+
+def test_int8_bundles_are_for_onnx_runtime(copied):
+    rewrite_manifest(copied, precision="int8")
+    with pytest.raises(
+        BackendError, match="runs bundles in fp32 or fp16, got int8; use the backend 'ort', or"
+    ):
+        Predictor(copied, backend="torch")
+
+
+def test_altered_weights_are_found_before_they_are_parsed(copied):
+    path = copied / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.safetensors: expected SHA-256"):
+        Predictor(copied, backend="torch")
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:-7], lambda x: b"", lambda x: b"\xff" * 64, lambda x: x[8:]])
+def test_weights_that_are_no_safetensors(copied, damage):
+    path = copied / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    rewrite_manifest(copied)
+    with pytest.raises(BundleError, match=r"model\.safetensors: cannot be read as safetensors: .*export"):
+        Predictor(copied, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("itm_head.0.bias"), r"expected the tensor 'itm_head\.0\.bias'"),
+        (lambda x: x.update(queue=torch.zeros(3)), "1 tensors are none of hammer's, the first is 'queue'"),
+        (
+            lambda x: x.update({"cls_head.6.bias": torch.zeros(9)}),
+            r"(?s)do not fit.*branch\.cls_head\.6\.bias",
+        ),
+    ],
+)
+def test_weights_of_another_network(copied, change, message):
+    path = copied / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, path)
+    rewrite_manifest(copied)
+    with pytest.raises(BundleError, match=message):
+        Predictor(copied, backend="torch")
+
+
+def test_a_bundle_without_weights(copied):
+    (copied / "model.safetensors").unlink()
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["files"]["model.safetensors"]
+    rewrite_manifest(copied, files=manifest["files"])
+    with pytest.raises(BundleError, match=r"the bundle has no model\.safetensors"):
+        Predictor(copied, backend="torch")
+
+
+def test_a_manifest_of_other_outputs(copied, bundle):
+    rewrite_manifest(copied, outputs=bundle("asap", "fp32").manifest["outputs"])
+    with pytest.raises(
+        BundleError, match="expected the outputs .*attention_map.* of the manifest, but hammer has"
+    ):
+        Predictor(copied, backend="torch")
+
+
+@pytest.mark.parametrize("ids", [2048, -1])
+def test_ids_outside_the_vocabulary(loaded, ids):
+    inputs = feeds(1, 4)
+    inputs["input_ids"][0, 1] = ids
+    with pytest.raises(BackendError, match="input_ids: expected 0 to 2047, the vocabulary, got"):
+        loaded("hammer").run(inputs)
+
+
+def test_inputs_of_another_shape(loaded):
+    with pytest.raises(
+        BackendError, match=r"image: expected float32 of shape .*got float32 of shape \[1, 3, 8\]"
+    ):
+        loaded("hammer").run(feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
+
+
+def test_a_failing_run_is_a_backend_error(bundle, monkeypatch):
+    backend = backends.create("torch", Bundle.open(bundle("hammer", "fp32").path), "cpu", 1)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(graphs, "answers_of", fail)
+    with pytest.raises(BackendError, match=r"torch failed on inputs of shape .*\[1, 4\].*: no room"):
+        backend.run(feeds(1, 4))
+
+
+class FakeCuda:
+    """torch.cuda as far as a capture needs it: a graph that answers again, and a log of what was asked."""
+
+    def __init__(self, failures=0):
+        self.log, self.failures, self.runner = [], failures, None
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        assert graph is self
+        assert stream is self
+        assert capture_error_mode == "thread_local"
+        assert torch.is_inference_mode_enabled()
+        if self.failures:
+            self.failures -= 1
+            raise torch.OutOfMemoryError("no room")
+        self.log.append("capture")
+        yield
+
+    def CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.log.append("replay")
+        for name, x in graphs.answers_of(self.runner._model, self.runner._inputs).items():
+            self.runner._outputs[name].copy_(x)
+
+
+@pytest.fixture
+def captured(bundle, monkeypatch):
+    """A bucket of (2, 32) that captures, with as many failures first as asked for."""
+
+    def make(failures=0):
+        fake = FakeCuda(failures)
+        for part in ("stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, part, getattr(fake, part))
+        model = torch_backend.load_network(Bundle.open(bundle("asap", "fp32").path), CPU)
+        fake.runner = BucketRunner(model, Bucket(2, 32), CPU)
+        fake.runner._stream = fake
+        return fake
+
+    return make
+
+
+def test_a_bucket_is_captured_once_after_warming_up(captured, loaded, monkeypatch):
+    cases = [feeds(*shape, seed) for seed, shape in enumerate([(1, 20), (2, 32), (1, 2)])]
+    wanted = [loaded("asap").run(case) for case in cases]
+    fake, run, flag = captured(), graphs.answers_of, torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(graphs, "answers_of", lambda *x: fake.log.append("pass") or run(*x))
+    for case, want in zip(cases, wanted, strict=True):
+        check_same(fake.runner.run(case, *case["input_ids"].shape), want)
+    turn = ["replay", "pass", "synchronize"]
+    assert fake.log == ["pass"] * 3 + ["synchronize", "capture", "pass", *turn, *turn, *turn]
+    assert torch.backends.cudnn.allow_tf32 == flag
+
+
+def test_a_failed_capture_is_tried_again(captured, loaded):
+    fake, inputs = captured(failures=1), feeds(2, 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        fake.runner.run(inputs, 2, 20)
+    check_same(fake.runner.run(inputs, 2, 20), loaded("asap").run(inputs))
+    assert fake.log.count("capture") == 1
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
+    """Replayed with other inputs than they were captured with, in buckets of their own and together."""
+    backend = backends.create("torch", Bundle.open(bundle(name, precision).path), "cuda", 1)
+    assert backend.device.startswith("cuda:")
+    for seed, shape in enumerate([*CASES, *CASES]):
+        inputs = feeds(*shape, seed)
+        got, want = backend.run(inputs), loaded(name, precision).run(inputs)
+        if precision == "fp32":
+            check_same(got, want, 1e-4, 1e-4)
+        else:
+            check_near(got, want)
+
+
+@needs_gpu
+def test_captured_graphs_agree_in_threads(name, bundle):
+    backend = backends.create("torch", Bundle.open(bundle(name, "fp16").path), "cuda", 1)
+    cases = [feeds(1, 5), feeds(1, 9, seed=1), feeds(2, 20, seed=2)]
+    assert in_threads(backend.run, cases, 10) == []
