@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ _DEAD = {
 }
 _DEAD_ALBEF = _DEAD_EVERYWHERE | {"itm_head", "text_encoder.cls"}
 _RENAMED = {"MIG": "LIG", "CARA": "fch"}  # in the only released weights of CALS
+_WORDS_KEY = "text_encoder.bert.embeddings.word_embeddings.weight"
 _WIDTH_KEY = "visual_encoder.cls_token"
 _POSITIONS_KEY = "visual_encoder.pos_embed"
 _NAMED_AT_MOST = 5
@@ -212,7 +213,7 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
 
 
 def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
-    """The known size whose width the checkpoint has."""
+    """The known size whose width the checkpoint has; the small one has the vocabulary of its training."""
     if _WIDTH_KEY not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.path}: expected the key {_WIDTH_KEY}, which is missing")
     width = checkpoint.state[_WIDTH_KEY].shape[-1]
@@ -220,7 +221,10 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     if width not in known:
         sizes = ", ".join(f"{w} ({c.size})" for w, c in known.items())
         raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {_WIDTH_KEY}")
-    return known[width]
+    config, words = known[width], checkpoint.state.get(_WORDS_KEY)
+    if config.size == "tiny" and words is not None:
+        config = replace(config, vocabulary=words.shape[0])
+    return config
 
 
 def resample_positions(state: State, config: ModelConfig) -> None:

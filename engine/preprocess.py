@@ -1,7 +1,7 @@
 """Pictures: whatever the user has -> upright RGB -> the network's float32 input.
 
 One boundary maps everything Pillow raises to InputError. The resize is Pillow's own bicubic, bit for
-bit, since that is what the networks were trained on.
+bit, rows first as every Pillow before 13 does it, since that is what the networks were trained on.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = No
 
 def resize_image(rgb: Image.Image, image_size: int) -> Image.Image:
     """Resize to a square of `image_size` pixels, bicubic with Pillow's antialiasing, aspect ignored."""
-    return rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    # In two calls: left to itself, Pillow 13 does the columns of a tall picture first, and rounds otherwise.
+    across = rgb.resize((image_size, rgb.height), Image.Resampling.BICUBIC)
+    return across.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def normalize_image(

@@ -85,7 +85,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb = verbs.add_parser("export", help="make a bundle of a checkpoint", description="Make a bundle.")
     verb.add_argument("--model", choices=("hammer", "asap", "cals"), help="network; read off a checkpoint")
     verb.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else drawn weights"
+        "--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors; else the trained demo"
     )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
     verb.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
@@ -223,11 +223,12 @@ def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
     verb.add_argument("--out", type=Path, required=True, metavar="FILE")
+    verb.add_argument("--size", choices=("base", "tiny"), help="over the recipe's; base without one")
     verb.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file of settings")
     verb.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting over the recipe's")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
-    verb.set_defaults(run=_verb("export.cli_train", "pretrain"), model=None, size=None)
+    verb.set_defaults(run=_verb("export.cli_train", "pretrain"), model=None)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

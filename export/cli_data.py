@@ -72,6 +72,8 @@ def vocabulary(options: argparse.Namespace) -> int:
     large = options.vocab or find_vocabulary()
     tokenizer = build_tokenizer(large, count_pieces(large))
     texts = [sample.text for sample in read_split(options.data, "train", check_pictures=False).samples]
+    if not texts:
+        raise InputError(f"{options.data}: the split 'train' holds no usable caption to count the words of")
     for path in sorted((options.data / "metadata").glob("*s.json")):
         if path.stem in ("captions", "explanations"):
             texts += read_sidecar(path).values()

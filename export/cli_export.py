@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BackendError
+from engine.errors import BackendError, InputError
 
 _NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
 
@@ -30,9 +30,11 @@ def run(options: argparse.Namespace) -> int:
         stages.append(stage)
         sys.stderr.write(_line(stage))
 
+    out = options.out or _default_out(options)
+    drawn = _check_drawing(out)
     manifest = export_bundle(
         ExportOptions(
-            out=options.out or _default_out(options),
+            out=out,
             model=options.model,
             checkpoint=_checkpoint(options),
             size=options.size,
@@ -50,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         report,
     )
-    out = options.out or _default_out(options)
-    answer = _try(out, manifest["weights"]["sha256"])
+    answer = _try(out, drawn, manifest["weights"]["sha256"])
     if options.json:
         record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
         sys.stdout.write(json.dumps({**record, "sample": answer}, allow_nan=False) + "\n")
@@ -87,7 +88,17 @@ def _line(stage: Any) -> str:
     return f"{stage.name:<10}{stage.seconds:7.1f} s  {stage.text}{distances}\n"
 
 
-def _try(bundle: Path, weights: str | None) -> dict[str, Any] | None:
+def _check_drawing(bundle: Path) -> Path:
+    """Where the sample's picture goes; raises InputError for a file there that no earlier export made."""
+    drawn = bundle.with_name(f"{bundle.name}-sample.png")
+    if drawn.exists() and not (drawn.is_file() and bundle.is_dir()):
+        raise InputError(
+            f"{drawn}: the sample's picture goes there; move what is there, or choose another --out"
+        )
+    return drawn
+
+
+def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | None:
     """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
     from engine import Predictor
     from export.sample import choose_sample
@@ -101,7 +112,6 @@ def _try(bundle: Path, weights: str | None) -> dict[str, Any] | None:
     with Predictor(bundle) as predictor:
         predictor.warm_up()
         answer = predictor.predict(sample.picture, sample.caption)
-    drawn = bundle.with_name(f"{bundle.name}-sample.png")
     answer.plot(drawn)
     known = {"picture": sample.picture.name, "truth": sample.truth, "drawn": str(drawn)}
     return {**known, **answer.to_dict(heatmap=False)}

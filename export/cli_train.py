@@ -15,7 +15,7 @@ from dgm4.config import model_config
 from dgm4.training.options import TrainOptions, check_fields, read_recipe
 from engine.errors import InputError
 from engine.text import CaptionTokenizer
-from export.tokenizer import build_tokenizer, count_pieces, find_vocabulary
+from export.tokenizer import VOCABULARY, build_tokenizer, count_pieces, find_vocabulary
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,7 +25,11 @@ def run(options: argparse.Namespace) -> int:
     from dgm4.training.trainer import BEST, LAST, Place, Trainer
 
     recipe = TrainOptions(**_fields(options))
-    tokenizer, pieces = _tokenizer(options.vocab, recipe)
+    vocabulary = options.vocab or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
+    tokenizer, pieces = _tokenizer(vocabulary)
+    kept = options.out / VOCABULARY
+    if options.resume and kept.is_file() and kept.read_bytes() != vocabulary.read_bytes():
+        raise InputError(f"{kept}: the run was begun with it, not with {vocabulary}; give the same --vocab")
     place = Place(
         data=options.data,
         out=options.out,
@@ -40,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)
     trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
+    if trainer.rank == 0:
+        kept.write_bytes(vocabulary.read_bytes())
     progress = trainer.run()
     if trainer.rank == 0:
         known = {name: getattr(progress, name) for name in ("epoch", "update", "seconds")}
@@ -56,7 +62,7 @@ def pretrain(options: argparse.Namespace) -> int:
     from dgm4.training.vision import pretrain as train_vision
 
     recipe = TrainOptions(**_fields(options))
-    tokenizer, _ = _tokenizer(None, recipe)
+    tokenizer, _ = _tokenizer(find_vocabulary(model_config(recipe.model, recipe.size).vocabulary))
     start = time.perf_counter()
     loss = train_vision(recipe, options.data, options.out, tokenizer, options.device, options.cache)
     seconds = round(time.perf_counter() - start, 1)
@@ -64,13 +70,12 @@ def pretrain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(vocabulary: Path | None, recipe: TrainOptions) -> tuple[CaptionTokenizer, int]:
-    """The tokenizer of a vocabulary, by default that of the network's size, and its number of pieces."""
-    path = vocabulary or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
-    pieces = count_pieces(path)
+def _tokenizer(vocabulary: Path) -> tuple[CaptionTokenizer, int]:
+    """The tokenizer of a vocabulary, and its number of pieces."""
+    pieces = count_pieces(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
-        file.write_text(build_tokenizer(path, pieces).to_str(), encoding="utf-8")
+        file.write_text(build_tokenizer(vocabulary, pieces).to_str(), encoding="utf-8")
         return CaptionTokenizer(file), pieces
 
 

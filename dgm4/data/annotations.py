@@ -32,6 +32,7 @@ OnError = Literal["skip", "raise"]
 SPLITS = ("train", "val", "test")
 ORIGINAL = "orig"
 MAX_WORDS = 50  # of the published cleaning; what stands behind is never read
+_NAMED = 20  # bad records that the log names at its usual level
 _CHOICES = ("skip", "raise")
 _DATA_NAME = "DGM4"  # the first component of a published path stands for the data folder
 _FIELDS = {
@@ -121,10 +122,10 @@ def read_annotations(
 ) -> Annotations:
     """Read annotation files whose pictures lie under the data folder `root`.
 
-    `on_error` says what a bad record or file does: "skip" lists it in `problems` and logs the counts,
-    "raise" raises InputError. With `check_pictures` every picture's header is read; without, nothing but
-    the files is, and a box may still reach past its picture. Raises InputError where `root` is no folder
-    and where a file cannot be opened.
+    `on_error` says what a bad record or file does: "skip" lists it in `problems`, names the first 20 in the
+    log (all at its level DEBUG) and counts them at the end; "raise" raises InputError. With `check_pictures`
+    every picture's header is read; without, nothing but the files is, and a box may still reach past its
+    picture. Raises InputError where `root` is no folder and where a file cannot be opened.
     """
     if on_error not in _CHOICES:
         raise InputError(f"on_error: expected one of {', '.join(_CHOICES)}, got {on_error!r}")
@@ -165,11 +166,10 @@ class _Reader:
         if answer.problems:
             counts = ", ".join(f"{kind} {n}" for kind, n in answer.counts().items())
             log.warning(
-                "left out %d bad records or files, kept %d records (%s); the first: %s",
+                "left out %d bad records or files, kept %d records (%s)",
                 len(answer.problems),
                 len(answer.samples),
                 counts,
-                _describe(answer.problems[0]),
             )
         return answer
 
@@ -184,6 +184,10 @@ class _Reader:
     def _report(self, problem: Problem) -> None:
         if self.on_error == "raise":
             raise InputError(f'{_describe(problem)}; correct it, or leave it out with on_error="skip"')
+        if len(self.problems) < _NAMED:
+            log.warning("left out: %s", _describe(problem))
+        else:
+            log.debug("left out: %s", _describe(problem))
         self.problems.append(problem)
 
 

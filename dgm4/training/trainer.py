@@ -320,7 +320,7 @@ class Trainer:
         theirs = content["config"]
         if changed := [name for name, value in self._config().items() if theirs.get(name) != value]:
             raise InputError(
-                f"{path}: was made with another recipe, data folder or number of processes "
+                f"{path}: was made with another recipe, number of pairs or number of processes "
                 f"({', '.join(changed)} differ); give the same one, or start anew"
             )
         load_released(self.trainee, content["model"])

@@ -300,6 +300,12 @@ def test_unknown_width(tmp_path):
         dgm4.load_checkpoint(path)
 
 
+def test_the_small_size_has_the_vocabulary_of_its_training(tmp_path):
+    config = replace(dgm4.model_config("hammer", "tiny"), vocabulary=77)
+    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
+    assert dgm4.load_checkpoint(path).config == config
+
+
 def test_width_cannot_be_read(tmp_path):
     state = published("asap", small("asap"))
     del state["visual_encoder.cls_token"]

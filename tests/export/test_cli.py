@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dgm4.shipped import demo_record
+from dgm4.shipped import demo_checkpoint, demo_record
 from export import cli, pipeline
+from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
 from export.verify import Tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,3 +287,26 @@ def test_a_stopped_export_leaves_nothing(tmp_path):
     assert out == ""
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_vocabulary_beside_a_checkpoint_is_its_own(tmp_path, capsys):
+    """The demo's weights with two word pieces exchanged: its record does not apply to that tokenizer."""
+    checkpoint = shutil.copy(demo_checkpoint("hammer"), tmp_path / "best.safetensors")
+    pieces = DEMO_VOCABULARY.read_text().splitlines()
+    (tmp_path / VOCABULARY).write_text("\n".join([*pieces[:-2], pieces[-1], pieces[-2]]) + "\n")
+    out = tmp_path / "bundle"
+    arguments = ["export", "--checkpoint", str(checkpoint), "--target", "none", "--out", str(out), "--json"]
+    assert cli.main(arguments) == 0
+    manifest = json.loads(capsys.readouterr().out)["manifest"]
+    words = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
+    assert (words[pieces[-1]], words[pieces[-2]]) == (2046, 2047)
+    assert manifest.get("accuracy", []) == []
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_stranger_in_the_place_of_the_picture(form, tmp_path, capsys):
+    drawn = tmp_path / "bundle-sample.png"
+    drawn.mkdir() if form == "folder" else drawn.write_text("mine")
+    line = failed(capsys, export(tmp_path / "bundle"), 1)
+    assert "bundle-sample.png: the sample's picture goes there; move what is there" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle-sample.png"]

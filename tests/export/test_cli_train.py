@@ -19,6 +19,7 @@ from dgm4.training import trainer as module
 from dgm4.training.snapshot import read_snapshot
 from dgm4.training.trainer import BEST, LAST, LOG
 from export import cli
+from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"width": 32, "heads": 2, "vision_depth": 2, "text_depth": 2, "fusion_start": 1, "image_size": 64}
@@ -71,6 +72,29 @@ def test_a_run_and_its_answer(train, tmp_path):
     assert dgm4.load_checkpoint(found["checkpoints"][0], config=config).config.name == "asap"
     line = json.loads((tmp_path / "run" / LOG).read_text())
     assert {"lma", "ied", "mgca", "loss"} < line["train"].keys()
+
+
+def test_a_run_keeps_its_vocabulary(train, tmp_path):
+    """Beside the checkpoints, where an export finds it; it cannot change while the run goes on."""
+    out = tmp_path / "run"
+    assert train(out, "--stop-after", "2")[0] == 0
+    assert (out / VOCABULARY).read_bytes() == DEMO_VOCABULARY.read_bytes()
+    pieces = DEMO_VOCABULARY.read_text().splitlines()
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join([*pieces[:-2], pieces[-1], pieces[-2]]) + "\n")
+    code, _, err = train(out, "--resume", "--vocab", str(other))
+    assert code == 1
+    assert f"{out / VOCABULARY}: the run was begun with it, not with {other}; give the same --vocab" in err
+    assert train(out, "--resume")[0] == 0
+
+
+def test_a_vocabulary_of_no_captions(tmp_path, capsys):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "train.json").write_text("[]")
+    code = cli.main(["data", "vocabulary", "--data", str(tmp_path), "--out", str(tmp_path / "v.txt")])
+    assert code == 1
+    assert "the split 'train' holds no usable caption" in capsys.readouterr().err
+    assert not (tmp_path / "v.txt").exists()
 
 
 def test_stop_and_resume(train, tmp_path):

@@ -207,16 +207,25 @@ def test_the_error_names_file_id_and_record(read, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'list.json'} (id 4711): record 0: expected fake_cls of")
 
 
-def test_the_problems_are_counted_in_one_log_line(read, caplog):
+def test_the_problems_are_named_and_counted_in_the_log(read, caplog):
     with caplog.at_level(logging.WARNING):
         answer = read(record(), record(fake_cls="a"), [], record(fake_cls="b"))
     assert answer.counts() == {"class_unknown": 2, "not_an_object": 1}
-    (line,) = caplog.messages
-    assert "left out 3 bad records or files, kept 1 records (class_unknown 2, not_an_object 1)" in line
-    assert "(id 4711): record 1: expected fake_cls" in line
+    *named, line = caplog.messages
+    assert line == "left out 3 bad records or files, kept 1 records (class_unknown 2, not_an_object 1)"
+    assert "(id 4711): record 1: expected fake_cls" in named[0]
+    assert ": record 2: expected an object" in named[1]
+    assert "(id 4711): record 3: expected fake_cls" in named[2]
     caplog.clear()
     read(record())
     assert caplog.messages == []
+
+
+def test_the_log_names_twenty_and_all_on_request(read, caplog):
+    with caplog.at_level(logging.DEBUG):
+        read(*[record(fake_cls="a")] * 22)
+    assert len(caplog.messages) == 23
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * 20 + ["DEBUG"] * 2 + ["WARNING"]
 
 
 def test_a_pair_may_come_once(read, data, tmp_path):
