@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe_machine
-from dgm4.config import TYPES, model_config
+from dgm4.config import MODEL_NAMES, TYPES, model_config
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import (
@@ -40,6 +40,7 @@ from dgm4.training.options import TrainOptions, read_recipe
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
 from engine.text import CaptionTokenizer, clean_caption
+from export.digest import sha256_of
 from export.gate import GATED
 from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
 
@@ -50,7 +51,7 @@ ABLATIONS = {
     "asap-no-guidance": ("asap", {"guidance": False}),
     "cals-no-glrm": ("cals", {"refinement": False}),
 }
-RUNS: dict[str, tuple[str, dict[str, bool]]] = {m: (m, {}) for m in ("hammer", "asap", "cals")} | ABLATIONS
+RUNS: dict[str, tuple[str, dict[str, bool]]] = {m: (m, {}) for m in MODEL_NAMES} | ABLATIONS
 
 
 def recipe(run: str) -> TrainOptions:
@@ -148,11 +149,12 @@ def pick_sample(answers: Answers) -> tuple[int, dict[str, Any]]:
 def ship(work: Path, result: dict[str, Any], samples: list[Sample], answers: Answers) -> None:
     """Write weights, record and sample into the package."""
     record: dict[str, Any] = {"data": "sample set, test split", "pairs": len(samples), "networks": {}}
-    for name in ("hammer", "asap", "cals"):
+    for name in MODEL_NAMES:
         # One entry: safetensors writes several in no fixed order.
         metadata = {"demo": json.dumps({"network": name, **result["runs"][name]["training"]})}
-        size = release(work / name / BEST, DEMO / f"{name}.safetensors", metadata)
-        record["networks"][name] = {"bytes": size, **result["runs"][name]}
+        path = DEMO / f"{name}.safetensors"
+        size = release(work / name / BEST, path, metadata)
+        record["networks"][name] = {"bytes": size, "sha256": sha256_of(path), **result["runs"][name]}
     index, right = pick_sample(answers)
     sample = samples[index]
     shutil.copyfile(sample.picture, SAMPLE)

@@ -48,6 +48,12 @@ def demo_record() -> dict[str, Any]:
     return record
 
 
+def demo_of(weights: str | None) -> str | None:
+    """Return the network whose demo weights have this SHA-256 (hexadecimal), None for any others."""
+    networks = demo_record()["networks"]
+    return next((name for name in networks if networks[name]["sha256"] == weights), None)
+
+
 def demo_sample() -> tuple[Path, str]:
     """Return a picture of the sample set's test split and its caption; both are manipulated."""
     return SAMPLE, str(demo_record()["sample"]["text"])

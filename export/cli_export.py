@@ -62,7 +62,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> Path | None:
-    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise."""
+    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise.
+
+    Raises InputError where a file and drawn weights are asked for at once.
+    """
+    if options.checkpoint is not None and options.drawn:
+        raise InputError("--drawn takes no checkpoint: leave out one of --drawn and --checkpoint")
     if options.checkpoint is not None or options.drawn or options.size == "base":
         return options.checkpoint
     from dgm4.shipped import demo_checkpoint

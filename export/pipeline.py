@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 
 import dgm4
-from dgm4.config import MODEL_NAMES, ModelConfig
+from dgm4.config import ModelConfig
 from dgm4.model import Detector
-from dgm4.shipped import demo_checkpoint, demo_record
+from dgm4.shipped import demo_of, demo_record
 from engine.errors import BackendError, VerificationError
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, to_precision
@@ -150,13 +150,13 @@ def _judge(run: _Run, writer: BundleWriter, manifest: dict[str, Any]) -> list[di
 
 def _shipped_accuracy(weights: str | None) -> list[dict[str, Any]]:
     """What the demo's own record says of its weights (by SHA-256); nothing of any others."""
-    for name in MODEL_NAMES:
-        if weights is not None and weights == sha256_of(demo_checkpoint(name)):
-            record = demo_record()
-            known = record["networks"][name]["metrics"]
-            source = f"the demo's {record['data']}, measured before this export"
-            return [{"source": source, "pairs": record["pairs"], "metrics": {}, "reference": known}]
-    return []
+    name = demo_of(weights)
+    if name is None:
+        return []
+    record = demo_record()
+    source = f"the demo's {record['data']}, measured before this export"
+    known = record["networks"][name]["metrics"]
+    return [{"source": source, "pairs": record["pairs"], "metrics": {}, "reference": known}]
 
 
 def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[str, Any]]:

@@ -6,9 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgm4.config import MODEL_NAMES
-from dgm4.shipped import demo_checkpoint, demo_record, demo_sample
-from export.digest import sha256_of
+from dgm4.shipped import demo_of, demo_record, demo_sample
 
 _SAMPLE_PACKAGE, _SAMPLE = "scikit-image", "astronaut.png"
 SAMPLE_CAPTION = "Astronaut Eileen Collins smiles in front of the flag and a model of the shuttle"
@@ -25,7 +23,7 @@ class Sample:
 
 def choose_sample(weights: str | None) -> Sample | None:
     """The demo's pair for the demo's weights (by SHA-256), else a photograph, or None without it."""
-    if weights is not None and weights in {sha256_of(demo_checkpoint(name)) for name in MODEL_NAMES}:
+    if demo_of(weights) is not None:
         picture, caption = demo_sample()
         known = demo_record()["sample"]
         words = " ".join(known["words"])

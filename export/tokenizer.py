@@ -66,7 +66,10 @@ def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
     missing = [token for token in _SPECIAL if token not in pieces]
     if len(pieces) != size or missing:
         lacks = f", without {', '.join(missing)}" if missing else ""
-        raise InputError(f"{vocabulary}: expected {size} word pieces, got {len(pieces)}{lacks}")
+        raise InputError(
+            f"{vocabulary}: expected {size} word pieces, got {len(pieces)}{lacks}; give the vocabulary that "
+            "the network was trained with (--vocab)"
+        )
     ids = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

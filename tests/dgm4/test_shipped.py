@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from PIL import Image
 
 import dgm4
 from dgm4 import shipped
-from dgm4.shipped import RECORD, demo_checkpoint, demo_record, demo_sample, release
+from dgm4.shipped import RECORD, demo_checkpoint, demo_of, demo_record, demo_sample, release
 from dgm4.training.options import TrainOptions
 from dgm4.training.snapshot import released_state
 from dgm4.training.trainer import make_trainee
@@ -67,6 +69,9 @@ def test_the_demo_is_small_trained_and_on_record(name):
     """Its record is that of a network that has learnt, on a set that is not trivial."""
     path, record = demo_checkpoint(name), demo_record()["networks"][name]
     assert path.stat().st_size == record["bytes"] <= LARGEST
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+    assert demo_of(record["sha256"]) == name
+    assert demo_of("0" * 64) is None
     network = dgm4.load_checkpoint(path)
     assert (network.config.name, network.config.size) == (name, "tiny")
     assert 0.85 <= record["metrics"]["AUC"] <= 0.98

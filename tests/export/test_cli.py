@@ -310,3 +310,8 @@ def test_a_stranger_in_the_place_of_the_picture(form, tmp_path, capsys):
     line = failed(capsys, export(tmp_path / "bundle"), 1)
     assert "bundle-sample.png: the sample's picture goes there; move what is there" in line
     assert [path.name for path in tmp_path.iterdir()] == ["bundle-sample.png"]
+
+
+def test_drawn_weights_and_a_checkpoint_exclude_each_other(tmp_path, capsys):
+    line = failed(capsys, export(tmp_path / "bundle", "--drawn", "--checkpoint", "some.pth"), 1)
+    assert "--drawn takes no checkpoint: leave out one of" in line
