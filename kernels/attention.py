@@ -17,9 +17,9 @@ On a GPU one Triton launch does it, with the softmax online, so that no score le
   where every block is whole and nothing is masked no score is compared with the end.
 
 Floor, B = 64, 50 x 257, H = 12, d = 64, bf16: query and answer 4.9 MB each, keys and values 25.3 MB each, the
-map 3.3 MB: 63.6 MB, 15 us at 4.3 TB/s; 2.5 GFLOP, 3.8 with the map: 5 us at 790 TFLOP/s. By sm_90's code a
-block of 64 keys is 318 instructions of a warp, eight of them wgmma: all together 6 us of what an H200 issues.
-At 257 x 257 memory takes 24 us, the exponentials 18 and the instructions 31, the longest. What is not written:
+map 3.3 MB: 63.6 MB, 15 us at 4.3 TB/s; 2.5 GFLOP, 3.8 with the map: 5 us at 790 TFLOP/s. A block of 64
+keys is 318 instructions of a warp by sm_90's code, eight of them wgmma: in all 6 us of what an H200 issues.
+At 257 x 257 memory takes 24 us, the exponentials 18 and the instructions, the longest, 31. Never written are
 the scores [B, 12, 50, 257], 19.7 MB in bf16 and 39.5 MB in float32, in each of the plain form's four passes.
 
 Source of the map: ASAP, arXiv:2412.12718, section "Manipulation-Guided Cross Attention"; online softmax:
