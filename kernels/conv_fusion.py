@@ -18,7 +18,7 @@ product too: (blur - 1) is exact in bf16, the token itself is added in float32.
 
 Floor, B = 64, D = 768, bf16: the window rows 9.4 MB, tokens read and written 50 MB: 14 us at 4.3 TB/s. 8.1
 GFLOP for the windows and 2.4 for the blur: 13 us at 790 TFLOP/s. By sm_90's code a tile of 64 patches x 64
-channels is 649 instructions of a warp, 26 of them wgmma, and a program's start 1520: in all 13 us of what an
+channels is 649 instructions of a warp, 26 of them wgmma, and a program's start 1520: in all 14 us of what an
 H200 issues. Kernels come from L2, 123 KB for 64 patches. Nothing has been measured on a GPU yet.
 Source: the released network of CALS; derivation in engine/network/fold.py.
 """
@@ -254,24 +254,27 @@ def _fusion_op(image: Tensor, tokens: Tensor, packed: Tensor) -> Tensor:
     return launch(wrap_triton(_fusion_kernel), image, tokens, packed)
 
 
-def conv_fusion(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv_fusion(
+    image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None
+) -> Tensor:
     """Fuse the tokens [B, 1+G*G, D] with the local features of image [B, 3, S, S], S = 16 G.
 
     weight [R*4*D, 3, 6, 6] and bias [R*4*D] hold R convolution branches, whose features are added; the
     released network has one. In each the four kernels of a channel are one 5x5 kernel at its four places,
-    with one bias: a GPU reads the first. Raises InputError for shapes, types or devices that do not go
-    together.
+    with one bias: a GPU reads the first, or `packed`, which is `pack(weight, bias, D)` made beforehand.
+    Raises InputError for shapes, types or devices that do not go together.
     """
     if onnx_ops.exporting():
         inputs = (image, tokens, weight, bias)
         return onnx_ops.emit(NAME, inputs, [tokens.shape], [tokens.dtype], {})[0]
-    _check(image, tokens, weight, bias)
+    _check(image, tokens, weight, bias, packed)
     if launchable(tokens):
-        return torch.ops.dgm4.conv_fusion(image, tokens, pack(weight, bias, tokens.shape[-1]))
+        packed = pack(weight, bias, tokens.shape[-1]) if packed is None else packed
+        return torch.ops.dgm4.conv_fusion(image, tokens, packed)
     return conv_fusion_ref(image, tokens, weight, bias)
 
 
-def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None) -> None:
     batch, length, width = tokens.shape
     size = STRIDE * math.isqrt(length - 1)
     kernels = weight.shape[0]
@@ -283,3 +286,6 @@ def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_tensor("tokens", tokens, (batch, 1 + (size // STRIDE) ** 2, width), tokens)
     check_tensor("weight", weight, (kernels, 3, WINDOW, WINDOW), tokens)
     check_tensor("bias", bias, (kernels,), tokens)
+    if packed is not None:
+        shape = (kernels // (POSITIONS * width), width, WINDOW - 1, SMALLEST_DOT)
+        check_tensor("packed", packed, shape, tokens)
