@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.gpu.timing import capture, time_ms
 from benchmarks.published import Published
 from dgm4.seeded import seeded_model
-from engine.network.model import InferenceModel, Output, to_precision
+from engine.network.model import InferenceModel, Output
+from engine.network.precision import to_precision
 from export.inference import rewrite
 
 BATCHES = (1, 8, 64, 256)
