@@ -48,7 +48,7 @@ def test_devices_that_it_lacks_are_refused(bundle_dir):
 
 def test_no_library(bundle_dir, monkeypatch):
     monkeypatch.setattr(backends, "available", list)
-    with pytest.raises(BackendError, match="no backend is installed; install one of .*onnxruntime"):
+    with pytest.raises(BackendError, match="no backend is installed that serves this bundle; .*onnxruntime"):
         Predictor(bundle_dir)
     with pytest.raises(BackendError, match="needs onnxruntime, which is not installed"):
         Predictor(bundle_dir, backend="ort")

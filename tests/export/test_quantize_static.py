@@ -21,7 +21,7 @@ from export.onnx import data_of, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.quantize import _as_products, linear_products, quantize_static
-from export.verify import EIGHT_BITS, compare, onnx_answers
+from export.verify import INT8, compare, onnx_answers
 
 PAIRS = 20  # two whole batches and a part of one
 
@@ -165,7 +165,7 @@ def test_answers_are_near_float_on_pairs(name, exported, quantized, reader):
     config = exported(name).model.config
     feeds = list(reader.batches())
     before, after = (onnx_answers(x.path, config, feeds) for x in (exported(name), quantized(name)))
-    difference = compare("int8", "onnx", before, after, EIGHT_BITS)
+    difference = compare("int8", "onnx", before, after, INT8)
     assert difference.relative <= 0.1
     assert difference.max > 0, "nothing was quantised"
 
@@ -277,7 +277,7 @@ def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"precision": "fp16"}, "calibration: expected precision int8 with it, got fp16"),
+        ({"precision": "fp16"}, "calibration: expected precision int8 or fp8 with it, got fp16"),
         ({"calibration_pairs": 0}, "calibration_pairs: expected at least 1, got 0"),
         ({"calibration_method": "max"}, "calibration_method: expected one of minmax, percentile, entropy"),
     ],
