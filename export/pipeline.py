@@ -258,8 +258,9 @@ def _write_weights(run: _Run, writer: BundleWriter, model: Detector) -> None:
 
 
 def _cast(run: _Run, writer: BundleWriter, inference: InferenceModel, reference: Sequence[Arrays]) -> None:
-    """Cast in place. One case is enough: float16 is slow here, and its graph answers them all; the other is
-    steadier, an answer of one token being two numbers."""
+    """Cast in place. One case is enough: float16 is slow here, and its graph answers them all; bf16 and fp8
+    are judged on the longer one, since a caption of one word has two numbers for an answer.
+    """
     precision = run.options.precision
     (first, last), tolerance = _CHECKS[precision]
     scales = _write_scales(run, writer, inference)

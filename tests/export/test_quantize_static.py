@@ -298,7 +298,7 @@ def test_calibration_of_floats_is_a_usage_error(data, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "--calibration", str(data), "--precision", "fp16"])
     assert ended.value.code == 2
-    assert "--calibration is for --precision int8" in capsys.readouterr().err
+    assert "--calibration is for --precision int8 or fp8" in capsys.readouterr().err
 
 
 def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):
