@@ -48,10 +48,10 @@ MOST_SIZE = 1024
 MOST_PICTURES = 65535  # programs along a grid's last axis
 
 
-def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:
+def pack(pictures: Sequence[np.ndarray], pinned: bool = False) -> tuple[Tensor, list[tuple[int, int]]]:
     """Lay uint8 pictures [H, W, 3] one behind the other; the bytes and the (height, width) of each.
 
-    Raises InputError for anything else.
+    In `pinned` memory a copy to a GPU runs beside the host. Raises InputError for anything else.
     """
     for index, picture in enumerate(pictures):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != CHANNELS:
@@ -59,8 +59,10 @@ def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]
                 f"picture {index}: expected uint8 of shape (height, width, {CHANNELS}), "
                 f"got {picture.dtype} of shape {picture.shape}"
             )
-    pixels = np.concatenate([x.reshape(-1) for x in pictures]) if pictures else np.empty(0, np.uint8)
-    return torch.from_numpy(pixels), [x.shape[:2] for x in pictures]
+    pixels = torch.empty(sum(x.size for x in pictures), dtype=torch.uint8, pin_memory=pinned)
+    if pictures:
+        np.concatenate([x.reshape(-1) for x in pictures], out=pixels.numpy())
+    return pixels, [x.shape[:2] for x in pictures]
 
 
 def resize_ref(
@@ -202,10 +204,9 @@ def launch_lines(
 
 
 def launch_cross(
-    kernel: Any, middle: Tensor, tables: Tables, size: int, dtype: torch.dtype, block_rows: int = 4
+    kernel: Any, middle: Tensor, tables: Tables, size: int, out: Tensor, block_rows: int = 4
 ) -> Tensor:
-    """Launch the second pass, `_cross_kernel` or its wrapping; [B, 3, S, S] of `dtype`."""
-    out = tables.levels.new_empty((len(tables.plan), CHANNELS, size, size), dtype=dtype)
+    """Launch the second pass, `_cross_kernel` or its wrapping, into `out`, [B, 3, S, S]."""
     kernel[(ceil_div(size, block_rows), CHANNELS, len(tables.plan))](
         middle=middle,
         plan=tables.plan,
@@ -237,7 +238,8 @@ def _resize_op(
 ) -> Tensor:
     tables = Tables(plan, coefficients, levels)
     middle = launch_lines(wrap_triton(_line_kernel), pixels, tables, size, lines, most_lines)
-    return launch_cross(wrap_triton(_cross_kernel), middle, tables, size, dtype)
+    out = levels.new_empty((len(plan), CHANNELS, size, size), dtype=dtype)
+    return launch_cross(wrap_triton(_cross_kernel), middle, tables, size, out)
 
 
 def resize(
@@ -255,12 +257,40 @@ def resize(
     [0, 1]. Raises InputError for what does not go together.
     """
     _check(pixels, sizes, size, mean, std, dtype)
-    if triton is None or not pixels.is_cuda or onnx_ops.exporting() or not sizes:
+    if not _launches(pixels) or onnx_ops.exporting() or not sizes:
         return resize_ref(pixels, sizes, size, mean, std).to(dtype)
     tables = make_tables(sizes, size, mean, std)
     lines = [height for height, _ in sizes]
     sent = (x.to(pixels.device) for x in tables)
     return torch.ops.dgm4.resize(pixels.contiguous(), *sent, size, sum(lines), max(lines), dtype)
+
+
+def resize_into(
+    out: Tensor,
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    tables: Tables,
+) -> None:
+    """The same into `out`, dense [B, 3, S, S], with `tables` that lie where the pixels do.
+
+    Waits for nothing on the host. Raises InputError for what does not go together.
+    """
+    size = out.shape[-1]
+    _check(pixels, sizes, size, mean, std, out.dtype)
+    if tuple(out.shape) != (len(sizes), CHANNELS, size, size) or not out.is_contiguous():
+        raise InputError(f"out: expected dense {(len(sizes), CHANNELS, size, size)}, got {tuple(out.shape)}")
+    if not _launches(pixels):
+        out.copy_(resize_ref(pixels, sizes, size, mean, std))
+        return
+    lines = [height for height, _ in sizes]
+    middle = launch_lines(_line_kernel, pixels, tables, size, sum(lines), max(lines))
+    launch_cross(_cross_kernel, middle, tables, size, out)
+
+
+def _launches(pixels: Tensor) -> bool:
+    return triton is not None and pixels.is_cuda
 
 
 def _check(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +39,21 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class PictureBackend(Backend, Protocol):
+    """A backend on a device of its own, which makes the network's input there and runs beside the host."""
+
+    def start(
+        self, pictures: Sequence[np.ndarray], text: dict[str, np.ndarray]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to answer one batch and return the function that waits for its answers.
+
+        `pictures` are decoded, uint8 [H, W, 3] each of its own size; `text` is the other inputs by name. What
+        the network gets is `engine.preprocess`'s, bit for bit. Both raise BackendError.
+        """
+        ...
+
+
 class _Module(Protocol):
     def create(self, bundle: Bundle, device: str, threads: int | None) -> Backend: ...
 
@@ -47,10 +64,11 @@ def available() -> list[str]:
 
 
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
-    """Load `bundle` with the backend `name`, or with the best installed one for "auto".
+    """Load `bundle` with the backend `name`; with "auto", with the best installed one for it and `device`.
 
-    Raises BackendError for an unknown or absent backend or device, BundleError for a model that does
-    not load.
+    That is torch where `device` is an NVIDIA GPU, or is "auto" and this machine has one, with Triton, for a
+    bundle that torch runs. Raises BackendError for an unknown or absent backend or device, BundleError for a
+    model that does not load.
     """
     present = available()
     suited = [name for name in _BACKENDS if _BACKENDS[name][2] in bundle.manifest.files]
@@ -60,7 +78,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
             raise BackendError(
                 f"no backend is installed that serves this bundle; install one of {_libraries(suited)}"
             )
-        name = usable[0]
+        name = "torch" if "torch" in usable and _on_gpu(bundle, device) else usable[0]
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
@@ -83,6 +101,26 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _on_gpu(bundle: Bundle, device: str) -> bool:
+    """Whether "auto" means torch; imports it only where an NVIDIA driver is installed."""
+    if device != "auto":
+        return device.startswith("cuda")
+    if not _has_driver():
+        return False
+    from engine.backends import torch as torch_backend
+
+    return torch_backend.suits(bundle)
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is installed, looked for as torch does; nothing is initialised."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _missing(name: str) -> list[str]:

@@ -67,15 +67,11 @@ def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]
 
 
 def fill(buffer: np.ndarray, values: np.ndarray) -> None:
-    """Put `values` [b, ...] or [b, n] at the start of a buffer [B, ...] or [B, N]; zeros behind them."""
-    batch = len(values)
+    """Put `values` [b, n] at the start of a buffer [B, N]; zeros behind them."""
+    batch, tokens = values.shape
     buffer[batch:] = 0
-    if buffer.ndim == 2:
-        tokens = values.shape[1]
-        buffer[:batch, tokens:] = 0
-        buffer[:batch, :tokens] = values
-    else:
-        buffer[:batch] = values
+    buffer[:batch, tokens:] = 0
+    buffer[:batch, :tokens] = values
 
 
 def cut(outputs: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:

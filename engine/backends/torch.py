@@ -6,7 +6,10 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -14,9 +17,9 @@ import torch
 
 from engine.backends import usable_cores
 from engine.backends.buckets import measure
-from engine.backends.graphs import BucketedRunner, EagerRunner
+from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, CheckpointError
+from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, Output
@@ -28,9 +31,10 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 SCALES = "scales.json"
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 
 
-def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend:
+def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[EagerRunner] | GpuBackend:
     """Verify and load the bundle's `model.safetensors`; raises BackendError or BundleError.
 
     `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N"; `threads`, of
@@ -43,8 +47,19 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend:
             "use the backend 'ort', or export in one of those"
         )
     place = find_device(device)
-    model = load_network(bundle, place)
-    return TorchBackend(model, bundle.manifest, place, threads or usable_cores())
+    model, manifest = load_network(bundle, place), bundle.manifest
+    logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, place)
+    if place.type == "cpu":
+        return TorchBackend(EagerRunner(model, threads or usable_cores()), manifest, model.config, "cpu")
+    runner = GraphRunner(model, manifest.limits, manifest.preprocess, place)
+    return GpuBackend(runner, manifest, model.config, str(place))
+
+
+def suits(bundle: Bundle) -> bool:
+    """Whether `bundle` is for this backend and this machine has a GPU for it; loads nothing."""
+    manifest = bundle.manifest
+    known = manifest.precision in _DTYPES and WEIGHTS in manifest.files
+    return known and find_device("auto").type == "cuda"
 
 
 def find_device(name: str) -> torch.device:
@@ -128,40 +143,74 @@ def _check_outputs(config: NetworkConfig, manifest: Manifest) -> None:
         raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {found}")
 
 
-class TorchBackend:
+class TorchBackend(Generic[Runner]):
     """The network in torch; `run` may be called from several threads at once."""
 
     name = "torch"
 
-    def __init__(self, model: InferenceModel, manifest: Manifest, device: torch.device, threads: int) -> None:
-        self.device = str(device)
-        self._inputs = manifest.inputs
-        self._vocabulary = model.config.vocabulary
-        self._runner: EagerRunner | BucketedRunner | None = (
-            EagerRunner(model, threads)
-            if device.type == "cpu"
-            else BucketedRunner(model, manifest.limits, device)
-        )
-        logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, device)
+    def __init__(self, runner: Runner, manifest: Manifest, config: NetworkConfig, device: str) -> None:
+        self.device = device
+        self._inputs, self._vocabulary = manifest.inputs, config.vocabulary
+        self._runner: Runner | None = runner
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answer one batch; raises BackendError where torch fails or the backend was closed."""
-        runner = self._runner
-        if runner is None:
-            raise BackendError("the backend was closed; create another Predictor")
+        runner = self._open()
         sizes = measure(feeds, self._inputs)
         _check_ids(feeds["input_ids"], self._vocabulary)
-        try:
+        with _reported(feeds):
             return runner.run(feeds, sizes["batch"], sizes["tokens"])
-        except BackendError:
-            raise
-        except Exception as error:  # torch's and Triton's errors share no base but Exception
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
 
     def close(self) -> None:
         """Drop the network; its memory goes once running calls are done."""
         self._runner = None
+
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise BackendError("the backend was closed; create another Predictor")
+        return self._runner
+
+
+class GpuBackend(TorchBackend[GraphRunner]):
+    """The network as captured graphs on a GPU, which also takes pictures as they were decoded."""
+
+    def start(
+        self, pictures: Sequence[np.ndarray], text: dict[str, np.ndarray]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to answer decoded pictures; see engine.backends.PictureBackend."""
+        runner = self._open()
+        sizes = measure(text, [spec for spec in self._inputs if spec.name != "image"])
+        if len(pictures) != sizes["batch"]:
+            raise BackendError(
+                f"expected {sizes['batch']} pictures for as many captions, got {len(pictures)}"
+            )
+        _check_ids(text["input_ids"], self._vocabulary)
+        with _reported(text):
+            answers = runner.start(pictures, text, sizes["batch"], sizes["tokens"])
+
+        def wait() -> dict[str, np.ndarray]:
+            with _reported(text):
+                return answers()
+
+        return wait
+
+    def close(self) -> None:
+        """Wait for what was started, then drop the network."""
+        if self._runner is not None:
+            self._runner.close()
+        super().close()
+
+
+@contextmanager
+def _reported(feeds: dict[str, np.ndarray]) -> Iterator[None]:
+    """Turn whatever torch raises into a BackendError that names the inputs."""
+    try:
+        yield
+    except Dgm4Error:
+        raise
+    except Exception as error:  # torch's and Triton's errors share no base but Exception
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
 
 
 def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
