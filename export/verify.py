@@ -34,7 +34,7 @@ class Tolerance:
 
 EXACT = Tolerance(ABSOLUTE, 1e-4)
 HALF = Tolerance(RELATIVE, 2e-2)
-INT8 = Tolerance(RELATIVE, 1.5e-1)  # a guard against a broken graph; accuracy is judged on the task
+EIGHT_BITS = Tolerance(RELATIVE, 1.5e-1)  # a guard against a broken network; accuracy is judged on the task
 
 
 @dataclass(frozen=True)

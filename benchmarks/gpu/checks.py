@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ OPERATORS = tuple(
     sorted(p.stem for p in (ROOT / "benchmarks/kernels").glob("*.py") if p.stem not in ("__init__", "bench"))
 )
 CHECKED = "float16 and not bfloat16 and not base and not long"  # tests that memcheck runs: small shapes
+COMPILERS = 12
 WORKERS, NOTHING_SELECTED = "6", 5  # of pytest: processes, and an exit code
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
@@ -89,8 +93,20 @@ def operator(name: str) -> Iterator[Row]:
 
 
 def tune(name: str) -> Iterator[Row]:
-    """All schedules of an operator, timed."""
+    """All schedules of an operator, timed, after several processes have compiled them into Triton's cache."""
+    with ProcessPoolExecutor(COMPILERS, get_context("spawn")) as pool:
+        waiting = [pool.submit(_compile, name, index) for index in range(COMPILERS)]
+        for future in waiting:
+            future.exception()  # what fails here fails below, where it is told
     return sweep(benches(name))
+
+
+def _compile(name: str, index: int) -> None:
+    """Launch every COMPILERS-th schedule of each bench once."""
+    for bench in benches(name, batch=1):
+        for tiles in bench.candidates[index::COMPILERS] if bench.schedule else ():
+            with contextlib.suppress(Exception):
+                bench.schedule(tiles)(*bench.inputs)
 
 
 def tests(*arguments: str, prefix: tuple[str, ...] = ()) -> Iterator[Row]:

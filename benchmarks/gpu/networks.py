@@ -18,7 +18,8 @@ from benchmarks.kernels.resize import photographs, prepared
 from benchmarks.published import Published
 from benchmarks.timing import capture, time_ms
 from dgm4.seeded import seeded_model
-from engine.network.model import Output, to_precision
+from engine.network.model import Output
+from engine.network.precision import activation_scales, set_precision
 from export.inference import rewrite
 
 NETWORKS = ("asap", "cals", "hammer")
@@ -52,9 +53,14 @@ def published(name: str, precision: str, device: str, size: str, mode: str | Non
     return lambda image, ids, mask: run(image.to(dtype), ids, mask)
 
 
-def ours(name: str, precision: str, device: str, size: str) -> Network:
-    """The rewritten network with its float32 islands."""
-    return to_precision(rewrite(seeded_model(name, size)), HALVES[precision]).to(device)
+def ours(name: str, precision: str, device: str, size: str, calibrated: bool = False) -> Network:
+    """The rewritten network with its float32 islands; FP8 has its scales from 16 pairs, or from each row."""
+    model = rewrite(seeded_model(name, size)).to(device)
+    scales = None
+    if calibrated:
+        drawn = zip(("image", "input_ids", "attention_mask"), inputs(16, 50, device, VOCABULARY[size]))
+        scales = activation_scales(model, [dict(drawn)])
+    return set_precision(model, precision, scales)
 
 
 # How a variant is built, and whether it is captured.
@@ -65,7 +71,8 @@ VARIANTS: dict[str, tuple[Callable[..., Network], bool]] = {
     "compile-max-autotune-bf16": (partial(published, precision="bf16", mode="max-autotune"), False),
     "ours-bf16": (partial(ours, precision="bf16"), True),
     "ours-fp16": (partial(ours, precision="fp16"), True),
-    "ours-fp8": (partial(ours, precision="fp8"), True),
+    "ours-fp8": (partial(ours, precision="fp8", calibrated=True), True),
+    "ours-fp8-rows": (partial(ours, precision="fp8"), True),
 }
 
 

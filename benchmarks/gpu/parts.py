@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu.checks import OPERATORS, ROOT
+from benchmarks.gpu.checks import OPERATORS
 from benchmarks.gpu.runner import Part
 
 NETWORK, PICTURES = "benchmarks.gpu.networks:measure", "benchmarks.gpu.networks:pictures"
 CHECKS, HOTSPOTS = "benchmarks.gpu.checks", "benchmarks.gpu.hotspots:measure"
 TUNED = ("attention", "conv_fusion")
-NOT_KERNELS = ("test_aot", "test_onnx_ops")  # compilers and graphs that need no GPU
-OTHERS = ("tests/engine/test_backend_torch.py", "tests/engine/network")
+LAUNCHES = ("test_launch", "test_launch_codes")
+NO_GPU = ("test_aot", "test_onnx_ops")  # compilers and graphs
+ENGINE = (
+    "tests/engine/test_backend_torch.py",
+    "tests/engine/test_backend_buckets.py",
+    "tests/engine/network",
+)
 PRECISIONS = ("ours-bf16", "ours-fp8", "ours-fp16")
 
 
@@ -25,17 +30,13 @@ def _compiled(name: str, mode: str, *shapes: str) -> Part:
 
 
 def _tests() -> list[Part]:
-    files = sorted((ROOT / "tests/kernels").glob("test_*.py"))
-    paths = [f"tests/kernels/{file.name}" for file in files if file.stem not in NOT_KERNELS]
-    long = {"tests/kernels/test_launch.py": 300.0}
+    """What runs kernels on the GPU, and what runs around them."""
+    kernels = tuple(f"--ignore=tests/kernels/{name}.py" for name in (*LAUNCHES, *NO_GPU))
+    launches = tuple(f"tests/kernels/{name}.py" for name in LAUNCHES)
     return [
-        Part(
-            f"tests-{path.split('/')[-1].removesuffix('.py')}",
-            f"{CHECKS}:tests",
-            (path,),
-            long.get(path, 200),
-        )
-        for path in (*paths, *OTHERS)
+        Part("tests-launch", f"{CHECKS}:tests", launches, limit_s=400, needs_s=60),
+        Part("tests-kernels", f"{CHECKS}:tests", ("tests/kernels", *kernels), limit_s=300, needs_s=60),
+        Part("tests-engine", f"{CHECKS}:tests", ENGINE, limit_s=300, needs_s=60),
     ]
 
 
@@ -56,7 +57,7 @@ def parts() -> list[Part]:
             Part(f"profile-asap-{variant}", HOTSPOTS, ("asap", variant), needs_s=30)
             for variant in PRECISIONS[:2]
         ),
-        *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16")),
+        *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16", "ours-fp8-rows")),
         *rest,
         *_tests(),
         *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=200, needs_s=60) for name in TUNED),

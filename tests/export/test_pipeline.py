@@ -161,7 +161,7 @@ ZERO = Tolerance("max", 0.0)
 
 @pytest.mark.parametrize(
     ("precision", "bound", "stage"),
-    [("fp32", "EXACT", "rewrite"), ("fp16", "HALF", "cast"), ("int8", "INT8", "int8")],
+    [("fp32", "EXACT", "rewrite"), ("fp16", "HALF", "cast"), ("int8", "EIGHT_BITS", "int8")],
 )
 def test_a_failed_check_leaves_nothing(precision, bound, stage, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, bound, ZERO)

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from engine.errors import BuildError
 from export.onnx import data_of, example_inputs, flatten
 from export.quantize import _as_products, _use_runtime_attention, linear_products, quantize_dynamic
-from export.verify import EXACT, INT8, compare, onnx_answers
+from export.verify import EIGHT_BITS, EXACT, compare, onnx_answers
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_runtimes_attention_gives_what_our_body_gives(name, exported, sessio
 def test_answers_stay_within_the_tolerance(name, exported, quantized):
     config = exported(name).model.config
     before, after = (onnx_answers(path, config) for path in (exported(name).path, quantized(name).path))
-    difference = compare("int8", "onnx", before, after, INT8)
+    difference = compare("int8", "onnx", before, after, EIGHT_BITS)
     assert difference.passed, difference
     assert difference.max > 0, "nothing was quantised"
 

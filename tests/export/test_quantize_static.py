@@ -21,7 +21,7 @@ from export.onnx import data_of, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.quantize import _as_products, linear_products, quantize_static
-from export.verify import INT8, compare, onnx_answers
+from export.verify import EIGHT_BITS, compare, onnx_answers
 
 PAIRS = 20  # two whole batches and a part of one
 
@@ -165,7 +165,7 @@ def test_answers_are_near_float_on_pairs(name, exported, quantized, reader):
     config = exported(name).model.config
     feeds = list(reader.batches())
     before, after = (onnx_answers(x.path, config, feeds) for x in (exported(name), quantized(name)))
-    difference = compare("int8", "onnx", before, after, INT8)
+    difference = compare("int8", "onnx", before, after, EIGHT_BITS)
     assert difference.relative <= 0.1
     assert difference.max > 0, "nothing was quantised"
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import VerificationError
 from export import verify
-from export.verify import ABSOLUTE, CASES, EXACT, HALF, INT8, RELATIVE, Tolerance, check, compare
+from export.verify import ABSOLUTE, CASES, EIGHT_BITS, EXACT, HALF, RELATIVE, Tolerance, check, compare
 
 
 def pair(shift, name="box"):
@@ -78,7 +78,7 @@ def test_bounds():
     """Changing one is a decision, not a repair."""
     assert (EXACT.kind, EXACT.value) == (ABSOLUTE, 1e-4)
     assert (HALF.kind, HALF.value) == (RELATIVE, 2e-2)
-    assert (INT8.kind, INT8.value) == (RELATIVE, 1.5e-1)
+    assert (EIGHT_BITS.kind, EIGHT_BITS.value) == (RELATIVE, 1.5e-1)
 
 
 def test_cases_cover_the_smallest_padding_and_the_longest_caption(tiny):

@@ -12,7 +12,7 @@ from engine.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
 from kernels import resize as module
 from kernels.jit import triton
 from kernels.resize import pack, resize, resize_ref
-from kernels.resize_tables import Tables, axis_filter, make_tables, pillow_turns, turned
+from kernels.resize_tables import Tables, axis_filter, make_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORM = (CLIP_MEAN, CLIP_STD)
@@ -70,18 +70,6 @@ def test_weights_sum_to_one():
         assert np.abs(axis_filter(length, 256).weights.sum(0, dtype=np.int64) - 2**22).max() <= 64
 
 
-def test_the_order_of_the_passes():
-    """Tall is: of more rows than S + 2 max(W - S, 0); Pillow has turned those since 13."""
-    assert not turned(300, 257, 256, turning=False)
-    assert turned(300, 257, 256, turning=True)
-    assert not turned(258, 257, 256, turning=True)
-    assert not turned(256, 100, 256, turning=True)
-    picture = draw(300, 257, "black and white")
-    by_order = [resize(*pack([picture]), 256, *NORM, turning=turning)[0].numpy() for turning in (False, True)]
-    assert not np.array_equal(*by_order)
-    assert np.array_equal(by_order[pillow_turns()], pillow(picture, 256))
-
-
 def test_no_pictures_and_half_precision():
     assert resize(*pack([]), 8, *NORM).shape == (0, 3, 8, 8)
     packed = pack([draw(9, 7)])
@@ -114,10 +102,10 @@ def test_pictures_of_another_kind_are_refused():
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize(("size", "turning"), [(16, False), (20, True)])
-def test_kernels_equal_the_plain_form(size, turning, fenced):
+@pytest.mark.parametrize("size", [16, 20])
+def test_kernels_equal_the_plain_form(size, fenced):
     pixels, sizes = pack([draw(*pair, "black and white") for pair in SMALL])
-    tables = make_tables(sizes, size, *NORM, turning)
+    tables = make_tables(sizes, size, *NORM)
     lines = tables.plan[:, 2].tolist()
     sent = Tables(*(x.to(DEVICE) for x in tables))
     copy = pixels.clone().to(DEVICE)
@@ -127,7 +115,7 @@ def test_kernels_equal_the_plain_form(size, turning, fenced):
     out = module.launch_cross(module._cross_kernel, middle, sent, size, torch.float32, block_rows=8)
     fenced()
     assert torch.equal(copy.cpu(), pixels)
-    assert torch.equal(out.cpu(), resize_ref(pixels, sizes, size, *NORM, turning))
+    assert torch.equal(out.cpu(), resize_ref(pixels, sizes, size, *NORM))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
