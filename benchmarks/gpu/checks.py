@@ -104,7 +104,7 @@ def tune(name: str) -> Iterator[Row]:
 def _compile(name: str, index: int) -> None:
     """Launch every COMPILERS-th schedule of each bench once."""
     for bench in benches(name, batch=1):
-        for tiles in bench.candidates[index::COMPILERS] if bench.schedule else ():
+        for tiles in bench.candidates[index::COMPILERS]:
             with contextlib.suppress(Exception):
                 bench.schedule(tiles)(*bench.inputs)
 

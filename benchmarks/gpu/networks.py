@@ -28,6 +28,7 @@ SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 5
 GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
 LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
 VOCABULARY = {"base": 30522, "tiny": 2048}
+ERROR_INPUTS = {"batch": 16, "tokens": 50}
 PHOTOGRAPH = (480, 640)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,8 +59,8 @@ def ours(name: str, precision: str, device: str, size: str, calibrated: bool = F
     model = rewrite(seeded_model(name, size)).to(device)
     scales = None
     if calibrated:
-        drawn = zip(("image", "input_ids", "attention_mask"), inputs(16, 50, device, VOCABULARY[size]))
-        scales = activation_scales(model, [dict(drawn)])
+        image, ids, mask = inputs(16, 50, device, VOCABULARY[size])
+        scales = activation_scales(model, [{"image": image, "input_ids": ids, "attention_mask": mask}])
     return set_precision(model, precision, scales)
 
 
@@ -85,8 +86,8 @@ def distance(found: Answers, exact: Answers) -> dict[str, float]:
 
 
 def errors(run: Network, name: str, device: str, size: str) -> dict[str, float]:
-    """Distance from the trained network's own float32, with no TF32, on 16 pairs of 50 tokens."""
-    given = inputs(16, 50, device, VOCABULARY[size])
+    """Distance from the trained network's own float32, with no TF32, on ERROR_INPUTS."""
+    given = inputs(device=device, vocabulary=VOCABULARY[size], **ERROR_INPUTS)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return distance(run(*given), seeded_model(name, size).to(device)(*given))
 

@@ -60,7 +60,7 @@ def parts() -> list[Part]:
         *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16", "ours-fp8-rows")),
         *rest,
         *_tests(),
-        *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=200, needs_s=60) for name in TUNED),
+        *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=250, needs_s=90) for name in TUNED),
         Part("memcheck", f"{CHECKS}:memcheck", limit_s=400, needs_s=90),
         _compiled("asap", "default", "64x50"),
         _compiled("asap", "max-autotune", "64x50"),

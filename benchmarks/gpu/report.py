@@ -60,7 +60,7 @@ def kernels(found: Measured) -> str:
             (
                 bench["name"],
                 number(floor and 1e3 * floor),
-                number(mine and 1e3 * mine["p50_ms"]),
+                number(1e3 * mine["p50_ms"] if mine else None),
                 number(share, "%"),
                 f"{number(ratio(rival, mine))} ({rival['form']})" if rival else "-",
                 number(ratio(fastest(bench, "published"), mine)),
@@ -79,7 +79,9 @@ def networks(found: Measured) -> str:
     for case in sorted(cases):
         cells = [found.network(case[0], variant, *case[1:]) for variant in COLUMNS]
         share = None if cells[4] is None or rate is None else 100 * cells[4]["tflop_s"] / rate
-        rows.append((*map(str, case), *(number(c and c["pairs_s"]) for c in cells), number(share, "%")))
+        rows.append(
+            (*map(str, case), *(number(c["pairs_s"] if c else None) for c in cells), number(share, "%"))
+        )
     return markdown(("network", "batch", "tokens", *COLUMNS, "share of the rate"), rows)
 
 

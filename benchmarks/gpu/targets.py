@@ -34,7 +34,7 @@ class Figure:
 def _pairs(name: str, variant: str) -> Callable[[Measured], float | None]:
     def read(found: Measured) -> float | None:
         row = found.network(name, variant)
-        return row and row["pairs_s"]
+        return None if row is None else row["pairs_s"]
 
     return read
 
@@ -49,12 +49,12 @@ def _beats(bench: str, start: str) -> Callable[[Measured], float | None]:
 
 def _fusion_us(found: Measured) -> float | None:
     form = own(found.bench(FUSION))
-    return form and 1e3 * form["p50_ms"]
+    return None if form is None else 1e3 * form["p50_ms"]
 
 
 def _picture_ms(found: Measured) -> float | None:
     row = found.picture("asap", 1)
-    return row and row["p50_ms"]
+    return None if row is None else row["p50_ms"]
 
 
 def _worst_error(found: Measured) -> float | None:

@@ -22,6 +22,10 @@ Form = Callable[..., Any]
 Row = dict[str, Any]
 
 
+def _unscheduled(*inputs: Tensor) -> None:
+    raise NotImplementedError("this operator has no tiles to choose")
+
+
 @dataclass(frozen=True)
 class Bench:
     """One operator at one shape: `forms` by name, ours first; `bytes` and `flops` are the fewest possible.
@@ -42,7 +46,7 @@ class Bench:
     values: Callable[[Any], Any] = lambda answer: answer
     unit: str = "bf16"
     eager: tuple[str, ...] = ()
-    schedule: Callable[[Any], Form] | None = None
+    schedule: Callable[[Any], Form] = lambda tiles: _unscheduled
     candidates: Sequence[Any] = ()
 
 
@@ -130,16 +134,15 @@ def measure(benches: Iterable[Bench]) -> Iterator[Row]:
 def sweep(benches: Iterable[Bench]) -> Iterator[Row]:
     """A row a bench with candidates: times of each, none where it does not compile or is wrong."""
     for bench in benches:
-        if bench.schedule is None:
-            continue
         for tiles in bench.candidates:
-            found = judge(bench, partial(_late, bench.schedule, tiles), budget_s=0.05)
+            found = judge(bench, partial(_late, bench, tiles), budget_s=0.05)
             fields = tiles._asdict() if hasattr(tiles, "_asdict") else {"tiles": str(tiles)}
             yield {"name": bench.name, **_facts(bench), "tiles": fields, **found}
 
 
-def _late(schedule: Callable[[Any], Form], tiles: Any, *inputs: Tensor) -> Any:
-    return schedule(tiles)(*inputs)
+def _late(bench: Bench, tiles: Any, *inputs: Tensor) -> Any:
+    """The answer with the given tiles, which only the call may refuse."""
+    return bench.schedule(tiles)(*inputs)
 
 
 def _facts(bench: Bench) -> Row:
