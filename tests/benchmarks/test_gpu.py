@@ -1,4 +1,4 @@
-"""The proof command, as far as it goes without a GPU: parts in processes of their own, records that resume."""
+"""The proof command, as far as it goes without a GPU: parts in their own processes, records that resume."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.gpu import checks, hotspots, networks, parts
 from benchmarks.gpu.runner import CUT, DONE, FAILED, Part, Results, run_all, run_part, select
 from benchmarks.gpu.worker import plain
 from benchmarks.machine import describe_machine
+from engine.network.model import Output
 
 STUB = """
 import os, subprocess, sys, time
@@ -52,8 +54,7 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_rows_of_a_part_and_the_end_of_a_failed_one(stub):
@@ -81,7 +82,7 @@ def test_a_hanging_part_is_ended_with_all_it_started(stub):
             break
         time.sleep(0.05)
     assert not alive(pid)
-    assert run_part(part, 1.5)["state"] == CUT  # by the call's time, not by its own
+    assert run_part(part, 1.0)["state"] == CUT  # by the call's time, not by its own
 
 
 def test_every_part_is_recorded_at_once_and_what_failed_comes_last(stub, capsys):
@@ -155,18 +156,12 @@ def test_parts_are_found_and_named_once():
     assert {p.arguments[1] for p in found if p.name.startswith("network")} <= set(networks.VARIANTS)
 
 
-@pytest.mark.parametrize("variant", ["ours-bf16", "ours-fp8", "ours-fp8-rows", "published-bf16"])
+@pytest.mark.parametrize("variant", ["ours-fp8", "published-bf16"])
 def test_a_network_is_timed_beside_its_error(variant, monkeypatch):
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
     monkeypatch.setitem(networks.ERROR_INPUTS, "batch", 2)
     error, *rows = networks.measure("asap", variant, "2x7,1x5", device="cpu", size="tiny")
-    assert set(error["error"]) == {
-        "logits_real_fake",
-        "logits_multicls",
-        "box",
-        "logits_tok",
-        "attention_map",
-    }
+    assert set(error["error"]) == set(Output._fields)
     assert all(0 < e < 0.3 for e in error["error"].values())
     assert [(row["batch"], row["tokens"], row["pairs_s"]) for row in rows] == [(2, 7, 1000), (1, 5, 500)]
 
@@ -205,7 +200,8 @@ def test_smoke_tells_every_operator_and_ends_with_what_is_wrong(monkeypatch):
         next(found)
 
 
-def test_tests_are_counted_and_their_failures_named(tmp_path, capfd):
+def test_tests_are_counted_and_their_failures_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "test_two.py").write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\n")
     found = checks.tests("--override-ini=addopts=", str(tmp_path))
     row = next(found)
