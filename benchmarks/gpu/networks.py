@@ -28,7 +28,7 @@ SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 5
 GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
 LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
 VOCABULARY = {"base": 30522, "tiny": 2048}
-ERROR_INPUTS = {"batch": 16, "tokens": 50}
+JUDGED = {"batch": 16, "tokens": 50}  # inputs of the errors, and of FP8's calibration
 PHOTOGRAPH = (480, 640)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,11 +38,11 @@ Network = Callable[..., Answers]
 Row = dict[str, Any]
 
 
-def inputs(batch: int, tokens: int, device: str, vocabulary: int) -> Inputs:
+def inputs(batch: int, tokens: int, device: str, vocabulary: int, seed: int = 0) -> Inputs:
     """Random pictures and ids; every row is full, the worst case."""
-    generator = torch.Generator(device).manual_seed(batch + tokens)
+    generator = torch.Generator(device).manual_seed(seed)
     image = torch.randn(batch, 3, 256, 256, device=device, generator=generator)
-    ids = torch.randint(min(1000, vocabulary // 2), vocabulary, (batch, tokens), device=device)
+    ids = torch.randint(0, vocabulary, (batch, tokens), device=device, generator=generator)
     return image, ids, torch.ones_like(ids)
 
 
@@ -59,7 +59,7 @@ def ours(name: str, precision: str, device: str, size: str, calibrated: bool = F
     model = rewrite(seeded_model(name, size)).to(device)
     scales = None
     if calibrated:
-        image, ids, mask = inputs(16, 50, device, VOCABULARY[size])
+        image, ids, mask = inputs(**JUDGED, device=device, vocabulary=VOCABULARY[size], seed=1)
         scales = activation_scales(model, [{"image": image, "input_ids": ids, "attention_mask": mask}])
     return set_precision(model, precision, scales)
 
@@ -86,8 +86,8 @@ def distance(found: Answers, exact: Answers) -> dict[str, float]:
 
 
 def errors(run: Network, name: str, device: str, size: str) -> dict[str, float]:
-    """Distance from the trained network's own float32, with no TF32, on ERROR_INPUTS."""
-    given = inputs(device=device, vocabulary=VOCABULARY[size], **ERROR_INPUTS)
+    """Distance from the trained network's own float32, with no TF32."""
+    given = inputs(**JUDGED, device=device, vocabulary=VOCABULARY[size])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return distance(run(*given), seeded_model(name, size).to(device)(*given))
 
@@ -99,10 +99,14 @@ def measure(
     device: str = "cuda",
     size: str = "base",
 ) -> Iterator[Row]:
-    """A row with the error, then a row a shape; `shapes` may be text, "64x50,1x24"."""
+    """A row with the error, then a row a shape; `shapes` may be text, "64x50,1x24".
+
+    Raises RuntimeError where a shape failed otherwise than for lack of memory.
+    """
     build, graphed = VARIANTS[variant]
     if isinstance(shapes, str):
         shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in shapes.split(","))]
+    failed: list[str] = []
     with torch.inference_mode():
         run = build(name, device=device, size=size)
         facts = {"network": name, "variant": variant}
@@ -111,8 +115,11 @@ def measure(
         for batch, tokens in shapes:
             if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
                 continue
-            row = {**facts, "batch": batch, "tokens": tokens}
-            yield row | shape_row(run, inputs(batch, tokens, device, VOCABULARY[size]), graphed, name)
+            found = shape_row(run, inputs(batch, tokens, device, VOCABULARY[size]), graphed, name)
+            yield {**facts, "batch": batch, "tokens": tokens, **found}
+            failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def pictures(
@@ -146,7 +153,7 @@ def pictures(
 
 
 def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
-    """Times, throughput and memory at one shape, or that it does not fit; the graph is freed at the end."""
+    """Times, throughput and memory at one shape, or why it failed; the graph is freed at the end."""
     on_gpu = given[0].is_cuda
     if on_gpu:
         torch.cuda.empty_cache()
@@ -155,7 +162,11 @@ def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
         call: Callable[[], Any] = partial(run, *given)
         times = time_ms(capture(call) if graphed else call)
     except torch.OutOfMemoryError as failure:
-        return {"failed": str(failure)[:200]}
+        return {"too large": str(failure)[:200]}
+    except RuntimeError as failure:
+        if on_gpu:
+            torch.cuda.synchronize()  # a fault leaves the process useless: better to end here
+        return {"failed": f"{type(failure).__name__}: {failure}"[:300]}
     batch, tokens = given[1].shape
     second = batch / times["p50_ms"] * 1e3
     gflop = GFLOP[name][0 if tokens <= 24 else 1]

@@ -159,19 +159,38 @@ def test_parts_are_found_and_named_once():
 @pytest.mark.parametrize("variant", ["ours-fp8", "published-bf16"])
 def test_a_network_is_timed_beside_its_error(variant, monkeypatch):
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
-    monkeypatch.setitem(networks.ERROR_INPUTS, "batch", 2)
+    monkeypatch.setitem(networks.JUDGED, "batch", 2)
     error, *rows = networks.measure("asap", variant, "2x7,1x5", device="cpu", size="tiny")
     assert set(error["error"]) == set(Output._fields)
     assert all(0 < e < 0.3 for e in error["error"].values())
     assert [(row["batch"], row["tokens"], row["pairs_s"]) for row in rows] == [(2, 7, 1000), (1, 5, 500)]
 
 
-def test_a_shape_that_does_not_fit_leaves_the_others():
+def test_a_shape_that_fails_leaves_the_others(monkeypatch):
     def run(image, ids, mask):
-        raise torch.OutOfMemoryError("too large")
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return (torch.zeros(1),)
 
-    given = networks.inputs(1, 5, "cpu", 100)
-    assert networks.shape_row(run, given, True, "asap") == {"failed": "too large"}
+    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda name, device, size: run, False))
+    monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
+    found = networks.measure("asap", "compile-none", "3x5,1x5", device="cpu")
+    assert [row.get("too large", row.get("pairs_s")) for row in found] == ["no room", 500]
+
+
+def test_a_shape_that_fails_otherwise_fails_its_part_at_the_end(monkeypatch):
+    def run(image, ids, mask):
+        if len(ids) > 1:
+            raise RuntimeError("odd")
+        return (torch.zeros(1),)
+
+    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda name, device, size: run, False))
+    monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
+    found = networks.measure("asap", "compile-none", "2x5,1x5", device="cpu")
+    assert "odd" in next(found)["failed"]
+    assert next(found)["pairs_s"] == 500
+    with pytest.raises(RuntimeError, match="2x5: RuntimeError: odd"):
+        next(found)
 
 
 def test_photographs_to_logits(monkeypatch):
