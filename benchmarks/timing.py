@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,24 +102,21 @@ def time_rotating(
     return {**times, "calls_a_graph": calls}
 
 
-def rates(device: str = "cuda", count: int = 1 << 30, side: int = 8192) -> dict[str, float]:
+def rates(device: str = "cuda", count: int = 1 << 30, side: int = 8192) -> Iterator[tuple[str, float]]:
     """Measured on random data: copy in TB/s, read plus written; host to device; products in TFLOP/s."""
     source = torch.randn(count, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copied = time_ms(lambda: target.copy_(source))["p50_ms"]
+    yield "copy_tb_s", 4 * count / time_ms(lambda: target.copy_(source))["p50_ms"] / 1e9
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    yield "bf16_tflop_s", 2 * side**3 / time_ms(lambda: left @ right)["p50_ms"] / 1e9
+    one = torch.ones((), device=device)
+    yield "small_graph_us", 1e3 * time_ms(capture(lambda: one + 1))["p50_ms"]
     host = torch.empty(count // 4, dtype=torch.bfloat16, pin_memory=device == "cuda")
     sent = time_ms(lambda: target[: count // 4].copy_(host, non_blocking=True))["p50_ms"]
-    found = {"copy_tb_s": 4 * count / copied / 1e9, "host_gb_s": host.nbytes / sent / 1e6}
-    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    yield "host_gb_s", host.nbytes / sent / 1e6
     left8, right8 = (x.to(torch.float8_e4m3fn) for x in (left, right))
-    one = torch.ones((), device=device)
-    products: dict[str, Callable[[], Any]] = {
-        "bf16": lambda: left @ right,
-        "fp8": lambda: torch._scaled_mm(
-            left8, right8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
-        ),
-    }
-    for name, product in products.items():
-        found[f"{name}_tflop_s"] = 2 * side**3 / time_ms(product)["p50_ms"] / 1e9
-    found["small_graph_us"] = 1e3 * time_ms(capture(lambda: one + 1))["p50_ms"]
-    return found
+
+    def product() -> Tensor:
+        return torch._scaled_mm(left8, right8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    yield "fp8_tflop_s", 2 * side**3 / time_ms(product)["p50_ms"] / 1e9

@@ -58,7 +58,8 @@ def machine() -> Iterator[Row]:
         "multiprocessors": about.multi_processor_count,
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
     }
-    yield {"rates": rates(), "after": gpu_state()}
+    for name, rate in rates():
+        yield {"rate": name, "value": rate}
 
 
 def benches(operator: str, **settings: Any) -> Iterator[Bench]:

@@ -10,7 +10,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.networks import VARIANTS, VOCABULARY, inputs
+from benchmarks.gpu.networks import VARIANTS, inputs
+from dgm4.seeded import seeded_model
 
 RUNS, LARGEST = 3, 25
 
@@ -44,8 +45,9 @@ def measure(
     if device == "cpu":
         kind, activity = DeviceType.CPU, ProfilerActivity.CPU
     with torch.inference_mode():
-        run = build(name, device=device, size=size)
-        given = inputs(int(batch), int(tokens), device, VOCABULARY[size])
+        model = seeded_model(name, size).to(device)
+        given = inputs(int(batch), int(tokens), device, model.config.vocabulary)
+        run = build(model)
         for _ in range(RUNS):
             run(*given)
         with profile(activities=list({ProfilerActivity.CPU, activity})) as found:

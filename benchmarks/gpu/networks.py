@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.kernels.resize import photographs, prepared
 from benchmarks.published import Published
 from benchmarks.timing import capture, time_ms
+from dgm4.model import Detector
 from dgm4.seeded import seeded_model
 from engine.network.model import Output
 from engine.network.precision import activation_scales, set_precision
@@ -27,7 +28,6 @@ SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 5
 # GFLOP a pair at base size after the exact rewrites, at 24 and 50 tokens.
 GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
 LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
-VOCABULARY = {"base": 30522, "tiny": 2048}
 JUDGED = {"batch": 16, "tokens": 50}  # inputs of the errors, and of FP8's calibration
 PHOTOGRAPH = (480, 640)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,26 +46,26 @@ def inputs(batch: int, tokens: int, device: str, vocabulary: int, seed: int = 0)
     return image, ids, torch.ones_like(ids)
 
 
-def published(name: str, precision: str, device: str, size: str, mode: str | None = None) -> Network:
-    """The published form, cast whole as its users do; `mode` is torch.compile's."""
+def published(model: Detector, precision: str, mode: str | None = None) -> Network:
+    """The published form, cast whole as its users do; `mode` is torch.compile's. It takes the model over."""
     dtype = HALVES.get(precision, torch.float32)
-    model = Published(seeded_model(name, size)).to(device, dtype)
-    run = torch.compile(model, mode=mode, dynamic=False) if mode else model
+    form = Published(model).to(dtype)
+    run = torch.compile(form, mode=mode, dynamic=False) if mode else form
     return lambda image, ids, mask: run(image.to(dtype), ids, mask)
 
 
-def ours(name: str, precision: str, device: str, size: str, calibrated: bool = False) -> Network:
+def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
     """The rewritten network with its float32 islands; FP8 has its scales from 16 pairs, or from each row."""
-    model = rewrite(seeded_model(name, size)).to(device)
+    device, network = next(model.parameters()).device, rewrite(model)
     scales = None
     if calibrated:
-        image, ids, mask = inputs(**JUDGED, device=device, vocabulary=VOCABULARY[size], seed=1)
-        scales = activation_scales(model, [{"image": image, "input_ids": ids, "attention_mask": mask}])
-    return set_precision(model, precision, scales)
+        image, ids, mask = inputs(**JUDGED, device=str(device), vocabulary=model.config.vocabulary, seed=1)
+        scales = activation_scales(network, [{"image": image, "input_ids": ids, "attention_mask": mask}])
+    return set_precision(network, precision, scales).to(device)
 
 
-# How a variant is built, and whether it is captured.
-VARIANTS: dict[str, tuple[Callable[..., Network], bool]] = {
+# How a variant is built of a trained network, and whether it is captured.
+VARIANTS: dict[str, tuple[Callable[[Detector], Network], bool]] = {
     "published-fp32": (partial(published, precision="fp32"), False),
     "published-bf16": (partial(published, precision="bf16"), False),
     "compile-default-bf16": (partial(published, precision="bf16", mode="default"), False),
@@ -85,11 +85,13 @@ def distance(found: Answers, exact: Answers) -> dict[str, float]:
     }
 
 
-def errors(run: Network, name: str, device: str, size: str) -> dict[str, float]:
-    """Distance from the trained network's own float32, with no TF32."""
-    given = inputs(**JUDGED, device=device, vocabulary=VOCABULARY[size])
+def _judged(model: Detector, build: Callable[[Detector], Network], device: str) -> tuple[Network, Row]:
+    """The built network, and its distance from the trained one in float32 without TF32."""
+    given = inputs(**JUDGED, device=device, vocabulary=model.config.vocabulary)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return distance(run(*given), seeded_model(name, size).to(device)(*given))
+        exact = model(*given)
+        run = build(model)
+        return run, distance(run(*given), exact)
 
 
 def measure(
@@ -103,19 +105,24 @@ def measure(
 
     Raises RuntimeError where a shape failed otherwise than for lack of memory.
     """
-    build, graphed = VARIANTS[variant]
     if isinstance(shapes, str):
         shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in shapes.split(","))]
+    build, graphed = VARIANTS[variant]
+    facts = {"network": name, "variant": variant}
     failed: list[str] = []
     with torch.inference_mode():
-        run = build(name, device=device, size=size)
-        facts = {"network": name, "variant": variant}
-        if not variant.startswith("compile"):  # whose every shape costs minutes
-            yield {**facts, "error": errors(run, name, device, size)}
+        model = seeded_model(name, size).to(device)
+        vocabulary = model.config.vocabulary
+        if variant.startswith("compile"):  # whose every shape costs minutes
+            run = build(model)
+        else:
+            run, error = _judged(model, build, device)
+            yield {**facts, "error": error}
+        del model
         for batch, tokens in shapes:
             if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
                 continue
-            found = shape_row(run, inputs(batch, tokens, device, VOCABULARY[size]), graphed, name)
+            found = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
             yield {**facts, "batch": batch, "tokens": tokens, **found}
             failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
     if failed:
@@ -134,11 +141,13 @@ def pictures(
     dtype = HALVES.get(variant.split("-")[1], torch.bfloat16)
     tokens = 50
     with torch.inference_mode():
-        run = build(name, device=device, size=size)
+        model = seeded_model(name, size).to(device)
+        run, vocabulary = build(model), model.config.vocabulary
+        del model
         for batch in batches:
             pixels = photographs(device, batch, *PHOTOGRAPH)
             resized = prepared(batch, *PHOTOGRAPH, 256, dtype, device)
-            _, ids, mask = inputs(batch, tokens, device, VOCABULARY[size])
+            _, ids, mask = inputs(batch, tokens, device, vocabulary)
             host = pixels.cpu().pin_memory() if device == "cuda" else pixels.clone()
 
             def from_device(pixels: Tensor, ids: Tensor, mask: Tensor) -> Answers:

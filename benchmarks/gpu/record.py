@@ -32,7 +32,7 @@ class Measured:
 
     def rate(self, name: str) -> float | None:
         """A measured rate: "copy_tb_s", "bf16_tflop_s", "fp8_tflop_s"."""
-        return next((row["rates"].get(name) for row in self.rows("machine") if "rates" in row), None)
+        return next((row["value"] for row in self.rows("machine") if row.get("rate") == name), None)
 
     def networks(self, **wanted: Any) -> list[Row]:
         """Timed rows of whole networks with these fields."""

@@ -172,9 +172,9 @@ def test_a_shape_that_fails_leaves_the_others(monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return (torch.zeros(1),)
 
-    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda name, device, size: run, False))
+    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda model: run, False))
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
-    found = networks.measure("asap", "compile-none", "3x5,1x5", device="cpu")
+    found = networks.measure("asap", "compile-none", "3x5,1x5", device="cpu", size="tiny")
     assert [row.get("too large", row.get("pairs_s")) for row in found] == ["no room", 500]
 
 
@@ -184,9 +184,9 @@ def test_a_shape_that_fails_otherwise_fails_its_part_at_the_end(monkeypatch):
             raise RuntimeError("odd")
         return (torch.zeros(1),)
 
-    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda name, device, size: run, False))
+    monkeypatch.setitem(networks.VARIANTS, "compile-none", (lambda model: run, False))
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
-    found = networks.measure("asap", "compile-none", "2x5,1x5", device="cpu")
+    found = networks.measure("asap", "compile-none", "2x5,1x5", device="cpu", size="tiny")
     assert "odd" in next(found)["failed"]
     assert next(found)["pairs_s"] == 500
     with pytest.raises(RuntimeError, match="2x5: RuntimeError: odd"):

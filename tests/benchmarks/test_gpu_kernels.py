@@ -142,7 +142,7 @@ def test_timing_warms_up_and_stops(monkeypatch):
 
 def test_rates_are_bytes_and_operations_over_time(monkeypatch):
     monkeypatch.setattr(timing, "time_ms", lambda run: {"p50_ms": 0.5} if run() is not None else {})
-    found = timing.rates("cpu", count=1024, side=32)
+    found = dict(timing.rates("cpu", count=1024, side=32))
     assert found["copy_tb_s"] == pytest.approx(4 * 1024 / 0.5e-3 / 1e12)
     assert found["host_gb_s"] == pytest.approx(2 * 256 / 0.5e-3 / 1e9)
     assert found["fp8_tflop_s"] == found["bf16_tflop_s"] == pytest.approx(2 * 32**3 / 0.5e-3 / 1e12)

@@ -48,7 +48,9 @@ RECORD = {
     "parts": {
         "machine": part(
             {"gpu": "NVIDIA H200"},
-            {"rates": {"copy_tb_s": 4.3, "bf16_tflop_s": 800.0, "fp8_tflop_s": 1600.0}},
+            {"rate": "copy_tb_s", "value": 4.3},
+            {"rate": "bf16_tflop_s", "value": 800.0},
+            {"rate": "fp8_tflop_s", "value": 1600.0},
         ),
         "kernel-attention": part(MGCA, GUIDED),
         "kernel-conv_fusion": part(FUSION),
