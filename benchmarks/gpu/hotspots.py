@@ -44,10 +44,10 @@ def measure(
     kind, activity = DeviceType.CUDA, ProfilerActivity.CUDA
     if device == "cpu":
         kind, activity = DeviceType.CPU, ProfilerActivity.CPU
+    model = seeded_model(name, size).to(device)
+    given = inputs(int(batch), int(tokens), device, model.config.vocabulary)
+    run = build(model)
     with torch.inference_mode():
-        model = seeded_model(name, size).to(device)
-        given = inputs(int(batch), int(tokens), device, model.config.vocabulary)
-        run = build(model)
         for _ in range(RUNS):
             run(*given)
         with profile(activities=list({ProfilerActivity.CPU, activity})) as found:

@@ -89,9 +89,11 @@ def _judged(model: Detector, build: Callable[[Detector], Network], device: str) 
     """The built network, and its distance from the trained one in float32 without TF32."""
     given = inputs(**JUDGED, device=device, vocabulary=model.config.vocabulary)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = model(*given)
+        with torch.inference_mode():
+            exact = model(*given)
         run = build(model)
-        return run, distance(run(*given), exact)
+        with torch.inference_mode():
+            return run, distance(run(*given), exact)
 
 
 def measure(
@@ -110,21 +112,20 @@ def measure(
     build, graphed = VARIANTS[variant]
     facts = {"network": name, "variant": variant}
     failed: list[str] = []
-    with torch.inference_mode():
-        model = seeded_model(name, size).to(device)
-        vocabulary = model.config.vocabulary
-        if variant.startswith("compile"):  # whose every shape costs minutes
-            run = build(model)
-        else:
-            run, error = _judged(model, build, device)
-            yield {**facts, "error": error}
-        del model
-        for batch, tokens in shapes:
-            if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
-                continue
-            found = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
-            yield {**facts, "batch": batch, "tokens": tokens, **found}
-            failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
+    model = seeded_model(name, size).to(device)
+    vocabulary = model.config.vocabulary
+    if variant.startswith("compile"):  # whose every shape costs minutes
+        run = build(model)
+    else:
+        run, error = _judged(model, build, device)
+        yield {**facts, "error": error}
+    del model
+    for batch, tokens in shapes:
+        if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
+            continue
+        found = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
+        yield {**facts, "batch": batch, "tokens": tokens, **found}
+        failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
     if failed:
         raise RuntimeError("; ".join(failed))
 
@@ -136,31 +137,39 @@ def pictures(
     device: str = "cuda",
     size: str = "base",
 ) -> Iterator[Row]:
-    """Bytes of photographs to logits in one graph: the bytes on the device, then in pinned memory."""
+    """Bytes of photographs to logits in one graph: the bytes on the device, then in pinned memory.
+
+    Raises RuntimeError where one failed otherwise than for lack of memory.
+    """
+    failed: list[str] = []
     build, _ = VARIANTS[variant]
     dtype = HALVES.get(variant.split("-")[1], torch.bfloat16)
     tokens = 50
-    with torch.inference_mode():
-        model = seeded_model(name, size).to(device)
-        run, vocabulary = build(model), model.config.vocabulary
-        del model
-        for batch in batches:
-            pixels = photographs(device, batch, *PHOTOGRAPH)
-            resized = prepared(batch, *PHOTOGRAPH, 256, dtype, device)
-            _, ids, mask = inputs(batch, tokens, device, vocabulary)
-            host = pixels.cpu().pin_memory() if device == "cuda" else pixels.clone()
+    model = seeded_model(name, size).to(device)
+    run, vocabulary = build(model), model.config.vocabulary
+    del model
+    for batch in batches:
+        pixels = photographs(device, batch, *PHOTOGRAPH)
+        resized = prepared(batch, *PHOTOGRAPH, 256, dtype, device)
+        _, ids, mask = inputs(batch, tokens, device, vocabulary)
+        host = pixels.cpu().pin_memory() if device == "cuda" else pixels.clone()
 
-            def from_device(pixels: Tensor, ids: Tensor, mask: Tensor) -> Answers:
-                return run(resized(pixels), ids, mask)  # noqa: B023 - called within the turn
+        def from_device(pixels: Tensor, ids: Tensor, mask: Tensor) -> Answers:
+            return run(resized(pixels), ids, mask)  # noqa: B023 - called within the turn
 
-            def from_host(pixels: Tensor, *rest: Tensor) -> Answers:
-                return from_device(pixels.copy_(host, non_blocking=True), *rest)  # noqa: B023
+        def from_host(pixels: Tensor, *rest: Tensor) -> Answers:
+            return from_device(pixels.copy_(host, non_blocking=True), *rest)  # noqa: B023
 
-            for place, form in (("device", from_device), ("pinned memory", from_host)):
-                row = {"network": name, "variant": variant, "batch": batch, "tokens": tokens, "from": place}
-                yield row | shape_row(form, (pixels, ids, mask), True, name)
+        for place, form in (("device", from_device), ("pinned memory", from_host)):
+            row = {"network": name, "variant": variant, "batch": batch, "tokens": tokens, "from": place}
+            row |= shape_row(form, (pixels, ids, mask), True, name)
+            yield row
+            failed += [f"{batch} from {place}: {row['failed']}"] if "failed" in row else []
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
+@torch.inference_mode()
 def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
     """Times, throughput and memory at one shape, or why it failed; the graph is freed at the end."""
     on_gpu = given[0].is_cuda
