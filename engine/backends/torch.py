@@ -25,6 +25,7 @@ from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, Output
 from engine.network.precision import DTYPES, fp8_layers, set_precision
 from kernels import jit
+from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
             "use the backend 'ort', or export in one of those"
         )
     place = find_device(device)
+    if precision == "fp8" and place.type == "cuda":
+        _check_fp8(place)
     model, manifest = load_network(bundle, place), bundle.manifest
     logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, place)
     if place.type == "cpu":
@@ -58,7 +61,7 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
 def suits(bundle: Bundle) -> bool:
     """Whether `bundle` is for this backend and this machine has a GPU for it; loads nothing."""
     manifest = bundle.manifest
-    known = manifest.precision in _DTYPES and WEIGHTS in manifest.files
+    known = manifest.precision in DTYPES and WEIGHTS in manifest.files
     return known and find_device("auto").type == "cuda"
 
 
@@ -85,6 +88,16 @@ def find_device(name: str) -> torch.device:
     if index >= torch.cuda.device_count():
         raise BackendError(f"device {name!r}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return torch.device("cuda", index)
+
+
+def _check_fp8(place: torch.device) -> None:
+    """Raise BackendError where the GPU has no E4M3."""
+    found = torch.cuda.get_device_capability(place)
+    if found < E4M3_CAPABILITY:
+        needed = ".".join(map(str, E4M3_CAPABILITY))
+        raise BackendError(
+            f"fp8 needs compute capability {needed}, {place} has {found[0]}.{found[1]}; use a bundle in bf16"
+        )
 
 
 def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:

@@ -1,9 +1,9 @@
 """Linear layers in eight bits.
 
-FP8: y = (codes of x) (codes of weight)^T * (scale of the row of x) * (scale of the weight's row) + bias. Codes
-are E4M3; a weight's row, an output channel, has its largest magnitude at 448. The activation's scale is one a
-row, taken as it comes, or one for all, calibrated. The product is torch._scaled_mm: the matrix units of a GPU
-from compute capability 8.9 on, float32 from the same codes on a CPU.
+FP8: y = (codes of x) (codes of weight)^T * (scale of the row of x) * (scale of the weight's row) + bias.
+Codes are E4M3; a weight's row, an output channel, has its largest magnitude at 448. The activation's scale is
+one a row, taken as it comes, or one for all, calibrated. The product is torch._scaled_mm: the matrix units of
+a GPU from compute capability 8.9 on, float32 from the same codes on a CPU.
 Source: arXiv:2209.05433.
 """
 
