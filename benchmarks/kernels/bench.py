@@ -72,9 +72,9 @@ def decoded(answer: Sequence[Any]) -> Tensor:
 
 
 def candidates(module: Any, default: Iterable[Tiles], *shape: Any) -> list[Any]:
-    """The schedules that a kernel's own `candidates` offers for a shape, else `default`."""
+    """The schedules that a kernel's own `candidates` offers for a shape, then those of `default`."""
     own = getattr(module, "candidates", None)
-    return list(default if own is None else own(*shape))
+    return list(dict.fromkeys([*(own(*shape) if own else ()), *default]))
 
 
 def grid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ def benches(device: str = "cuda", batch: int = 64, small: bool = False) -> Itera
     placed, repeated = _placed(kernel), bias.repeat(conv_fusion.POSITIONS)
 
     def schedule(tiles: Any) -> Form:
-        kernel = conv_fusion._fusion_kernel
-        return lambda image, tokens, *_: conv_fusion.launch(kernel, image, tokens, placed, repeated, tiles)
+        launch: Any = partial(conv_fusion.launch, conv_fusion._fusion_kernel, schedule=tiles)
+        pack = getattr(conv_fusion, "pack", None)
+        given = (placed, repeated) if pack is None else (pack(placed, repeated, width),)
+        return lambda image, tokens, *_: launch(image, tokens, *given)
 
     yield Bench(
         name=NAME,

@@ -105,7 +105,7 @@ def test_a_kernel_may_offer_its_own_schedules():
         def candidates(queries, width):
             return [(queries, width)]
 
-    assert candidates(Kernel, [], 5, 7) == [(5, 7)]
+    assert candidates(Kernel, [(8, 8), (5, 7)], 5, 7) == [(5, 7), (8, 8)]
     assert candidates(object(), [Tiles(1, 2, 3, 4)], 5) == [Tiles(1, 2, 3, 4)]
 
 
