@@ -72,7 +72,7 @@ def test_rows_of_a_part_and_the_end_of_a_failed_one(stub):
 
 
 def test_a_hanging_part_is_ended_with_all_it_started(stub):
-    part = Part("hang", "stub:hang", (str(stub / "pid"),), limit_s=2.5)
+    part = Part("hang", "stub:hang", (str(stub / "pid"),), limit_s=4.0)
     record = run_part(part, 100)
     assert (record["state"], record["code"], record["rows"]) == (FAILED, None, [{"row": 1}])
     assert "in hang" in record["tail"]
