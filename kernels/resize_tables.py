@@ -17,8 +17,8 @@ CHANNELS, LEVELS = 3, 256
 SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
 PRECISION_BITS = 32 - 8 - 2  # of a weight, beside a level and two bits for the sum
 CACHED_AXES = 64
-# Fields of a picture's plan: where it starts in bytes and in lines, its lines and the pixels of one, offset and
-# taps of the axis along a line, and of that across.
+# Fields of a picture's plan: where it starts, in bytes and in lines, its lines and the pixels of one, offset
+# and taps of the axis along a line, and of that across.
 FIELDS = 8
 
 

@@ -16,10 +16,11 @@ from engine.errors import BackendError
 if TYPE_CHECKING:
     from engine.bundle import Bundle
 
-# name -> (libraries that must be installed, module with `create(bundle, device, threads)`), best one first.
-_BACKENDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "ort": (("onnxruntime",), "engine.backends.ort"),
-    "torch": (("torch", "safetensors"), "engine.backends.torch"),
+# name -> (libraries that must be installed, module with `create(bundle, device, threads)`, what it reads of a
+# bundle), best one first.
+_BACKENDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "ort": (("onnxruntime",), "engine.backends.ort", "model.onnx"),
+    "torch": (("torch", "safetensors"), "engine.backends.torch", "model.safetensors"),
 }
 
 
@@ -70,15 +71,25 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     model that does not load.
     """
     present = available()
+    suited = [name for name in _BACKENDS if _BACKENDS[name][2] in bundle.manifest.files]
     if name == "auto":
-        if not present:
-            raise BackendError(f"no backend is installed; install one of {_libraries()}")
-        name = "torch" if _on_gpu(bundle, device, present) else present[0]
+        usable = [name for name in present if name in suited]
+        if not usable:
+            raise BackendError(
+                f"no backend is installed that serves this bundle; install one of {_libraries(suited)}"
+            )
+        name = "torch" if "torch" in usable and _on_gpu(bundle, device) else usable[0]
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
         needed = " and ".join(_missing(name) or _BACKENDS[name][0])
         raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
+    if name not in suited:
+        precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
+        raise BackendError(
+            f"the backend {name!r} reads {_BACKENDS[name][2]}, which this bundle in {precision} has not; "
+            f"use {others or 'another bundle'}"
+        )
     cores = usable_cores()
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
@@ -92,11 +103,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _on_gpu(bundle: Bundle, device: str, present: list[str]) -> bool:
+def _on_gpu(bundle: Bundle, device: str) -> bool:
     """Whether "auto" means torch; imports it only where an NVIDIA driver is installed."""
     if device != "auto":
         return device.startswith("cuda")
-    if "torch" not in present or not _has_driver():
+    if not _has_driver():
         return False
     from engine.backends import torch as torch_backend
 
@@ -117,5 +128,5 @@ def _missing(name: str) -> list[str]:
     return [library for library in _BACKENDS[name][0] if not importlib.util.find_spec(library)]
 
 
-def _libraries() -> str:
-    return ", ".join(" with ".join(libraries) for libraries, _ in _BACKENDS.values())
+def _libraries(names: list[str]) -> str:
+    return ", ".join(" with ".join(_BACKENDS[name][0]) for name in names)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +22,15 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
-from engine.network.model import InferenceModel, Output, to_precision
+from engine.network.model import InferenceModel, Output
+from engine.network.precision import DTYPES, fp8_layers, set_precision
 from kernels import jit
+from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+SCALES = "scales.json"
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
 Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 
@@ -38,12 +42,14 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
     the CPU's products, is torch's number for the whole process.
     """
     precision = bundle.manifest.precision
-    if precision not in _DTYPES:
+    if precision not in DTYPES:
         raise BackendError(
-            f"the backend 'torch' runs bundles in {' or '.join(_DTYPES)}, got {precision}; "
-            "use the backend 'ort', or export with --precision fp16"
+            f"the backend 'torch' runs bundles in {', '.join(DTYPES)}, got {precision}; "
+            "use the backend 'ort', or export in one of those"
         )
     place = find_device(device)
+    if precision == "fp8" and place.type == "cuda":
+        _check_fp8(place)
     model, manifest = load_network(bundle, place), bundle.manifest
     logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, place)
     if place.type == "cpu":
@@ -55,7 +61,7 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
 def suits(bundle: Bundle) -> bool:
     """Whether `bundle` is for this backend and this machine has a GPU for it; loads nothing."""
     manifest = bundle.manifest
-    known = manifest.precision in _DTYPES and WEIGHTS in manifest.files
+    known = manifest.precision in DTYPES and WEIGHTS in manifest.files
     return known and find_device("auto").type == "cuda"
 
 
@@ -84,11 +90,21 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _check_fp8(place: torch.device) -> None:
+    """Raise BackendError where the GPU has no E4M3."""
+    found = torch.cuda.get_device_capability(place)
+    if found < E4M3_CAPABILITY:
+        needed = ".".join(map(str, E4M3_CAPABILITY))
+        raise BackendError(
+            f"fp8 needs compute capability {needed}, {place} has {found[0]}.{found[1]}; use a bundle in bf16"
+        )
+
+
 def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     """Build the bundle's network on `device` from its verified weights; raises BundleError.
 
-    On a GPU it has the manifest's precision with its float32 islands. On the CPU it is float32: torch's half
-    products take four times as long there, and answer less exactly.
+    It has the manifest's precision with its float32 islands, but for fp16 on the CPU, which is float32 there:
+    torch's products in float16 take four times as long, and answer less exactly.
     """
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
@@ -100,9 +116,28 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
         model = InferenceModel.from_released(state, config)
     except CheckpointError as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
-    if device.type == "cpu":
-        return model
-    return to_precision(model, _DTYPES[manifest.precision]).to(device)
+    precision = "fp32" if device.type == "cpu" and manifest.precision == "fp16" else manifest.precision
+    return set_precision(model, precision, _scales(bundle, model)).to(device)
+
+
+def _scales(bundle: Bundle, model: InferenceModel) -> dict[str, float] | None:
+    """The calibrated scales of an fp8 bundle's activations, or None; raises BundleError."""
+    if SCALES not in bundle.manifest.files:
+        return None
+    path = bundle.verified(SCALES)
+    try:
+        scales = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON: {error}; export the bundle again") from error
+    names = [name for name, _ in fp8_layers(model)]
+    if not isinstance(scales, dict) or sorted(scales) != sorted(names):
+        raise BundleError(
+            f"{path}: expected the scales of {len(names)} layers by name; export the bundle again"
+        )
+    wrong = [k for k, v in scales.items() if type(v) is not float or not 0 < v < math.inf]
+    if wrong:
+        raise BundleError(f"{path}: {wrong[0]}: expected a number above 0, got {scales[wrong[0]]!r}")
+    return scales
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

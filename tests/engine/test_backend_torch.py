@@ -229,7 +229,7 @@ def test_a_gpu_beyond_the_last(monkeypatch):
 def test_int8_bundles_are_for_onnx_runtime(copied):
     rewrite_manifest(copied, precision="int8")
     with pytest.raises(
-        BackendError, match="runs bundles in fp32 or fp16, got int8; use the backend 'ort', or"
+        BackendError, match="runs bundles in fp32, fp16, bf16, fp8, got int8; use the backend 'ort', or"
     ):
         Predictor(copied, backend="torch")
 
@@ -278,7 +278,7 @@ def test_a_bundle_without_weights(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     del manifest["files"]["model.safetensors"]
     rewrite_manifest(copied, files=manifest["files"])
-    with pytest.raises(BundleError, match=r"the bundle has no model\.safetensors"):
+    with pytest.raises(BackendError, match=r"reads model\.safetensors, which this .* has not; use 'ort'"):
         Predictor(copied, backend="torch")
 
 

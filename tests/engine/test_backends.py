@@ -105,7 +105,7 @@ def test_the_driver_is_looked_for_without_a_gpu(monkeypatch):
 
 def test_no_library(bundle_dir, monkeypatch):
     monkeypatch.setattr(backends, "available", list)
-    with pytest.raises(BackendError, match="no backend is installed; install one of .*onnxruntime"):
+    with pytest.raises(BackendError, match="no backend is installed that serves this bundle; .*onnxruntime"):
         Predictor(bundle_dir)
     with pytest.raises(BackendError, match="needs onnxruntime, which is not installed"):
         Predictor(bundle_dir, backend="ort")

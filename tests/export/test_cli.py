@@ -78,7 +78,7 @@ def test_a_failed_verification_exits_with_3(tmp_path, capsys, monkeypatch):
         [],
         ["frobnicate"],
         ["export", "--model", "resnet"],
-        ["export", "--precision", "fp8"],
+        ["export", "--precision", "fp4"],
         ["export", "--size", "large"],
         ["export", "--max-batch", "many"],
         ["export", "--surprise"],
