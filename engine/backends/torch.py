@@ -208,10 +208,11 @@ class GpuBackend(TorchBackend[GraphRunner]):
         return wait
 
     def close(self) -> None:
-        """Wait for what was started, then drop the network."""
-        if self._runner is not None:
-            self._runner.close()
+        """Drop the network, once what was started is done."""
+        runner = self._runner
         super().close()
+        if runner is not None:
+            runner.close()
 
 
 @contextmanager
