@@ -59,10 +59,8 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
 
 
 def suits(bundle: Bundle) -> bool:
-    """Whether `bundle` is for this backend and this machine has a GPU for it; loads nothing."""
-    manifest = bundle.manifest
-    known = manifest.precision in DTYPES and WEIGHTS in manifest.files
-    return known and find_device("auto").type == "cuda"
+    """Whether this machine has a GPU, and `bundle` a precision, for this backend; loads nothing."""
+    return bundle.manifest.precision in DTYPES and find_device("auto").type == "cuda"
 
 
 def find_device(name: str) -> torch.device:

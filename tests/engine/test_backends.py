@@ -56,7 +56,7 @@ def machine(bundle_dir, monkeypatch):
     """Ask for "auto" on a machine with a driver and a GPU, or without; the backend that would be loaded."""
 
     def ask(device, driver=True, gpu=True, precision="fp16", weights=True):
-        files = {"model.safetensors": None} if weights else {}
+        files = {"model.onnx": None} | ({"model.safetensors": None} if weights else {})
         manifest = Bundle.open(bundle_dir).manifest
         found = SimpleNamespace(manifest=dataclasses.replace(manifest, precision=precision, files=files))
         monkeypatch.setattr(backends, "_has_driver", lambda: driver)
