@@ -221,9 +221,8 @@ class Predictor:
         """
         spec, limits = self.manifest.preprocess, self.manifest.limits
         blank = self._pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
-        for batch, tokens in sorted(
-            shapes, reverse=True
-        ):  # what comes after the largest fits into its memory
+        # The largest first: on a GPU the others fit into its memory.
+        for batch, tokens in sorted(shapes, reverse=True):
             if min(batch, tokens) < 1:
                 raise InputError(f"expected at least 1 pair of at least 1 token, got {batch} of {tokens}")
             shape = min(batch, limits.max_batch), min(max(tokens, spec.min_tokens), spec.max_tokens)

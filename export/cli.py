@@ -143,7 +143,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs a run (%(default)s)")
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu or auto (%(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
     verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
@@ -162,7 +162,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.add_argument("--split", choices=("train", "val", "test"), default="test")
     verb.add_argument("--limit", type=_positive, metavar="N", help="draw N pairs of the split")
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu or auto (%(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--batch", type=_positive, metavar="N", help="pairs a run; 32 or the bundle's largest")
     verb.add_argument(

@@ -73,12 +73,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     present = available()
     suited = [name for name in _BACKENDS if _BACKENDS[name][2] in bundle.manifest.files]
     if name == "auto":
-        usable = [name for name in present if name in suited]
-        if not usable:
-            raise BackendError(
-                f"no backend is installed that serves this bundle; install one of {_libraries(suited)}"
-            )
-        name = "torch" if "torch" in usable and _on_gpu(bundle, device) else usable[0]
+        name = _choose(bundle, device, present, suited)
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
@@ -103,15 +98,20 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _on_gpu(bundle: Bundle, device: str) -> bool:
-    """Whether "auto" means torch; imports it only where an NVIDIA driver is installed."""
-    if device != "auto":
-        return device.startswith("cuda")
-    if not _has_driver():
-        return False
-    from engine.backends import torch as torch_backend
+def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
+    """What "auto" means; imports torch only where an NVIDIA driver is installed."""
+    if device.startswith("cuda"):
+        return "torch"
+    usable = [name for name in present if name in suited]
+    if not usable:
+        raise BackendError(
+            f"no backend is installed that serves this bundle; install one of {_libraries(suited)}"
+        )
+    if device == "auto" and "torch" in usable and _has_driver():
+        from engine.backends import torch as torch_backend
 
-    return torch_backend.suits(bundle)
+        return "torch" if torch_backend.suits(bundle) else usable[0]
+    return usable[0]
 
 
 def _has_driver() -> bool:

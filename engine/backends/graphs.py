@@ -117,9 +117,8 @@ class GraphRunner:
                 write_image(self._inputs.image(bucket)[:batch])
                 self._inputs.image(bucket)[batch:].zero_()
                 self._inputs.text(bucket).copy_(sent_text)
-                captured = self._captured(
-                    bucket
-                )  # after the inputs: those of another bucket are no text here
+                # After the inputs: what another bucket left in them is no text of this one.
+                captured = self._captured(bucket)
                 captured.graph.replay()
                 answers = {name: self._fetch(x) for name, x in captured.answers.items()}
                 done = self._runs.record_event()

@@ -59,10 +59,8 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
 
 
 def suits(bundle: Bundle) -> bool:
-    """Whether `bundle` is for this backend and this machine has a GPU for it; loads nothing."""
-    manifest = bundle.manifest
-    known = manifest.precision in DTYPES and WEIGHTS in manifest.files
-    return known and find_device("auto").type == "cuda"
+    """Whether this machine has a GPU, and `bundle` a precision, for this backend; loads nothing."""
+    return bundle.manifest.precision in DTYPES and find_device("auto").type == "cuda"
 
 
 def find_device(name: str) -> torch.device:
@@ -208,10 +206,11 @@ class GpuBackend(TorchBackend[GraphRunner]):
         return wait
 
     def close(self) -> None:
-        """Wait for what was started, then drop the network."""
-        if self._runner is not None:
-            self._runner.close()
+        """Drop the network, once what was started is done."""
+        runner = self._runner
         super().close()
+        if runner is not None:
+            runner.close()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from engine.backends import graphs
 from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
 from engine.manifest import manifest_digest
+from engine.preprocess import preprocess_image
 from export.verify import HALF
 
 # Float32 rounding, of answers around 1 and of the map's scores, which no softmax has bounded.
@@ -331,6 +332,25 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
             check_same(got, want, 1e-4, 1e-4)
         else:
             check_near(got, want)
+
+
+@needs_gpu
+def test_batches_on_a_gpu_run_beside_each_other(name, bundle):
+    """Decoded pictures, three batches started before the first is waited for, in any order of the buckets."""
+    backend = backends.create("auto", Bundle.open(bundle(name, "fp32").path), "cuda", 1)
+    random, cases, wanted = np.random.default_rng(3), [], []
+    for seed, (batch, tokens) in enumerate([(4, 50), (1, 9), (4, 40)]):
+        shapes = random.integers(20, 600, (batch, 2))
+        pictures = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+        text = feeds(batch, tokens, seed)
+        text["image"] = np.stack([preprocess_image(x).pixels for x in pictures])
+        wanted.append(backend.run(text))
+        del text["image"]
+        cases.append((pictures, text))
+    for order in ([0, 1, 2], [2, 0, 1], [1, 0, 2]):
+        waits = [(index, backend.start(*cases[index])) for index in order]
+        for index, wait in waits:
+            check_same(wait(), wanted[index], 0, 0)
 
 
 @needs_gpu
