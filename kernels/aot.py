@@ -41,6 +41,7 @@ from kernels.rows import E4M3_CAPABILITY, TOPS
 TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
 ALIGNMENT = 16  # bytes of a pointer, and the divisor of an integer, that the compiler is told of
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -84,13 +85,14 @@ def record(launcher: Callable[..., Any], kernel: Any, *arguments: Any, **options
 
 @dataclass(frozen=True)
 class Built:
-    """One compiled kernel: its names, its code, and the assembler's report (bytes, but for registers)."""
+    """One compiled kernel: its names, its code, and the assembler's report; stack and shared are in bytes."""
 
     name: str
     capability: int
     registers: int
     stack: int
     shared: int
+    instructions: int
     entry: str
     ptx: str
 
@@ -112,13 +114,14 @@ def compile_launch(name: str, launch: Launch, capability: int) -> Built:
             attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
+    registers, stack, instructions = _resources(compiled.asm["cubin"])
     return Built(
         name,
         capability,
         registers,
         stack,
         compiled.metadata.shared,
+        instructions,
         compiled.metadata.name,
         compiled.asm["ptx"],
     )
@@ -130,19 +133,20 @@ def _type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack and local memory, by NVIDIA's own disassembler."""
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, bytes of stack and local memory, and instructions, by NVIDIA's disassembler."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
+        command = [str(tool), "-res-usage", "-sass", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
         raise ValueError(f"expected REG, STACK and LOCAL in the report, got {report[:200]!r}")
     registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+    instructions = INSTRUCTION.findall(report)
+    return registers, stack + local, len(instructions) - instructions.count("NOP")
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -164,10 +168,10 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     yield "attention-50x257", record(attention.launch, kernel, text, image, image, 12)
     yield "attention-257x50-mask", record(attention.launch, kernel, image, text, text, 12, mask)
     yield "attention-50x257-map", record(attention.launch, kernel, text, image, image, 12, guided=True)
-    weight, bias = _empty(4 * 768, 3, 6, 6, dtype=dtype), _empty(4 * 768, dtype=dtype)
+    packed = _empty(1, 768, 5, 16, dtype=dtype)
     picture = _empty(64, 3, 256, 256, dtype=dtype)
     kernel = conv_fusion._fusion_kernel
-    yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, weight, bias)
+    yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, packed)
     box, norm = _empty(64, 4, dtype=torch.float32), _empty(768, dtype=torch.float32)
     first, first_bias = _empty(64, 1, 4, 4, dtype=dtype), _empty(64, dtype=dtype)
     kernel = gaussian_guidance._guidance_kernel

@@ -13,10 +13,13 @@ On a GPU one Triton launch does it, with the softmax online, so that no score le
 - A sum over heads of products over d columns is one product over all H*d columns. So the map needs neither
   the softmax nor another head's programs: extra programs of the same launch write one tile of it each.
 - Keys past the last valid one of a row are never read: padded text costs nothing.
-- 257 keys are 1 + 256: the first is taken as a vector, which leaves whole blocks for the matrix units.
+- 257 keys are 1 + 256: the first is taken as a vector, which leaves whole blocks for the matrix units, and
+  where every block is whole and nothing is masked no score is compared with the end.
 
 Floor, B = 64, 50 x 257, H = 12, d = 64, bf16: query and answer 4.9 MB each, keys and values 25.3 MB each, the
-map 3.3 MB: 63.6 MB, 15 us at 4.3 TB/s; 2.5 GFLOP, 3.8 with the map: 5 us at 790 TFLOP/s. What is not written:
+map 3.3 MB: 63.6 MB, 15 us at 4.3 TB/s; 2.5 GFLOP, 3.8 with the map: 5 us at 790 TFLOP/s. A block of 64
+keys is 318 instructions of a warp by sm_90's code, eight of them wgmma: in all 6 us of what an H200 issues.
+At 257 x 257 memory takes 24 us, the exponentials 18 and the instructions, the longest, 31. Never written are
 the scores [B, 12, 50, 257], 19.7 MB in bf16 and 39.5 MB in float32, in each of the plain form's four passes.
 
 Source of the map: ASAP, arXiv:2412.12718, section "Manipulation-Guided Cross Attention"; online softmax:
@@ -73,55 +76,14 @@ def _load_tile(
     o_row: tl.tensor,
     o_col: tl.tensor,
     row_stride: tl.tensor,
-    n_rows: tl.tensor,
+    n_rows: tl.tensor,  # None where all rows exist
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """Load rows o_row and columns o_col of a matrix; zeros outside. (rows, columns)"""
-    m_tile = (o_row < n_rows)[:, None] & (o_col < COLUMNS)[None, :]
+    m_tile = (o_col < COLUMNS)[None, :]
+    if n_rows is not None:
+        m_tile = m_tile & (o_row < n_rows)[:, None]
     return tl.load(start + o_row[:, None] * row_stride + o_col[None, :], mask=m_tile, other=0.0)
-
-
-@jit
-def _store_tile(
-    start: tl.tensor,
-    o_row: tl.tensor,
-    o_col: tl.tensor,
-    row_stride: tl.tensor,
-    n_rows: tl.tensor,
-    b_tile: tl.tensor,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Store what lies inside of a tile."""
-    m_tile = (o_row < n_rows)[:, None] & (o_col < COLUMNS)[None, :]
-    p_tile = start + o_row[:, None] * row_stride + o_col[None, :]
-    tl.store(p_tile, b_tile.to(start.dtype.element_ty), mask=m_tile)
-
-
-@jit
-def _map_tile(
-    query: tl.tensor,
-    key: tl.tensor,
-    guide: tl.tensor,
-    o_query: tl.tensor,  # (BLOCK_M)
-    o_key: tl.tensor,  # (BLOCK_N)
-    n_queries: tl.tensor,
-    n_keys: tl.tensor,
-    query_row: tl.tensor,
-    key_row: tl.tensor,
-    scale: tl.tensor,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """One tile of the map: the product over the columns of all heads."""
-    b_map = tl.zeros((o_query.shape[0], o_key.shape[0]), tl.float32)
-    for i_col in range(0, COLUMNS, BLOCK_K):
-        o_col = i_col + tl.arange(0, BLOCK_K)
-        b_query = _load_tile(query, o_query, o_col, query_row, n_queries, COLUMNS)  # (BLOCK_M, BLOCK_K)
-        b_key = _load_tile(key, o_key, o_col, key_row, n_keys, COLUMNS)  # (BLOCK_N, BLOCK_K)
-        b_map = tl.dot(b_query, tl.trans(b_key), b_map, input_precision=PRECISION)
-    m_map = (o_query < n_queries)[:, None] & (o_key < n_keys)[None, :]
-    tl.store(guide + o_query[:, None] * n_keys + o_key[None, :], b_map * scale, mask=m_map)
 
 
 @jit
@@ -140,70 +102,67 @@ def _head_tile(
     out_row: tl.tensor,
     scale: tl.tensor,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
     LEAD: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of queries of one head, over all keys."""
     BLOCK_M: tl.constexpr = o_query.shape[0]
-    o_main, o_rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
-    b_query = _load_tile(query, o_query, o_main, query_row, n_queries, WIDTH)  # (BLOCK_M, MAIN)
-    if REST:
-        b_query_rest = _load_tile(query, o_query, o_rest, query_row, n_queries, WIDTH)
+    o_part = tl.arange(0, PART)
     end = n_keys
     if mask is not None:
         o_mask = tl.arange(0, BLOCK_MASK)
         b_mask = tl.load(mask + o_mask, mask=o_mask < n_keys, other=0)
         end = tl.max(tl.where(b_mask != 0, o_mask + 1, 0), 0)
-    if LEAD:
-        b_first = tl.load(key + o_main, mask=o_main < WIDTH, other=0.0).to(tl.float32)
-        b_max = tl.sum(b_query.to(tl.float32) * b_first[None, :], 1)  # (BLOCK_M)
-        b_first = tl.load(value + o_main, mask=o_main < WIDTH, other=0.0).to(tl.float32)
-        b_out = tl.zeros((BLOCK_M, MAIN), tl.float32) + b_first[None, :]
-        if REST:
-            b_first = tl.load(key + o_rest, mask=o_rest < WIDTH, other=0.0).to(tl.float32)
-            b_max += tl.sum(b_query_rest.to(tl.float32) * b_first[None, :], 1)
-            b_first = tl.load(value + o_rest, mask=o_rest < WIDTH, other=0.0).to(tl.float32)
-            b_out_rest = tl.zeros((BLOCK_M, REST), tl.float32) + b_first[None, :]
-        b_max *= scale
-        b_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
-    else:
-        b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        b_sum = tl.zeros((BLOCK_M,), tl.float32)
-        b_out = tl.zeros((BLOCK_M, MAIN), tl.float32)
-        if REST:
-            b_out_rest = tl.zeros((BLOCK_M, REST), tl.float32)
-    for i_key in range(1 if LEAD else 0, end, BLOCK_N):
+    b_max = tl.full((BLOCK_M,), 0.0 if LEAD else float("-inf"), tl.float32)
+    b_sum = tl.full((BLOCK_M,), LEAD, tl.float32)
+    b_query: tl.tuple = ()  # PARTS times (BLOCK_M, PART), as b_out
+    b_out: tl.tuple = ()
+    for i in tl.static_range(PARTS):
+        o_col = i * PART + o_part
+        b_query = b_query + (_load_tile(query, o_query, o_col, query_row, n_queries, WIDTH),)
+        b_first = tl.zeros((PART,), tl.float32)
+        if LEAD:
+            b_first = tl.load(key + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
+            b_max += tl.sum(b_query[i].to(tl.float32) * b_first[None, :], 1) * scale
+            b_first = tl.load(value + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
+        b_out = b_out + (tl.zeros((BLOCK_M, PART), tl.float32) + b_first[None, :],)
+    rows = None if EVEN else end
+    for i_key in range(LEAD, end, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
-        b_key = _load_tile(key, o_key, o_main, key_row, end, WIDTH)  # (BLOCK_N, MAIN)
-        b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if REST:
-            b_key = _load_tile(key, o_key, o_rest, key_row, end, WIDTH)
-            b_scores = tl.dot(b_query_rest, tl.trans(b_key), b_scores, input_precision=PRECISION)
-        m_key = o_key < end
-        if mask is not None:
-            m_key = tl.load(mask + o_key, mask=m_key, other=0) != 0
-        b_scores = tl.where(m_key[None, :], b_scores * scale, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_scores, 1))
+        b_scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(PARTS):
+            b_key = _load_tile(key, o_key, i * PART + o_part, key_row, rows, WIDTH)  # (BLOCK_N, PART)
+            b_scores = tl.dot(b_query[i], tl.trans(b_key), b_scores, input_precision=PRECISION)
+        if not EVEN:
+            m_key = o_key < end
+            if mask is not None:
+                m_key = tl.load(mask + o_key, mask=m_key, other=0) != 0
+            b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
         # Finite while a row has met no valid key: -inf - (-inf) would be NaN.
         b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_weights = tl.exp2(b_scores - b_pivot[:, None])
+        b_weights = tl.exp2(b_scores * scale - b_pivot[:, None])
         b_shrink = tl.exp2(b_max - b_pivot)
         b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
         b_max = b_new
         b_weights = b_weights.to(value.dtype.element_ty)
-        b_value = _load_tile(value, o_key, o_main, value_row, end, WIDTH)
-        b_out = tl.dot(b_weights, b_value, b_out * b_shrink[:, None], input_precision=PRECISION)
-        if REST:
-            b_value = _load_tile(value, o_key, o_rest, value_row, end, WIDTH)
-            b_out_rest = tl.dot(b_weights, b_value, b_out_rest * b_shrink[:, None], input_precision=PRECISION)
+        b_mixed: tl.tuple = ()
+        for i in tl.static_range(PARTS):
+            b_value = _load_tile(value, o_key, i * PART + o_part, value_row, rows, WIDTH)  # (BLOCK_N, PART)
+            b_shrunk = b_out[i] * b_shrink[:, None]
+            b_mixed = b_mixed + (tl.dot(b_weights, b_value, b_shrunk, input_precision=PRECISION),)
+        b_out = b_mixed
     b_share = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    _store_tile(out, o_query, o_main, out_row, n_queries, b_out * b_share, WIDTH)
-    if REST:
-        _store_tile(out, o_query, o_rest, out_row, n_queries, b_out_rest * b_share, WIDTH)
+    for i in tl.static_range(PARTS):
+        o_col = i * PART + o_part
+        m_tile = (o_query < n_queries)[:, None] & (o_col < WIDTH)[None, :]
+        p_out = out + o_query[:, None] * out_row + o_col[None, :]
+        tl.store(p_out, (b_out[i] * b_share).to(out.dtype.element_ty), mask=m_tile)
 
 
 @jit
@@ -225,13 +184,15 @@ def _attention_kernel(
     mask_batch: tl.tensor,
     scale: tl.tensor,
     HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,  # d <= MAIN + REST; both are powers of two, REST may be 0
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
+    WIDTH: tl.constexpr,  # d <= PART * PARTS
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr,  # M, up to a power of two
-    LEAD: tl.constexpr,  # whether the first key is taken apart
+    BLOCK_K: tl.constexpr,  # columns of a step of the map
+    LEAD: tl.constexpr,  # 1 where the first key is taken apart, else 0
+    EVEN: tl.constexpr,  # whether every block of keys is whole and valid
     LOG2E: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
@@ -259,40 +220,46 @@ def _attention_kernel(
             HEADS * WIDTH,
             scale * LOG2E,
             WIDTH,
-            MAIN,
-            REST,
+            PART,
+            PARTS,
             BLOCK_N,
             BLOCK_MASK,
             LEAD,
+            EVEN,
             PRECISION,
         )
-    elif guide is not None:
+    elif guide is not None:  # the product over the columns of all heads
         o_key = (i_head - HEADS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        guide += i_batch * n_queries * n_keys
-        _map_tile(
-            query,
-            key,
-            guide,
-            o_query,
-            o_key,
-            n_queries,
-            n_keys,
-            query_row,
-            key_row,
-            scale / HEADS,
-            HEADS * WIDTH,
-            MAIN,
-            PRECISION,
-        )
+        b_map = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_col in range(0, HEADS * WIDTH, BLOCK_K):
+            o_col = i_col + tl.arange(0, BLOCK_K)
+            b_query = _load_tile(query, o_query, o_col, query_row, n_queries, HEADS * WIDTH)
+            b_key = _load_tile(key, o_key, o_col, key_row, n_keys, HEADS * WIDTH)  # (BLOCK_N, BLOCK_K)
+            b_map = tl.dot(b_query, tl.trans(b_key), b_map, input_precision=PRECISION)
+        p_map = guide + i_batch * n_queries * n_keys + o_query[:, None] * n_keys + o_key[None, :]
+        m_map = (o_query < n_queries)[:, None] & (o_key < n_keys)[None, :]
+        tl.store(p_map, b_map * (scale / HEADS), mask=m_map)
 
 
-def tiles(queries: int, keys: int, width: int, dtype: torch.dtype) -> Tiles:
-    """Block shapes for a launch. Chosen on paper for sm_90; no GPU has tuned them yet."""
+def candidates(queries: int, keys: int, width: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """Block shapes to try, the best on paper for sm_90 first; no GPU has tuned them yet."""
     if dtype == torch.float32:  # multiplied by the scalar units, from registers
-        return Tiles(block_m=32, block_n=32, warps=4, stages=2)
+        return (Tiles(block_m=32, block_n=32, warps=4, stages=2),)
     block_m = min(power_of_two(queries, SMALLEST_DOT), 64)
-    most_keys = 64 if width <= 64 else 32  # two parts of a wider head spill beside 64 scores
-    return Tiles(block_m, block_n=min(power_of_two(keys, SMALLEST_DOT), most_keys), warps=4, stages=2)
+    block_n = min(power_of_two(keys, SMALLEST_DOT), 64 if width <= 64 else 32)
+    return (
+        Tiles(block_m, block_n, warps=4, stages=2),
+        Tiles(block_m, min(block_n, 32), warps=4, stages=3),
+        Tiles(block_m, 2 * block_n, warps=4, stages=2),
+        Tiles(2 * block_m, block_n, warps=8, stages=2),
+    )
+
+
+def parts(width: int) -> tuple[int, int]:
+    """Columns of a part of a head, a power of two, and parts: 64 is one of 64, 96 three of 32."""
+    padded = max(ceil_div(width, 32) * 32, 32) if width > SMALLEST_DOT else SMALLEST_DOT
+    part = padded & -padded
+    return part, padded // part
 
 
 def launch(
@@ -313,10 +280,10 @@ def launch(
     guide = query.new_empty(batch, n_queries, n_keys, dtype=torch.float32) if guided else None
     if out.numel() == 0:
         return out, guide
-    schedule = schedule or tiles(n_queries, n_keys, width, query.dtype)
-    main = max(power_of_two(width + 1) // 2, SMALLEST_DOT)
-    rest = power_of_two(width - main, SMALLEST_DOT) if width > main else 0
-    lead = mask is None and n_keys > 1 and n_keys % schedule.block_n == 1
+    schedule = schedule or candidates(n_queries, n_keys, width, query.dtype)[0]
+    part, count = parts(width)
+    lead = int(mask is None and n_keys > 1 and n_keys % schedule.block_n == 1)
+    even = mask is None and (n_keys - lead) % schedule.block_n == 0
     map_tiles = ceil_div(n_keys, schedule.block_n) if guided else 0
     kernel[(ceil_div(n_queries, schedule.block_m), heads + map_tiles, batch)](
         query=query,
@@ -337,12 +304,14 @@ def launch(
         scale=width**-0.5,
         HEADS=heads,
         WIDTH=width,
-        MAIN=main,
-        REST=rest,
+        PART=part,
+        PARTS=count,
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
         BLOCK_MASK=power_of_two(n_keys),
+        BLOCK_K=32 if query.dtype == torch.float32 else 64,
         LEAD=lead,
+        EVEN=even,
         LOG2E=LOG2E,
         PRECISION=dot_precision(query.dtype),
         num_warps=schedule.warps,

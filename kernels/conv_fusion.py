@@ -5,11 +5,21 @@ bilinearly. With S = 16 G the way down reads pixels 16i+7 and 16i+8 alone, so th
 
     out = blur(tokens) + mean over 4 of ReLU(conv6x6 stride 16 (image[5 : S-5, 5 : S-5]))
 
-where the 6x6 kernel holds the folded 5x5 kernel at its four positions (channels 4*D, position major),
-and blur is [1/64, 31/32, 1/64] along both axes with replicated edges. The [CLS] token passes by.
-Saves the [B, D, S, S] tensor: 201 MB a picture in float32 at D = 768, S = 256.
+where the 6x6 kernels hold the folded 5x5 kernel at its four places (channels 4*D, place major), and blur
+is [1/64, 31/32, 1/64] along both axes with replicated edges. The [CLS] token passes by. Saves the
+[B, D, S, S] tensor: 201 MB a picture in float32 at D = 768, S = 256.
 
-Shapes: image [B, 3, S, S]; tokens [B, 1+G*G, D]; weight [4*D, 3, 6, 6]; bias [4*D].
+Shapes: image [B, 3, S, S]; tokens [B, 1+G*G, D]; weight [R*4*D, 3, 6, 6]; bias [R*4*D], R branches.
+
+The Triton kernel reads the 5x5 kernel of the first place (`pack`) and moves the window instead: a row of it
+is 3 planes x 5 pixels, 15 taps, and the bias makes 16, the step of the matrix units. Four places then share
+one kernel and twelve window tiles, read once a program, for 80 taps a place instead of 128. The blur is a
+product too: (blur - 1) is exact in bf16, the token itself is added in float32.
+
+Floor, B = 64, D = 768, bf16: the window rows 9.4 MB, tokens read and written 50 MB: 14 us at 4.3 TB/s. 8.1
+GFLOP for the windows and 2.4 for the blur: 13 us at 790 TFLOP/s. By sm_90's code a tile of 64 patches x 64
+channels is 649 instructions of a warp, 26 of them wgmma, and a program's start 1520: in all 14 us of what an
+H200 issues. Kernels come from L2, 123 KB for 64 patches. Nothing has been measured on a GPU yet.
 Source: the released network of CALS; derivation in engine/network/fold.py.
 """
 
@@ -44,6 +54,7 @@ MARGIN = 5  # first pixel that any of the kernels reads
 WINDOW = 6  # side of the folded kernels
 POSITIONS = 4  # pixels (16i+7, 16i+8) x (16j+7, 16j+8)
 BLUR = (1 / 64, 31 / 32, 1 / 64)
+GROUPS = 3  # programs that share the channels of a patch tile: 768 at B = 64, two rounds of an H200
 
 
 def blur_matrix(grid: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,118 +85,164 @@ def conv_fusion_ref(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor)
     return torch.cat([tokens[:, :1], patches + local], dim=1)
 
 
+def pack(weight: Tensor, bias: Tensor, width: int) -> Tensor:
+    """The 5x5 kernels and their bias as the matrix units read them, [R, D, 5, 16].
+
+    Row i of a kernel in three planes, 15 values; then, in the first row, the bias. Read from the first of the
+    four places of weight [R*4*D, 3, 6, 6] and bias [R*4*D].
+    """
+    side = WINDOW - 1
+    kernels = weight.unflatten(0, (-1, POSITIONS, width))[:, 0, :, :, :side, :side]
+    rows = kernels.transpose(2, 3).flatten(3)
+    first = bias.unflatten(0, (-1, POSITIONS, width))[:, 0, :, None, None]
+    return torch.cat([rows, F.pad(first, (0, 0, 0, side - 1))], dim=-1)
+
+
+@jit
+def _blur_share(i_to: tl.tensor, i_from: tl.tensor, GRID: tl.constexpr, SIDE: tl.constexpr) -> tl.tensor:
+    """The blur along one axis as a matrix, line i_from's share in line i_to; edges replicated."""
+    b_own = 1.0 - tl.where(i_to == 0, 1.0, 2.0) * SIDE + tl.where(i_to == GRID - 1, SIDE, 0.0)
+    return tl.where(i_to == i_from, b_own, tl.where(tl.abs(i_to - i_from) == 1, SIDE, 0.0))
+
+
+@jit
+def _blur_change(o_patch: tl.tensor, o_near: tl.tensor, GRID: tl.constexpr, SIDE: tl.constexpr) -> tl.tensor:
+    """Four times the blur less the identity, (patches, near patches): seven bits, exact in every type."""
+    o_patch, o_near = o_patch[:, None], o_near[None, :]
+    b_blur = _blur_share(o_patch // GRID, o_near // GRID, GRID, SIDE)
+    b_blur *= _blur_share(o_patch % GRID, o_near % GRID, GRID, SIDE)
+    return 4.0 * (b_blur - tl.where(o_patch == o_near, 1.0, 0.0))
+
+
 @jit
 def _fusion_kernel(
     image: tl.tensor,  # [B, 3, S, S], dense planes
     tokens: tl.tensor,  # [B, 1+G*G, D], dense
-    weight: tl.tensor,  # [R*4*D, 3*6*6], dense; R branches
-    bias: tl.tensor,  # [R*4*D]
+    packed: tl.tensor,  # [R, D, 5, 16], dense; R branches
     out: tl.tensor,  # [B, 1+G*G, D], dense
     image_batch: tl.tensor,
     GRID: tl.constexpr,
     WIDTH: tl.constexpr,
-    KERNELS: tl.constexpr,  # R*4
+    BRANCHES: tl.constexpr,  # R
     BLOCK_M: tl.constexpr,  # patches
     BLOCK_N: tl.constexpr,  # channels
-    BLOCK_K: tl.constexpr,  # taps, up to a power of two
+    TILES: tl.constexpr,  # of channels, of a program
+    HALO: tl.constexpr,  # patches before and after a tile that its blur reads
+    BLOCK_K: tl.constexpr,  # a row of the kernel in three planes, its bias, and up to what the units take
     STRIDE: tl.constexpr,
     MARGIN: tl.constexpr,
     WINDOW: tl.constexpr,
     SIDE: tl.constexpr,
-    MIDDLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Programs: patch tiles x channel tiles x pairs."""
+    """Programs: patch tiles x groups of channel tiles x pairs."""
     i_batch = tl.program_id(2).to(tl.int64)
     o_patch = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_channel = o_channel < WIDTH
-    m_tile = (o_patch < GRID * GRID)[:, None] & m_channel[None, :]
+    m_patch = o_patch < GRID * GRID
     i_row, i_col = o_patch // GRID, o_patch % GRID
-
-    TAPS: tl.constexpr = 3 * WINDOW * WINDOW
-    SIZE: tl.constexpr = GRID * STRIDE
-    o_tap = tl.arange(0, BLOCK_K)
-    o_plane = o_tap // (WINDOW * WINDOW) * SIZE * SIZE
-    o_pixel = (MARGIN + o_tap // WINDOW % WINDOW) * SIZE + MARGIN + o_tap % WINDOW
-    p_window = (i_row * SIZE + i_col)[:, None] * STRIDE + (o_plane + o_pixel)[None, :]
-    m_window = (o_patch < GRID * GRID)[:, None] & (o_tap < TAPS)[None, :]
-    b_window = tl.load(image + i_batch * image_batch + p_window, mask=m_window, other=0.0)
-    b_window = b_window.to(weight.dtype.element_ty)  # (BLOCK_M, BLOCK_K)
-    b_local = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_kernel in range(KERNELS):
-        o_kernel = i_kernel * WIDTH + o_channel
-        p_weight = weight + o_kernel[None, :] * TAPS + o_tap[:, None]
-        b_weight = tl.load(p_weight, mask=(o_tap < TAPS)[:, None] & m_channel[None, :], other=0.0)
-        b_conv = tl.dot(b_window, b_weight, input_precision=PRECISION)
-        b_bias = tl.load(bias + o_kernel, mask=m_channel, other=0.0).to(tl.float32)
-        b_local += tl.maximum(b_conv + b_bias[None, :], 0.0)
-
     tokens += i_batch * (1 + GRID * GRID) * WIDTH
     out += i_batch * (1 + GRID * GRID) * WIDTH
-    b_blur = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_up in tl.static_range(-1, 2):
-        i_near = tl.minimum(tl.maximum(i_row + i_up, 0), GRID - 1)
-        for i_left in tl.static_range(-1, 2):
-            o_near = i_near * GRID + tl.minimum(tl.maximum(i_col + i_left, 0), GRID - 1)
-            b_near = tl.load(
-                tokens + (1 + o_near)[:, None] * WIDTH + o_channel[None, :], mask=m_tile, other=0.0
-            )
-            share = (MIDDLE if i_up == 0 else SIDE) * (MIDDLE if i_left == 0 else SIDE)
-            b_blur += share * b_near.to(tl.float32)
-    b_out = b_blur + b_local / 4
-    p_out = out + (1 + o_patch)[:, None] * WIDTH + o_channel[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_tile)
-    if tl.program_id(0) == 0:
-        tl.store(out + o_channel, tl.load(tokens + o_channel, mask=m_channel), mask=m_channel)
+    o_halo = tl.program_id(0) * BLOCK_M + tl.arange(0, HALO)
+    o_halo += tl.where(tl.arange(0, HALO) < HALO // 2, -HALO // 2, BLOCK_M - HALO // 2)
+    m_halo = (o_halo >= 0) & (o_halo < GRID * GRID)
+    b_own_change = _blur_change(o_patch, o_patch, GRID, SIDE).to(tokens.dtype.element_ty)
+    b_halo_change = _blur_change(o_patch, o_halo, GRID, SIDE).to(tokens.dtype.element_ty)
+
+    KERNEL: tl.constexpr = WINDOW - 1
+    TAPS: tl.constexpr = 3 * KERNEL
+    SIZE: tl.constexpr = GRID * STRIDE
+    o_tap = tl.arange(0, BLOCK_K)
+    o_plane, o_pixel = o_tap // KERNEL, o_tap % KERNEL
+    m_tap = o_tap < TAPS
+    p_window = (i_row * SIZE + i_col)[:, None] * STRIDE + (o_plane * SIZE * SIZE + o_pixel)[None, :]
+    p_window += image + i_batch * image_batch + MARGIN * (SIZE + 1)
+    b_windows: tl.tuple = ()  # (BLOCK_M, BLOCK_K), by the window's rows and the kernel's two columns
+    for i in tl.static_range(2 * WINDOW):
+        # Past the taps stands the factor of the bias.
+        p_pixel = p_window + (i // 2 * SIZE + i % 2)
+        b_pixel = tl.load(p_pixel, mask=m_patch[:, None] & m_tap[None, :], other=1.0)
+        b_windows = b_windows + (b_pixel.to(packed.dtype.element_ty),)
+
+    for i_tile in range(TILES):
+        o_channel = (tl.program_id(1) * TILES + i_tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_channel = o_channel < WIDTH
+        b_local = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_branch in tl.static_range(BRANCHES):
+            p_kernel = packed + (i_branch * WIDTH + o_channel)[None, :] * (KERNEL * BLOCK_K) + o_tap[:, None]
+            b_kernel: tl.tuple = ()  # (BLOCK_K, BLOCK_N), by rows
+            for i in tl.static_range(KERNEL):
+                b_kernel = b_kernel + (tl.load(p_kernel + i * BLOCK_K, mask=m_channel[None, :], other=0.0),)
+            for i_place in tl.static_range(4):
+                b_conv = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for i in tl.static_range(KERNEL):
+                    b_window = b_windows[2 * (i + i_place // 2) + i_place % 2]
+                    b_conv = tl.dot(b_window, b_kernel[i], b_conv, input_precision=PRECISION)
+                b_local += tl.maximum(b_conv, 0.0)
+        o_own = (1 + o_patch)[:, None] * WIDTH + o_channel[None, :]
+        o_around = (1 + o_halo)[:, None] * WIDTH + o_channel[None, :]
+        m_own = m_patch[:, None] & m_channel[None, :]
+        b_own = tl.load(tokens + o_own, mask=m_own, other=0.0)  # (BLOCK_M, BLOCK_N)
+        b_around = tl.load(tokens + o_around, mask=m_halo[:, None] & m_channel[None, :], other=0.0)
+        b_out = tl.dot(b_own_change, b_own, b_local, input_precision=PRECISION)
+        b_out = tl.dot(b_halo_change, b_around, b_out, input_precision=PRECISION)
+        b_out = 0.25 * b_out + b_own.to(tl.float32)
+        tl.store(out + o_own, b_out.to(out.dtype.element_ty), mask=m_own)
+        if tl.program_id(0) == 0:
+            tl.store(out + o_channel, tl.load(tokens + o_channel, mask=m_channel), mask=m_channel)
 
 
-def tiles(width: int, dtype: torch.dtype) -> Tiles:
-    """Block shapes: patches, channels. Chosen on paper for sm_90; no GPU has tuned them yet."""
+def candidates(width: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """Tiles of patches and channels to try, the best on paper for sm_90 first; no GPU has tuned them yet."""
+    block_n = min(power_of_two(width, SMALLEST_DOT), 64)
     if dtype == torch.float32:  # multiplied by the scalar units, from registers
-        return Tiles(block_m=32, block_n=min(power_of_two(width, SMALLEST_DOT), 32), warps=4, stages=2)
-    return Tiles(block_m=64, block_n=min(power_of_two(width, SMALLEST_DOT), 64), warps=4, stages=2)
+        return (Tiles(block_m=32, block_n=min(block_n, 32), warps=4, stages=1),)
+    return (
+        Tiles(block_m=64, block_n=block_n, warps=4, stages=1),
+        Tiles(block_m=64, block_n=block_n, warps=4, stages=2),  # 80 KiB
+        Tiles(block_m=64, block_n=min(block_n, 32), warps=4, stages=1),
+    )
 
 
 def launch(
     kernel: Any,
     image: Tensor,
     tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    packed: Tensor,
     schedule: Tiles | None = None,
+    groups: int = GROUPS,
 ) -> Tensor:
-    """Launch `kernel`, `_fusion_kernel` or its wrapping for torch.compile."""
+    """Launch `kernel`, `_fusion_kernel` or its wrapping for torch.compile; packed as `pack` leaves it."""
     batch, length, width = tokens.shape
     grid = image.shape[-1] // STRIDE
     if image.stride()[1:] != (image.shape[-1] ** 2, image.shape[-1], 1):
         image = image.contiguous()
-    tokens, weight, bias = tokens.contiguous(), weight.contiguous(), bias.contiguous()
+    tokens, packed = tokens.contiguous(), packed.contiguous()
     out = torch.empty_like(tokens)
     if out.numel() == 0:
         return out
-    schedule = schedule or tiles(width, weight.dtype)
+    schedule = schedule or candidates(width, packed.dtype)[0]
     patches, channels = ceil_div(grid * grid, schedule.block_m), ceil_div(width, schedule.block_n)
-    side, middle, _ = BLUR
-    kernel[(patches, channels, batch)](
+    groups = min(groups, channels)
+    reach = grid + (schedule.block_m % grid > 0)
+    kernel[(patches, groups, batch)](
         image=image,
         tokens=tokens,
-        weight=weight,
-        bias=bias,
+        packed=packed,
         out=out,
         image_batch=image.stride(0),
         GRID=grid,
         WIDTH=width,
-        KERNELS=weight.shape[0] // width,
+        BRANCHES=len(packed),
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
-        BLOCK_K=power_of_two(weight[0].numel(), SMALLEST_DOT),
+        TILES=ceil_div(channels, groups),
+        HALO=power_of_two(2 * reach, SMALLEST_DOT),
+        BLOCK_K=packed.shape[-1],
         STRIDE=STRIDE,
         MARGIN=MARGIN,
         WINDOW=WINDOW,
-        SIDE=side,
-        MIDDLE=middle,
-        PRECISION=dot_precision(weight.dtype),
+        SIDE=BLUR[0],
+        PRECISION=dot_precision(packed.dtype),
         num_warps=schedule.warps,
         num_stages=schedule.stages,
     )
@@ -193,26 +250,31 @@ def launch(
 
 
 @operator("dgm4::conv_fusion")
-def _fusion_op(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return launch(wrap_triton(_fusion_kernel), image, tokens, weight, bias)
+def _fusion_op(image: Tensor, tokens: Tensor, packed: Tensor) -> Tensor:
+    return launch(wrap_triton(_fusion_kernel), image, tokens, packed)
 
 
-def conv_fusion(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv_fusion(
+    image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None = None
+) -> Tensor:
     """Fuse the tokens [B, 1+G*G, D] with the local features of image [B, 3, S, S], S = 16 G.
 
     weight [R*4*D, 3, 6, 6] and bias [R*4*D] hold R convolution branches, whose features are added; the
-    released network has one. Raises InputError for shapes, types or devices that do not go together.
+    released network has one. In each the four kernels of a channel are one 5x5 kernel at its four places,
+    with one bias: a GPU reads the first, or `packed`, which is `pack(weight, bias, D)` made beforehand.
+    Raises InputError for shapes, types or devices that do not go together.
     """
     if onnx_ops.exporting():
         inputs = (image, tokens, weight, bias)
         return onnx_ops.emit(NAME, inputs, [tokens.shape], [tokens.dtype], {})[0]
-    _check(image, tokens, weight, bias)
+    _check(image, tokens, weight, bias, packed)
     if launchable(tokens):
-        return torch.ops.dgm4.conv_fusion(image, tokens, weight, bias)
+        packed = pack(weight, bias, tokens.shape[-1]) if packed is None else packed
+        return torch.ops.dgm4.conv_fusion(image, tokens, packed)
     return conv_fusion_ref(image, tokens, weight, bias)
 
 
-def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None) -> None:
     batch, length, width = tokens.shape
     size = STRIDE * math.isqrt(length - 1)
     kernels = weight.shape[0]
@@ -224,3 +286,6 @@ def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_tensor("tokens", tokens, (batch, 1 + (size // STRIDE) ** 2, width), tokens)
     check_tensor("weight", weight, (kernels, 3, WINDOW, WINDOW), tokens)
     check_tensor("bias", bias, (kernels,), tokens)
+    if packed is not None:
+        shape = (kernels // (POSITIONS * width), width, WINDOW - 1, SMALLEST_DOT)
+        check_tensor("packed", packed, shape, tokens)

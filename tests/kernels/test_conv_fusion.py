@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto
 from torch.nn import functional as F
 
+from engine.errors import InputError
 from kernels.conv_fusion import (
     BLUR,
     MARGIN,
@@ -17,6 +18,7 @@ from kernels.conv_fusion import (
     blur_matrix,
     conv_fusion,
     conv_fusion_ref,
+    pack,
 )
 
 EXACT = 1e-10
@@ -60,6 +62,22 @@ def test_reference_is_the_formula(drawn, batch, grid, width):
     want = formula(*tensors)
     assert np.abs(conv_fusion_ref(*tensors).numpy() - want).max() <= EXACT
     assert np.abs(conv_fusion(*tensors).numpy() - want).max() <= EXACT
+
+
+def test_packed_kernels_are_rows_and_a_bias(normal):
+    kernel, bias = normal(2, 3, 3, 5, 5), normal(2, 3, seed=1)
+    placed = torch.stack([F.pad(kernel, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)], 1)
+    packed = pack(placed.flatten(0, 2), bias[:, None].expand(-1, 4, -1).flatten(), 3)
+    assert packed.shape == (2, 3, 5, 16)
+    for row in range(5):
+        assert torch.equal(packed[:, :, row, :15], torch.cat(kernel[..., row, :].unbind(2), -1))
+    assert torch.equal(packed[..., 0, 15], bias)
+    assert not packed[:, :, 1:, 15].any()
+
+
+def test_packed_kernels_of_another_shape_are_refused(drawn):
+    with pytest.raises(InputError, match=r"packed: expected the shape \(1, 8, 5, 16\), got \(8, 5, 16\)"):
+        conv_fusion(*drawn(1, 2, 8), packed=torch.zeros(8, 5, 16).double())
 
 
 def test_strided_inputs(drawn):

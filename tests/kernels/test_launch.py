@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from kernels import attention, conv_fusion, gaussian_guidance, gelu, latent_pool, residual_norm
 from kernels.jit import Tiles, triton
@@ -58,12 +59,18 @@ def attend(batch, heads, queries, keys, width, mask=None, guided=False, schedule
 
 
 def fuse(batch, grid, width, branches=1):
-    kernels = 4 * branches * width
+    """Each branch one 5x5 kernel and one bias at the four places."""
     image, tokens = normal(batch, 3, 16 * grid, 16 * grid), normal(batch, 1 + grid**2, width, seed=1)
-    weight, bias = normal(kernels, 3, 6, 6, seed=2) / 10, normal(kernels, seed=3)
+    kernels, bias = normal(branches, width, 3, 5, 5, seed=2) / 10, normal(branches, 1, width, seed=3)
+    placed = [F.pad(kernels, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
+    weight, bias = torch.stack(placed, 1).flatten(0, 2), bias.expand(-1, 4, -1).flatten()
     return Case(
         (image, tokens, weight, bias),
-        lambda *tensors: (conv_fusion.launch(conv_fusion._fusion_kernel, *tensors),),
+        lambda image, tokens, *kernels: (
+            conv_fusion.launch(
+                conv_fusion._fusion_kernel, image, tokens, conv_fusion.pack(*kernels, tokens.shape[-1])
+            ),
+        ),
         lambda *tensors: (conv_fusion.conv_fusion_ref(*tensors),),
     )
 
@@ -118,13 +125,15 @@ CASES = {
     "attention-odd-head": attend(2, 3, 7, 50, 24),
     "attention-text-over-picture": attend(2, 2, 50, 257, 64),
     "attention-picture-over-text": attend(3, 2, 63, 50, 16, lengths(3, 50, 50, 17, 0)),
-    "attention-two-parts": attend(1, 2, 33, 70, 96, lengths(1, 70, 69)),
+    "attention-whole-blocks": attend(1, 2, 17, 64, 16),
+    "attention-three-parts": attend(1, 2, 33, 70, 96, lengths(1, 70, 69)),
     "attention-holes": attend(2, 1, 5, 40, 16, (torch.arange(80).view(2, 40) % 3 == 0).int()),
     "attention-map": attend(2, 3, 20, 65, 16, guided=True),
-    "attention-map-two-parts": attend(1, 2, 17, 33, 96, guided=True),
+    "attention-map-three-parts": attend(1, 2, 17, 33, 96, guided=True),
     "attention-large-tiles": attend(1, 1, 70, 129, 32, schedule=Tiles(64, 128, 8, 3)),
     "fusion": fuse(2, 2, 24),
     "fusion-odd-grid": fuse(1, 3, 7),
+    "fusion-many-tiles": fuse(1, 10, 70),
     "fusion-two-branches": fuse(1, 2, 16, branches=2),
     "guidance": guide(BOXES, 5, 16),
     "guidance-odd-side": guide(BOXES[:1], 70, 10),

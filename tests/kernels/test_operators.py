@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from kernels.attention import attention, guided_attention
+from kernels.conv_fusion import conv_fusion
 from kernels.gelu import gelu
 from kernels.quantize import quantize_rows
 from kernels.residual_norm import residual_norm
@@ -37,8 +39,25 @@ with FakeTensorMode(allow_non_fake_inputs=True):
         show(*gelu(x, vector, **options))
     show(*quantize_rows(rows, torch.int8))
     show(*quantize_rows(rows, torch.float8_e4m3fn, scale))
+    text = x.narrow(1, 0, 3)
+    show(attention(text, x, x, 12, torch.empty(2, 5, dtype=torch.int64, device="cuda")))
+    show(*guided_attention(text, x, x, 12))
+    image = torch.empty(2, 3, 32, 32, device="cuda").half()
+    weight = torch.empty(3072, 3, 6, 6, device="cuda").half()
+    bias, packed = (torch.empty(shape, device="cuda").half() for shape in ((3072,), (1, 768, 5, 16)))
+    show(conv_fusion(image, x, weight, bias, packed))
     pixels = torch.empty(3 * (4 * 6 + 40 * 5), dtype=torch.uint8, device="cuda")
     show(resize(pixels, [(4, 6), (40, 5)], 8, (0.5,) * 3, (0.2,) * 3, dtype=torch.float16))
+
+
+class Rounded(torch.nn.Module):
+    def forward(self, x, vector):
+        return quantize_rows(residual_norm(x, None, vector, vector, 1e-6).out, torch.int8)
+
+
+with FakeTensorMode(allow_non_fake_inputs=True):
+    graph = torch.export.export(Rounded(), (x, vector)).graph
+    print(*(node.target for node in graph.nodes if "dgm4" in str(node.target)))
 """
 WANT = """\
 torch.float16[2, 4, 768]|-|-
@@ -50,7 +69,11 @@ torch.float8_e4m3fn[2, 5, 768]|torch.float32[2, 5]
 torch.int8[2, 5, 768]|torch.float32[1]
 torch.int8[2, 4, 768]|torch.float32[2, 4]
 torch.float8_e4m3fn[2, 4, 768]|torch.float32[1]
+torch.float16[2, 3, 768]
+torch.float16[2, 3, 768]|torch.float32[2, 3, 5]
+torch.float16[2, 5, 768]
 torch.float16[2, 3, 8, 8]
+dgm4.residual_norm.default dgm4.quantize_rows.default
 """
 
 
