@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.network.config import TORCH_EPS
 from engine.network.linear import Reads, reading
 from kernels.attention import attention, guided_attention
-from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion
+from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion, packed_shape
 from kernels.gelu import gelu
 from kernels.latent_pool import latent_pool
 from kernels.residual_norm import residual_norm
@@ -130,10 +130,11 @@ class ConvFusion(nn.Module):
         super().__init__()
         channels = branches * POSITIONS * width
         self.weight, self.bias = empty(channels, 3, WINDOW, WINDOW), empty(channels)
+        self.packed = empty(*packed_shape(width, branches))
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """image [B, 3, S, S], tokens [B, 1+P, D] after the post-norm block -> [B, 1+P, D]."""
-        return conv_fusion(image, tokens, self.weight, self.bias)
+        return conv_fusion(image, tokens, self.weight, self.bias, self.packed)
 
 
 class LatentPool(nn.Module):

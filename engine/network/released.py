@@ -19,6 +19,7 @@ from engine.network.fold import (
     stack,
     stack_gates,
 )
+from kernels.conv_fusion import pack
 
 State = dict[str, Tensor]
 _COUNTER = "num_batches_tracked"
@@ -130,6 +131,7 @@ def _caformer(released: Released, config: NetworkConfig) -> State:
         **_under("attention.qkv", block.packed("mha")),
         **_under("attention.out", block.affine("mha.out_proj")),
         **_under("fusion", fusion),
+        "fusion.packed": pack(*fusion, config.width),
     }
 
 

@@ -33,6 +33,7 @@ from engine.network.fold import (
     stack,
     stack_gates,
 )
+from kernels.conv_fusion import pack
 
 EXACT = 1e-10
 WIDTH, HEADS = 24, 4
@@ -197,7 +198,7 @@ def test_conv_fusion_is_the_published_fusion(tiny):
     image, x = random(2, 3, 256, 256), random(2, 257, 128, seed=1)
     fold = conv_fusion_of(vision)
     want = vision.fuse(x, image)
-    got = filled(ConvFusion(128), **fold._asdict())(image, vision.MHA2(x))
+    got = filled(ConvFusion(128), **fold._asdict(), packed=pack(*fold, 128))(image, vision.MHA2(x))
     assert fold.weight.shape == (4 * 128, 3, 6, 6)
     assert apart(got, want) <= EXACT
 
