@@ -35,7 +35,7 @@ from export.digest import sha256_of
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.inference import rewrite
-from export.onnx import data_of, export_onnx
+from export.onnx import data_of, export_onnx, flatten
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
 from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
@@ -56,6 +56,7 @@ from export.verify import (
 SEED = 1
 TARGETS = trt.RTX_CAPABILITIES
 MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
+FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
 
 
@@ -180,6 +181,8 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
     else:
         tolerance = HALF if run.options.precision == "fp16" else EXACT
         _trace(run, inference, graph, answers, tolerance)
+    if run.options.precision != "int8" or run.options.calibration is not None:
+        flatten(graph, writer.path(FLAT))
     _release(inference)
     return config, weights
 
