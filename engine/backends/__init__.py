@@ -48,7 +48,7 @@ def available() -> list[str]:
 
 
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
-    """Load `bundle` with the backend `name`, or for "auto" with the best installed one that it has a file for.
+    """Load `bundle` with the backend `name`; "auto" is the best installed one whose file the bundle has.
 
     Raises BackendError for an unknown or absent backend or device, BundleError for a model that does
     not load.
