@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from engine.backends import usable_cores
-from engine.backends.buckets import measure
+from engine.backends.buckets import check_ids, measure
 from engine.backends.graphs import BucketedRunner, EagerRunner
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError
@@ -128,7 +128,7 @@ class TorchBackend:
         if runner is None:
             raise BackendError("the backend was closed; create another Predictor")
         sizes = measure(feeds, self._inputs)
-        _check_ids(feeds["input_ids"], self._vocabulary)
+        check_ids(feeds["input_ids"], self._vocabulary)
         try:
             return runner.run(feeds, sizes["batch"], sizes["tokens"])
         except BackendError:
@@ -140,10 +140,3 @@ class TorchBackend:
     def close(self) -> None:
         """Drop the network; its memory goes once running calls are done."""
         self._runner = None
-
-
-def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
-    """Raise BackendError for an id outside the vocabulary, which would leave a GPU unusable."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        found = f"{ids.min()} to {ids.max()}"
-        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")
