@@ -24,7 +24,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, conv_fusion, gaussian_guidance, gelu, latent_pool, residual_norm, resize
+from kernels import (
+    attention,
+    conv_fusion,
+    gaussian_guidance,
+    gelu,
+    latent_pool,
+    quantize,
+    residual_norm,
+    resize,
+)
 from kernels.jit import DTYPES
 from kernels.resize_tables import FIELDS, Tables
 from kernels.rows import E4M3_CAPABILITY, TOPS
@@ -186,6 +195,7 @@ def _row_cases(x: Tensor) -> Iterator[tuple[str, Launch]]:
             options = {"dtype": codes, "scale": given}
             yield f"norm-768-{name}", record(residual_norm.launch, *norm, summed=True, **options)
             yield f"gelu-3072-{name}", record(gelu.launch, *active, **options)
+            yield f"quantize-768-{name}", record(quantize.launch, quantize._quantize_kernel, x, **options)
 
 
 def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -200,7 +210,8 @@ def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     if dtype == torch.float16:  # once: the first pass knows bytes alone
         lines = (resize._line_kernel, pixels, tables, 256, 64 * 480, 480)
         yield "resize-lines", record(resize.launch_lines, *lines)
-    yield "resize-cross", record(resize.launch_cross, resize._cross_kernel, middle, tables, 256, dtype)
+    out = _empty(64, 3, 256, 256, dtype=dtype)
+    yield "resize-cross", record(resize.launch_cross, resize._cross_kernel, middle, tables, 256, out)
 
 
 def build(targets: Iterable[int], dtypes: Sequence[torch.dtype]) -> Iterator[Built]:

@@ -27,11 +27,6 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
     """Verify and load the bundle's `model.flat.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
         raise BackendError(f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {device!r}")
-    if MODEL not in bundle.manifest.files:
-        raise BackendError(
-            f"the backend 'openvino' needs the bundle's {MODEL}, which dynamic int8 and older exports have "
-            "not; use the backend 'ort', or export in fp32, fp16 or with --calibration"
-        )
     path = bundle.verified(MODEL)
     if MODEL_DATA in bundle.manifest.files:
         bundle.verified(MODEL_DATA)

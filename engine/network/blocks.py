@@ -5,14 +5,19 @@ Their tensors come from `engine.network.released`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.network.config import TORCH_EPS
+from engine.network.linear import Reads, reading
 from kernels.attention import attention, guided_attention
 from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion
+from kernels.gelu import gelu
 from kernels.latent_pool import latent_pool
+from kernels.residual_norm import residual_norm
+from kernels.rows import RowAnswer
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -26,16 +31,38 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Norm(nn.Module):
-    """LayerNorm that works in its own dtype whatever comes, a float32 island in a half-precision network."""
+    """LayerNorm of a residual sum, in float32 inside whatever comes (float64 in a float64 network).
+
+    `reader`, the Linear that alone reads the answer, may take it as codes.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = empty(width), empty(width), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        y = F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
-        return y.to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None, reader: nn.Module | None = None) -> Reads:
+        """Norm x + residual [..., D]."""
+        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader))
+        return found.out if found.scale is None else RowAnswer(found.out, found.scale)
+
+    def add(
+        self, x: Tensor, residual: Tensor | None, reader: nn.Module | None = None
+    ) -> tuple[Tensor, Reads]:
+        """The sum x + residual [..., D] and its norm, from one pass."""
+        if residual is None:
+            return x, self(x, None, reader)
+        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader), summed=True)
+        out = found.out if found.scale is None else RowAnswer(found.out, found.scale)
+        return cast(Tensor, found.total), out
+
+
+class Gelu(nn.Module):
+    """GELU by erf, for the Linear that reads it."""
+
+    def forward(self, x: Tensor, reader: nn.Module | None = None) -> Reads:
+        """[..., D] -> [..., D], or codes."""
+        found = gelu(x, **reading(reader))
+        return found.out if found.scale is None else found
 
 
 def head(width: int, out: int) -> nn.Sequential:
@@ -44,10 +71,10 @@ def head(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, hidden),
         Norm(hidden, TORCH_EPS),
-        nn.GELU(),
+        Gelu(),
         nn.Linear(hidden, hidden),
         Norm(hidden, TORCH_EPS),
-        nn.GELU(),
+        Gelu(),
         nn.Linear(hidden, out),
     )
 
@@ -60,7 +87,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Reads, mask: Tensor | None = None) -> Tensor:
         """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(attention(q, k, v, self.heads, mask))

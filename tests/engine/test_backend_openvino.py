@@ -135,7 +135,7 @@ def test_auto_takes_it_where_the_bundle_has_its_graph(bundle, bundle_dir):
 
 
 def test_dynamic_int8_is_refused_with_what_to_do(bundle):
-    with pytest.raises(BackendError, match=r"needs the bundle's model\.flat\.onnx.*--calibration"):
+    with pytest.raises(BackendError, match=r"reads model\.flat\.onnx, which .* int8 has not; use 'ort'"):
         Predictor(bundle("asap", "int8").path, backend="openvino")
 
 

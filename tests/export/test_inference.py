@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dgm4.layers import padding_bias
-from engine.network.model import to_precision
+from engine.network.precision import to_precision
 from export.inference import rewrite
 from export.onnx import example_inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import gelu, residual_norm
+from kernels import gelu, quantize, residual_norm
 from kernels.jit import triton
 from kernels.rows import TOPS
 
@@ -31,10 +31,15 @@ def norm(x, dtype, scale):
     return found.out, found.scale, residual_norm.residual_norm_ref(*exact[:4], EPS, exact[4])[0]
 
 
-def activate(x, dtype, scale):
-    bias = normal(x.shape[-1], seed=1).float().to(DEVICE)
+def activate(x, dtype, scale, biased=True):
+    bias = normal(x.shape[-1], seed=1).float().to(DEVICE) * biased
     out, found = gelu.launch(gelu._gelu_kernel, x, bias, dtype, scale)
     return out, found, gelu.gelu_ref(x.double(), bias.double())
+
+
+def plain(x, dtype, scale):
+    out, found = quantize.launch(quantize._quantize_kernel, x, dtype, scale)
+    return out, found, x.double()
 
 
 def half_steps(scaled, dtype):
@@ -57,7 +62,7 @@ def nearest(codes, scale, want, dtype):
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("run", [norm, activate])
+@pytest.mark.parametrize("run", [norm, activate, plain])
 def test_codes_are_the_nearest(run, shape, kind, dtype, given, fenced):
     x = (2 * normal(*shape)).to(DEVICE, kind)
     copy = x.clone()
@@ -80,15 +85,15 @@ def test_codes_are_the_nearest(run, shape, kind, dtype, given, fenced):
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_three_runs_are_bit_equal(dtype):
     x = normal(3, 5, 197).to(DEVICE, torch.float16)
-    runs = [run(x, dtype, None)[:2] for run in (norm, activate) for _ in range(3)]
-    for first, *others in (runs[:3], runs[3:]):
+    runs = [run(x, dtype, None)[:2] for run in (norm, activate, plain) for _ in range(3)]
+    for first, *others in (runs[:3], runs[3:6], runs[6:]):
         for other in others:
             assert torch.equal(first[0].view(torch.uint8), other[0].view(torch.uint8))
             assert torch.equal(first[1], other[1])
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
-@pytest.mark.parametrize("run", [norm, activate])
+@pytest.mark.parametrize("run", [norm, activate, plain])
 def test_a_nan_stays_in_its_row_and_shows(run, dtype):
     x = normal(4, 50).float().to(DEVICE)
     x[2, 7] = float("nan")
@@ -101,9 +106,9 @@ def test_a_nan_stays_in_its_row_and_shows(run, dtype):
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_a_row_of_zeros_has_a_finite_scale(dtype):
     x = torch.zeros(2, 50, device=DEVICE)
-    codes, scale = gelu.launch(gelu._gelu_kernel, x, None, dtype)
-    assert not codes.float().any()
-    assert (scale == 2.0**-64 / TOPS[dtype]).all()
+    for codes, scale, _ in (plain(x, dtype, None), activate(x, dtype, None, biased=False)):
+        assert not codes.float().any()
+        assert (scale == 2.0**-64 / TOPS[dtype]).all()
 
 
 FORMS = {
@@ -127,6 +132,8 @@ def test_rows_are_read_by_strides(form):
         found = residual_norm.launch(residual_norm._norm_kernel, x, other, weight, bias, EPS, summed=True)
         assert (found.out - want[0]).abs().max() <= 1e-5
         assert (found.total - want[1]).abs().max() <= 1e-6
+    codes, scale, exact = plain(x, torch.int8, None)
+    assert nearest(codes, scale, exact, torch.int8)
     out, _ = gelu.launch(gelu._gelu_kernel, x, weight)
     assert (out - gelu.gelu_ref(*(y.double() for y in (x, weight)))).abs().max() <= 1e-6
 
@@ -147,6 +154,7 @@ def test_an_empty_batch():
     )
     assert [y.shape for y in found] == [(0, 5, 32), (0, 5, 32), (0, 5)]
     assert gelu.launch(gelu._gelu_kernel, x).out.shape == (0, 5, 32)
+    assert [y.shape for y in plain(x, torch.int8, None)[:2]] == [(0, 5, 32), (0, 5)]
 
 
 def test_every_float16_through_gelu():

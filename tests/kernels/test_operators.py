@@ -16,6 +16,7 @@ SCRIPT = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.gelu import gelu
+from kernels.quantize import quantize_rows
 from kernels.residual_norm import residual_norm
 from kernels.resize import resize
 
@@ -34,6 +35,8 @@ with FakeTensorMode(allow_non_fake_inputs=True):
         show(*residual_norm(rows, rows, vector, vector, 1e-6, **options))
     for options in ({}, {"dtype": torch.float8_e4m3fn}, {"dtype": torch.int8, "scale": scale}):
         show(*gelu(x, vector, **options))
+    show(*quantize_rows(rows, torch.int8))
+    show(*quantize_rows(rows, torch.float8_e4m3fn, scale))
     pixels = torch.empty(3 * (4 * 6 + 40 * 5), dtype=torch.uint8, device="cuda")
     show(resize(pixels, [(4, 6), (40, 5)], 8, (0.5,) * 3, (0.2,) * 3, dtype=torch.float16))
 """
@@ -45,6 +48,8 @@ torch.float8_e4m3fn[2, 4, 768]|-|torch.float32[1]
 torch.float16[2, 5, 768]|-
 torch.float8_e4m3fn[2, 5, 768]|torch.float32[2, 5]
 torch.int8[2, 5, 768]|torch.float32[1]
+torch.int8[2, 4, 768]|torch.float32[2, 4]
+torch.float8_e4m3fn[2, 4, 768]|torch.float32[1]
 torch.float16[2, 3, 8, 8]
 """
 
