@@ -126,9 +126,10 @@ class CrossAttention(nn.Module):
 class ConvFusion(nn.Module):
     """CAFormer's fusion without the full-size map (rewrite 2); see kernels/conv_fusion.py."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, branches: int = 1) -> None:
         super().__init__()
-        self.weight, self.bias = empty(POSITIONS * width, 3, WINDOW, WINDOW), empty(POSITIONS * width)
+        channels = branches * POSITIONS * width
+        self.weight, self.bias = empty(channels, 3, WINDOW, WINDOW), empty(channels)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """image [B, 3, S, S], tokens [B, 1+P, D] after the post-norm block -> [B, 1+P, D]."""

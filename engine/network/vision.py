@@ -92,7 +92,7 @@ class CAFormer(Vision):
         self.attention = SelfAttention(width, config.caformer_heads)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.norm1, self.norm2 = Norm(width, TORCH_EPS), Norm(width, TORCH_EPS)
-        self.fusion = ConvFusion(width)
+        self.fusion = ConvFusion(width, len(config.caformer_kernels))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The fused tokens for the text branch, the plain ones for the image branch."""

@@ -213,8 +213,8 @@ def test_conv_fusion_is_folded_in_float64_and_cast_back(tiny):
 
 def test_conv_fusion_refuses_what_it_cannot_fold(tiny):
     vision = tiny("cals").visual_encoder
-    vision.Conv.conv = nn.Conv2d(3, 128, 3, padding=1, bias=False)
-    with pytest.raises(CheckpointError, match=r"expected a 5x5 convolution to fold, got \(3, 3\)"):
+    vision.Conv.conv = nn.Conv2d(3, 128, 7, padding=3, bias=False)
+    with pytest.raises(CheckpointError, match=r"expected a convolution of side 1, 3, 5 .*, got \(7, 7\)"):
         conv_fusion_of(vision)
 
 
