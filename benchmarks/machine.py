@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.backends import usable_cores
 
-_PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "numpy", "pytest-benchmark")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy", "pytest-benchmark")
 _ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -36,7 +36,7 @@ from export.digest import sha256_of
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.inference import rewrite
-from export.onnx import data_of, export_onnx
+from export.onnx import data_of, export_onnx, flatten
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
 from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
@@ -59,6 +59,7 @@ from export.verify import (
 SEED = 1
 TARGETS = trt.RTX_CAPABILITIES
 MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
+FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
 SCALES = "scales.json"  # of fp8's activations
 GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
@@ -196,11 +197,14 @@ def _write_graph(
     graph, precision = writer.path(MODEL), run.options.precision
     if precision == "int8":
         _trace_and_quantize(run, inference, graph, writer.path(TOKENIZER), reference)
+        if run.options.calibration is not None:  # dynamic int8 is made of ONNX Runtime's own operators
+            flatten(graph, writer.path(FLAT))
         return
     if precision != "fp32":
         _cast(run, writer, inference, reference)
     if precision in GRAPHS:
         _trace(run, inference, graph, reference, EXACT if precision == "fp32" else HALF)
+        flatten(graph, writer.path(FLAT))
 
 
 def _release(model: torch.nn.Module) -> None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from engine.bundle import Bundle
 
 # name -> (libraries that must be installed, module with `create(bundle, device, threads)`, what it reads of a
-# bundle), best one first.
+# bundle), best one first. Dynamic int8, which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "openvino": (("openvino",), "engine.backends.openvino", "model.flat.onnx"),
     "ort": (("onnxruntime",), "engine.backends.ort", "model.onnx"),
     "torch": (("torch", "safetensors"), "engine.backends.torch", "model.safetensors"),
 }

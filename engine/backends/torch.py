@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from engine.backends import usable_cores
-from engine.backends.buckets import measure
+from engine.backends.buckets import check_ids, measure
 from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
@@ -168,7 +168,7 @@ class TorchBackend(Generic[Runner]):
         """Answer one batch; raises BackendError where torch fails or the backend was closed."""
         runner = self._open()
         sizes = measure(feeds, self._inputs)
-        _check_ids(feeds["input_ids"], self._vocabulary)
+        check_ids(feeds["input_ids"], self._vocabulary)
         with _reported(feeds):
             return runner.run(feeds, sizes["batch"], sizes["tokens"])
 
@@ -195,7 +195,7 @@ class GpuBackend(TorchBackend[GraphRunner]):
             raise BackendError(
                 f"expected {sizes['batch']} pictures for as many captions, got {len(pictures)}"
             )
-        _check_ids(text["input_ids"], self._vocabulary)
+        check_ids(text["input_ids"], self._vocabulary)
         with _reported(text):
             answers = runner.start(pictures, text, sizes["batch"], sizes["tokens"])
 
@@ -223,10 +223,3 @@ def _reported(feeds: dict[str, np.ndarray]) -> Iterator[None]:
     except Exception as error:  # torch's and Triton's errors share no base but Exception
         shapes = {name: list(array.shape) for name, array in feeds.items()}
         raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
-
-
-def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
-    """Raise BackendError for an id outside the vocabulary, which would leave a GPU unusable."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        found = f"{ids.min()} to {ids.max()}"
-        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")

@@ -94,7 +94,7 @@ def rewrite_manifest(path, **changes):
 
 
 def test_it_is_available_after_onnx_runtime():
-    assert backends.available() == ["ort", "torch"]
+    assert [name for name in backends.available() if name != "openvino"] == ["ort", "torch"]
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])

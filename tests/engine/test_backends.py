@@ -116,7 +116,7 @@ def test_a_library_beside_torch_is_named(bundle_dir, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
     )
-    assert backends.available() == ["ort"]
+    assert [name for name in backends.available() if name != "openvino"] == ["ort"]
     with pytest.raises(BackendError, match="the backend 'torch' needs safetensors, which is not installed"):
         Predictor(bundle_dir, backend="torch")
 

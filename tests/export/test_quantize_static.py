@@ -263,6 +263,7 @@ def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_
     record = {"method": "minmax", "pairs": 6, "source": f"{data.name}, split train", "seed": 1}
     assert made["calibration"] == record
     assert made["precision"] == "int8"
+    assert "model.flat.onnx" in made["files"]
     read = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes()).calibration
     assert vars(read) == record
     text = next(stage.text for stage in stages if stage.name == "quantise")
