@@ -1,9 +1,9 @@
 """The demo's accuracy by precision: `python -m benchmarks.accuracy --data DIR --out FILE`.
 
-Exports the three trained tiny networks that ship with the package at every precision (int8 both dynamic and
-calibrated on the training split), lets each bundle and the float32 network answer the test split of the
-sample set in DIR (`dgm4 data make --out DIR`), and writes metrics, differences with paired bootstrap
-intervals, and agreement. stdout gets the README's table.
+Exports the three trained tiny networks that ship with the package at every precision (int8 and fp8 with
+scales as they come and calibrated on the training split), lets each bundle and the float32 network answer
+the test split of the sample set in DIR (`dgm4 data make --out DIR`), and writes metrics, differences with
+paired bootstrap intervals, and agreement. stdout gets the README's table.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from export.pipeline import export_bundle
 VARIANTS = {
     "fp32": ("fp32", False),
     "fp16": ("fp16", False),
+    "bf16": ("bf16", False),
     "int8 dynamic": ("int8", False),
     "int8 static": ("int8", True),
+    "fp8": ("fp8", False),
+    "fp8 static": ("fp8", True),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,12 +14,12 @@ from typing import Any
 
 from engine.backends import usable_cores
 
-_PACKAGES = ("torch", "onnx", "onnxruntime", "tensorrt-rtx", "numpy", "pytest-benchmark")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy", "pytest-benchmark")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory in GB, system, versions, commit and time, as JSON-ready values."""
+    """Processor, cores, memory in GB, system, versions, commit and hash of the code, ready for JSON."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
@@ -27,6 +29,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
+        "source": _source(),
     }
 
 
@@ -48,9 +51,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the tree, with a plus sign where it has changes; None outside a repository."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=_ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+def _commit() -> str:
+    """The commit of the tree, with a plus sign where it has changes; outside a repository DGM4_COMMIT."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            command, cwd=_ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+    return os.environ.get("DGM4_COMMIT", "unknown")
+
+
+def _source() -> str:
+    """Hash of all Python code, which tells the commit of a copy that has lost its repository."""
+    total = hashlib.sha256()
+    for path in sorted(_ROOT.glob("*/**/*.py")):
+        total.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]

@@ -79,7 +79,11 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="JSON with all that was measured"
     )
-    parser.add_argument("--select", metavar="EXPRESSION", help="as pytest -k, for example 'asap and 1-50'")
+    parser.add_argument(
+        "--select",
+        metavar="EXPRESSION",
+        help="as pytest -k, with the baseline: 'asap and 1-50 and (published or openvino)'",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"

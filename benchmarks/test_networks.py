@@ -1,36 +1,105 @@
 """Latency of one call of each base network; `python -m benchmarks.networks` runs this and tabulates it.
 
-The variants of a case run in turns (published, torch, onnxruntime fp32, int8, and again), so that a drift
-of the machine's speed meets all of them.
+The variants of a case run in turns (published, torch, ..., and again), so that a drift of the machine's
+speed meets all of them. A variant is made when it is first asked for.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import dgm4
 from benchmarks.published import Published
+from engine.backends import openvino as openvino_backend
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
+from engine.network.config import NetworkConfig
+from export.calibrate import PairReader
 from export.inference import rewrite
-from export.onnx import example_inputs, export_onnx
-from export.quantize import quantize_dynamic
+from export.onnx import example_inputs, export_onnx, flatten
+from export.quantize import quantize_dynamic, quantize_static
 
-VARIANTS = ("published", "torch", "ort-fp32", "ort-int8")
+# int8 is dynamic, qdq calibrated.
+VARIANTS = (
+    "published",
+    "torch",
+    "compile",
+    "ort-fp32",
+    "openvino-fp32",
+    "ort-int8",
+    "ort-qdq",
+    "openvino-qdq",
+)
 TURNS = {1: 3, 8: 2}  # by batch
 CALLS = {1: 5, 8: 1}  # calls a turn, by batch
-CASES = [(batch, tokens, turn) for batch in (1, 8) for tokens in (24, 50) for turn in range(TURNS[batch])]
+SHAPES = ((1, 24), (1, 50), (8, 50))
+CASES = [(batch, tokens, turn) for batch, tokens in SHAPES for turn in range(TURNS[batch])]
 
 Call = Callable[[dict[str, torch.Tensor]], Any]
 
 
-def _torch_call(model: torch.nn.Module) -> Call:
+class DrawnReader(PairReader):
+    """Drawn pairs to calibrate on: a product takes as long at one scale as at another."""
+
+    def __init__(self, config: NetworkConfig):
+        self._config = config
+        self._rest = self.batches()
+
+    def __len__(self) -> int:
+        return 2
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches from `start` to before `stop`."""
+        for seed in range(len(self))[start:stop]:
+            yield _arrays(example_inputs(self._config, 8, 50, seed))
+
+
+class Variants:
+    """The variants of one network, all on the same drawn weights; files lie in `folder`."""
+
+    def __init__(self, name: str, folder: Path):
+        self.model = dgm4.seeded_model(name, "base")
+        self.inference = rewrite(self.model)
+        self.folder = folder
+
+    @functools.cache  # noqa: B019 (lives as long as the module's fixture)
+    def call(self, variant: str) -> Call:
+        """Make the variant: a function of the inputs of one batch."""
+        if variant == "published":
+            return _torch_call(Published(self.model))
+        if variant in ("torch", "compile"):
+            return _torch_call(torch.compile(self.inference) if variant == "compile" else self.inference)
+        library, precision = variant.split("-")
+        graph = self.graph(precision)
+        if library == "ort":
+            session = load_session(graph, usable_cores())
+            return lambda inputs: session.run(None, _arrays(inputs))
+        flatten(graph, flat := graph.with_name(f"flat.{graph.name}"))
+        request = openvino_backend.load_model(flat, usable_cores()).create_infer_request()
+        return lambda inputs: request.infer(_arrays(inputs), share_inputs=True)
+
+    @functools.cache  # noqa: B019
+    def graph(self, precision: str) -> Path:
+        """Write the graph in fp32, int8 (dynamic) or qdq (calibrated)."""
+        path = self.folder / f"{precision}.onnx"
+        if precision == "fp32":
+            export_onnx(self.inference, path)
+        elif precision == "int8":
+            quantize_dynamic(self.graph("fp32"), path)
+        else:
+            quantize_static(self.graph("fp32"), path, DrawnReader(self.inference.config))
+        return path
+
+
+def _torch_call(model: Callable[..., Any]) -> Call:
     def call(inputs: dict[str, torch.Tensor]) -> Any:
         with torch.inference_mode():
             return model(**inputs)
@@ -38,41 +107,32 @@ def _torch_call(model: torch.nn.Module) -> Call:
     return call
 
 
-def _ort_call(path: Path) -> Call:
-    session = load_session(path, usable_cores())
-    return lambda inputs: session.run(None, {name: value.numpy() for name, value in inputs.items()})
+def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in inputs.items()}
 
 
 @pytest.fixture(scope="module", params=dgm4.MODEL_NAMES)
-def network(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
-    """The four variants of one network on the same weights, and its config."""
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Variants]:
+    """One network at a time."""
     torch.set_num_threads(usable_cores())
-    folder = tmp_path_factory.mktemp(request.param)
-    model = dgm4.seeded_model(request.param, "base")
-    inference = rewrite(model)
-    export_onnx(inference, folder / "model.onnx")
-    quantize_dynamic(folder / "model.onnx", folder / "int8.onnx")
-    calls = {
-        "torch": _torch_call(inference),
-        "ort-fp32": _ort_call(folder / "model.onnx"),
-        "ort-int8": _ort_call(folder / "int8.onnx"),
-        "published": _torch_call(Published(model)),
-    }
-    yield {"name": request.param, "config": model.config, "calls": calls}
+    torch.compiler.reset()
+    yield Variants(request.param, tmp_path_factory.mktemp(request.param))
+    Variants.call.cache_clear()
+    Variants.graph.cache_clear()
 
 
 # The innermost parameter varies fastest: the variants alternate within each turn of a case.
+@pytest.mark.timeout(900)  # a base network's export or compilation takes minutes
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("batch", "tokens", "turn"), CASES)
 def test_latency(
-    benchmark: BenchmarkFixture, network: dict[str, Any], batch: int, tokens: int, turn: int, variant: str
+    benchmark: BenchmarkFixture, network: Variants, batch: int, tokens: int, turn: int, variant: str
 ) -> None:
     """Time a few calls of one variant, after one that is not counted."""
-    inputs = example_inputs(network["config"], batch, tokens)
+    name, config = network.model.config.name, network.model.config
+    inputs = example_inputs(config, batch, tokens)
     inputs["attention_mask"].fill_(1)
-    benchmark.group = f"{network['name']} batch {batch} tokens {tokens}"
-    case = {"network": network["name"], "batch": batch, "tokens": tokens, "turn": turn, "variant": variant}
+    benchmark.group = f"{name} batch {batch} tokens {tokens}"
+    case = {"network": name, "batch": batch, "tokens": tokens, "turn": turn, "variant": variant}
     benchmark.extra_info.update(case)
-    benchmark.pedantic(network["calls"][variant], args=(inputs,), rounds=CALLS[batch], warmup_rounds=1)
+    benchmark.pedantic(network.call(variant), args=(inputs,), rounds=CALLS[batch], warmup_rounds=1)

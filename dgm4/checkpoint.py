@@ -43,6 +43,7 @@ _DEAD_ALBEF = _DEAD_EVERYWHERE | {"itm_head", "text_encoder.cls"}
 _RENAMED = {"MIG": "LIG", "CARA": "fch"}  # in the only released weights of CALS
 _WORDS_KEY = "text_encoder.bert.embeddings.word_embeddings.weight"
 _WIDTH_KEY = "visual_encoder.cls_token"
+_BRANCH_KEY = re.compile(r"visual_encoder\.(Conv|Scales\.\d+)\.conv\.weight")
 _POSITIONS_KEY = "visual_encoder.pos_embed"
 _NAMED_AT_MOST = 5
 _WRAPPERS = ("model", "state_dict")  # the papers' key, and that of training frameworks
@@ -224,7 +225,9 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     config, words = known[width], checkpoint.state.get(_WORDS_KEY)
     if config.size == "tiny" and words is not None:
         config = replace(config, vocabulary=words.shape[0])
-    return config
+    branches = sorted(key for key in checkpoint.state if _BRANCH_KEY.fullmatch(key))
+    kernels = [checkpoint.state[key].shape[-1] for key in branches]
+    return replace(config, caformer_kernels=tuple(kernels)) if kernels else config
 
 
 def resample_positions(state: State, config: ModelConfig) -> None:
@@ -243,7 +246,7 @@ def resample_positions(state: State, config: ModelConfig) -> None:
 
 def encoder_keys(names: set[str]) -> set[str]:
     """What ALBEF brings: both encoders, without the classifier and without CALS's additions."""
-    own = ("visual_encoder.Conv.", "visual_encoder.MHA2.")
+    own = ("visual_encoder.Conv.", "visual_encoder.Scales.", "visual_encoder.MHA2.")
     encoders = ("visual_encoder.", "text_encoder.bert.")
     return {n for n in names if n.startswith(encoders) and not n.startswith(own)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +19,11 @@ TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of one network. Depths are layers, widths are channels, `image_size` is pixels."""
+    """Shape of one network. Depths are layers, widths are channels, `image_size` is pixels.
+
+    `caformer_kernels` are the sides of CAFormer's convolutions, one a branch: 5 as published, (5, 3, 1) for
+    three scales.
+    """
 
     name: ModelName
     size: str
@@ -35,7 +40,7 @@ class ModelConfig:
     projection: int = 256
     caformer_start: int = 8
     caformer_heads: int = 8
-    caformer_kernel: int = 5
+    caformer_kernels: tuple[int, ...] = (5,)
     guidance_widths: tuple[int, int, int] = (64, 128, 256)
     dropout: float = 0.1  # in the text encoder while training, as in BERT
 
@@ -56,12 +61,13 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return {**asdict(self), "guidance_widths": list(self.guidance_widths)}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """Rebuild a config from `to_dict`."""
-        return cls(**{**fields, "guidance_widths": tuple(fields["guidance_widths"])})
+        known: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
+        return cls(**known)
 
 
 _TINY = ModelConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,15 +99,25 @@ class VisionTransformer(nn.Module):
 class ConvBranch(nn.Module):
     """Conv, BatchNorm, ReLU at full resolution, [B, 3, S, S] -> [B, D, S, S]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        kernel = config.caformer_kernel
-        self.conv = nn.Conv2d(3, config.width, kernel, padding=kernel // 2, bias=False)
-        self.bn2 = nn.BatchNorm2d(config.width, eps=TORCH_EPS)
+        self.conv = nn.Conv2d(3, width, kernel, padding=kernel // 2, bias=False)
+        self.bn2 = nn.BatchNorm2d(width, eps=TORCH_EPS)
 
     def forward(self, image: Tensor) -> Tensor:
         """Local features of every pixel."""
         return F.relu(self.bn2(self.conv(image)))
+
+    def sample(self, image: Tensor, grid: int) -> Tensor:
+        """Mean over the four pixels in the middle of each patch, [B, D, G, G]."""
+        patch = image.shape[-1] // grid
+        first = patch // 2 - 1 - self.conv.kernel_size[0] // 2
+        pixels = [
+            F.conv2d(image[:, :, y:, x:], self.conv.weight, stride=patch)[:, :, :grid, :grid]
+            for y in (first, first + 1)
+            for x in (first, first + 1)
+        ]
+        return F.relu(self.bn2(torch.cat(pixels, dim=2))).unflatten(2, (4, -1)).mean(2)
 
 
 class PostNormBlock(nn.Module):
@@ -140,7 +152,9 @@ class CAFormer(VisionTransformer):
         super().__init__(config)
         self.start = config.caformer_start
         self.grid, self.image_size = config.grid, config.image_size
-        self.Conv = ConvBranch(config)
+        first, *others = config.caformer_kernels
+        self.Conv = ConvBranch(config.width, first)
+        self.Scales = nn.ModuleList(ConvBranch(config.width, kernel) for kernel in others)
         self.MHA2 = PostNormBlock(config)
 
     def fuse(self, x: Tensor, image: Tensor) -> Tensor:
@@ -149,22 +163,16 @@ class CAFormer(VisionTransformer):
         cls, patches = tokens[:, :1], tokens[:, 1:]
         field = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         if self.sampled:
-            field = self._blur(self._blur(field, 2), 3) + self._sample(image)
+            field = self._blur(self._blur(field, 2), 3)
+            field = sum((branch.sample(image, self.grid) for branch in self._branches()), field)
             return torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)
         field = F.interpolate(field, size=image.shape[-2:], mode="bilinear", align_corners=False)
-        field = F.interpolate(field + self.Conv(image), size=(self.grid, self.grid), mode="bilinear")
+        field = sum((branch(image) for branch in self._branches()), field)
+        field = F.interpolate(field, size=(self.grid, self.grid), mode="bilinear")
         return torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)
 
-    def _sample(self, image: Tensor) -> Tensor:
-        """Mean of the local features of the four pixels in the middle of each patch, [B, D, G, G]."""
-        patch = image.shape[-1] // self.grid
-        first, margin = patch // 2 - 1, self.Conv.conv.kernel_size[0] // 2
-        pixels = [
-            F.conv2d(image[:, :, y:, x:], self.Conv.conv.weight, stride=patch)[:, :, : self.grid, : self.grid]
-            for y in (first - margin, first - margin + 1)
-            for x in (first - margin, first - margin + 1)
-        ]
-        return F.relu(self.Conv.bn2(torch.cat(pixels, dim=2))).unflatten(2, (4, -1)).mean(2)
+    def _branches(self) -> list[ConvBranch]:
+        return [self.Conv, *cast("list[ConvBranch]", list(self.Scales))]
 
     def _blur(self, field: Tensor, dim: int) -> Tensor:
         """What is left of the way up and down: a blur [1/4p, 1 - 1/2p, 1/4p], patches of p pixels."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
 
-from engine.backends import create, usable_cores
+from engine.backends import PictureBackend, create, usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
 from engine.manifest import Manifest, Thresholds
@@ -39,12 +41,15 @@ ItemError = InputError | NumericalError
 
 TOKENIZER = "tokenizer.json"
 THUMBNAIL_SIDE = 1024
-_MAX_WORKERS = 4
-_WARM_UP_TOKENS = 24
+_MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
+_WARM_UP = (1, 24)
+_LARGEST_SENT = 4096  # pixels of a side: a picture a backend takes as it was decoded has 50 MB at most
+
+Outputs = dict[str, np.ndarray]
 
 
 class _Item(NamedTuple):
-    """One prepared pair: what the network gets and what its Prediction needs besides."""
+    """One prepared pair: what the backend gets and what its Prediction needs besides."""
 
     name: str
     pixels: np.ndarray
@@ -62,6 +67,13 @@ class _Job:
 
     name: str
     pair: object
+
+
+class _Batch(NamedTuple):
+    """Items on their way, in order, and what waits for the results of those that could be prepared."""
+
+    items: list[_Item | ItemError]
+    results: Callable[[], list[Prediction | NumericalError]]
 
 
 class Predictor:
@@ -101,6 +113,7 @@ class Predictor:
         self._options = image_options or ImageOptions()
         self._thumbnail = thumbnail
         self._backend = create(backend, self.bundle, device, threads)
+        self._pictures = self._backend if isinstance(self._backend, PictureBackend) else None
         self._pid = os.getpid()
         self._warnings = _weights_warning(self.manifest)
 
@@ -130,7 +143,7 @@ class Predictor:
         network that answers NaN or infinity, BackendError where the run fails.
         """
         item = self._prepare_pair("", image, caption)
-        result = self._answer([item])[0]
+        result = self._start([item])()[0]
         if isinstance(result, Exception):
             raise result
         return result
@@ -189,8 +202,9 @@ class Predictor:
         """Answer pairs from an iterable of any length, lazily and in order.
 
         Reads one batch ahead: the next batch is prepared in threads while the network runs, so a batch's
-        answers come once the batch after it was read. Never holds more than two batches. A `batch_size`
-        above the bundle's largest is lowered to it. Errors as for `predict_batch`.
+        answers come once the batch after it was read. Never holds more than two batches; on a GPU one more,
+        which is copied there meanwhile. A `batch_size` above the bundle's largest is lowered to it. Errors
+        as for `predict_batch`.
         """
         if on_error not in ("raise", "return"):
             raise InputError(f'expected on_error "raise" or "return", got {on_error!r}')
@@ -198,17 +212,25 @@ class Predictor:
             raise InputError(f"expected a batch_size of at least 1, got {batch_size!r}")
         return self._stream(pairs, min(batch_size, self.manifest.limits.max_batch), on_error)
 
-    def warm_up(self) -> None:
-        """Run one blank pair, so that the first real one does not pay for allocations."""
-        spec = self.manifest.preprocess
-        length = min(_WARM_UP_TOKENS, spec.max_tokens)
-        self._run(
-            {
-                "image": np.zeros((1, 3, spec.image_size, spec.image_size), dtype=np.float32),
-                "input_ids": np.full((1, length), self._tokenizer.cls_id, dtype=np.int64),
-                "attention_mask": np.ones((1, length), dtype=np.int64),
+    def warm_up(self, shapes: Iterable[tuple[int, int]] = (_WARM_UP,)) -> None:
+        """Run a blank batch of each of these (pairs, tokens), so that real ones do not pay for set-up.
+
+        Tokens are those of the longest caption, [CLS] included. A GPU captures the graphs of these shapes,
+        and takes the memory of the largest; a shape that is not among them is captured when it comes.
+        Numbers above the bundle's largest are lowered to it; raises InputError for those below 1.
+        """
+        spec, limits = self.manifest.preprocess, self.manifest.limits
+        blank = self._pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
+        # The largest first: on a GPU the others fit into its memory.
+        for batch, tokens in sorted(shapes, reverse=True):
+            if min(batch, tokens) < 1:
+                raise InputError(f"expected at least 1 pair of at least 1 token, got {batch} of {tokens}")
+            shape = min(batch, limits.max_batch), min(max(tokens, spec.min_tokens), spec.max_tokens)
+            text = {
+                "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),
+                "attention_mask": np.ones(shape, dtype=np.int64),
             }
-        )
+            self._run([blank] * shape[0], text)()
 
     def close(self) -> None:
         """Release the network; later calls raise BackendError."""
@@ -227,21 +249,29 @@ class Predictor:
         self, pairs: Iterable[Pair], batch_size: int, on_error: OnError
     ) -> Iterator[Prediction | ItemError]:
         numbered = (_Job(f"item {i}", pair) for i, pair in enumerate(pairs))
-        workers = min(_MAX_WORKERS, usable_cores(), batch_size)
+        most = _MAX_WORKERS if self._pictures is None else usable_cores()
+        workers = min(most, usable_cores(), batch_size)
+        beside = 0 if self._pictures is None else 1  # batches that run while the next is copied
         with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
             ahead: list[Future[_Item | ItemError]] = []
+            running: deque[_Batch] = deque()
             while jobs := list(itertools.islice(numbered, batch_size)):
                 current, ahead = ahead, [pool.submit(self._prepare, job) for job in jobs]
-                yield from self._answer_batch(current, on_error)
-            yield from self._answer_batch(ahead, on_error)
+                running.append(self._start_batch(current))
+                if len(running) > beside:
+                    yield from self._results(running.popleft(), on_error)
+            running.append(self._start_batch(ahead))
+            for batch in running:
+                yield from self._results(batch, on_error)
 
-    def _answer_batch(
-        self, prepared: list[Future[_Item | ItemError]], on_error: OnError
-    ) -> Iterator[Prediction | ItemError]:
-        """Run the items that could be prepared and yield all results in their order."""
+    def _start_batch(self, prepared: list[Future[_Item | ItemError]]) -> _Batch:
         items = [future.result() for future in prepared]
-        answers = iter(self._answer([item for item in items if isinstance(item, _Item)]))
-        for item in items:
+        return _Batch(items, self._start([item for item in items if isinstance(item, _Item)]))
+
+    def _results(self, batch: _Batch, on_error: OnError) -> Iterator[Prediction | ItemError]:
+        """Wait for a batch and yield all its results in their order."""
+        answers = iter(batch.results())
+        for item in batch.items:
             result = next(answers) if isinstance(item, _Item) else item
             if on_error == "raise" and isinstance(result, Exception):
                 raise result
@@ -256,12 +286,11 @@ class Predictor:
             return error
 
     def _prepare_pair(self, name: str, image: ImageInput, caption: Caption) -> _Item:
-        spec = self.manifest.preprocess
         started = perf_counter()
         decoded = decode_image(image, name=name or None, options=self._options)
         thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
         decode_end = perf_counter()
-        pixels = normalize_image(resize_image(decoded.rgb, spec.image_size), spec.mean, spec.std)
+        pixels = self._pixels(decoded.rgb)
         resize_end = perf_counter()
         try:
             text, tokens = self._tokenizer(caption)
@@ -276,13 +305,30 @@ class Predictor:
         warnings = self._warnings + decoded.warnings + tokens.warnings
         return _Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
 
-    def _answer(self, items: list[_Item]) -> list[Prediction | NumericalError]:
-        """Run prepared items as one batch; a NumericalError stands in the place of its item."""
+    def _pixels(self, rgb: Image.Image) -> np.ndarray:
+        """What the backend takes of a picture: the network's input of it, or itself, uint8 [H, W, 3]."""
+        spec = self.manifest.preprocess
+        if self._pictures is None:
+            return normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
+        if max(rgb.size) > _LARGEST_SENT:
+            rgb = resize_image(rgb, spec.image_size)  # again to the same size, it stays the same to the bit
+        return np.asarray(rgb)
+
+    def _start(self, items: list[_Item]) -> Callable[[], list[Prediction | NumericalError]]:
+        """Begin to answer prepared items as one batch; what is returned waits for their results."""
         if not items:
-            return []
+            return list
         started = perf_counter()
-        outputs = self._run(self._feeds(items))
-        share = _milliseconds(started, perf_counter()) / len(items)
+        wait = self._run([item.pixels for item in items], self._text(items))
+        return partial(self._collect, items, wait, _milliseconds(started, perf_counter()))
+
+    def _collect(
+        self, items: list[_Item], wait: Callable[[], Outputs], spent: float
+    ) -> list[Prediction | NumericalError]:
+        """Make the results of a batch; a NumericalError stands in the place of its item."""
+        started = perf_counter()
+        outputs = wait()
+        share = (spent + _milliseconds(started, perf_counter())) / len(items)
         results: list[Prediction | NumericalError] = []
         for index, item in enumerate(items):
             try:
@@ -291,8 +337,8 @@ class Predictor:
                 results.append(error)
         return results
 
-    def _feeds(self, items: list[_Item]) -> dict[str, np.ndarray]:
-        """Stack items, padded with id 0 and mask 0 to the longest caption."""
+    def _text(self, items: list[_Item]) -> dict[str, np.ndarray]:
+        """Ids and mask of the items, padded with 0 to the longest caption."""
         longest = max(len(item.tokens.ids) for item in items)
         shape = (len(items), max(longest, self.manifest.preprocess.min_tokens))
         input_ids = np.zeros(shape, dtype=np.int64)
@@ -300,18 +346,18 @@ class Predictor:
         for row, item in enumerate(items):
             input_ids[row, : len(item.tokens.ids)] = item.tokens.ids
             attention_mask[row, : len(item.tokens.ids)] = 1
-        image = np.stack([item.pixels for item in items])
-        return {"image": image, "input_ids": input_ids, "attention_mask": attention_mask}
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(self, pixels: list[np.ndarray], text: dict[str, np.ndarray]) -> Callable[[], Outputs]:
+        """Begin a batch where the backend can; else it runs when its answers are asked for."""
         # A forked child has none of the parent's threads: the run would wait for them for ever.
         if os.getpid() != self._pid:
             raise BackendError("the Predictor was made before a fork; create it in the process that uses it")
-        return self._backend.run(feeds)
+        if self._pictures is not None:
+            return self._pictures.start(pixels, text)
+        return partial(self._backend.run, {"image": np.stack(pixels), **text})
 
-    def _finish(
-        self, outputs: dict[str, np.ndarray], index: int, item: _Item, inference: float
-    ) -> Prediction:
+    def _finish(self, outputs: Outputs, index: int, item: _Item, inference: float) -> Prediction:
         started = perf_counter()
         answer = read_answer(outputs, index, item.tokens, item.size, self.manifest, item.name or "the pair")
         timing = item.timing | {

@@ -89,7 +89,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
     verb.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
-    verb.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
+    verb.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8", "fp8"), default="fp32")
     verb.add_argument(
         "--max-batch", type=_positive, default=32, metavar="N", help="largest batch (%(default)s)"
     )
@@ -108,7 +108,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="bundle-<model>-<size>-<precision> by default")
     verb.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="data whose training split calibrates static int8"
+        "--calibration", type=Path, metavar="DIR", help="data whose training split calibrates int8 or fp8"
     )
     verb.add_argument(
         "--calibration-pairs", type=_positive, default=512, metavar="N", help="drawn from it (%(default)s)"
@@ -117,7 +117,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--calibration-method",
         choices=("minmax", "percentile", "entropy"),
         default="minmax",
-        help="how activations get their scale (%(default)s)",
+        help="how int8 activations get their scale (%(default)s)",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
@@ -143,7 +143,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs a run (%(default)s)")
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu or auto (%(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
     verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
@@ -162,7 +162,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.add_argument("--split", choices=("train", "val", "test"), default="test")
     verb.add_argument("--limit", type=_positive, metavar="N", help="draw N pairs of the split")
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu or auto (%(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--batch", type=_positive, metavar="N", help="pairs a run; 32 or the bundle's largest")
     verb.add_argument(
@@ -322,8 +322,8 @@ def _targets(text: str) -> tuple[str, ...] | None:
 
 def _export_usage(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments of export taken together, or None."""
-    if options.calibration and options.precision != "int8":
-        return "--calibration is for --precision int8"
+    if options.calibration and options.precision not in ("int8", "fp8"):
+        return "--calibration is for --precision int8 or fp8"
     return None
 
 

@@ -15,6 +15,7 @@ from engine.bundle import Bundle
 _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "torch",
     "triton",
     "safetensors",

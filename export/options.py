@@ -10,7 +10,8 @@ from engine.errors import InputError
 from export import trt
 from export.calibrate import METHODS
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
 FEWEST_TOKENS = 2  # [CLS] and a word
 
 
@@ -21,8 +22,8 @@ class ExportOptions:
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line. `data` is a
     folder in DGM4's layout: the bundle is judged on its `split`, and refused outside the accuracy gate.
-    `calibration` is such a folder too: int8 is static then, its scales calibrated by `calibration_method` on
-    `calibration_pairs` pairs of the training split.
+    `calibration` is such a folder too: int8 and fp8 are static then, with scales of activations calibrated
+    on `calibration_pairs` pairs of its training split: by `calibration_method`, for fp8 by the maximum.
     """
 
     out: Path
@@ -66,8 +67,10 @@ def check_options(options: ExportOptions) -> None:
 
 
 def _check_calibration(options: ExportOptions) -> None:
-    if options.calibration is not None and options.precision != "int8":
-        raise InputError(f"calibration: expected precision int8 with it, got {options.precision}")
+    if options.calibration is not None and options.precision not in CALIBRATED:
+        raise InputError(
+            f"calibration: expected precision {' or '.join(CALIBRATED)} with it, got {options.precision}"
+        )
     if options.calibration_pairs < 1:
         raise InputError(f"calibration_pairs: expected at least 1, got {options.calibration_pairs}")
     if options.calibration_method not in METHODS:

@@ -25,7 +25,8 @@ from dgm4.model import Detector
 from dgm4.shipped import demo_of, demo_record
 from engine.errors import BackendError, VerificationError
 from engine.network.config import NetworkConfig
-from engine.network.model import InferenceModel, to_precision
+from engine.network.model import InferenceModel
+from engine.network.precision import activation_scales, set_precision
 from engine.text import CaptionTokenizer
 from export import trt
 from export.bundle import BundleWriter
@@ -35,14 +36,16 @@ from export.digest import sha256_of
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.inference import rewrite
-from export.onnx import data_of, export_onnx
+from export.onnx import data_of, export_onnx, flatten
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
 from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
 from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
 from export.verify import (
+    BF16,
     CASES,
     EXACT,
+    FP8,
     HALF,
     INT8,
     Arrays,
@@ -56,7 +59,17 @@ from export.verify import (
 SEED = 1
 TARGETS = trt.RTX_CAPABILITIES
 MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
+FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
+SCALES = "scales.json"  # of fp8's activations
+GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
+# From and to which case a cast network is compared, and how near.
+_CHECKS = {"fp16": ((0, 1), HALF), "bf16": ((1, 2), BF16), "fp8": ((1, 2), FP8)}
+_CASTS = {
+    "fp16": "float16, with norms, softmax and the box head in float32",
+    "bf16": "bfloat16, with norms, softmax and the box head in float32",
+    "fp8": "E4M3 in the Linear layers over tokens, bfloat16 around them, norms and the box head in float32",
+}
 
 
 @dataclass(frozen=True)
@@ -171,17 +184,27 @@ def _write_networks(run: _Run, writer: BundleWriter) -> tuple[ModelConfig, dict[
         answers = torch_answers(inference, config)
         stage.differences.append(check(compare("rewrite", "trained network", reference, answers, EXACT)))
         stage.text = "exact rewrites composed"
-    if run.options.precision == "fp16":
-        _cast(run, inference, answers)
     del model
-    graph = writer.path(MODEL)
-    if run.options.precision == "int8":
-        _trace_and_quantize(run, inference, graph, writer.path(TOKENIZER), answers)
-    else:
-        tolerance = HALF if run.options.precision == "fp16" else EXACT
-        _trace(run, inference, graph, answers, tolerance)
+    _write_graph(run, writer, inference, answers)
     _release(inference)
     return config, weights
+
+
+def _write_graph(
+    run: _Run, writer: BundleWriter, inference: InferenceModel, reference: Sequence[Arrays]
+) -> None:
+    """Bring the network to its precision and trace it, where that precision has a graph."""
+    graph, precision = writer.path(MODEL), run.options.precision
+    if precision == "int8":
+        _trace_and_quantize(run, inference, graph, writer.path(TOKENIZER), reference)
+        if run.options.calibration is not None:  # dynamic int8 is made of ONNX Runtime's own operators
+            flatten(graph, writer.path(FLAT))
+        return
+    if precision != "fp32":
+        _cast(run, writer, inference, reference)
+    if precision in GRAPHS:
+        _trace(run, inference, graph, reference, EXACT if precision == "fp32" else HALF)
+        flatten(graph, writer.path(FLAT))
 
 
 def _release(model: torch.nn.Module) -> None:
@@ -238,13 +261,34 @@ def _write_weights(run: _Run, writer: BundleWriter, model: Detector) -> None:
         )
 
 
-def _cast(run: _Run, inference: InferenceModel, reference: Sequence[Arrays]) -> None:
-    """Cast in place. One case is enough here, where half precision is slow; the graph answers them all."""
+def _cast(run: _Run, writer: BundleWriter, inference: InferenceModel, reference: Sequence[Arrays]) -> None:
+    """Cast in place. One case is enough: float16 is slow here, and its graph answers them all; bf16 and fp8
+    are judged on the longer one, since a caption of one word has two numbers for an answer.
+    """
+    precision = run.options.precision
+    (first, last), tolerance = _CHECKS[precision]
+    scales = _write_scales(run, writer, inference)
     with run.stage("cast") as stage:
-        to_precision(inference, torch.float16)
-        answers = torch_answers(inference, inference.config, CASES[:1])
-        stage.differences.append(check(compare("cast", "rewrite", reference[:1], answers, HALF)))
-        stage.text = "float16, with norms, softmax and the box head in float32"
+        set_precision(inference, precision, scales)
+        answers = torch_answers(inference, inference.config, CASES[:last])[first:]
+        stage.differences.append(check(compare("cast", "rewrite", reference[first:last], answers, tolerance)))
+        stage.text = _CASTS[precision]
+
+
+def _write_scales(run: _Run, writer: BundleWriter, inference: InferenceModel) -> dict[str, float] | None:
+    """Calibrate what fp8's Linear layers read, and keep the scales; None without calibration."""
+    data = run.options.calibration
+    if data is None:
+        return None
+    with run.stage("calibrate") as stage:
+        reader = _read_calibration(run, data, inference.config, writer.path(TOKENIZER))
+        batches = ({k: torch.from_numpy(v) for k, v in x.items()} for x in reader.batches())
+        scales = activation_scales(inference, batches)
+        writer.add_text(SCALES, json.dumps(scales, indent=1) + "\n")
+        stage.text = "{} scales of activations, {pairs} pairs of {source}".format(
+            len(scales), **run.calibration or {}
+        )
+    return scales
 
 
 def _trace(
@@ -309,7 +353,7 @@ def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[
         builder = trt.find_builder()
         reason = _no_engine(options, builder)
         if reason is not None or builder is None:
-            stage.text = f"none: {reason}; the bundle serves through ONNX Runtime"
+            stage.text = f"none: {reason}"
             return []
         graph = writer.path(MODEL)
         targets = options.targets or (TARGETS if builder.library == "tensorrt_rtx" else ())
@@ -345,6 +389,8 @@ def _no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str |
     """Why no engine is built, or None."""
     if not options.engine:
         return "not asked for"
+    if options.precision not in GRAPHS:
+        return f"{options.precision} has no ONNX graph to build one of; the backend 'torch' serves it"
     if options.precision == "int8" and options.calibration is None:
         return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
     if builder is None:

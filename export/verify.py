@@ -34,7 +34,10 @@ class Tolerance:
 
 EXACT = Tolerance(ABSOLUTE, 1e-4)
 HALF = Tolerance(RELATIVE, 2e-2)
-INT8 = Tolerance(RELATIVE, 1.5e-1)  # a guard against a broken graph; accuracy is judged on the task
+# Guards against a broken network, which differs by about 1; accuracy is judged on the task. Drawn weights are
+# hard on rounding: where a last product cancels, that of CALS's tokens say, an error of 1.5 % grows to 6.
+INT8 = Tolerance(RELATIVE, 1.5e-1)
+BF16, FP8 = Tolerance(RELATIVE, 1e-1), Tolerance(RELATIVE, 5e-1)
 
 
 @dataclass(frozen=True)

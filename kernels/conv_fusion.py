@@ -85,6 +85,11 @@ def conv_fusion_ref(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor)
     return torch.cat([tokens[:, :1], patches + local], dim=1)
 
 
+def packed_shape(width: int, branches: int = 1) -> tuple[int, int, int, int]:
+    """Shape of what `pack` makes."""
+    return branches, width, WINDOW - 1, SMALLEST_DOT
+
+
 def pack(weight: Tensor, bias: Tensor, width: int) -> Tensor:
     """The 5x5 kernels and their bias as the matrix units read them, [R, D, 5, 16].
 
@@ -287,5 +292,4 @@ def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: 
     check_tensor("weight", weight, (kernels, 3, WINDOW, WINDOW), tokens)
     check_tensor("bias", bias, (kernels,), tokens)
     if packed is not None:
-        shape = (kernels // (POSITIONS * width), width, WINDOW - 1, SMALLEST_DOT)
-        check_tensor("packed", packed, shape, tokens)
+        check_tensor("packed", packed, packed_shape(width, kernels // (POSITIONS * width)), tokens)

@@ -4,8 +4,7 @@ Bit for bit Pillow's arithmetic on 8-bit pictures. Along an axis of `length` pix
 the output at i is centred at c = (i + 0.5) length / S and reads the pixels j from trunc(c - 2r + 0.5) up to
 trunc(c + 2r + 0.5), with the weights k((j - c + 0.5) / r), k the cubic kernel of a = -1/2, divided by their
 sum and rounded to multiples of 2^-22. Sums are 32-bit integers; each pass rounds to a level in 0..255. The
-rows are resized first, but in Pillow 13 and later the columns where H > S + 2 max(W - S, 0): 12 and 13 differ
-there by levels, and networks trained before saw the former.
+rows are resized first, as in every Pillow before 13 (see engine/preprocess.py).
 
 Pictures of a batch lie one behind the other in one buffer of bytes, so that a batch of any sizes is one copy
 to the device and two launches; a loop would be two launches a picture, which cost the host more than the
@@ -42,8 +41,6 @@ from kernels.resize_tables import (
     axis_filter,
     make_tables,
     normalized_levels,
-    pillow_turns,
-    turned,
 )
 
 MAX_SIDE = 1 << 16  # bounds a table of weights at 1 MB for S = 256
@@ -51,10 +48,10 @@ MOST_SIZE = 1024
 MOST_PICTURES = 65535  # programs along a grid's last axis
 
 
-def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:
+def pack(pictures: Sequence[np.ndarray], pinned: bool = False) -> tuple[Tensor, list[tuple[int, int]]]:
     """Lay uint8 pictures [H, W, 3] one behind the other; the bytes and the (height, width) of each.
 
-    Raises InputError for anything else.
+    In `pinned` memory a copy to a GPU runs beside the host. Raises InputError for anything else.
     """
     for index, picture in enumerate(pictures):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != CHANNELS:
@@ -62,8 +59,10 @@ def pack(pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]
                 f"picture {index}: expected uint8 of shape (height, width, {CHANNELS}), "
                 f"got {picture.dtype} of shape {picture.shape}"
             )
-    pixels = np.concatenate([x.reshape(-1) for x in pictures]) if pictures else np.empty(0, np.uint8)
-    return torch.from_numpy(pixels), [x.shape[:2] for x in pictures]
+    pixels = torch.empty(sum(x.size for x in pictures), dtype=torch.uint8, pin_memory=pinned)
+    if pictures:
+        np.concatenate([x.reshape(-1) for x in pictures], out=pixels.numpy())
+    return pixels, [x.shape[:2] for x in pictures]
 
 
 def resize_ref(
@@ -72,7 +71,6 @@ def resize_ref(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    turning: bool,
 ) -> Tensor:
     """Plain form, a picture at a time: float32 [B, 3, S, S]."""
     levels = torch.from_numpy(normalized_levels(mean, std)).to(pixels.device)
@@ -81,11 +79,8 @@ def resize_ref(
     for index, (height, width) in enumerate(sizes):
         end = start + CHANNELS * height * width
         planes = pixels[start:end].view(height, width, CHANNELS).permute(2, 0, 1)
-        turn = turned(height, width, size, turning)
         for _ in range(2):
-            planes = planes.transpose(1, 2) if turn else planes
-            planes = _resample(planes, axis_filter(planes.shape[2], size))
-            planes = planes if turn else planes.transpose(1, 2)
+            planes = _resample(planes, axis_filter(planes.shape[2], size)).transpose(1, 2)
         for channel in range(CHANNELS):
             out[index, channel] = levels[channel][planes[channel]]
         start = end
@@ -126,17 +121,16 @@ def _line_kernel(
     o_out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) * ROWS < lines:
         m_tile = (o_line < lines)[:, None] & (o_out < SIZE)[None, :]
-        p_line = pixels + tl.load(plan) + (o_line * tl.load(plan + 4))[:, None]
-        pixel_stride = tl.load(plan + 5)
-        coefficients += tl.load(plan + 6)
+        p_line = pixels + tl.load(plan) + (o_line.to(tl.int64) * length * 3)[:, None]
+        coefficients += tl.load(plan + 4)
         b_first = tl.load(coefficients + o_out[None, :], mask=m_tile, other=0)  # (ROWS, BLOCK)
         b_red = tl.zeros((ROWS, BLOCK), tl.int32)
         b_green = tl.zeros((ROWS, BLOCK), tl.int32)
         b_blue = tl.zeros((ROWS, BLOCK), tl.int32)
-        for i_tap in range(tl.load(plan + 7).to(tl.int32)):
+        for i_tap in range(tl.load(plan + 5).to(tl.int32)):
             b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_out[None, :], mask=m_tile, other=0)
             # A tap past the last pixel has no weight; it may read that pixel.
-            p_tap = p_line + tl.minimum(b_first + i_tap, length - 1) * pixel_stride
+            p_tap = p_line + tl.minimum(b_first + i_tap, length - 1) * 3
             b_red += tl.load(p_tap, mask=m_tile, other=0).to(tl.int32) * b_weight
             b_green += tl.load(p_tap + 1, mask=m_tile, other=0).to(tl.int32) * b_weight
             b_blue += tl.load(p_tap + 2, mask=m_tile, other=0).to(tl.int32) * b_weight
@@ -168,20 +162,17 @@ def _cross_kernel(
     m_line = o_line < SIZE
     m_tile = m_line[:, None] & (o_out < SIZE)[None, :]
     lines = tl.load(plan + 2).to(tl.int32)
-    coefficients += tl.load(plan + 8)
+    coefficients += tl.load(plan + 6)
     b_first = tl.load(coefficients + o_line, mask=m_line, other=0)
     p_plane = middle + (tl.load(plan + 1) * 3 + i_channel * lines.to(tl.int64)) * SIZE
     b_sum = tl.zeros((ROWS, BLOCK), tl.int32)
-    for i_tap in range(tl.load(plan + 9).to(tl.int32)):
+    for i_tap in range(tl.load(plan + 7).to(tl.int32)):
         b_weight = tl.load(coefficients + (1 + i_tap) * SIZE + o_line, mask=m_line, other=0)[:, None]
         p_tap = p_plane + (tl.minimum(b_first + i_tap, lines - 1) * SIZE)[:, None] + o_out[None, :]
         b_sum += tl.load(p_tap, mask=m_tile, other=0).to(tl.int32) * b_weight
     b_value = tl.load(levels + i_channel * LEVELS + _level(b_sum, BITS)).to(out.dtype.element_ty)
     out += (i_picture.to(tl.int64) * 3 + i_channel) * SIZE * SIZE
-    if tl.load(plan + 10) != 0:
-        tl.store(out + o_out[None, :] * SIZE + o_line[:, None], b_value, mask=m_tile)
-    else:
-        tl.store(out + o_line[:, None] * SIZE + o_out[None, :], b_value, mask=m_tile)
+    tl.store(out + o_line[:, None] * SIZE + o_out[None, :], b_value, mask=m_tile)
 
 
 def launch_lines(
@@ -213,10 +204,9 @@ def launch_lines(
 
 
 def launch_cross(
-    kernel: Any, middle: Tensor, tables: Tables, size: int, dtype: torch.dtype, block_rows: int = 4
+    kernel: Any, middle: Tensor, tables: Tables, size: int, out: Tensor, block_rows: int = 4
 ) -> Tensor:
-    """Launch the second pass, `_cross_kernel` or its wrapping; [B, 3, S, S] of `dtype`."""
-    out = tables.levels.new_empty((len(tables.plan), CHANNELS, size, size), dtype=dtype)
+    """Launch the second pass, `_cross_kernel` or its wrapping, into `out`, [B, 3, S, S]."""
     kernel[(ceil_div(size, block_rows), CHANNELS, len(tables.plan))](
         middle=middle,
         plan=tables.plan,
@@ -248,7 +238,8 @@ def _resize_op(
 ) -> Tensor:
     tables = Tables(plan, coefficients, levels)
     middle = launch_lines(wrap_triton(_line_kernel), pixels, tables, size, lines, most_lines)
-    return launch_cross(wrap_triton(_cross_kernel), middle, tables, size, dtype)
+    out = levels.new_empty((len(plan), CHANNELS, size, size), dtype=dtype)
+    return launch_cross(wrap_triton(_cross_kernel), middle, tables, size, out)
 
 
 def resize(
@@ -259,22 +250,47 @@ def resize(
     std: Sequence[float],
     *,
     dtype: torch.dtype = torch.float32,
-    turning: bool | None = None,
 ) -> Tensor:
     """Resize and normalise packed RGB pictures, bytes [sum of 3 H W], to [B, 3, size, size] of `dtype`.
 
     `sizes` are (height, width), 1 to 65536 each; `mean` and `std` are of the three channels, for levels in
-    [0, 1]. `turning` tells whether tall pictures go columns first, as in Pillow 13; None: as the installed
-    Pillow does. Raises InputError for what does not go together.
+    [0, 1]. Raises InputError for what does not go together.
     """
     _check(pixels, sizes, size, mean, std, dtype)
-    turning = pillow_turns() if turning is None else turning
-    if triton is None or not pixels.is_cuda or onnx_ops.exporting() or not sizes:
-        return resize_ref(pixels, sizes, size, mean, std, turning).to(dtype)
-    tables = make_tables(sizes, size, mean, std, turning)
-    lines = [width if turned(height, width, size, turning) else height for height, width in sizes]
+    if not _launches(pixels) or onnx_ops.exporting() or not sizes:
+        return resize_ref(pixels, sizes, size, mean, std).to(dtype)
+    tables = make_tables(sizes, size, mean, std)
+    lines = [height for height, _ in sizes]
     sent = (x.to(pixels.device) for x in tables)
     return torch.ops.dgm4.resize(pixels.contiguous(), *sent, size, sum(lines), max(lines), dtype)
+
+
+def resize_into(
+    out: Tensor,
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    tables: Tables,
+) -> None:
+    """The same into `out`, dense [B, 3, S, S], with `tables` that lie where the pixels do.
+
+    Waits for nothing on the host. Raises InputError for what does not go together.
+    """
+    size = out.shape[-1]
+    _check(pixels, sizes, size, mean, std, out.dtype)
+    if tuple(out.shape) != (len(sizes), CHANNELS, size, size) or not out.is_contiguous():
+        raise InputError(f"out: expected dense {(len(sizes), CHANNELS, size, size)}, got {tuple(out.shape)}")
+    if not _launches(pixels):
+        out.copy_(resize_ref(pixels, sizes, size, mean, std))
+        return
+    lines = [height for height, _ in sizes]
+    middle = launch_lines(_line_kernel, pixels, tables, size, sum(lines), max(lines))
+    launch_cross(_cross_kernel, middle, tables, size, out)
+
+
+def _launches(pixels: Tensor) -> bool:
+    return triton is not None and pixels.is_cuda
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""What the sizes of pictures decide of their resize, on the host: weights, order of the passes, levels.
+"""What the sizes of pictures decide of their resize, on the host: weights and levels.
 
 See kernels/resize.py for the arithmetic.
 """
@@ -6,8 +6,7 @@ See kernels/resize.py for the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from importlib.metadata import version
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +17,9 @@ CHANNELS, LEVELS = 3, 256
 SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
 PRECISION_BITS = 32 - 8 - 2  # of a weight, beside a level and two bits for the sum
 CACHED_AXES = 64
-TURNING_PILLOW = 13  # from which tall pictures are resized along their columns first
-# A picture is lines of pixels, rows or, turned, columns; the first pass resizes each line.
-# Fields of a picture's plan: offset in pixels, offset in lines, lines, pixels of a line, bytes from a line to
-# the next and from a pixel to the next, offset and taps along a line, offset and taps across, whether turned.
-FIELDS = 11
+# Fields of a picture's plan: where it starts, in bytes and in lines, its lines and the pixels of one, offset
+# and taps of the axis along a line, and of that across.
+FIELDS = 8
 
 
 class Axis(NamedTuple):
@@ -71,19 +68,8 @@ def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray
     return (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
-@cache
-def pillow_turns() -> bool:
-    """Whether the installed Pillow resizes tall pictures along their columns first."""
-    return int(version("pillow").split(".")[0]) >= TURNING_PILLOW
-
-
-def turned(height: int, width: int, size: int, turning: bool) -> bool:
-    """Whether the pass along the columns comes first."""
-    return turning and height > size + 2 * max(width - size, 0)
-
-
 def make_tables(
-    sizes: Sequence[tuple[int, int]], size: int, mean: Sequence[float], std: Sequence[float], turning: bool
+    sizes: Sequence[tuple[int, int]], size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tables:
     """Everything that the sizes (height, width) decide, on the host."""
     axes: dict[int, tuple[int, int]] = {}  # length: offset and taps
@@ -94,20 +80,13 @@ def make_tables(
         axes[length] = end, len(axis.weights)
         end += axis.first.size + axis.weights.size
     coefficients = torch.from_numpy(np.concatenate(blocks))
-    levels = torch.from_numpy(normalized_levels(mean, std))
-    turns = [turned(*pair, size, turning) for pair in sizes]
-    return Tables(_plan(sizes, turns, axes), coefficients, levels)
+    return Tables(_plan(sizes, axes), coefficients, torch.from_numpy(normalized_levels(mean, std)))
 
 
-def _plan(
-    sizes: Sequence[tuple[int, int]], turns: Sequence[bool], axes: dict[int, tuple[int, int]]
-) -> Tensor:
+def _plan(sizes: Sequence[tuple[int, int]], axes: dict[int, tuple[int, int]]) -> Tensor:
     plan, start, line = [], 0, 0
-    for (height, width), turn in zip(sizes, turns, strict=True):
-        row = (height, width, CHANNELS * width, CHANNELS, *axes[width], *axes[height])
-        column = (width, height, CHANNELS, CHANNELS * width, *axes[height], *axes[width])
-        fields = column if turn else row
-        plan.append((start, line, *fields, turn))
+    for height, width in sizes:
+        plan.append((start, line, height, width, *axes[width], *axes[height]))
         start += CHANNELS * height * width
-        line += fields[0]
+        line += height
     return torch.tensor(plan, dtype=torch.int64).reshape(-1, FIELDS)

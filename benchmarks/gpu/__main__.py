@@ -1,131 +1,100 @@
-"""The proof on a GPU, in one command: `python -m benchmarks.gpu --out DIR [--minutes 9]`.
+"""The proof on a GPU, in one command: `python -m benchmarks.gpu --out DIR [--resume FILE] [--minutes 9]`.
 
-Parts, each a file in DIR; a part that is there is not run again, so that the command can go on where it
-stopped: machine and rates; the kernels' tests on this GPU; memcheck of some, where compute-sanitizer is
-installed; every kernel beside torch's forms; the whole networks beside the published ones. What is there
-is joined in DIR/gpu.json. Exit code 1 where a test fails, 4 without a GPU.
+Runs the parts that DIR/gpu.json (or FILE, taken over first) does not hold yet, the most telling first, each
+in a process of its own, and joins DIR/gpu.json after every one: machine and rates; every kernel's answer;
+every kernel beside torch's forms; the networks beside the published ones; where the time goes; the tests on
+this GPU; schedules; memcheck; torch.compile. What failed runs again at the next call, after what has not run
+yet. Where the tree is no repository, DGM4_COMMIT names its commit. `python -m benchmarks.gpu.report FILE`
+makes the tables.
+
+Exit code 1 where a part failed, 2 for a wrong argument, 4 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 
-from benchmarks.gpu import kernels, networks
-from benchmarks.gpu.timing import rates
+from benchmarks.gpu.checks import gpu_state
+from benchmarks.gpu.parts import parts
+from benchmarks.gpu.runner import DONE, FAILED, Results, run_all, select
 from benchmarks.machine import describe_machine
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = "tests/kernels/test_launch.py"
-CHECKED = "float16 and not base and not long"  # tests that memcheck runs: small shapes
-NETWORKS = ("asap", "cals", "hammer")
-QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
-Record = dict[str, Any]
-
-
-def gpu_state() -> dict[str, str]:
-    """Name, driver and clocks, as nvidia-smi tells them now."""
-    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
-    return dict(zip(QUERY.split(","), (x.strip() for x in line.split(",")), strict=True))
-
-
-def machine() -> Record:
-    """Machine, GPU, versions and the two measured rates."""
-    import triton
-
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    return {**describe_machine(), "gpu": gpu_state(), "versions": versions, "rates": rates()}
-
-
-def run_tests(prefix: list[str], limit_s: float, *selection: str) -> Record:
-    """Run the kernels' tests in a process of its own; a fault there leaves this one whole."""
-    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection, TESTS]
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"code": None, "seconds": limit_s, "tail": "out of time"}
-    tail = (done.stdout + done.stderr)[-3000:]
-    return {"code": done.returncode, "seconds": round(time.perf_counter() - start), "tail": tail}
-
-
-def memcheck(limit_s: float) -> Record:
-    """The small cases under compute-sanitizer."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        return {"code": None, "tail": "compute-sanitizer is not installed"}
-    return run_tests([tool, "--tool", "memcheck", "--error-exitcode", "9"], limit_s, "-k", CHECKED)
-
-
-class Parts:
-    """Files of finished parts in a folder, and the time that is left."""
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder, self.end = folder, time.monotonic() + 60 * minutes
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def left_s(self) -> float:
-        """Seconds left."""
-        return self.end - time.monotonic()
-
-    def run(self, name: str, part: Callable[[], Any], needs_s: float) -> Any:
-        """The part's record; run now unless its file is there or the time does not reach."""
-        path = self.folder / f"{name}.json"
-        if path.is_file():
-            return json.loads(path.read_text())
-        if self.left_s() < needs_s:
-            sys.stderr.write(f"{name}: not run, {self.left_s():.0f} s are left; run the command again\n")
-            return None
-        start = time.monotonic()
-        record = part()
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        sys.stderr.write(f"{name}: {time.monotonic() - start:.0f} s\n")
-        return record
-
-
-def main() -> int:
-    """Run what is missing, join what is there."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the parts")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part starts (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where gpu.json is, or is to be")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a gpu.json of an earlier call")
+    parser.add_argument("--minutes", type=float, default=9.0, help="when the call ends (%(default)s)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="parts with this in their name; repeatable",
+    )
+    parser.add_argument("--again", action="store_true", help="run the chosen parts though they are done")
+    parser.add_argument("--list", action="store_true", help="name the parts and their states, run nothing")
     options = parser.parse_args()
+    if options.out is None and not options.list:
+        parser.error("expected --out DIR, got none")
+    if options.resume is not None and not options.resume.is_file():
+        parser.error(f"--resume {options.resume}: no such file")
+    return options
+
+
+def _results(options: argparse.Namespace) -> Results:
+    """What earlier calls left; a file that cannot be read is told of and replaced."""
+    results = Results((options.out or Path()) / "gpu.json")
+    for path in filter(None, (results.path if options.out else None, options.resume)):
+        if path.is_file():
+            try:
+                results.load(path)
+            except (ValueError, KeyError, TypeError, AttributeError) as failure:
+                sys.stderr.write(f"{path}: not taken over, it is no record of this command: {failure}\n")
+    return results
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """End with the child that runs, which `finally` kills."""
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    """Run what is missing."""
+    end = time.monotonic()
+    options = _options()
+    end += 60 * options.minutes
+    chosen = select(parts(), options.only)
+    results = _results(options)
+    if options.list:
+        for part in chosen:
+            print(f"{part.name}: {results.parts.get(part.name, {}).get('state', 'not run')}")
+        return 0
     if not torch.cuda.is_available():
         sys.stderr.write("benchmarks.gpu: error: no CUDA device is visible; run it on a GPU machine\n")
         return 4
-    parts = Parts(options.out, options.minutes)
-    joined: Record = {"machine": parts.run("machine", machine, 20)}
-    joined["tests"] = parts.run("tests", lambda: run_tests([], parts.left_s()), 60)
-    measured = joined["machine"]["rates"] if joined["machine"] else {"copy_tb_s": 4.3, "bf16_tflop_s": 790.0}
-    for index, bench in enumerate(kernels.benches()):
-        part = partial(kernels.measure, bench, measured["copy_tb_s"], measured["bf16_tflop_s"])
-        joined.setdefault("kernels", []).append(parts.run(f"kernel-{index}", part, 30))
-    for variant_index, variant in enumerate(networks.VARIANTS):
-        for network in NETWORKS:
-            run = partial(networks.measure, variant, network, measured["bf16_tflop_s"])
-            name = f"network-{variant_index}-{network}"
-            joined.setdefault("networks", []).append(parts.run(name, run, 45))
-            torch.cuda.empty_cache()
-    joined["memcheck"] = parts.run("memcheck", lambda: memcheck(max(parts.left_s(), 1)), 90)
-    joined["state_after"] = gpu_state()
-    (options.out / "gpu.json").write_text(json.dumps(joined, indent=1) + "\n")
-    print(json.dumps(joined["tests"]))
-    failed = [r for r in (joined["tests"], joined["memcheck"]) if r and r["code"] not in (0, None)]
+    signal.signal(signal.SIGTERM, _stop)
+    results.calls.append({**describe_machine(), "gpu": gpu_state()})
+    results.save()
+    late = run_all(results, results.pending(chosen, options.again), end)
+    results.calls[-1]["gpu_after"] = gpu_state()
+    results.save()
+    states = {part.name: results.parts.get(part.name, {}).get("state") for part in chosen}
+    failed = [name for name, state in states.items() if state == FAILED]
+    done = sum(state == DONE for state in states.values())
+    print(json.dumps({"done": done, "of": len(chosen), "failed": failed, "no time for": late}))
     return 1 if failed else 0
 
 

@@ -1,75 +1,80 @@
 """The whole networks, base size, drawn weights: the published form beside ours, in one run.
 
-Ours is the inference network of the export with its Triton kernels in one CUDA graph a shape. Inputs are
-normalised pictures and token ids on the device; a row's FLOP are those of models.md after the rewrites.
+Ours is the inference network with its Triton kernels in one CUDA graph a shape. Inputs are normalised
+pictures and token ids on the device, or (`pictures`) the bytes of photographs. A row's FLOP are those of the
+network after the exact rewrites, whoever runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.timing import capture, time_ms
+from benchmarks.kernels.resize import photographs, prepared
 from benchmarks.published import Published
+from benchmarks.timing import capture, time_ms
+from dgm4.model import Detector
 from dgm4.seeded import seeded_model
-from engine.network.model import InferenceModel, Output, to_precision
+from engine.network.model import Output
+from engine.network.precision import activation_scales, set_precision
 from export.inference import rewrite
 
-BATCHES = (1, 8, 64, 256)
-TOKENS = (24, 50)
+NETWORKS = ("asap", "cals", "hammer")
+SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))
 # GFLOP a pair at base size after the exact rewrites, at 24 and 50 tokens.
 GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
-LARGEST_PUBLISHED = 64  # CALS holds 201 MB a picture in each of several tensors
+LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
+JUDGED = {"batch": 16, "tokens": 50}  # inputs of the errors, and of FP8's calibration
+PHOTOGRAPH = (480, 640)
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Answers = tuple[Tensor | None, ...]  # an Output, of the trained network or of ours
+Network = Callable[..., Answers]
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to run a network; `build` gives a callable on the device."""
-
-    name: str
-    build: Callable[[str], Callable[..., Answers]]
-    graphed: bool
-
-
-def inputs(batch: int, tokens: int, device: str = "cuda") -> Inputs:
+def inputs(batch: int, tokens: int, device: str, vocabulary: int, seed: int = 0) -> Inputs:
     """Random pictures and ids; every row is full, the worst case."""
-    generator = torch.Generator(device).manual_seed(batch + tokens)
+    generator = torch.Generator(device).manual_seed(seed)
     image = torch.randn(batch, 3, 256, 256, device=device, generator=generator)
-    ids = torch.randint(1000, 30000, (batch, tokens), device=device, generator=generator)
+    ids = torch.randint(0, vocabulary, (batch, tokens), device=device, generator=generator)
     return image, ids, torch.ones_like(ids)
 
 
-def published(dtype: torch.dtype, compiled: bool = False) -> Callable[[str], Callable[..., Answers]]:
-    """The published form, cast whole as its users do."""
-
-    def build(name: str) -> Callable[..., Answers]:
-        model = Published(seeded_model(name)).to("cuda", dtype)
-        run = torch.compile(model, mode="max-autotune") if compiled else model
-        return lambda image, ids, mask: run(image.to(dtype), ids, mask)
-
-    return build
+def published(model: Detector, precision: str, mode: str | None = None) -> Network:
+    """The published form, cast whole as its users do; `mode` is torch.compile's. It takes the model over."""
+    dtype = HALVES.get(precision, torch.float32)
+    form = Published(model).to(dtype)
+    run = torch.compile(form, mode=mode, dynamic=False) if mode else form
+    return lambda image, ids, mask: run(image.to(dtype), ids, mask)
 
 
-def ours(dtype: torch.dtype) -> Callable[[str], InferenceModel]:
-    """The rewritten network with its float32 islands."""
-    return lambda name: to_precision(rewrite(seeded_model(name)), dtype).to("cuda")
+def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
+    """The rewritten network with its float32 islands; FP8 has its scales from 16 pairs, or from each row."""
+    device, network = next(model.parameters()).device, rewrite(model)
+    scales = None
+    if calibrated:
+        image, ids, mask = inputs(**JUDGED, device=str(device), vocabulary=model.config.vocabulary, seed=1)
+        scales = activation_scales(network, [{"image": image, "input_ids": ids, "attention_mask": mask}])
+    return set_precision(network, precision, scales).to(device)
 
 
-VARIANTS = (
-    Variant("published, eager float32", published(torch.float32), False),
-    Variant("published, eager bf16", published(torch.bfloat16), False),
-    Variant("ours, bf16", ours(torch.bfloat16), True),
-    Variant("ours, fp16", ours(torch.float16), True),
-    Variant("published, torch.compile bf16", published(torch.bfloat16, compiled=True), False),
-)
+# How a variant is built of a trained network, and whether it is captured.
+VARIANTS: dict[str, tuple[Callable[[Detector], Network], bool]] = {
+    "published-fp32": (partial(published, precision="fp32"), False),
+    "published-bf16": (partial(published, precision="bf16"), False),
+    "compile-default-bf16": (partial(published, precision="bf16", mode="default"), False),
+    "compile-max-autotune-bf16": (partial(published, precision="bf16", mode="max-autotune"), False),
+    "ours-bf16": (partial(ours, precision="bf16"), True),
+    "ours-fp16": (partial(ours, precision="fp16"), True),
+    "ours-fp8": (partial(ours, precision="fp8", calibrated=True), True),
+    "ours-fp8-rows": (partial(ours, precision="fp8"), True),
+}
 
 
 def distance(found: Answers, exact: Answers) -> dict[str, float]:
@@ -80,38 +85,108 @@ def distance(found: Answers, exact: Answers) -> dict[str, float]:
     }
 
 
-def measure(variant: Variant, name: str, rate: float) -> list[dict[str, Any]]:
-    """Rows of `variant`: its error, then every shape."""
-    return list(_rows(variant, name, rate))
+def _judged(model: Detector, build: Callable[[Detector], Network], device: str) -> tuple[Network, Row]:
+    """The built network, and its distance from the trained one in float32 without TF32."""
+    given = inputs(**JUDGED, device=device, vocabulary=model.config.vocabulary)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode():
+            exact = model(*given)
+        run = build(model)
+        with torch.inference_mode():
+            return run, distance(run(*given), exact)
 
 
-def _rows(variant: Variant, name: str, rate: float) -> Iterator[dict[str, Any]]:
-    """A row for every shape: times, throughput, peak memory, share of the matrix rate; first the error."""
-    with torch.inference_mode():
-        run = variant.build(name)
-        exact = ours(torch.float32)(name)
-        errors = distance(run(*inputs(2, 24)), exact(*inputs(2, 24)))
-        del exact
-        yield {"network": name, "variant": variant.name, "error": errors}
-        for batch in BATCHES:
-            if name == "cals" and variant.name.startswith("published") and batch > LARGEST_PUBLISHED:
-                continue
-            for tokens, gflop in zip(TOKENS, GFLOP[name], strict=True):
-                given = inputs(batch, tokens)
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                call: Callable[[], Any] = partial(run, *given)
-                call = capture(call) if variant.graphed else call
-                times = time_ms(call, cold=False)
-                second = batch / times["p50_ms"] * 1e3
-                yield {
-                    "network": name,
-                    "variant": variant.name,
-                    "batch": batch,
-                    "tokens": tokens,
-                    **times,
-                    "pairs_s": second,
-                    "tflop_s": second * gflop / 1e3,
-                    "share": second * gflop / 1e3 / rate,
-                    "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-                }
+def measure(
+    name: str,
+    variant: str,
+    shapes: Iterable[tuple[int, int]] | str = SHAPES,
+    device: str = "cuda",
+    size: str = "base",
+) -> Iterator[Row]:
+    """A row with the error, then a row a shape; `shapes` may be text, "64x50,1x24".
+
+    Raises RuntimeError where a shape failed otherwise than for lack of memory.
+    """
+    if isinstance(shapes, str):
+        shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in shapes.split(","))]
+    build, graphed = VARIANTS[variant]
+    facts = {"network": name, "variant": variant}
+    failed: list[str] = []
+    model = seeded_model(name, size).to(device)
+    vocabulary = model.config.vocabulary
+    if variant.startswith("compile"):  # whose every shape costs minutes
+        run = build(model)
+    else:
+        run, error = _judged(model, build, device)
+        yield {**facts, "error": error}
+    del model
+    for batch, tokens in shapes:
+        if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
+            continue
+        found = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
+        yield {**facts, "batch": batch, "tokens": tokens, **found}
+        failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def pictures(
+    name: str,
+    variant: str,
+    batches: Iterable[int] = (1, 8, 64),
+    device: str = "cuda",
+    size: str = "base",
+) -> Iterator[Row]:
+    """Bytes of photographs to logits in one graph: the bytes on the device, then in pinned memory.
+
+    Raises RuntimeError where one failed otherwise than for lack of memory.
+    """
+    failed: list[str] = []
+    build, _ = VARIANTS[variant]
+    dtype = HALVES.get(variant.split("-")[1], torch.bfloat16)
+    tokens = 50
+    model = seeded_model(name, size).to(device)
+    run, vocabulary = build(model), model.config.vocabulary
+    del model
+    for batch in batches:
+        pixels = photographs(device, batch, *PHOTOGRAPH)
+        resized = prepared(batch, *PHOTOGRAPH, 256, dtype, device)
+        _, ids, mask = inputs(batch, tokens, device, vocabulary)
+        host = pixels.cpu().pin_memory() if device == "cuda" else pixels.clone()
+
+        def from_device(pixels: Tensor, ids: Tensor, mask: Tensor) -> Answers:
+            return run(resized(pixels), ids, mask)  # noqa: B023 - called within the turn
+
+        def from_host(pixels: Tensor, *rest: Tensor) -> Answers:
+            return from_device(pixels.copy_(host, non_blocking=True), *rest)  # noqa: B023
+
+        for place, form in (("device", from_device), ("pinned memory", from_host)):
+            row = {"network": name, "variant": variant, "batch": batch, "tokens": tokens, "from": place}
+            row |= shape_row(form, (pixels, ids, mask), True, name)
+            yield row
+            failed += [f"{batch} from {place}: {row['failed']}"] if "failed" in row else []
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+@torch.inference_mode()
+def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
+    """Times, throughput and memory at one shape, or why it failed; the graph is freed at the end."""
+    on_gpu = given[0].is_cuda
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        call: Callable[[], Any] = partial(run, *given)
+        times = time_ms(capture(call) if graphed else call)
+    except torch.OutOfMemoryError as failure:
+        return {"too large": str(failure)[:200]}
+    except RuntimeError as failure:
+        if on_gpu:
+            torch.cuda.synchronize()  # a fault leaves the process useless: better to end here
+        return {"failed": f"{type(failure).__name__}: {failure}"[:300]}
+    batch, tokens = given[1].shape
+    second = batch / times["p50_ms"] * 1e3
+    gflop = GFLOP[name][0 if tokens <= 24 else 1]
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+    return {**times, "pairs_s": second, "tflop_s": second * gflop / 1e3, "peak_gb": peak}

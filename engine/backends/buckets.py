@@ -58,6 +58,13 @@ def measure(feeds: Arrays, specs: Sequence[TensorSpec]) -> dict[str, int]:
     return sizes
 
 
+def check_ids(ids: np.ndarray, vocabulary: int) -> None:
+    """Raise BackendError for an id outside the vocabulary: a GPU is unusable after it, OpenVINO silent."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+        found = f"{ids.min()} to {ids.max()}"
+        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")
+
+
 def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
     """Whether `shape` is `dims`; a name that is met first takes its size and enters `sizes`."""
     if len(shape) != len(dims):
@@ -67,15 +74,11 @@ def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]
 
 
 def fill(buffer: np.ndarray, values: np.ndarray) -> None:
-    """Put `values` [b, ...] or [b, n] at the start of a buffer [B, ...] or [B, N]; zeros behind them."""
-    batch = len(values)
+    """Put `values` [b, n] at the start of a buffer [B, N]; zeros behind them."""
+    batch, tokens = values.shape
     buffer[batch:] = 0
-    if buffer.ndim == 2:
-        tokens = values.shape[1]
-        buffer[:batch, tokens:] = 0
-        buffer[:batch, :tokens] = values
-    else:
-        buffer[:batch] = values
+    buffer[:batch, tokens:] = 0
+    buffer[:batch, :tokens] = values
 
 
 def cut(outputs: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:

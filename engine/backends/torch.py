@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from engine.backends import usable_cores
-from engine.backends.buckets import measure
-from engine.backends.graphs import BucketedRunner, EagerRunner
+from engine.backends.buckets import check_ids, measure
+from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, CheckpointError
+from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
-from engine.network.model import InferenceModel, Output, to_precision
+from engine.network.model import InferenceModel, Output
+from engine.network.precision import DTYPES, fp8_layers, set_precision
 from kernels import jit
+from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+SCALES = "scales.json"
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 
 
-def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend:
+def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[EagerRunner] | GpuBackend:
     """Verify and load the bundle's `model.safetensors`; raises BackendError or BundleError.
 
     `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N"; `threads`, of
     the CPU's products, is torch's number for the whole process.
     """
     precision = bundle.manifest.precision
-    if precision not in _DTYPES:
+    if precision not in DTYPES:
         raise BackendError(
-            f"the backend 'torch' runs bundles in {' or '.join(_DTYPES)}, got {precision}; "
-            "use the backend 'ort', or export with --precision fp16"
+            f"the backend 'torch' runs bundles in {', '.join(DTYPES)}, got {precision}; "
+            "use the backend 'ort', or export in one of those"
         )
     place = find_device(device)
-    model = load_network(bundle, place)
-    return TorchBackend(model, bundle.manifest, place, threads or usable_cores())
+    if precision == "fp8" and place.type == "cuda":
+        _check_fp8(place)
+    model, manifest = load_network(bundle, place), bundle.manifest
+    logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, place)
+    if place.type == "cpu":
+        return TorchBackend(EagerRunner(model, threads or usable_cores()), manifest, model.config, "cpu")
+    runner = GraphRunner(model, manifest.limits, manifest.preprocess, place)
+    return GpuBackend(runner, manifest, model.config, str(place))
+
+
+def suits(bundle: Bundle) -> bool:
+    """Whether this machine has a GPU, and `bundle` a precision, for this backend; loads nothing."""
+    return bundle.manifest.precision in DTYPES and find_device("auto").type == "cuda"
 
 
 def find_device(name: str) -> torch.device:
@@ -69,11 +88,21 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _check_fp8(place: torch.device) -> None:
+    """Raise BackendError where the GPU has no E4M3."""
+    found = torch.cuda.get_device_capability(place)
+    if found < E4M3_CAPABILITY:
+        needed = ".".join(map(str, E4M3_CAPABILITY))
+        raise BackendError(
+            f"fp8 needs compute capability {needed}, {place} has {found[0]}.{found[1]}; use a bundle in bf16"
+        )
+
+
 def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     """Build the bundle's network on `device` from its verified weights; raises BundleError.
 
-    On a GPU it has the manifest's precision with its float32 islands. On the CPU it is float32: torch's half
-    products take four times as long there, and answer less exactly.
+    It has the manifest's precision with its float32 islands, but for fp16 on the CPU, which is float32 there:
+    torch's products in float16 take four times as long, and answer less exactly.
     """
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
@@ -85,9 +114,28 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
         model = InferenceModel.from_released(state, config)
     except CheckpointError as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
-    if device.type == "cpu":
-        return model
-    return to_precision(model, _DTYPES[manifest.precision]).to(device)
+    precision = "fp32" if device.type == "cpu" and manifest.precision == "fp16" else manifest.precision
+    return set_precision(model, precision, _scales(bundle, model)).to(device)
+
+
+def _scales(bundle: Bundle, model: InferenceModel) -> dict[str, float] | None:
+    """The calibrated scales of an fp8 bundle's activations, or None; raises BundleError."""
+    if SCALES not in bundle.manifest.files:
+        return None
+    path = bundle.verified(SCALES)
+    try:
+        scales = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON: {error}; export the bundle again") from error
+    names = [name for name, _ in fp8_layers(model)]
+    if not isinstance(scales, dict) or sorted(scales) != sorted(names):
+        raise BundleError(
+            f"{path}: expected the scales of {len(names)} layers by name; export the bundle again"
+        )
+    wrong = [k for k, v in scales.items() if type(v) is not float or not 0 < v < math.inf]
+    if wrong:
+        raise BundleError(f"{path}: {wrong[0]}: expected a number above 0, got {scales[wrong[0]]!r}")
+    return scales
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -106,44 +154,72 @@ def _check_outputs(config: NetworkConfig, manifest: Manifest) -> None:
         raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {found}")
 
 
-class TorchBackend:
+class TorchBackend(Generic[Runner]):
     """The network in torch; `run` may be called from several threads at once."""
 
     name = "torch"
 
-    def __init__(self, model: InferenceModel, manifest: Manifest, device: torch.device, threads: int) -> None:
-        self.device = str(device)
-        self._inputs = manifest.inputs
-        self._vocabulary = model.config.vocabulary
-        self._runner: EagerRunner | BucketedRunner | None = (
-            EagerRunner(model, threads)
-            if device.type == "cpu"
-            else BucketedRunner(model, manifest.limits, device)
-        )
-        logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, device)
+    def __init__(self, runner: Runner, manifest: Manifest, config: NetworkConfig, device: str) -> None:
+        self.device = device
+        self._inputs, self._vocabulary = manifest.inputs, config.vocabulary
+        self._runner: Runner | None = runner
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answer one batch; raises BackendError where torch fails or the backend was closed."""
-        runner = self._runner
-        if runner is None:
-            raise BackendError("the backend was closed; create another Predictor")
+        runner = self._open()
         sizes = measure(feeds, self._inputs)
-        _check_ids(feeds["input_ids"], self._vocabulary)
-        try:
+        check_ids(feeds["input_ids"], self._vocabulary)
+        with _reported(feeds):
             return runner.run(feeds, sizes["batch"], sizes["tokens"])
-        except BackendError:
-            raise
-        except Exception as error:  # torch's and Triton's errors share no base but Exception
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
 
     def close(self) -> None:
         """Drop the network; its memory goes once running calls are done."""
         self._runner = None
 
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise BackendError("the backend was closed; create another Predictor")
+        return self._runner
 
-def _check_ids(ids: np.ndarray, vocabulary: int) -> None:
-    """Raise BackendError for an id outside the vocabulary, which would leave a GPU unusable."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        found = f"{ids.min()} to {ids.max()}"
-        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")
+
+class GpuBackend(TorchBackend[GraphRunner]):
+    """The network as captured graphs on a GPU, which also takes pictures as they were decoded."""
+
+    def start(
+        self, pictures: Sequence[np.ndarray], text: dict[str, np.ndarray]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to answer decoded pictures; see engine.backends.PictureBackend."""
+        runner = self._open()
+        sizes = measure(text, [spec for spec in self._inputs if spec.name != "image"])
+        if len(pictures) != sizes["batch"]:
+            raise BackendError(
+                f"expected {sizes['batch']} pictures for as many captions, got {len(pictures)}"
+            )
+        check_ids(text["input_ids"], self._vocabulary)
+        with _reported(text):
+            answers = runner.start(pictures, text, sizes["batch"], sizes["tokens"])
+
+        def wait() -> dict[str, np.ndarray]:
+            with _reported(text):
+                return answers()
+
+        return wait
+
+    def close(self) -> None:
+        """Drop the network, once what was started is done."""
+        runner = self._runner
+        super().close()
+        if runner is not None:
+            runner.close()
+
+
+@contextmanager
+def _reported(feeds: dict[str, np.ndarray]) -> Iterator[None]:
+    """Turn whatever torch raises into a BackendError that names the inputs."""
+    try:
+        yield
+    except Dgm4Error:
+        raise
+    except Exception as error:  # torch's and Triton's errors share no base but Exception
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error

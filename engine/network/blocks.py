@@ -5,14 +5,19 @@ Their tensors come from `engine.network.released`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.network.config import TORCH_EPS
+from engine.network.linear import Reads, reading
 from kernels.attention import attention, guided_attention
-from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion
+from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion, packed_shape
+from kernels.gelu import gelu
 from kernels.latent_pool import latent_pool
+from kernels.residual_norm import residual_norm
+from kernels.rows import RowAnswer
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -26,16 +31,38 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Norm(nn.Module):
-    """LayerNorm that works in its own dtype whatever comes, a float32 island in a half-precision network."""
+    """LayerNorm of a residual sum, in float32 inside whatever comes (float64 in a float64 network).
+
+    `reader`, the Linear that alone reads the answer, may take it as codes.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = empty(width), empty(width), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        y = F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps)
-        return y.to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None, reader: nn.Module | None = None) -> Reads:
+        """Norm x + residual [..., D]."""
+        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader))
+        return found.out if found.scale is None else RowAnswer(found.out, found.scale)
+
+    def add(
+        self, x: Tensor, residual: Tensor | None, reader: nn.Module | None = None
+    ) -> tuple[Tensor, Reads]:
+        """The sum x + residual [..., D] and its norm, from one pass."""
+        if residual is None:
+            return x, self(x, None, reader)
+        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader), summed=True)
+        out = found.out if found.scale is None else RowAnswer(found.out, found.scale)
+        return cast(Tensor, found.total), out
+
+
+class Gelu(nn.Module):
+    """GELU by erf, for the Linear that reads it."""
+
+    def forward(self, x: Tensor, reader: nn.Module | None = None) -> Reads:
+        """[..., D] -> [..., D], or codes."""
+        found = gelu(x, **reading(reader))
+        return found.out if found.scale is None else found
 
 
 def head(width: int, out: int) -> nn.Sequential:
@@ -44,10 +71,10 @@ def head(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, hidden),
         Norm(hidden, TORCH_EPS),
-        nn.GELU(),
+        Gelu(),
         nn.Linear(hidden, hidden),
         Norm(hidden, TORCH_EPS),
-        nn.GELU(),
+        Gelu(),
         nn.Linear(hidden, out),
     )
 
@@ -60,7 +87,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Reads, mask: Tensor | None = None) -> Tensor:
         """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(attention(q, k, v, self.heads, mask))
@@ -99,13 +126,15 @@ class CrossAttention(nn.Module):
 class ConvFusion(nn.Module):
     """CAFormer's fusion without the full-size map (rewrite 2); see kernels/conv_fusion.py."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, branches: int = 1) -> None:
         super().__init__()
-        self.weight, self.bias = empty(POSITIONS * width, 3, WINDOW, WINDOW), empty(POSITIONS * width)
+        channels = branches * POSITIONS * width
+        self.weight, self.bias = empty(channels, 3, WINDOW, WINDOW), empty(channels)
+        self.packed = empty(*packed_shape(width, branches))
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """image [B, 3, S, S], tokens [B, 1+P, D] after the post-norm block -> [B, 1+P, D]."""
-        return conv_fusion(image, tokens, self.weight, self.bias)
+        return conv_fusion(image, tokens, self.weight, self.bias, self.packed)
 
 
 class LatentPool(nn.Module):

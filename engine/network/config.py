@@ -10,6 +10,8 @@ from engine.fields import Fields
 
 NAMES = ("hammer", "asap", "cals")
 
+_LISTS = ("guidance_widths", "caformer_kernels")
+
 BERT_EPS = 1e-12
 VIT_EPS = 1e-6
 TORCH_EPS = 1e-5  # the default of torch, which every other norm of the published code keeps
@@ -36,6 +38,7 @@ class NetworkConfig:
     caformer_start: int
     caformer_heads: int
     guidance_widths: tuple[int, int, int]
+    caformer_kernels: tuple[int, ...] = (5,)
 
     @property
     def grid(self) -> int:
@@ -60,18 +63,23 @@ class NetworkConfig:
         """
         fields = Fields(dict(raw), "model.config")
         name = fields.choice("name", NAMES)
-        rest = [key for key in cls.__dataclass_fields__ if key not in ("name", "guidance_widths")]
+        rest = [key for key in cls.__dataclass_fields__ if key not in ("name", *_LISTS)]
         sizes = {key: fields.integer(key) for key in rest}
-        config = cls(name=name, guidance_widths=_widths(fields), **sizes)
+        one, two, three = _integers(fields, "guidance_widths", 3)
+        # Absent before there were several.
+        kernels = _integers(fields, "caformer_kernels") if "caformer_kernels" in raw else (5,)
+        config = cls(name=name, guidance_widths=(one, two, three), caformer_kernels=kernels, **sizes)
         _check(config, fields)
         return config
 
 
-def _widths(fields: Fields) -> tuple[int, int, int]:
-    widths = fields.value("guidance_widths")
-    if not isinstance(widths, list) or len(widths) != 3 or not all(type(x) is int and x > 0 for x in widths):
-        fields.fail("guidance_widths", "a list of three integers >= 1")
-    return widths[0], widths[1], widths[2]
+def _integers(fields: Fields, name: str, count: int | None = None) -> tuple[int, ...]:
+    """A list of integers above 0, `count` of them or at least one."""
+    found = fields.value(name)
+    wrong = not isinstance(found, list) or not all(type(x) is int and x > 0 for x in found)
+    if wrong or not (len(found) == count if count else found):
+        fields.fail(name, f"a list of {'three' if count else 'some'} integers >= 1")
+    return tuple(found)
 
 
 def _check(config: NetworkConfig, fields: Fields) -> None:

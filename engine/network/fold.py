@@ -26,7 +26,7 @@ from engine.errors import CheckpointError
 from engine.network.config import TORCH_EPS
 from kernels.conv_fusion import POSITIONS
 
-KERNEL = 5  # side of CAFormer's convolution, for which the pixels of kernels/conv_fusion.py are counted
+KERNELS = (1, 3, 5)  # sides of CAFormer's convolutions: the window of kernels/conv_fusion.py holds them
 
 
 class Affine(NamedTuple):
@@ -88,15 +88,19 @@ def fold_conv_fusion(conv: Tensor, norm: Affine, statistics: Statistics) -> Affi
 
     Output i of the bilinear way down from 16 G to G lies at 16i + 7.5: the mean of pixels 16i+7 and
     16i+8, which see 16i+5 .. 16i+10, a 6x6 window at stride 16. Saves 201 MB a picture and 255/256 of
-    the convolution. conv [D, 3, 5, 5] -> [4D, 3, 6, 6] and [4D]. Raises CheckpointError for another kernel.
+    the convolution. conv [D, 3, k, k] -> [4D, 3, 6, 6] and [4D]. Raises CheckpointError for another k.
     """
-    if conv.shape[2:] != (KERNEL, KERNEL):
+    side = conv.shape[-1]
+    if conv.shape[2:] != (side, side) or side not in KERNELS:
         raise CheckpointError(
-            f"CAFormer: expected a {KERNEL}x{KERNEL} convolution to fold, got {tuple(conv.shape[2:])}"
+            f"CAFormer: expected a convolution of side {', '.join(map(str, KERNELS))} to fold, "
+            f"got {tuple(conv.shape[2:])}"
         )
     gain = norm.weight.double() / (statistics.variance.double() + TORCH_EPS).sqrt()
     kernel = conv.double() * gain[:, None, None, None]
     bias = norm.bias.double() - statistics.mean.double() * gain
+    margin = (KERNELS[-1] - side) // 2
+    kernel = F.pad(kernel, (margin,) * 4)
     placed = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
     return Affine(torch.cat(placed).to(conv.dtype), bias.repeat(POSITIONS).to(conv.dtype))
 

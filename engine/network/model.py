@@ -1,16 +1,15 @@
-"""The whole network for answering, and the precision it answers in."""
+"""The whole network for answering."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.network.blocks import LatentPool, Norm
-from engine.network.branch import BRANCHES, CalsBranch
+from engine.network.branch import BRANCHES
 from engine.network.config import NetworkConfig
 from engine.network.released import fold_network
 from engine.network.text import Text
@@ -73,25 +72,3 @@ class InferenceModel(nn.Module):
         tokens = self.text.classifier(fused[:, 1:])
         out = torch.promote_types(real_fake.dtype, torch.float32)
         return Output(real_fake.to(out), classes.to(out), box.to(out), tokens.to(out), guide)
-
-
-def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
-    """Parameters that stay float32: norms, the box head, the pooled scores, CALS's patch reductions."""
-    for module in model.modules():
-        if isinstance(module, Norm):
-            yield from module.parameters()
-        if isinstance(module, LatentPool):
-            yield module.query
-    yield from model.branch.bbox_head.parameters()
-    if isinstance(model.branch, CalsBranch):
-        yield from model.branch.faces.parameters()
-
-
-def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
-    """Cast everything but the float32 islands to `dtype`, in place; what it was made of stays."""
-    islands = {id(p) for p in _islands(model)}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in islands:
-                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-    return model

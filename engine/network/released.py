@@ -19,6 +19,7 @@ from engine.network.fold import (
     stack,
     stack_gates,
 )
+from kernels.conv_fusion import pack
 
 State = dict[str, Tensor]
 _COUNTER = "num_batches_tracked"
@@ -118,19 +119,26 @@ def _vision(released: Released, config: NetworkConfig) -> State:
     folded |= _renamed(released, {"patch_embed.proj": "patch_embed.proj", "norm": "norm"})
     for i in range(config.vision_depth):
         folded |= _under(f"blocks.{i}", _renamed(released.at(f"blocks.{i}"), _BLOCK))
-    return folded | (_caformer(released) if config.name == "cals" else {})
+    return folded | (_caformer(released, config) if config.name == "cals" else {})
 
 
-def _caformer(released: Released) -> State:
-    block, conv = released.at("MHA2"), released.at("Conv")
-    statistics = Statistics(conv.tensor("bn2.running_mean"), conv.tensor("bn2.running_var"))
-    fusion = fold_conv_fusion(conv.tensor("conv.weight"), conv.affine("bn2"), statistics)
+def _caformer(released: Released, config: NetworkConfig) -> State:
+    block = released.at("MHA2")
+    branches = ["Conv", *(f"Scales.{i}" for i in range(len(config.caformer_kernels) - 1))]
+    fusion = stack([_conv_branch(released.at(name)) for name in branches])
     return {
         **_renamed(block, _POST_NORM),
         **_under("attention.qkv", block.packed("mha")),
         **_under("attention.out", block.affine("mha.out_proj")),
         **_under("fusion", fusion),
+        "fusion.packed": pack(*fusion, config.width),
     }
+
+
+def _conv_branch(conv: Released) -> Affine:
+    """One convolution of CAFormer with its BatchNorm, at the pixels that count."""
+    statistics = Statistics(conv.tensor("bn2.running_mean"), conv.tensor("bn2.running_var"))
+    return fold_conv_fusion(conv.tensor("conv.weight"), conv.affine("bn2"), statistics)
 
 
 def _text(released: Released, config: NetworkConfig, stacked: bool) -> State:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from engine.network.blocks import CrossAttention, Norm, SelfAttention, empty, head
+from engine.network.blocks import CrossAttention, Gelu, Norm, SelfAttention, empty, head
 from engine.network.config import BERT_EPS, NetworkConfig
 
 
@@ -23,16 +22,16 @@ class TextLayer(nn.Module):
         if fusion:
             self.cross = CrossAttention(width, config.heads, stacked)
             self.cross_norm = Norm(width, BERT_EPS)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.act, self.down = nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width)
         self.output_norm = Norm(width, BERT_EPS)
 
     def attend(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, N, D] and its mask [B, N] -> [B, N, D]."""
-        return self.attention_norm(self.attention(x, mask) + x)
+        return self.attention_norm(self.attention(x, mask), x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.output_norm(self.down(F.gelu(self.up(x))) + x)
+        return self.output_norm(self.down(self.act(self.up(x), self.down)), x)
 
 
 class Text(nn.Module):
@@ -76,5 +75,5 @@ class Text(nn.Module):
                 crossed, guide = layer.cross.guided(x, key, value)
             else:
                 crossed = layer.cross(x, key, value)
-            x = layer.feed_forward(layer.cross_norm(crossed + x))
+            x = layer.feed_forward(layer.cross_norm(crossed, x))
         return x, guide

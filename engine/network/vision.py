@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from engine.network.blocks import ConvFusion, Norm, SelfAttention, empty
+from engine.network.blocks import ConvFusion, Gelu, Norm, SelfAttention, empty
 from engine.network.config import TORCH_EPS, VIT_EPS, NetworkConfig
+from engine.network.linear import Reads
 
 
 class PatchEmbed(nn.Module):
@@ -27,15 +27,15 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Reads) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x), self.fc2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; what it would add last is left to the next norm, which sums anyway."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -44,10 +44,11 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, config.heads)
         self.mlp = Mlp(width, config.mlp_ratio * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, N, D] and what is still to be added to it -> the same two."""
+        x, y = self.norm1.add(x, delta, self.attention.qkv)
+        x, y = self.norm2.add(x, self.attention(y), self.mlp.fc1)
+        return x, self.mlp(y)
 
 
 class Vision(nn.Module):
@@ -69,11 +70,16 @@ class Vision(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens for the text branch and for the image branch, here the same."""
-        x = self.embed(image)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        x = self.norm(*_through(self.blocks, self.embed(image)))
         return x, x
+
+
+def _through(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Run x through blocks; as a block answers."""
+    delta = None
+    for block in blocks:
+        x, delta = block(x, delta)
+    return x, delta
 
 
 class CAFormer(Vision):
@@ -86,19 +92,17 @@ class CAFormer(Vision):
         self.attention = SelfAttention(width, config.caformer_heads)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.norm1, self.norm2 = Norm(width, TORCH_EPS), Norm(width, TORCH_EPS)
-        self.fusion = ConvFusion(width)
+        self.fusion = ConvFusion(width, len(config.caformer_kernels))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The fused tokens for the text branch, the plain ones for the image branch."""
-        x = self.embed(image)
-        for block in self.blocks[: self.start]:
-            x = block(x)
-        tokens = self.norm1(x + self.attention(x))
-        tokens = self.norm2(tokens + self.ffn(tokens))
+        x, delta = _through(self.blocks[: self.start], self.embed(image))
+        x = x if delta is None else x + delta
+        tokens = self.norm1(self.attention(x), x)
+        tokens = self.norm2(self.ffn(tokens), tokens)
         streams = torch.cat([self.fusion(image, tokens), x])
-        for block in self.blocks[self.start :]:
-            streams = block(streams)
-        fused, plain = self.norm(streams).unflatten(0, (2, -1)).unbind(0)
+        streams = self.norm(*_through(self.blocks[self.start :], streams))
+        fused, plain = streams.unflatten(0, (2, -1)).unbind(0)
         return fused, plain
 
 

@@ -98,10 +98,6 @@ def test_padding_is_zero_whatever_was_there_before():
     text = np.full((4, 6), 9, np.int64)
     fill(text, np.array([[1, 2], [3, 4]]))
     assert text.tolist() == [[1, 2, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0], [0] * 6, [0] * 6]
-    image = np.full((3, 1, 2, 2), np.nan, np.float32)
-    fill(image, np.ones((1, 1, 2, 2), np.float32))
-    assert image[0].tolist() == [[[1, 1], [1, 1]]]
-    assert not image[1:].any()
 
 
 def test_a_full_bucket_has_no_padding():

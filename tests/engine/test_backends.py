@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import importlib.util
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 from engine import Bundle, Predictor, backends
+from engine.backends import ort
+from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
 
 
@@ -46,9 +51,61 @@ def test_devices_that_it_lacks_are_refused(bundle_dir):
         Predictor(bundle_dir, backend="ort", device="cuda")
 
 
+@pytest.fixture
+def machine(bundle_dir, monkeypatch):
+    """Ask for "auto" on a machine with a driver and a GPU, or without; the backend that would be loaded."""
+
+    def ask(device, driver=True, gpu=True, precision="fp16", weights=True):
+        files = {"model.onnx": None} | ({"model.safetensors": None} if weights else {})
+        manifest = Bundle.open(bundle_dir).manifest
+        found = SimpleNamespace(manifest=dataclasses.replace(manifest, precision=precision, files=files))
+        monkeypatch.setattr(backends, "_has_driver", lambda: driver)
+        monkeypatch.setattr(
+            torch_backend, "find_device", lambda _: SimpleNamespace(type="cuda" if gpu else "cpu")
+        )
+        monkeypatch.setattr(torch_backend, "create", lambda *_: "torch")
+        monkeypatch.setattr(ort, "create", lambda *_: "ort")
+        return backends.create("auto", found, device, 1)
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("auto", {}, "torch"),
+        ("auto", {"driver": False}, "ort"),
+        ("auto", {"gpu": False}, "ort"),
+        ("auto", {"precision": "int8"}, "ort"),
+        ("auto", {"weights": False}, "ort"),
+        ("cuda", {}, "torch"),
+        ("cuda:1", {"driver": False, "gpu": False}, "torch"),
+        ("cuda", {"precision": "int8"}, "torch"),
+        ("cpu", {}, "ort"),
+    ],
+)
+def test_auto_is_torch_on_a_gpu(machine, device, options, expected):
+    assert machine(device, **options) == expected
+
+
+def test_a_gpu_that_is_asked_for_needs_torch(bundle_dir, monkeypatch):
+    monkeypatch.setattr(backends, "available", lambda: ["ort"])
+    with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which is not"):
+        Predictor(bundle_dir, device="cuda")
+
+
+def test_the_driver_is_looked_for_without_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", asked.append)
+    assert backends._has_driver()
+    assert len(asked) == 1
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: ctypes.PyDLL("lib-that-is-nowhere.so"))
+    assert not backends._has_driver()
+
+
 def test_no_library(bundle_dir, monkeypatch):
     monkeypatch.setattr(backends, "available", list)
-    with pytest.raises(BackendError, match="no backend is installed; install one of .*onnxruntime"):
+    with pytest.raises(BackendError, match="no backend is installed that serves this bundle; .*onnxruntime"):
         Predictor(bundle_dir)
     with pytest.raises(BackendError, match="needs onnxruntime, which is not installed"):
         Predictor(bundle_dir, backend="ort")
@@ -59,7 +116,7 @@ def test_a_library_beside_torch_is_named(bundle_dir, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
     )
-    assert backends.available() == ["ort"]
+    assert [name for name in backends.available() if name != "openvino"] == ["ort"]
     with pytest.raises(BackendError, match="the backend 'torch' needs safetensors, which is not installed"):
         Predictor(bundle_dir, backend="torch")
 

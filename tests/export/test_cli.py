@@ -78,7 +78,7 @@ def test_a_failed_verification_exits_with_3(tmp_path, capsys, monkeypatch):
         [],
         ["frobnicate"],
         ["export", "--model", "resnet"],
-        ["export", "--precision", "fp8"],
+        ["export", "--precision", "fp4"],
         ["export", "--size", "large"],
         ["export", "--max-batch", "many"],
         ["export", "--surprise"],
@@ -185,7 +185,7 @@ def test_doctor_as_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["cores"] >= 1
-    assert record["backends"] == ["ort", "torch"]
+    assert [name for name in record["backends"] if name != "openvino"] == ["ort", "torch"]
     assert record["packages"]["torch"]
     assert set(record["builders"]) == {"tensorrt", "tensorrt_rtx"}
     assert all(isinstance(builder["usable"], bool) for builder in record["builders"].values())

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
+import dgm4
 from dgm4.layers import padding_bias
-from engine.network.model import to_precision
+from dgm4.model import build
+from engine import Bundle, backends
+from engine.network.precision import to_precision
 from export.inference import rewrite
 from export.onnx import example_inputs
+from export.options import ExportOptions
+from export.pipeline import export_bundle
 
 EXACT = 1e-10
 ISLANDS = (
@@ -45,6 +52,53 @@ def test_answers_are_those_of_the_trained_network(name, stacked, tiny):
     assert (got.attention_map is None) == (name != "asap")
     assert {x.dtype for x in got if x is not None} == {torch.float64}
     assert apart(got, want) <= EXACT
+
+
+@pytest.fixture(scope="module")
+def scales():
+    """CALS with three convolution branches instead of one, every statistic drawn."""
+    torch.manual_seed(0)
+    config = replace(dgm4.model_config("cals", "tiny"), caformer_kernels=(5, 3, 1))
+    model = build(config).eval().requires_grad_(False)
+    for branch in (model.visual_encoder.Conv, *model.visual_encoder.Scales):
+        branch.bn2.running_mean.normal_()
+        branch.bn2.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def test_several_scales_fold_into_one_product(scales):
+    model = copy.deepcopy(scales).double()
+    inputs = padded(model.config)
+    with torch.inference_mode():
+        got, want = rewrite(model), model(**inputs)
+        assert apart(got(**inputs), want) <= EXACT
+        assert got.vision.fusion.weight.shape == (3 * 4 * 128, 3, 6, 6)
+        model.visual_encoder.Scales[1].conv.weight.zero_()
+        assert apart(rewrite(model)(**inputs), want) > 1e-6
+
+
+def test_several_scales_sampled_are_the_same(scales):
+    vision = copy.deepcopy(scales).double().visual_encoder
+    image = torch.randn(2, 3, 256, 256, dtype=torch.float64)
+    with torch.inference_mode():
+        want = vision(image)
+        vision.sampled = True
+        assert apart(vision(image), want) <= EXACT
+
+
+def test_several_scales_through_a_bundle(scales, tmp_path):
+    """Saved, recognised by its keys, exported, and answered by both backends."""
+    path, out = tmp_path / "scales.safetensors", tmp_path / "bundle"
+    safetensors.torch.save_file(scales.state_dict(), path)
+    assert dgm4.load_checkpoint(path).config == scales.config
+    export_bundle(ExportOptions(out=out, checkpoint=path, engine=False), lambda stage: None)
+    inputs = padded(scales.config, torch.float32)
+    with torch.inference_mode():
+        want = scales(**inputs)
+    for backend in ("ort", "torch"):
+        found = backends.create(backend, Bundle.open(out)).run({k: v.numpy() for k, v in inputs.items()})
+        for key, value in found.items():
+            assert abs(value - getattr(want, key).numpy()).max() <= 1e-4
 
 
 def test_float32_answers_stay_near(name, tiny):

@@ -263,6 +263,7 @@ def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_
     record = {"method": "minmax", "pairs": 6, "source": f"{data.name}, split train", "seed": 1}
     assert made["calibration"] == record
     assert made["precision"] == "int8"
+    assert "model.flat.onnx" in made["files"]
     read = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes()).calibration
     assert vars(read) == record
     text = next(stage.text for stage in stages if stage.name == "quantise")
@@ -277,7 +278,7 @@ def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"precision": "fp16"}, "calibration: expected precision int8 with it, got fp16"),
+        ({"precision": "fp16"}, "calibration: expected precision int8 or fp8 with it, got fp16"),
         ({"calibration_pairs": 0}, "calibration_pairs: expected at least 1, got 0"),
         ({"calibration_method": "max"}, "calibration_method: expected one of minmax, percentile, entropy"),
     ],
@@ -298,7 +299,7 @@ def test_calibration_of_floats_is_a_usage_error(data, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "--calibration", str(data), "--precision", "fp16"])
     assert ended.value.code == 2
-    assert "--calibration is for --precision int8" in capsys.readouterr().err
+    assert "--calibration is for --precision int8 or fp8" in capsys.readouterr().err
 
 
 def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from engine.errors import InputError
 from engine.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
 from kernels import resize as module
 from kernels.jit import triton
-from kernels.resize import pack, resize, resize_ref
-from kernels.resize_tables import Tables, axis_filter, make_tables, pillow_turns, turned
+from kernels.resize import pack, resize, resize_into, resize_ref
+from kernels.resize_tables import Tables, axis_filter, make_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 NORM = (CLIP_MEAN, CLIP_STD)
 SIZES = [(1, 1), (2, 3), (255, 257), (256, 256), (1000, 37), (640, 480), (37, 1000), (256, 100), (300, 257)]
 SMALL = [(1, 1), (2, 3), (16, 16), (63, 65), (100, 7), (7, 100), (16, 9), (33, 16), (40, 30)]
@@ -70,18 +71,6 @@ def test_weights_sum_to_one():
         assert np.abs(axis_filter(length, 256).weights.sum(0, dtype=np.int64) - 2**22).max() <= 64
 
 
-def test_the_order_of_the_passes():
-    """Tall is: of more rows than S + 2 max(W - S, 0); Pillow has turned those since 13."""
-    assert not turned(300, 257, 256, turning=False)
-    assert turned(300, 257, 256, turning=True)
-    assert not turned(258, 257, 256, turning=True)
-    assert not turned(256, 100, 256, turning=True)
-    picture = draw(300, 257, "black and white")
-    by_order = [resize(*pack([picture]), 256, *NORM, turning=turning)[0].numpy() for turning in (False, True)]
-    assert not np.array_equal(*by_order)
-    assert np.array_equal(by_order[pillow_turns()], pillow(picture, 256))
-
-
 def test_no_pictures_and_half_precision():
     assert resize(*pack([]), 8, *NORM).shape == (0, 3, 8, 8)
     packed = pack([draw(9, 7)])
@@ -113,21 +102,37 @@ def test_pictures_of_another_kind_are_refused():
         pack([draw(2, 2), np.zeros((2, 2), np.uint8)])
 
 
-@pytest.mark.skipif(triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize(("size", "turning"), [(16, False), (20, True)])
-def test_kernels_equal_the_plain_form(size, turning, fenced):
+@needs_triton
+@pytest.mark.parametrize("size", [16, 20])
+def test_kernels_equal_the_plain_form(size, fenced):
     pixels, sizes = pack([draw(*pair, "black and white") for pair in SMALL])
-    tables = make_tables(sizes, size, *NORM, turning)
+    tables = make_tables(sizes, size, *NORM)
     lines = tables.plan[:, 2].tolist()
     sent = Tables(*(x.to(DEVICE) for x in tables))
     copy = pixels.clone().to(DEVICE)
     middle = module.launch_lines(
         module._line_kernel, pixels.to(DEVICE), sent, size, sum(lines), max(lines), block_rows=64
     )
-    out = module.launch_cross(module._cross_kernel, middle, sent, size, torch.float32, block_rows=8)
+    empty = sent.levels.new_empty((len(sizes), 3, size, size))
+    out = module.launch_cross(module._cross_kernel, middle, sent, size, empty, block_rows=8)
     fenced()
     assert torch.equal(copy.cpu(), pixels)
-    assert torch.equal(out.cpu(), resize_ref(pixels, sizes, size, *NORM, turning))
+    assert torch.equal(out.cpu(), resize_ref(pixels, sizes, size, *NORM))
+
+
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=needs_triton)])
+def test_into_a_part_of_a_buffer(launched, monkeypatch):
+    """As the runtime does: pictures into the first rows of a larger buffer, the rest left alone."""
+    monkeypatch.setattr(module, "_launches", lambda _: launched)
+    pictures = [draw(9, 7), draw(20, 33)]
+    pixels, sizes = pack(pictures)
+    buffer = torch.full((3, 3, 16, 16), torch.nan, device=DEVICE)
+    tables = Tables(*(x.to(DEVICE) for x in make_tables(sizes, 16, *NORM)))
+    resize_into(buffer[:2], pixels.to(DEVICE), sizes, *NORM, tables)
+    assert np.array_equal(buffer[:2].cpu().numpy(), np.stack([pillow(x, 16) for x in pictures]))
+    assert buffer[2].isnan().all()
+    with pytest.raises(InputError, match=r"out: expected dense \(2, 3, 16, 16\), got \(3, 3, 16, 16\)"):
+        resize_into(buffer, pixels.to(DEVICE), sizes, *NORM, tables)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -33,6 +33,7 @@ from engine.network.fold import (
     stack,
     stack_gates,
 )
+from kernels.conv_fusion import pack
 
 EXACT = 1e-10
 WIDTH, HEADS = 24, 4
@@ -197,7 +198,7 @@ def test_conv_fusion_is_the_published_fusion(tiny):
     image, x = random(2, 3, 256, 256), random(2, 257, 128, seed=1)
     fold = conv_fusion_of(vision)
     want = vision.fuse(x, image)
-    got = filled(ConvFusion(128), **fold._asdict())(image, vision.MHA2(x))
+    got = filled(ConvFusion(128), **fold._asdict(), packed=pack(*fold, 128))(image, vision.MHA2(x))
     assert fold.weight.shape == (4 * 128, 3, 6, 6)
     assert apart(got, want) <= EXACT
 
@@ -213,8 +214,8 @@ def test_conv_fusion_is_folded_in_float64_and_cast_back(tiny):
 
 def test_conv_fusion_refuses_what_it_cannot_fold(tiny):
     vision = tiny("cals").visual_encoder
-    vision.Conv.conv = nn.Conv2d(3, 128, 3, padding=1, bias=False)
-    with pytest.raises(CheckpointError, match=r"expected a 5x5 convolution to fold, got \(3, 3\)"):
+    vision.Conv.conv = nn.Conv2d(3, 128, 7, padding=3, bias=False)
+    with pytest.raises(CheckpointError, match=r"expected a convolution of side 1, 3, 5 .*, got \(7, 7\)"):
         conv_fusion_of(vision)
 
 

@@ -1,0 +1,70 @@
+"""The parts of the proof, the most telling first."""
+
+from __future__ import annotations
+
+from benchmarks.gpu.checks import OPERATORS
+from benchmarks.gpu.runner import Part
+
+NETWORK, PICTURES = "benchmarks.gpu.networks:measure", "benchmarks.gpu.networks:pictures"
+CHECKS, HOTSPOTS = "benchmarks.gpu.checks", "benchmarks.gpu.hotspots:measure"
+TUNED = ("attention", "conv_fusion")
+LAUNCHES = ("test_launch", "test_launch_codes")
+NO_GPU = ("test_aot", "test_onnx_ops")  # compilers and graphs
+ENGINE = (
+    "tests/engine/test_backend_torch.py",
+    "tests/engine/test_backend_graphs.py",
+    "tests/engine/network",
+)
+PRECISIONS = ("ours-bf16", "ours-fp8", "ours-fp16")
+
+
+def _network(name: str, variant: str) -> Part:
+    return Part(f"network-{name}-{variant}", NETWORK, (name, variant), limit_s=150, needs_s=30)
+
+
+def _compiled(name: str, mode: str, *shapes: str) -> Part:
+    """Compilation takes minutes a shape."""
+    label = f"network-{name}-compile-{mode}-{shapes[0]}"
+    arguments = (name, f"compile-{mode}-bf16", ",".join(shapes))
+    return Part(label, NETWORK, arguments, limit_s=530, needs_s=120 if mode == "default" else 300)
+
+
+def _tests() -> list[Part]:
+    """What runs kernels on the GPU, and what runs around them."""
+    kernels = tuple(f"--ignore=tests/kernels/{name}.py" for name in (*LAUNCHES, *NO_GPU))
+    launches = tuple(f"tests/kernels/{name}.py" for name in LAUNCHES)
+    return [
+        Part("tests-launch", f"{CHECKS}:tests", launches, limit_s=400, needs_s=60),
+        Part("tests-kernels", f"{CHECKS}:tests", ("tests/kernels", *kernels), limit_s=300, needs_s=60),
+        Part("tests-engine", f"{CHECKS}:tests", ("-m", "not base", *ENGINE), limit_s=300, needs_s=60),
+    ]
+
+
+def parts() -> list[Part]:
+    """All of them, in order."""
+    published = ("published-fp32", "published-bf16")
+    rest = [_network(name, variant) for name in ("cals", "hammer") for variant in (*PRECISIONS, *published)]
+    return [
+        Part("machine", f"{CHECKS}:machine", limit_s=90),
+        Part("smoke", f"{CHECKS}:smoke", limit_s=200),
+        *(Part(f"kernel-{name}", f"{CHECKS}:operator", (name,)) for name in OPERATORS),
+        *(_network("asap", variant) for variant in ("ours-bf16", "published-fp32", "ours-fp8")),
+        *(
+            Part(f"pictures-asap-{variant}", PICTURES, ("asap", variant), needs_s=30)
+            for variant in PRECISIONS[:2]
+        ),
+        *(
+            Part(f"profile-asap-{variant}", HOTSPOTS, ("asap", variant), needs_s=30)
+            for variant in PRECISIONS[:2]
+        ),
+        *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16", "ours-fp8-rows")),
+        *rest,
+        *_tests(),
+        *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=250, needs_s=90) for name in TUNED),
+        Part("memcheck", f"{CHECKS}:memcheck", limit_s=400, needs_s=90),
+        _compiled("asap", "default", "64x50"),
+        _compiled("asap", "max-autotune", "64x50"),
+        _compiled("cals", "max-autotune", "64x50"),
+        _compiled("hammer", "max-autotune", "64x50"),
+        _compiled("asap", "max-autotune", "1x50", "8x50", "256x50"),
+    ]

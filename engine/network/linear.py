@@ -1,0 +1,70 @@
+"""Linear layers in eight bits.
+
+FP8: y = (codes of x) (codes of weight)^T * (scale of the row of x) * (scale of the weight's row) + bias.
+Codes are E4M3; a weight's row, an output channel, has its largest magnitude at 448. The activation's scale is
+one a row, taken as it comes, or one for all, calibrated. The product is torch._scaled_mm: the matrix units of
+a GPU from compute capability 8.9 on, float32 from the same codes on a CPU.
+Source: arXiv:2209.05433.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kernels.quantize import quantize_rows
+from kernels.rows import RowAnswer, quantize_ref
+
+E4M3 = torch.float8_e4m3fn
+SIDE = 16  # of what divides both sides of a product in eight bits
+
+Reads = Any  # what a Linear reads: a tensor, or a RowAnswer of codes
+
+
+class Fp8Linear(nn.Module):
+    """A Linear in E4M3, made of a float one, that answers in `dtype`, which is bf16 on a GPU.
+
+    weight [N, K] codes, weight_scale [1, N], bias [N] or None, input_scale [1] or None for one a row.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, input_scale: float | None = None) -> None:
+        super().__init__()
+        codes, scale = quantize_ref(linear.weight.detach().float(), E4M3)
+        bias, given = linear.bias, input_scale
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scale[None])
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+        self.register_buffer("input_scale", None if given is None else torch.tensor([given]))
+        self.dtype = dtype
+
+    def forward(self, x: Tensor | RowAnswer) -> Tensor:
+        """[..., K], or its codes, -> [..., N]."""
+        found = x if isinstance(x, RowAnswer) else quantize_rows(x, E4M3, self.input_scale)
+        rows = found.out.flatten(0, -2)
+        y = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=cast(Tensor, found.scale).reshape(-1, 1).expand(len(rows), 1).contiguous(),
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+        return y.unflatten(0, found.out.shape[:-1])
+
+
+def takes_fp8(linear: nn.Linear) -> bool:
+    """Whether both sides of the product suit eight bits."""
+    return linear.in_features % SIDE == 0 and linear.out_features % SIDE == 0
+
+
+def reading(reader: nn.Module | None) -> dict[str, Any]:
+    """How a kernel is to leave what `reader` alone reads: the arguments `dtype` and `scale`, or none."""
+    return {"dtype": E4M3, "scale": reader.input_scale} if isinstance(reader, Fp8Linear) else {}
