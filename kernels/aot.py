@@ -238,6 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     for built in build(options.targets, [names[name] for name in options.dtypes]):
         values = {k: v for k, v in asdict(built).items() if k not in ("ptx", "entry")}
+        values["triton"] = triton.__version__
         line = json.dumps(values) if options.json else "  ".join(f"{v!s:>24}" for v in values.values())
         sys.stdout.write(line + "\n")
         sys.stdout.flush()

@@ -58,7 +58,7 @@ def attend(batch, heads, queries, keys, width, mask=None, guided=False, schedule
     return Case(tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes)), launch, reference)
 
 
-def fuse(batch, grid, width, branches=1):
+def fuse(batch, grid, width, branches=1, schedule=None):
     """Each branch one 5x5 kernel and one bias at the four places."""
     image, tokens = normal(batch, 3, 16 * grid, 16 * grid), normal(batch, 1 + grid**2, width, seed=1)
     kernels, bias = normal(branches, width, 3, 5, 5, seed=2) / 10, normal(branches, 1, width, seed=3)
@@ -68,7 +68,11 @@ def fuse(batch, grid, width, branches=1):
         (image, tokens, weight, bias),
         lambda image, tokens, *kernels: (
             conv_fusion.launch(
-                conv_fusion._fusion_kernel, image, tokens, conv_fusion.pack(*kernels, tokens.shape[-1])
+                conv_fusion._fusion_kernel,
+                image,
+                tokens,
+                conv_fusion.pack(*kernels, tokens.shape[-1]),
+                schedule,
             ),
         ),
         lambda *tensors: (conv_fusion.conv_fusion_ref(*tensors),),
@@ -165,6 +169,12 @@ if DEVICE == "cuda":
         "norm-base": norm(64, 257, 768),
         "gelu-base": activate(64, 257, 3072),
     }
+
+
+for i, schedule in enumerate(attention.candidates(20, 65, 16, torch.float16)):
+    CASES[f"attention-candidate-{i}"] = attend(1, 2, 20, 65, 16, guided=True, schedule=schedule)
+for i, schedule in enumerate(conv_fusion.candidates(24, torch.float16)):
+    CASES[f"fusion-candidate-{i}"] = fuse(1, 3, 24, schedule=schedule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
