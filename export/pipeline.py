@@ -23,13 +23,14 @@ import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.shipped import demo_of, demo_record
-from engine.errors import BackendError, VerificationError
+from engine.errors import VerificationError
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from engine.network.precision import activation_scales, set_precision
 from engine.text import CaptionTokenizer
 from export import trt
 from export.bundle import BundleWriter
+from export.bundle_engine import GRAPHS, MODEL, no_engine, write_engine
 from export.calibrate import PairReader, read_pairs
 from export.card import model_card
 from export.digest import sha256_of
@@ -39,7 +40,7 @@ from export.inference import rewrite
 from export.onnx import data_of, export_onnx, flatten
 from export.options import ExportOptions, check_options
 from export.quantize import quantize_dynamic, quantize_static
-from export.record import LONGEST_CAPTION, MAX_WORDS, MIN_TOKENS, manifest_fields
+from export.record import LONGEST_CAPTION, MAX_WORDS, manifest_fields
 from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
 from export.verify import (
     BF16,
@@ -57,11 +58,9 @@ from export.verify import (
 )
 
 SEED = 1
-TARGETS = trt.RTX_CAPABILITIES
-MODEL, WEIGHTS, TOKENIZER, CARD = "model.onnx", "model.safetensors", "tokenizer.json", "README.md"
+WEIGHTS, TOKENIZER, CARD = "model.safetensors", "tokenizer.json", "README.md"
 FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
 SCALES = "scales.json"  # of fp8's activations
-GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
 # From and to which case a cast network is compared, and how near.
 _CHECKS = {"fp16": ((0, 1), HALF), "bf16": ((1, 2), BF16), "fp8": ((1, 2), FP8)}
@@ -351,63 +350,9 @@ def _write_engine(run: _Run, writer: BundleWriter, config: ModelConfig) -> list[
     options = run.options
     with run.stage("engine") as stage:
         builder = trt.find_builder()
-        reason = _no_engine(options, builder)
+        reason = no_engine(options, builder)
         if reason is not None or builder is None:
             stage.text = f"none: {reason}"
             return []
-        graph = writer.path(MODEL)
-        targets = options.targets or (TARGETS if builder.library == "tensorrt_rtx" else ())
-        spec = trt.EngineSpec(
-            graph, _profile(options, config), compute_capabilities=targets, library=builder.library
-        )
-        draft = writer.path("draft.engine")
-        built = trt.build_engine(spec, draft)
-        kind = "rtx" if built.library == "tensorrt_rtx" else "trt"
-        target = "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
-        name = f"model.{target}.engine"
-        draft.rename(writer.path(name))
-        stage.text = (
-            f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}, "
-            f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
-        )
-    return [
-        {
-            "file": name,
-            "library": built.library,
-            "version": built.version,
-            "compute_capabilities": list(built.compute_capabilities),
-            "onnx_sha256": sha256_of(graph),
-            "profile": {
-                k: dict(zip(("min", "opt", "max"), map(list, v), strict=True))
-                for k, v in spec.profile.items()
-            },
-        }
-    ]
-
-
-def _no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | None:
-    """Why no engine is built, or None."""
-    if not options.engine:
-        return "not asked for"
-    if options.precision not in GRAPHS:
-        return f"{options.precision} has no ONNX graph to build one of; the backend 'torch' serves it"
-    if options.precision == "int8" and options.calibration is None:
-        return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
-    if builder is None:
-        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
-        if options.targets:
-            raise BackendError(f"--target was given but nothing here can build an engine ({reasons})")
-        return f"nothing here builds one ({reasons})"
-    return None
-
-
-def _profile(
-    options: ExportOptions, config: ModelConfig
-) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
-    """Shapes (smallest, typical, largest) of every input."""
-    batch = (1, min(8, options.max_batch), options.max_batch)
-    tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    image: list[trt.Shape] = [(b, 3, config.image_size, config.image_size) for b in batch]
-    text: list[trt.Shape] = list(zip(batch, tokens, strict=True))
-    shapes = {"image": image, "input_ids": text, "attention_mask": text}
-    return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}
+        record, stage.text = write_engine(options, config, builder, writer)
+    return [record]

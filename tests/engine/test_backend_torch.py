@@ -278,7 +278,9 @@ def test_a_bundle_without_weights(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     del manifest["files"]["model.safetensors"]
     rewrite_manifest(copied, files=manifest["files"])
-    with pytest.raises(BackendError, match=r"reads model\.safetensors, which this .* has not; use 'ort'"):
+    with pytest.raises(
+        BackendError, match=r"reads model\.safetensors, which this .* has not; use 'openvino' or 'ort'"
+    ):
         Predictor(copied, backend="torch")
 
 

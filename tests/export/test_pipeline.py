@@ -18,9 +18,10 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
 from engine.network import released
 from export import pipeline, sample
+from export.bundle_engine import GRAPHS, no_engine
 from export.onnx import example_inputs, outputs_of
 from export.options import ExportOptions
-from export.pipeline import GRAPHS, export_bundle
+from export.pipeline import export_bundle
 from export.sample import sample_picture
 from export.verify import Tolerance
 
@@ -231,12 +232,12 @@ def test_targets_without_a_builder(tmp_path, monkeypatch):
     """Asked for, an engine is not left out in silence."""
     monkeypatch.setattr(pipeline.trt, "describe_builders", list)
     with pytest.raises(BackendError, match="--target was given but nothing here can build"):
-        pipeline._no_engine(options(tmp_path, engine=True, targets=("8.6",)), None)
-    assert "nothing here builds one" in pipeline._no_engine(options(tmp_path, engine=True), None)
+        no_engine(options(tmp_path, engine=True, targets=("8.6",)), None)
+    assert "nothing here builds one" in no_engine(options(tmp_path, engine=True), None)
 
 
 def test_int8_has_no_engine_and_says_why(tmp_path):
-    reason = pipeline._no_engine(options(tmp_path, engine=True, precision="int8"), None)
+    reason = no_engine(options(tmp_path, engine=True, precision="int8"), None)
     assert "calibrated Q/DQ nodes" in reason
 
 

@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.manifest import parse_manifest
 from engine.text import CaptionTokenizer
 from export import cli, pipeline, trt
+from export.bundle_engine import no_engine
 from export.calibrate import BATCH, METHODS, read_pairs
 from export.onnx import data_of, outputs_of
 from export.options import ExportOptions
@@ -319,5 +320,5 @@ def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):
 
 def test_static_int8_may_have_an_engine(data, tmp_path):
     builder = trt.BuilderInfo("tensorrt_rtx", "1", True, "")
-    assert pipeline._no_engine(static(tmp_path, engine=True, calibration=data), builder) is None
-    assert "(--calibration)" in pipeline._no_engine(static(tmp_path, engine=True), builder)
+    assert no_engine(static(tmp_path, engine=True, calibration=data), builder) is None
+    assert "(--calibration)" in no_engine(static(tmp_path, engine=True), builder)
