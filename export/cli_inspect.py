@@ -9,13 +9,15 @@ import platform
 import sys
 from typing import Any
 
-from engine.backends import available, usable_cores
+from engine.backends import describe, usable_cores
 from engine.bundle import Bundle
 
 _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
     "torch",
     "triton",
     "safetensors",
@@ -65,7 +67,7 @@ def doctor(options: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "cores": usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "backends": available(),
+        "backends": describe(),
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -78,7 +80,10 @@ def doctor(options: argparse.Namespace) -> int:
 def _checkup(record: dict[str, Any]) -> str:
     lines = [f"python     {record['python']}, {record['cores']} cores"]
     lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
-    lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
+    lines += [
+        f"backend    {name}: {f'needs {lack}' if lack else 'can serve'}"
+        for name, lack in record["backends"].items()
+    ]
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")

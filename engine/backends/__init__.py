@@ -46,8 +46,8 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
     return _Kind(("onnxruntime",), create, "model.flat.onnx", f"capi/{part}", "onnxruntime-gpu", gpu=True)
 
 
-# The best one first; those for a GPU alone after the others: `create` says what "auto" is. Dynamic int8, which
-# ONNX Runtime runs fastest, has no flat graph.
+# The best one first; those for a GPU alone after the others: `create` says what "auto" is. Dynamic int8,
+# which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, _Kind] = {
     "openvino": _Kind(("openvino",), "engine.backends.openvino:create", "model.flat.onnx"),
     "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", "model.onnx"),
