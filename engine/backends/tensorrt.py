@@ -22,7 +22,7 @@ from engine.backends.buckets import check_ids, measure
 from engine.backends.cuda import Gpu
 from engine.backends.tensorrt_engine import Engine, place
 from engine.backends.tensorrt_lane import Lane
-from engine.backends.tensorrt_target import choose, find_gpu, installed
+from engine.backends.tensorrt_target import choose, find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError
 from engine.manifest import Manifest
@@ -39,7 +39,7 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TensorRtBackend:
     EngineMismatchError with the command that builds an engine, or BundleError for an altered file.
     """
     gpu = find_gpu(device)
-    entry = choose(bundle, gpu, installed())
+    entry = choose(bundle, gpu)
     return TensorRtBackend(entry.library, bundle.verified(entry.file), bundle.manifest, gpu)
 
 

@@ -50,19 +50,20 @@ def installed() -> dict[str, str]:
 def suits(bundle: Bundle, device: str) -> bool:
     """Whether this machine can run an engine of the bundle as it is; loads nothing of it."""
     try:
-        choose(bundle, find_gpu(device), installed())
+        choose(bundle, find_gpu(device))
     except Dgm4Error as error:
         logger.debug("no engine here: %s", error)
         return False
     return True
 
 
-def choose(bundle: Bundle, gpu: Gpu, versions: dict[str, str]) -> EngineEntry:
+def choose(bundle: Bundle, gpu: Gpu) -> EngineEntry:
     """The engine of the bundle for `gpu` and the installed libraries, TensorRT's own before RTX's.
 
     Raises EngineMismatchError naming every engine, what it was built for and the command that builds one
     for this machine; BackendError where no library is installed or the driver is too old for it.
     """
+    versions = installed()
     if not versions:
         raise BackendError(
             "the backend 'tensorrt' needs TensorRT or TensorRT-RTX: pip install tensorrt, or tensorrt-rtx"
