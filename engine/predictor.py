@@ -85,7 +85,8 @@ class Predictor:
         take many minutes. An engine is checked here and loaded at the first run: call `warm_up` where
         that should not be a user's.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
-        lacks, InputError for a threshold of an unknown name or outside [0, 1].
+        lacks, EngineMismatchError for an engine of another one, InputError for a threshold of an unknown name
+        or outside [0, 1].
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if rebuild:
@@ -226,7 +227,7 @@ class Predictor:
         self, pairs: Iterable[Pair], batch_size: int, on_error: OnError
     ) -> Iterator[Prediction | ItemError]:
         numbered = (_Job(f"item {i}", pair) for i, pair in enumerate(pairs))
-        most = _MAX_WORKERS if self._pictures is None else usable_cores()
+        most = _MAX_WORKERS if self._backend.device == "cpu" else usable_cores()
         workers = min(most, usable_cores(), batch_size)
         beside = 0 if self._pictures is None else 1  # batches that run while the next is copied
         with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:

@@ -79,12 +79,13 @@ class TensorRtBackend:
     def close(self) -> None:
         """Release the engine, its memory and contexts; what still runs gives its own back at its end."""
         with self._lock:
-            self._closed, idle = True, self._idle
-            self._idle, self._engine = [], None
-        if idle:
+            self._closed, idle, loaded = True, self._idle, self._engine is not None
+            self._idle = []
+        if loaded:
             with self._gpu.current():
                 for lane in idle:
                     lane.close()
+                self._engine = None
 
     @contextmanager
     def _lane(self) -> Iterator[tuple[Engine, Lane]]:

@@ -90,6 +90,10 @@ class Engine:
         config.set_runtime_cache(self._cache)
         return config
 
+    def forget(self) -> None:
+        """Drop the messages of what went before: the next failure's own come first."""
+        self._logger.errors.clear()
+
     @property
     def captures_itself(self) -> bool:
         """Whether the library records CUDA graphs by itself, as RTX does once its kernels are compiled."""

@@ -70,6 +70,7 @@ class Lane:
 
     def run(self, feeds: Arrays, profile: Profile, bucket: Bucket) -> dict[str, np.ndarray]:
         """Answer one batch that fits the bucket; raises BackendError."""
+        self.engine.forget()
         batch, tokens = feeds["input_ids"].shape
         for spec in self.engine.inputs:
             staged = self.inputs[spec.name]

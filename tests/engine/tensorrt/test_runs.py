@@ -208,6 +208,7 @@ def test_a_failed_run_says_why_and_the_next_one_works(machine, load, check):
     world = machine()
     backend = load()
     check(backend, feeds(1, 2))
+    backend._engine._logger.log(ERROR, "of an earlier run")
     world.complaints.append(
         [(WARNING, "never mind"), (ERROR, "layer  mgca:\n illegal"), (ERROR, "and so on")]
     )
