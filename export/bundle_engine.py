@@ -8,7 +8,7 @@ from dgm4.config import ModelConfig
 from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
-from export.digest import sha256_of
+from export.engine_file import build_into, profile_of
 from export.options import ExportOptions
 from export.record import MAX_WORDS, MIN_TOKENS
 
@@ -39,40 +39,7 @@ def write_engine(
 
     Raises BuildError.
     """
-    graph = writer.path(MODEL)
     targets = options.targets or (trt.RTX_CAPABILITIES if builder.library == "tensorrt_rtx" else ())
-    spec = trt.EngineSpec(
-        graph, profile_of(options, config), compute_capabilities=targets, library=builder.library
-    )
-    draft = writer.path("draft.engine")
-    built = trt.build_engine(spec, draft)
-    kind = "rtx" if built.library == "tensorrt_rtx" else "trt"
-    target = "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
-    name = f"model.{target}.engine"
-    draft.rename(writer.path(name))
-    record = {
-        "file": name,
-        "library": built.library,
-        "version": built.version,
-        "compute_capabilities": list(built.compute_capabilities),
-        "onnx_sha256": sha256_of(graph),
-        "profile": {
-            k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in spec.profile.items()
-        },
-    }
-    return record, (
-        f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}, "
-        f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
-    )
-
-
-def profile_of(
-    options: ExportOptions, config: ModelConfig
-) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
-    """Shapes (smallest, typical, largest) of every input."""
-    batch = (1, min(8, options.max_batch), options.max_batch)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    image: list[trt.Shape] = [(b, 3, config.image_size, config.image_size) for b in batch]
-    text: list[trt.Shape] = list(zip(batch, tokens, strict=True))
-    shapes = {"image": image, "input_ids": text, "attention_mask": text}
-    return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}
+    profile = profile_of(options.max_batch, tokens, config.image_size)
+    return build_into(writer, builder.library, targets, profile)

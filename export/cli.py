@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, predict, evaluate, train, data, inspect, doctor.
+"""The `dgm4` command: verbs export, rebuild, predict, evaluate, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
     _add_export(verbs)
+    _add_rebuild(verbs)
     _add_predict(verbs)
     _add_evaluate(verbs)
     _add_train(verbs)
@@ -123,6 +124,16 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
 
 
+def _add_rebuild(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "rebuild",
+        help="put an engine for this machine into a bundle",
+        description="Build the bundle's engine for this machine's GPU and TensorRT. Engines for others stay.",
+    )
+    verb.add_argument("bundle", type=Path)
+    verb.set_defaults(run=_verb("export.rebuild", "run"))
+
+
 def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser(
         "predict",
@@ -145,6 +156,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
+    verb.add_argument("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
     verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
 

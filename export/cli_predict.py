@@ -56,6 +56,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        rebuild=options.rebuild,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=None if options.threshold is None else {"manipulated": options.threshold},
     )
