@@ -108,10 +108,12 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
 
     That is "ort", or "torch" for a bundle without a graph, but where `device` is an NVIDIA GPU, or is "auto"
     and this machine has one: "tensorrt" where the bundle has an engine for this GPU and library version, else
-    "torch" with Triton, else "ort-cuda". "ort-tensorrt" is for who asks: it builds for minutes before it answers.
+    "torch" with Triton, else "ort-cuda". "ort-tensorrt" is for who asks: it builds for minutes first.
     Raises BackendError for an unknown or absent backend or device, EngineMismatchError for an engine of
     another machine, BundleError for a model that does not load.
     """
+    if not isinstance(device, str):
+        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     present, suited = available(), _suited(bundle)
     if name == "auto":
         name = _choose(bundle, device, present, suited)
@@ -127,7 +129,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
             f"use {others or 'another bundle'}"
         )
     cores = usable_cores()
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
+    if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
     module, function = _BACKENDS[name].create.split(":")
     load: _Load = getattr(importlib.import_module(module), function)

@@ -22,7 +22,9 @@ _LOG_ERRORS = 3
 def create(bundle: Bundle, device: str, threads: int | None) -> OrtBackend:
     """Verify and load the bundle's `model.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
-        raise BackendError(f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}")
+        raise BackendError(
+            f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
+        )
     path = bundle.verified(MODEL)
     if MODEL_DATA in bundle.manifest.files:
         bundle.verified(MODEL_DATA)
