@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, predict, evaluate, train, data, inspect, doctor.
+"""The `dgm4` command: verbs export, predict, evaluate, bench, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -14,12 +14,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-
-Verb = Callable[[argparse.Namespace], int]
+from export import cli_bench
+from export.arguments import positive as _positive
+from export.arguments import verb as _verb
+from export.arguments import whole as _whole
 
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_train(verbs)
     _add_pretrain(verbs)
+    cli_bench.add_arguments(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -289,20 +292,6 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
 
 
-def _positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    """A whole number from 0, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
 def _tokens(text: str) -> int:
     """A count of tokens that BERT has positions for, for argparse."""
     if not text.isdecimal() or not 2 <= int(text) <= 512:
@@ -358,18 +347,6 @@ def _version() -> str:
         return importlib.metadata.version("dgm4")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _verb(module: str, function: str) -> Verb:
-    """A verb whose code is imported when it is called, since most verbs do not need torch."""
-
-    def run(options: argparse.Namespace) -> int:
-        import importlib
-
-        code: int = getattr(importlib.import_module(module), function)(options)
-        return code
-
-    return run
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ class _Module(Protocol):
     def create(self, bundle: Bundle, device: str, threads: int | None) -> Backend: ...
 
 
+def known() -> list[str]:
+    """Names of all backends, installed or not, the best one first."""
+    return list(_BACKENDS)
+
+
 def available() -> list[str]:
     """Names of the backends whose libraries are installed, the best one first; imports none of them."""
     return [name for name in _BACKENDS if not _missing(name)]
