@@ -377,7 +377,8 @@ def remove_unfinished() -> None:
 def _is_full_disk(error: OSError, directory: Path) -> bool:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return False
-    return error.filename is None or directory in Path(os.fsdecode(error.filename)).parents
+    named = [name for name in (error.filename, error.filename2) if name is not None]
+    return not named or any(directory in Path(os.fsdecode(name)).parents for name in named)
 
 
 @contextlib.contextmanager

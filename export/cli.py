@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, predict, evaluate, bench, train, data, inspect, doctor.
+"""The `dgm4` command: verbs export, predict, evaluate, bench, repository, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-from export import cli_bench
+from export import cli_bench, cli_repository
 from export.arguments import positive as _positive
 from export.arguments import verb as _verb
 from export.arguments import whole as _whole
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_pretrain(verbs)
     cli_bench.add_arguments(verbs)
+    cli_repository.add_arguments(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -121,6 +122,9 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=("minmax", "percentile", "entropy"),
         default="minmax",
         help="how int8 activations get their scale (%(default)s)",
+    )
+    verb.add_argument(
+        "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
@@ -313,6 +317,8 @@ def _export_usage(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments of export taken together, or None."""
     if options.calibration and options.precision not in ("int8", "fp8"):
         return "--calibration is for --precision int8 or fp8"
+    if options.triton_repository and options.precision in ("bf16", "fp8"):
+        return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
     return None
 
 
