@@ -90,7 +90,7 @@ def name_models(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
 
 
 def _write_model(
-    writer: RepositoryWriter, name: str, bundle: Bundle, options: ServerOptions
+    writer: BundleWriter, name: str, bundle: Bundle, options: ServerOptions
 ) -> dict[str, Any]:
     """Copy what the server runs and the client reads, each file verified; the model's record."""
     files, engine = _sources(bundle, options.plan)
