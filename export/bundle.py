@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 
 from engine.errors import BundleError
 from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, parse_manifest
+from export.refusals import refusal, write_error
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,6 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 # A network file system may have no locks on directories: nothing is swept there.
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-_HINTS = {
-    errno.ENOSPC: "the disk is full: free space or choose another --out",
-    errno.EDQUOT: "the disk quota is used up: free space or choose another --out",
-    errno.EACCES: "no permission to write there: choose another --out or change its owner",
-    errno.EPERM: "no permission to write there: choose another --out or change its owner",
-    errno.EROFS: "the file system is read-only: choose another --out",
-    errno.ENOENT: "the parent directory does not exist: create it first",
-    errno.ENOTDIR: "a part of the path is a file, not a directory: choose another --out",
-    errno.EBUSY: "the directory is in use or a mount point: choose a directory inside it",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter --out",
-}
 
 # Temporary directories of this process and the bundles they are to become. KeyboardInterrupt can strike
 # before a with block has begun or while it cleans up; what is left then goes when the process ends.
@@ -77,7 +67,7 @@ class BundleWriter:
         self._lock = -1
 
     def __enter__(self) -> BundleWriter:
-        with _as_bundle_error(self.noun, self.out):
+        with as_bundle_error(self.noun, self.out):
             self.check_replaceable(self.out, self.overwrite)
             sweep_partials(self.out)
             self._directory, self._lock = _make_locked(self.out)
@@ -87,6 +77,7 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         directory = self._opened()
+        refused = None if error is None else refusal(error, directory)
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
@@ -97,8 +88,8 @@ class BundleWriter:
         finally:
             self._directory = None
             os.close(self._lock)
-        if isinstance(error, OSError) and _is_full_disk(error, directory):
-            raise _bundle_error(self.noun, self.out, error) from error
+        if refused is not None:
+            raise write_error(self.noun, self.out, refused) from error
 
     @classmethod
     def check_replaceable(cls, out: Path, overwrite: bool) -> None:
@@ -135,7 +126,7 @@ class BundleWriter:
     def add_bytes(self, name: str, content: bytes) -> Path:
         """Write `content` as the file `name` and return its path; raises `BundleError`."""
         path = self.path(name)
-        with _as_bundle_error(self.noun, self.out):
+        with as_bundle_error(self.noun, self.out):
             path.write_bytes(content)
         return path
 
@@ -149,7 +140,7 @@ class BundleWriter:
         manifest as for `commit`, which still has to follow and writes its own. Raises `BundleError`.
         """
         directory = self._opened()
-        with _as_bundle_error(self.noun, self.out):
+        with as_bundle_error(self.noun, self.out):
             self._write_manifest(manifest)
         return directory
 
@@ -162,7 +153,7 @@ class BundleWriter:
         to write; `out` is then as it was before.
         """
         directory = self._opened()
-        with _as_bundle_error(self.noun, self.out):
+        with as_bundle_error(self.noun, self.out):
             filled = self._write_manifest(manifest)
             for folder in (directory, *filter(Path.is_dir, directory.rglob("*"))):
                 _sync_directory(folder)
@@ -372,23 +363,3 @@ def remove_unfinished() -> None:
             _clear_stale(aside, out)
         if directory.exists():
             _remove_tree(directory)
-
-
-def _is_full_disk(error: OSError, directory: Path) -> bool:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return False
-    named = [name for name in (error.filename, error.filename2) if name is not None]
-    return not named or any(directory in Path(os.fsdecode(name)).parents for name in named)
-
-
-@contextlib.contextmanager
-def _as_bundle_error(noun: str, out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _bundle_error(noun, out, error) from error
-
-
-def _bundle_error(noun: str, out: Path, error: OSError) -> BundleError:
-    hint = _HINTS.get(error.errno or 0, "choose another --out")
-    return BundleError(f"cannot write the {noun} {out}: {error.strerror or error}; {hint}")

@@ -141,7 +141,11 @@ def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | Non
     with Predictor(bundle) as predictor:
         predictor.warm_up()
         answer = predictor.predict(sample.picture, sample.caption)
-    answer.plot(drawn)
+    try:
+        answer.plot(drawn)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{drawn}: cannot be written: {reason}; the bundle itself is whole") from error
     known = {"picture": sample.picture.name, "truth": sample.truth, "drawn": str(drawn)}
     return {**known, **answer.to_dict(heatmap=False)}
 

@@ -89,9 +89,7 @@ def name_models(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
     return named
 
 
-def _write_model(
-    writer: BundleWriter, name: str, bundle: Bundle, options: ServerOptions
-) -> dict[str, Any]:
+def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: ServerOptions) -> dict[str, Any]:
     """Copy what the server runs and the client reads, each file verified; the model's record."""
     files, engine = _sources(bundle, options.plan)
     writer.add_text(f"{name}/{CONFIG}", write_config(name, bundle.manifest, engine, options))
