@@ -18,7 +18,7 @@ import numpy as np
 
 from engine import Bundle, Predictor
 from engine.backends import known
-from engine.errors import BackendError, Dgm4Error, InputError
+from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
 from engine.pairs import Pair
 from engine.predictor import TOKENIZER
 from engine.text import CaptionTokenizer
@@ -170,13 +170,11 @@ def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Predictor
     for name in options.backends or known():
         try:
             predictor = Predictor(bundle, name, options.device, options.threads, thumbnail=0)
-        except BackendError as error:
-            if options.backends:
+        except Dgm4Error as error:
+            if options.backends or not isinstance(error, (BackendError, EngineMismatchError)):
                 found.failed[name] = error
             else:
                 found.absent[name] = str(error)
-        except Dgm4Error as error:
-            found.failed[name] = error
         else:
             loaded[name] = stack.enter_context(predictor)
     if not loaded:
