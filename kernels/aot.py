@@ -218,9 +218,11 @@ def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     yield "resize-cross", record(resize.launch_cross, resize._cross_kernel, middle, tables, 256, out)
 
 
-def build(targets: Iterable[int], dtypes: Sequence[torch.dtype]) -> Iterator[Built]:
-    """Compile every case for every target."""
-    found = list(cases(dtypes))
+def build(
+    targets: Iterable[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ("",)
+) -> Iterator[Built]:
+    """Compile every case whose name starts with one of `only`, for every target."""
+    found = [case for case in cases(dtypes) if case[0].startswith(tuple(only))]
     for capability in targets:
         for name, launch in found:
             yield compile_launch(name, launch, capability)
@@ -235,8 +237,9 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="%(default)s")
     names = {TYPES[dtype]: dtype for dtype in DTYPES}
     parser.add_argument("--dtypes", choices=tuple(names), nargs="+", default=tuple(names), help="%(default)s")
+    parser.add_argument("--only", nargs="+", default=("",), help="how the names of the kernels start")
     options = parser.parse_args()
-    for built in build(options.targets, [names[name] for name in options.dtypes]):
+    for built in build(options.targets, [names[name] for name in options.dtypes], options.only):
         values = {k: v for k, v in asdict(built).items() if k not in ("ptx", "entry")}
         values["triton"] = triton.__version__
         line = json.dumps(values) if options.json else "  ".join(f"{v!s:>24}" for v in values.values())
