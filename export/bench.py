@@ -1,8 +1,9 @@
 """How fast the backends of this machine serve a bundle: `dgm4 bench`.
 
 A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, one call after
-another. Backends take turns, so that a drift of the machine meets all alike; the first call of a turn
-finds another backend's data in the caches and is not counted.
+another, in a process of the backend's own (`export.bench_process`). Backends take turns, so that a drift
+of the machine meets all alike; the first call of a turn finds another one's data in the caches and is not
+counted.
 """
 
 from __future__ import annotations
@@ -11,20 +12,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from engine import Bundle, Predictor
+from engine import Bundle
 from engine.backends import known
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
-from engine.pairs import Pair
 from engine.predictor import TOKENIZER
 from engine.text import CaptionTokenizer
+from export.bench_process import PICTURE, Call, Server
 from export.machine import describe_machine
 
-PICTURE = (640, 480)  # width and height in pixels
 BATCHES = (1, 8, 32)
 TURNS = 5
 SHARES = (50, 95, 99)
@@ -48,15 +45,6 @@ class BenchOptions:
     seconds: float = 3.0
     threads: int | None = None
     device: str = "auto"
-
-
-class Call(NamedTuple):
-    """Milliseconds of one call and of its parts, which add up to `total`."""
-
-    total: float
-    preprocess: float
-    inference: float
-    postprocess: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, b
     Raises InputError for batches or tokens outside the bundle's limits, BackendError where no backend
     serves the bundle.
     """
-    pair = _pair(bundle, options.tokens)
+    caption = make_caption(bundle, options.tokens)
     batches = _batches(bundle, options.batches)
     info = bundle.manifest.model
     model = {"name": info.name, "size": info.size, "precision": bundle.manifest.precision}
@@ -118,9 +106,11 @@ def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, b
     with ExitStack() as stack:
         loaded = _load(bundle, found, stack)
         for batch in batches:
-            found.rows += _measure(loaded, [pair] * batch, found, report)
+            found.rows += _measure(loaded, batch, caption, found, report)
     if not found.rows:
-        raise BackendError("; ".join(["nothing was measured", *map(str, found.failed.values())]))
+        raise BackendError(
+            "; ".join(["nothing was measured", *(f"{n}: {e}" for n, e in found.failed.items())])
+        )
     return found
 
 
@@ -129,14 +119,6 @@ def _batches(bundle: Bundle, asked: Sequence[int]) -> list[int]:
     if asked and max(asked) > largest:
         raise InputError(f"batch: expected at most {largest}, the bundle's limit, got {max(asked)}")
     return [batch for batch in asked or BATCHES if batch <= largest]
-
-
-def _pair(bundle: Bundle, tokens: int) -> Pair:
-    """A picture of coarse noise as it was decoded, uint8 [480, 640, 3], and a caption of `tokens` tokens."""
-    width, height = PICTURE
-    coarse = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (height // 20, width // 20, 3))
-    picture = coarse.repeat(20, 0).repeat(20, 1).astype(np.uint8)
-    return picture, make_caption(bundle, tokens)
 
 
 def make_caption(bundle: Bundle, tokens: int) -> str:
@@ -164,19 +146,20 @@ def make_caption(bundle: Bundle, tokens: int) -> str:
     return caption
 
 
-def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Predictor]:
-    """A Predictor for each backend that serves the bundle here; the reasons of the others go to `found`."""
+def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Server]:
+    """A process for each backend that serves the bundle here; the reasons of the others go to `found`."""
     options, loaded = found.options, {}
     for name in options.backends or known():
         try:
-            predictor = Predictor(bundle, name, options.device, options.threads, thumbnail=0)
+            server = Server(bundle.path, name, options.device, options.threads)
         except Dgm4Error as error:
             if options.backends or not isinstance(error, (BackendError, EngineMismatchError)):
                 found.failed[name] = error
             else:
                 found.absent[name] = str(error)
         else:
-            loaded[name] = stack.enter_context(predictor)
+            stack.callback(server.close)
+            loaded[name] = server
     if not loaded:
         reasons = [*map(str, found.failed.values()), *found.absent.values()]
         raise BackendError("no backend here serves this bundle: " + "; ".join(reasons))
@@ -184,48 +167,28 @@ def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Predictor
 
 
 def _measure(
-    loaded: dict[str, Predictor], pairs: Sequence[Pair], found: Bench, report: Report
+    loaded: dict[str, Server], batch: int, caption: str, found: Bench, report: Report
 ) -> Iterator[Row]:
     """One row a backend for this batch; a backend that fails leaves `loaded`, its error goes to `found`."""
     calls: dict[str, list[Call]] = {name: [] for name in loaded}
-    shape = (len(pairs), found.options.tokens)
     for turn in range(TURNS):
         for name in _rotate(list(loaded), turn):
-            report(name, len(pairs))
+            report(name, batch)
             try:
                 if turn == 0:
-                    loaded[name].warm_up([shape])
-                calls[name] += _turn(loaded[name], pairs, found.options.seconds / TURNS)
+                    loaded[name].warm_up(batch, found.options.tokens)
+                calls[name] += loaded[name].turn(batch, caption, found.options.seconds / TURNS)
             except Dgm4Error as error:
-                found.failed[name] = type(error)(f"{name}, batch {len(pairs)}: {error}")
+                found.failed[name] = type(error)(f"batch {batch}: {error}")
                 loaded.pop(name).close()
-    for name, predictor in loaded.items():
-        yield _row(predictor.model, len(pairs), calls[name])
+    for name, server in loaded.items():
+        yield _row(server.model, batch, calls[name])
 
 
 def _rotate(names: list[str], turn: int) -> list[str]:
     """The names from another one on in every turn: who comes after whom should not matter."""
     start = turn % len(names) if names else 0
     return names[start:] + names[:start]
-
-
-def _turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> Iterator[Call]:
-    """Call for `seconds`, at least once, after one call that does not count."""
-    predictor.predict_batch(pairs)
-    end = perf_counter() + seconds
-    while True:
-        yield _call(predictor, pairs)
-        if perf_counter() >= end:
-            return
-
-
-def _call(predictor: Predictor, pairs: Sequence[Pair]) -> Call:
-    start = perf_counter()
-    answers = predictor.predict_batch(pairs)
-    total = 1e3 * (perf_counter() - start)
-    inference = sum(answer.timing["inference"] for answer in answers)  # each names its share of the batch
-    postprocess = sum(answer.timing["postprocess"] for answer in answers)
-    return Call(total, total - inference - postprocess, inference, postprocess)
 
 
 def _row(model: Mapping[str, str], batch: int, calls: Sequence[Call]) -> Row:

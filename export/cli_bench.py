@@ -93,7 +93,7 @@ def _show(text: str) -> None:
 
 def table(found: Bench) -> str:
     """The measurements as lines of text, milliseconds a call."""
-    from export.bench import PICTURE
+    from export.bench_process import PICTURE
     from export.output import align
 
     machine, options = found.machine, found.options

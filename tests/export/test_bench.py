@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -12,11 +14,12 @@ import pytest
 from PIL import Image
 
 from engine import Bundle
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, BundleError, InputError
 from engine.text import CaptionTokenizer
 from export import bench, cli, cli_bench
 from export.bench import BenchOptions, make_caption, percentiles
 from export.bench_chart import draw_chart
+from export.bench_process import Call, Server, take_turn
 
 QUICK = ["--seconds", "0.02", "--threads", "1"]
 
@@ -48,29 +51,23 @@ def test_tokens_outside_the_limits(bundle, tokens):
 
 
 class Double:
-    """A predictor whose inference takes a known time by its own account, and which notes every call."""
+    """A process of a backend that answers at once, and notes what it is asked."""
 
     def __init__(self, log, name, fails_at=None):
         self.log, self.name, self.fails_at = log, name, fails_at
         self.model = {"backend": name, "device": "cpu"}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.log.append(("close", self.name))
 
-    def close(self):
-        pass
+    def warm_up(self, batch, tokens):
+        self.log.append(("warm", self.name, batch, tokens))
 
-    def warm_up(self, shapes):
-        self.log.append(("warm", self.name, *shapes))
-
-    def predict_batch(self, pairs):
-        if len(pairs) == self.fails_at:
+    def turn(self, batch, caption, seconds):
+        if batch == self.fails_at:
             raise BackendError("out of memory")
-        self.log.append((self.name, len(pairs)))
-        return [SimpleNamespace(timing={"inference": 1e-5, "postprocess": 2e-5})] * len(pairs)
+        self.log.append((self.name, batch, len(caption.split()), seconds))
+        return [Call(4.0, 1.0, 2.0, 1.0)] * 3
 
 
 @pytest.fixture
@@ -83,38 +80,60 @@ def doubles(monkeypatch):
             raise BackendError("needs c, which is not installed")
         return Double(log, name, fails_at=4 if name == "b" else None)
 
-    monkeypatch.setattr(bench, "Predictor", make)
+    monkeypatch.setattr(bench, "Server", make)
     monkeypatch.setattr(bench, "known", lambda: ["a", "b", "c"])
     return log
 
 
-def test_backends_take_turns_and_the_first_call_of_a_turn_is_not_counted(doubles, bundle):
-    options = BenchOptions(batches=(2,), tokens=5, seconds=1e-9)
+def test_backends_take_turns(doubles, bundle):
+    options = BenchOptions(batches=(2,), tokens=5, seconds=1.0)
     found = bench.bench(Bundle.open(bundle("hammer", "fp32").path), options)
-    turns = [entry[0] for entry in doubles if entry[0] in "ab"][::2]
-    assert turns == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]  # the first one alternates
-    assert doubles.count(("a", 2)) == doubles.count(("b", 2)) == 2 * bench.TURNS
-    assert [entry for entry in doubles if entry[0] == "warm"] == [("warm", n, (2, 5)) for n in "ab"]
-    assert [row.calls for row in found.rows] == [bench.TURNS] * 2
+    turns = [entry for entry in doubles if entry[0] in "ab"]
+    assert "".join(entry[0] for entry in turns) == "abbaabbaab"  # the first one alternates
+    assert {entry[1:] for entry in turns} == {(2, 4, 0.2)}
+    assert [entry for entry in doubles if entry[0] == "warm"] == [("warm", n, 2, 5) for n in "ab"]
+    assert [(row.backend, row.calls) for row in found.rows] == [("a", 15), ("b", 15)]
+    assert found.rows[0].inference == dict.fromkeys(("p50", "p95", "p99"), 2.0)
+    assert (found.rows[0].pairs_per_s, found.rows[0].model_pairs_per_s) == (500, 1000)
     assert doubles[-2:] == [("close", "b"), ("close", "a")]
 
 
-def test_parts_of_a_call_add_up(doubles, bundle):
-    options = BenchOptions(backends=("a",), batches=(3,), tokens=5, seconds=1e-9)
-    (row,) = bench.bench(Bundle.open(bundle("hammer", "fp32").path), options).rows
-    assert row.inference["p50"] == 0  # 3e-5 ms, rounded
-    assert row.model_pairs_per_s == pytest.approx(1e3 / 1e-5, rel=1e-6)
-    call = bench._call(Double([], "a"), [None] * 3)
+class Counted:
+    """A predictor whose inference takes a known time by its own account, and which counts its calls."""
+
+    calls = 0
+
+    def predict_batch(self, pairs):
+        self.calls += 1
+        return [SimpleNamespace(timing={"inference": 1e-5, "postprocess": 2e-5})] * len(pairs)
+
+
+def test_the_first_call_of_a_turn_is_not_counted_and_parts_add_up():
+    predictor = Counted()
+    (call,) = take_turn(predictor, [None] * 3, 1e-9)
+    assert predictor.calls == 2
     assert call.inference == pytest.approx(3e-5)
     assert call.postprocess == pytest.approx(6e-5)
     assert call.preprocess + call.inference + call.postprocess == pytest.approx(call.total)
+
+
+def test_a_process_that_crashes_is_the_error_of_its_backend(bundle):
+    server = Server(bundle("hammer", "fp32").path, "ort", "cpu", 1)
+    assert server.model["backend"] == "ort"
+    assert len(server.turn(1, "q q", 1e-9)) == 1
+    os.kill(server._process.pid, signal.SIGSEGV)
+    with pytest.raises(BackendError, match="its process ended with SIGSEGV; run it alone"):
+        server.turn(1, "q q", 1e-9)
+    server.close()
+    with pytest.raises(BundleError, match="not a bundle"):
+        Server(bundle("hammer", "fp32").path / "nothing", "ort", "cpu", 1)
 
 
 def test_a_backend_that_fails_leaves_the_others(doubles, bundle):
     options = BenchOptions(batches=(1, 4), tokens=5, seconds=1e-9)
     found = bench.bench(Bundle.open(bundle("hammer", "fp32").path), options)
     assert [(row.backend, row.batch) for row in found.rows] == [("a", 1), ("b", 1), ("a", 4)]
-    assert str(found.failed["b"]) == "b, batch 4: out of memory"
+    assert str(found.failed["b"]) == "batch 4: out of memory"
     assert found.absent == {"c": "needs c, which is not installed"}
 
 
@@ -123,7 +142,7 @@ def test_nothing_to_measure(doubles, bundle):
     with pytest.raises(BackendError, match="no backend here serves this bundle: needs c"):
         bench.bench(Bundle.open(bundle("hammer", "fp32").path), options)
     options = BenchOptions(backends=("b",), batches=(4,), tokens=5)
-    with pytest.raises(BackendError, match="nothing was measured; b, batch 4: out of memory"):
+    with pytest.raises(BackendError, match="nothing was measured; b: batch 4: out of memory"):
         bench.bench(Bundle.open(bundle("hammer", "fp32").path), options)
 
 
@@ -131,7 +150,7 @@ def test_the_failure_of_one_backend_is_told_and_sets_the_exit_code(doubles, bund
     arguments = ["bench", str(bundle("hammer", "fp32").path), "--batch", "4,1", *QUICK]
     assert cli.main(arguments) == BackendError.exit_code
     out, err = capsys.readouterr()
-    assert err == "dgm4: b was not measured: b, batch 4: out of memory\n"
+    assert err == "dgm4: b was not measured: batch 4: out of memory\n"
     assert "\nc: not measured: needs c, which is not installed\n" in out
     assert cli.main([*arguments[:-4], "--backend", "a", *QUICK]) == 0
     assert capsys.readouterr().err == ""
