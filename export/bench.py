@@ -1,9 +1,9 @@
 """How fast the backends of this machine serve a bundle: `dgm4 bench`.
 
-A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, one call after
-another, in a process of the backend's own (`export.bench_process`). Backends take turns, so that a drift
-of the machine meets all alike; the first call of a turn finds another one's data in the caches and is not
-counted.
+A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, or `predict` of a
+single pair, one call after another, in a process of the backend's own (`export.bench_process`). Backends
+take turns, so that a drift of the machine meets all alike; the first call of a turn finds another one's
+data in the caches and is not counted.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import Predictor
+from engine import Prediction, Predictor
 from engine.errors import BackendError, Dgm4Error
 from engine.pairs import Pair
 
@@ -114,7 +114,7 @@ def draw_picture() -> np.ndarray:
 
 def take_turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> Iterator[Call]:
     """As `Server.turn`."""
-    predictor.predict_batch(pairs)
+    _answers(predictor, pairs)
     end = perf_counter() + seconds
     while True:
         yield _call(predictor, pairs)
@@ -122,9 +122,14 @@ def take_turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> It
             return
 
 
+def _answers(predictor: Predictor, pairs: Sequence[Pair]) -> list[Prediction]:
+    """As a service would ask: one pair by `predict`, which starts no threads to prepare it."""
+    return [predictor.predict(*pairs[0])] if len(pairs) == 1 else predictor.predict_batch(pairs)
+
+
 def _call(predictor: Predictor, pairs: Sequence[Pair]) -> Call:
     start = perf_counter()
-    answers = predictor.predict_batch(pairs)
+    answers = _answers(predictor, pairs)
     total = 1e3 * (perf_counter() - start)
     inference = sum(answer.timing["inference"] for answer in answers)  # each names its share of the batch
     postprocess = sum(answer.timing["postprocess"] for answer in answers)

@@ -103,18 +103,23 @@ class Counted:
 
     calls = 0
 
-    def predict_batch(self, pairs):
+    def predict(self, image, caption):
         self.calls += 1
-        return [SimpleNamespace(timing={"inference": 1e-5, "postprocess": 2e-5})] * len(pairs)
+        return SimpleNamespace(timing={"inference": 1e-5, "postprocess": 2e-5})
+
+    def predict_batch(self, pairs):
+        return [self.predict(*pair) for pair in pairs]
 
 
 def test_the_first_call_of_a_turn_is_not_counted_and_parts_add_up():
     predictor = Counted()
-    (call,) = take_turn(predictor, [None] * 3, 1e-9)
-    assert predictor.calls == 2
+    (call,) = take_turn(predictor, [(None, "")] * 3, 1e-9)
+    assert predictor.calls == 2 * 3
     assert call.inference == pytest.approx(3e-5)
     assert call.postprocess == pytest.approx(6e-5)
     assert call.preprocess + call.inference + call.postprocess == pytest.approx(call.total)
+    (single,) = take_turn(predictor, [(None, "")], 1e-9)
+    assert single.inference == pytest.approx(1e-5)
 
 
 def test_a_process_that_crashes_is_the_error_of_its_backend(bundle):
