@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, rebuild, predict, evaluate, train, data, inspect, doctor.
+"""The `dgm4` command: verbs export, rebuild, predict, evaluate, bench, repository, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -14,12 +14,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-
-Verb = Callable[[argparse.Namespace], int]
+from export import cli_bench, cli_repository
+from export.arguments import positive as _positive
+from export.arguments import verb as _verb
+from export.arguments import whole as _whole
 
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
@@ -77,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_train(verbs)
     _add_pretrain(verbs)
+    cli_bench.add_arguments(verbs)
+    cli_repository.add_arguments(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -119,6 +123,9 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=("minmax", "percentile", "entropy"),
         default="minmax",
         help="how int8 activations get their scale (%(default)s)",
+    )
+    verb.add_argument(
+        "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
@@ -301,20 +308,6 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
 
 
-def _positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    """A whole number from 0, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
 def _tokens(text: str) -> int:
     """A count of tokens that BERT has positions for, for argparse."""
     if not text.isdecimal() or not 2 <= int(text) <= 512:
@@ -336,6 +329,8 @@ def _export_usage(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments of export taken together, or None."""
     if options.calibration and options.precision not in ("int8", "fp8"):
         return "--calibration is for --precision int8 or fp8"
+    if options.triton_repository and options.precision in ("bf16", "fp8"):
+        return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
     return None
 
 
@@ -370,18 +365,6 @@ def _version() -> str:
         return importlib.metadata.version("dgm4")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _verb(module: str, function: str) -> Verb:
-    """A verb whose code is imported when it is called, since most verbs do not need torch."""
-
-    def run(options: argparse.Namespace) -> int:
-        import importlib
-
-        code: int = getattr(importlib.import_module(module), function)(options)
-        return code
-
-    return run
 
 
 if __name__ == "__main__":

@@ -93,6 +93,11 @@ class PictureBackend(Backend, Protocol):
         ...
 
 
+def known() -> list[str]:
+    """Names of all backends, installed or not, the best one first."""
+    return list(_BACKENDS)
+
+
 def available() -> list[str]:
     """Names of the backends whose libraries are installed, GPU ones beside a driver alone; imports none."""
     return [name for name in _BACKENDS if not _missing(name)]
