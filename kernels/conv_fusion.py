@@ -124,8 +124,8 @@ def _fusion_kernel(
     image: tl.tensor,  # [B, 3, S, S], dense planes
     tokens: tl.tensor,  # [B, 1+G*G, D], dense
     packed: tl.tensor,  # [R, D, 5, 16], dense; R branches
-    out: tl.tensor,  # [B, 1+G*G, D], dense
     image_batch: tl.tensor,
+    out: tl.tensor,  # [B, 1+G*G, D], dense
     GRID: tl.constexpr,
     WIDTH: tl.constexpr,
     BRANCHES: tl.constexpr,  # R

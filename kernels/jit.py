@@ -57,8 +57,8 @@ def launchable(tensor: Tensor) -> bool:
 
 
 def ceil_div(count: int, block: int) -> int:
-    """Blocks that hold `count`."""
-    return -(-count // block)
+    """Blocks that hold `count`; written in what TensorRT's shape expressions know too."""
+    return (count + (block - 1)) // block
 
 
 def power_of_two(count: int, least: int = 1) -> int:
