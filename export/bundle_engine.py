@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from dgm4.config import ModelConfig
@@ -10,6 +12,7 @@ from export import trt
 from export.bundle import BundleWriter
 from export.digest import sha256_of
 from export.options import ExportOptions
+from export.plugins.graph import plugin_graph
 from export.record import MAX_WORDS, MIN_TOKENS
 
 MODEL = "model.onnx"
@@ -32,6 +35,25 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
     return None
 
 
+def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
+    """Whether our kernels go into the engine; raises BackendError where they were asked for and cannot."""
+    reasons = []
+    if builder.library != "tensorrt":
+        reasons.append(f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("Triton, which compiles them, is not installed: pip install triton")
+    if options.plugins == "on" and reasons:
+        raise BackendError(f"--plugins on: {'; '.join(reasons)}")
+    return options.plugins != "off" and not reasons
+
+
+def _with_plugins(graph: Path) -> tuple[Path, dict[str, int]]:
+    """The graph to build from, and the number of its nodes that are plugins, by operator."""
+    rewritten = graph.with_name(f"plugins.{MODEL}")
+    plugins = plugin_graph(graph, rewritten)
+    return (rewritten, plugins) if plugins else (graph, plugins)
+
+
 def write_engine(
     options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
 ) -> tuple[dict[str, Any], str]:
@@ -40,12 +62,19 @@ def write_engine(
     Raises BuildError.
     """
     graph = writer.path(MODEL)
+    source, plugins = _with_plugins(graph) if plugins_fit(options, builder) else (graph, {})
     targets = options.targets or (trt.RTX_CAPABILITIES if builder.library == "tensorrt_rtx" else ())
     spec = trt.EngineSpec(
-        graph, profile_of(options, config), compute_capabilities=targets, library=builder.library
+        source,
+        profile_of(options, config),
+        compute_capabilities=targets,
+        library=builder.library,
+        plugins=bool(plugins),
     )
     draft = writer.path("draft.engine")
     built = trt.build_engine(spec, draft)
+    if plugins:
+        source.unlink()
     kind = "rtx" if built.library == "tensorrt_rtx" else "trt"
     target = "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
     name = f"model.{target}.engine"
@@ -59,9 +88,11 @@ def write_engine(
         "profile": {
             k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in spec.profile.items()
         },
+        "plugins": plugins,
     }
+    ours = f", {sum(plugins.values())} nodes with our kernels" if plugins else ""
     return record, (
-        f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}, "
+        f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}{ours}, "
         f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
     )
 

@@ -34,11 +34,10 @@ from kernels import (
     residual_norm,
     resize,
 )
-from kernels.jit import DTYPES
+from kernels.jit import DTYPES, TARGETS
 from kernels.resize_tables import FIELDS, Tables
 from kernels.rows import E4M3_CAPABILITY, TOPS
 
-TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
 ALIGNMENT = 16  # bytes of a pointer, and the divisor of an integer, that the compiler is told of
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)

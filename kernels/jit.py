@@ -28,6 +28,7 @@ except ImportError:
 
 
 LOG2E = math.log2(math.e)
+TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities that the kernels are compiled and checked for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_DOT = 16  # the least side of a tile that the matrix units take
 

@@ -19,7 +19,9 @@ from export.plugins.programs import Program
 from kernels.aot import TARGETS, WARP, resources
 
 SHARED_LIMIT = 48 * 1024  # bytes a block gets without asking the driver for more
-_DEBUG = re.compile(r"^\s*\.(?:loc|file)\s.*\n|^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}[^\S\n]*\n?", re.MULTILINE)
+_DEBUG = re.compile(
+    r"^\s*\.(?:loc|file)\s.*\n|^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}[^\S\n]*\n?", re.MULTILINE
+)
 _OLDEST_ISA = {100: 86, 120: 87}  # that knows these GPUs
 _OLDEST = 80  # what Triton writes for the others
 _DRIVER_STEP = 1000  # a driver's version is 1000 * major + 10 * minor
