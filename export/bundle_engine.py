@@ -14,6 +14,7 @@ from export.digest import sha256_of
 from export.options import ExportOptions
 from export.plugins.graph import plugin_graph
 from export.record import MAX_WORDS, MIN_TOKENS
+from kernels.jit import TARGETS
 
 MODEL = "model.onnx"
 GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
@@ -37,9 +38,12 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
 
 def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
     """Whether our kernels go into the engine; raises BackendError where they were asked for and cannot."""
-    reasons = []
+    reasons, known = [], [f"{target / 10}" for target in TARGETS]
     if builder.library != "tensorrt":
         reasons.append(f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU")
+    elif builder.compute_capability not in known:
+        gpu = builder.compute_capability
+        reasons.append(f"the kernels are for compute capability {', '.join(known)}, and this GPU's is {gpu}")
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton, which compiles them, is not installed: pip install triton")
     if options.plugins == "on" and reasons:

@@ -58,6 +58,7 @@ class BuilderInfo:
     version: str | None
     usable: bool
     reason: str
+    compute_capability: str | None = None  # of the GPU that is built for
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def _describe_builder(library: str) -> BuilderInfo:
     if library == "tensorrt_rtx":
         return BuilderInfo(library, version, True, "builds without a GPU")
     driver = _probe_driver()
-    return BuilderInfo(library, version, driver["compute_capability"] is not None, driver["reason"])
+    capability = driver["compute_capability"]
+    return BuilderInfo(library, version, capability is not None, driver["reason"], capability)
 
 
 def _library_version(library: str) -> str | None:

@@ -16,12 +16,12 @@ from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
 from engine.errors import BuildError
 from export.plugins.programs import Program
-from kernels.aot import TARGETS, WARP, resources
+from kernels.aot import WARP, resources
+from kernels.jit import TARGETS
 
 SHARED_LIMIT = 48 * 1024  # bytes a block gets without asking the driver for more
-_DEBUG = re.compile(
-    r"^\s*\.(?:loc|file)\s.*\n|^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}[^\S\n]*\n?", re.MULTILINE
-)
+_LINES = re.compile(r"^\s*\.(?:loc|file)\s.*\n", re.MULTILINE)
+_SECTIONS = re.compile(r"^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}\n?", re.MULTILINE)
 _OLDEST_ISA = {100: 86, 120: 87}  # that knows these GPUs
 _OLDEST = 80  # what Triton writes for the others
 _DRIVER_STEP = 1000  # a driver's version is 1000 * major + 10 * minor
@@ -87,7 +87,7 @@ def trim(ptx: str, entry: str, count: int) -> str:
 
     Raises BuildError where the code reads a parameter past them: a kernel with scratch memory is no plugin.
     """
-    plain = _DEBUG.sub("", ptx)
+    plain = _SECTIONS.sub("", _LINES.sub("", ptx))
     found = re.search(rf"(?<=\.entry {re.escape(entry)}\(\n).*?(?=\n\))", plain, re.DOTALL)
     declared = [] if found is None else found[0].split(",\n")
     if found is None or len(declared) < count:
