@@ -22,8 +22,9 @@ class ExportOptions:
 
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out; `plugins` puts our own kernels into it, "auto" where they can be.
-    `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is judged on its `split`, and refused outside the accuracy gate.
-    `calibration` is such a folder too: int8 and fp8 are static then, with scales of activations calibrated
+    `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
+    judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
+    and fp8 are static then, with scales of activations calibrated
     on `calibration_pairs` pairs of its training split: by `calibration_method`, for fp8 by the maximum.
     """
 

@@ -41,7 +41,7 @@ class Program:
     def arguments(self) -> tuple[str, ...]:
         """Names of what the compiled kernel takes, in its order."""
         values = self.launch.arguments
-        names = (parameter.name for parameter in self.launch.kernel.params)
+        names = self.launch.kernel.arg_names
         return tuple(name for name in names if isinstance(values[name], Tensor) or name in self.scalars)
 
     @property
@@ -86,7 +86,7 @@ def fuse(
     dtype: torch.dtype,
     tiles: Tiles,
 ) -> Program:
-    """CAFormer's fusion: image [batch, 3, 16 G, 16 G] and tokens [batch, 1 + G * G, width], patches = G * G."""
+    """CAFormer's fusion of image [batch, 3, 16 G, 16 G] and tokens [batch, 1 + G * G, width], patches = G * G."""
     size = STRIDE * math.isqrt(patches)
     launch = record(
         conv_fusion.launch,
