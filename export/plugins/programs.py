@@ -86,7 +86,7 @@ def fuse(
     dtype: torch.dtype,
     tiles: Tiles,
 ) -> Program:
-    """CAFormer's fusion of image [batch, 3, 16 G, 16 G] and tokens [batch, 1 + G * G, width], patches = G * G."""
+    """CAFormer's fusion at G * G patches: image [batch, 3, 16 G, 16 G], tokens [batch, 1 + G * G, width]."""
     size = STRIDE * math.isqrt(patches)
     launch = record(
         conv_fusion.launch,
