@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from dgm4.config import ModelConfig
@@ -11,6 +12,7 @@ from export.bundle import BundleWriter
 from export.engine_file import build_into, profile_of
 from export.options import ExportOptions
 from export.record import MAX_WORDS, MIN_TOKENS
+from kernels.jit import TARGETS
 
 MODEL = "model.onnx"
 GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
@@ -32,6 +34,21 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
     return None
 
 
+def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
+    """Whether our kernels go into the engine; raises BackendError where they were asked for and cannot."""
+    reasons, known = [], [f"{target / 10}" for target in TARGETS]
+    if builder.library != "tensorrt":
+        reasons.append(f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU")
+    elif builder.compute_capability not in known:
+        gpu = builder.compute_capability
+        reasons.append(f"the kernels are for compute capability {', '.join(known)}, and this GPU's is {gpu}")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("Triton, which compiles them, is not installed: pip install triton")
+    if options.plugins == "on" and reasons:
+        raise BackendError(f"--plugins on: {'; '.join(reasons)}")
+    return options.plugins != "off" and not reasons
+
+
 def write_engine(
     options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
 ) -> tuple[dict[str, Any], str]:
@@ -42,4 +59,4 @@ def write_engine(
     targets = options.targets or (trt.RTX_CAPABILITIES if builder.library == "tensorrt_rtx" else ())
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
     profile = profile_of(options.max_batch, tokens, config.image_size)
-    return build_into(writer, builder.library, targets, profile)
+    return build_into(writer, builder.library, targets, profile, plugins_fit(options, builder))

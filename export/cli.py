@@ -108,6 +108,12 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=(),
         help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
     )
+    verb.add_argument(
+        "--plugins",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
+    )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.add_argument("--data", type=Path, metavar="DIR", help="judge it on this data: the accuracy gate")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
@@ -229,6 +235,12 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
     verb.add_argument("--save-every", type=_whole, default=0, metavar="N", help="save every N updates too")
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
+    verb.add_argument(
+        "--plugins",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
+    )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli_train", "run"))
 

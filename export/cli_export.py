@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             targets=options.target or (),
             engine=options.target is not None,
+            plugins=options.plugins,
             vocabulary=options.vocab,
             data=options.data,
             split=options.split,

@@ -50,6 +50,7 @@ def _describe(record: dict[str, Any]) -> str:
         capabilities = ", ".join(engine["compute_capabilities"])
         lines.append(
             f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}"
+            + (f", plugins {', '.join(engine['plugins'])}" if engine.get("plugins") else "")
         )
     for stage in record["verification"]:
         lines.append(

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from engine.errors import BuildError
+
 PROGRESS_INTERVAL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1
@@ -94,6 +96,8 @@ def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     trt = _import_library(request["library"])
     logger = _make_logger(trt, channel)
     builder = _make_builder(trt, logger)
+    if request["plugins"]:
+        _use_plugins(request["library"])
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     _parse(parser, network, request["onnx"])
@@ -169,6 +173,20 @@ def _make_builder(trt: Any, logger: Any) -> Any:
             f"{trt.__name__} {trt.__version__} cannot start a builder on this machine "
             f"({_probe_driver()['reason']}); update the NVIDIA driver, or install a version made for it"
         ) from error
+
+
+def _use_plugins(library: str) -> None:
+    """Register our plugins for the GPU of this machine."""
+    if library != "tensorrt":
+        raise RefusedError(f"{library} has no plugins; export with --plugins off")
+    capability = int(_own_capability(())[0].replace(".", ""))
+    cuda = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda))
+    try:
+        plugins, ptx = map(importlib.import_module, ("export.plugins.registration", "export.plugins.ptx"))
+        plugins.use(ptx.target_of(capability, cuda.value))
+    except (ImportError, BuildError) as error:
+        raise RefusedError(f"the plugins cannot be used here: {error}; export with --plugins off") from error
 
 
 def _network_flags(trt: ModuleType) -> int:
