@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, rebuild, predict, evaluate, bench, repository, train, data, inspect, doctor.
+"""The `dgm4` command: export, rebuild, predict, evaluate, bench, repository, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
