@@ -25,6 +25,10 @@ _BACKENDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 
 
+# Precisions whose graph is for TensorRT alone: ONNX Runtime's CPU provider has no product in bfloat16.
+_NOT_FOR_ORT = ("bf16", "fp8")
+
+
 class Backend(Protocol):
     """A loaded network. `run` may be called from several threads at once."""
 
@@ -72,7 +76,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     model that does not load.
     """
     present = available()
-    suited = [name for name in _BACKENDS if _BACKENDS[name][2] in bundle.manifest.files]
+    suited = [name for name in _BACKENDS if _serves(name, bundle)]
     if name == "auto":
         name = _choose(bundle, device, present, suited)
     if name not in _BACKENDS:
@@ -82,10 +86,10 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
     if name not in suited:
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
-        raise BackendError(
-            f"the backend {name!r} reads {_BACKENDS[name][2]}, which this bundle in {precision} has not; "
-            f"use {others or 'another bundle'}"
-        )
+        why = f"reads {_BACKENDS[name][2]}, which this bundle in {precision} has not"
+        if _BACKENDS[name][2] in bundle.manifest.files:
+            why = f"has no products in {precision} on a CPU"
+        raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
     cores = usable_cores()
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
@@ -97,6 +101,12 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _serves(name: str, bundle: Bundle) -> bool:
+    """Whether the bundle has what the backend reads, in a precision that it runs."""
+    manifest = bundle.manifest
+    return _BACKENDS[name][2] in manifest.files and not (name == "ort" and manifest.precision in _NOT_FOR_ORT)
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
