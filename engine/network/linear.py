@@ -83,7 +83,8 @@ def takes_fp8(linear: nn.Linear) -> bool:
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 scales raised to the next value of `dtype`, in which a graph holds them."""
     near = scale.to(dtype)
-    return torch.where(near.float() < scale, near * (1 + torch.finfo(dtype).eps), near).float()
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < scale, above, near).float()
 
 
 def reading(reader: nn.Module | None) -> dict[str, Any]:
