@@ -46,3 +46,13 @@ def _check_list(expected: str, value: object) -> None:
 
 def _count(values: Sequence[object], noun: str) -> str:
     return f"{len(values)} {noun}" if len(values) == 1 else f"{len(values)} {noun}s"
+
+
+def check_shapes(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(pairs, tokens) of batches as a list; raises InputError for anything but pairs of integers above 0."""
+    found = list(shapes) if isinstance(shapes, Iterable) else [shapes]
+    for shape in found:
+        numbers = shape if isinstance(shape, tuple | list) else ()
+        if len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers):
+            raise InputError(f"shapes: expected (pairs, tokens) such as [(1, 24), (32, 50)], got {shape!r}")
+    return found

@@ -20,7 +20,7 @@ from engine.backends import PictureBackend, create, usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
 from engine.manifest import Manifest, Thresholds
-from engine.pairs import Caption, Pair, join_pairs, unpack_pair
+from engine.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
 from engine.postprocess import read_answer
 from engine.preprocess import (
     ImageInput,
@@ -222,9 +222,7 @@ class Predictor:
         spec, limits = self.manifest.preprocess, self.manifest.limits
         blank = self._pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
         # The largest first: on a GPU the others fit into its memory.
-        for batch, tokens in sorted(shapes, reverse=True):
-            if min(batch, tokens) < 1:
-                raise InputError(f"expected at least 1 pair of at least 1 token, got {batch} of {tokens}")
+        for batch, tokens in sorted(check_shapes(shapes), reverse=True):
             shape = min(batch, limits.max_batch), min(max(tokens, spec.min_tokens), spec.max_tokens)
             text = {
                 "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,9 @@ def record(launcher: Callable[..., Any], kernel: Any, *arguments: Any, **options
     launcher(recorder, *arguments, **options)
     (launch,) = recorder.launches
     return launch
+
+
+REPORTED = ("name", "capability", "registers", "stack", "shared", "instructions")  # of the report
 
 
 @dataclass(frozen=True)
@@ -218,9 +221,11 @@ def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     yield "resize-cross", record(resize.launch_cross, resize._cross_kernel, middle, tables, 256, out)
 
 
-def build(targets: Iterable[int], dtypes: Sequence[torch.dtype]) -> Iterator[Built]:
-    """Compile every case for every target."""
-    found = list(cases(dtypes))
+def build(
+    targets: Iterable[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ("",)
+) -> Iterator[Built]:
+    """Compile every case whose name starts with one of `only`, for every target."""
+    found = [case for case in cases(dtypes) if case[0].startswith(tuple(only))]
     for capability in targets:
         for name, launch in found:
             yield compile_launch(name, launch, capability)
@@ -229,15 +234,31 @@ def build(targets: Iterable[int], dtypes: Sequence[torch.dtype]) -> Iterator[Bui
 def main() -> None:
     """Print the table or the records."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="one record a line")
-    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="%(default)s")
+    parser.add_argument(
+        "--targets",
+        type=int,
+        nargs="+",
+        choices=TARGETS,
+        default=TARGETS,
+        metavar="CC",
+        help="compute capabilities, 89 for 8.9: %(default)s",
+    )
     names = {TYPES[dtype]: dtype for dtype in DTYPES}
     parser.add_argument("--dtypes", choices=tuple(names), nargs="+", default=tuple(names), help="%(default)s")
+    parser.add_argument("--only", nargs="+", default=("",), help="how the names of the kernels start")
     options = parser.parse_args()
-    for built in build(options.targets, [names[name] for name in options.dtypes]):
-        values = {k: v for k, v in asdict(built).items() if k not in ("ptx", "entry")}
+    known = [name for name, _ in cases([names[name] for name in options.dtypes])]
+    if not any(name.startswith(tuple(options.only)) for name in known):
+        parser.error(f"--only: no kernel's name starts so; known are {', '.join(known)}")
+    if not options.json:
+        sys.stdout.write("  ".join(f"{field:>24}" for field in (*REPORTED, "triton")) + "\n")
+    for built in build(options.targets, [names[name] for name in options.dtypes], options.only):
+        values = {field: getattr(built, field) for field in REPORTED}
         values["triton"] = triton.__version__
         line = json.dumps(values) if options.json else "  ".join(f"{v!s:>24}" for v in values.values())
         sys.stdout.write(line + "\n")

@@ -21,8 +21,13 @@ class Measured:
 
     @classmethod
     def load(cls, path: Path) -> Measured:
-        """From a file."""
-        return cls(json.loads(path.read_text()))
+        """From a file; raises ValueError for one that is no record of `benchmarks.gpu`."""
+        try:
+            return cls(json.loads(path.read_text()))
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"{path}: no record of benchmarks.gpu ({type(error).__name__}: {error})"
+            ) from error
 
     def rows(self, prefix: str) -> Iterator[Row]:
         """Rows of all parts whose name starts so, failed ones too."""

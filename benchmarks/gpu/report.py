@@ -141,9 +141,11 @@ def main() -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="a gpu.json")
     parser.add_argument("--full", action="store_true", help="every shape, the hot kernels and the tests too")
     options = parser.parse_args()
-    if not options.file.is_file():
-        parser.error(f"{options.file}: no such file")
-    sys.stdout.write(report(Measured.load(options.file), options.full))
+    try:
+        measured = Measured.load(options.file)
+    except ValueError as error:
+        parser.error(str(error))
+    sys.stdout.write(report(measured, options.full))
     return 0
 
 

@@ -127,19 +127,21 @@ def load_float(bundle: Bundle) -> InferenceModel:
 def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None:
     """The calibrated scales of what the layers `names` read, or None; raises BundleError."""
     if SCALES not in bundle.manifest.files:
+        if bundle.manifest.calibration is not None:
+            raise BundleError(f"the bundle was calibrated but has no {SCALES}; export it again")
         return None
     path = bundle.verified(SCALES)
     try:
         scales = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {error}; export the bundle again") from error
     if not isinstance(scales, dict) or sorted(scales) != sorted(names):
         raise BundleError(
             f"{path}: expected the scales of {len(names)} layers by name; export the bundle again"
         )
-    wrong = [k for k, v in scales.items() if type(v) is not float or not 0 < v < math.inf]
+    wrong = [k for k, v in scales.items() if type(v) not in (int, float) or not 0 < v < math.inf]
     if wrong:
-        raise BundleError(f"{path}: {wrong[0]}: expected a number above 0, got {scales[wrong[0]]!r}")
+        raise BundleError(f"{path}: {wrong[0]}: expected a finite number above 0, got {scales[wrong[0]]!r}")
     return scales
 
 

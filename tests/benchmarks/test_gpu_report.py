@@ -141,3 +141,14 @@ def test_the_whole_report(tmp_path, monkeypatch, capsys):
 def test_a_record_with_nothing_in_it():
     empty = Measured({"calls": [], "parts": {}})
     assert "not measured" in report.report(empty, full=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"parts": {}}', "\xff"])
+def test_another_file_is_refused_in_a_sentence(text, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "other.json"
+    path.write_text(text, encoding="latin-1")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        report.main()
+    assert caught.value.code == 2
+    assert "other.json: no record of benchmarks.gpu" in capsys.readouterr().err

@@ -279,7 +279,7 @@ def test_a_bundle_without_weights(copied):
     del manifest["files"]["model.safetensors"]
     rewrite_manifest(copied, files=manifest["files"])
     with pytest.raises(
-        BackendError, match=r"reads model\.safetensors, which this .* has not; use 'openvino' or 'ort'"
+        BackendError, match=r"reads model\.safetensors, which this .* has not; use 'ort' or 'openvino'"
     ):
         Predictor(copied, backend="torch")
 

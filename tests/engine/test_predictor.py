@@ -277,3 +277,12 @@ def test_only_our_errors_come_out(predictor, image, caption):
         assert str(error)
     else:
         json.loads(result.to_json())
+
+
+@pytest.mark.parametrize("shapes", [(1, 48), [(1,)], [(0, 5)], [("a", 3)], [(1.5, 48)], None, [(True, 48)]])
+def test_warm_up_wants_pairs_of_numbers(bundle_dir, shapes):
+    with (
+        Predictor(bundle_dir) as predictor,
+        pytest.raises(InputError, match=r"shapes: expected \(pairs, tok"),
+    ):
+        predictor.warm_up(shapes)
