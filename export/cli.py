@@ -117,7 +117,15 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--calibration-method",
         choices=("minmax", "percentile", "entropy"),
         default="minmax",
-        help="how int8 activations get their scale (%(default)s)",
+        help="how activations get their scale; entropy for int8 (%(default)s)",
+    )
+    verb.add_argument(
+        "--keep-layers",
+        type=_kept,
+        default=0,
+        metavar="N|auto",
+        help="Linear layers, the worst first, that stay a step above the precision; auto: until the gate "
+        "on --data passes",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
@@ -234,6 +242,9 @@ def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser("inspect", help="verify a bundle and show what it is")
     verb.add_argument("bundle", type=Path)
+    verb.add_argument("--layers", action="store_true", help="each Linear layer's error against float32 too")
+    verb.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
+    verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--json", action="store_true", help="print the whole record as JSON")
     verb.set_defaults(run=_verb("export.cli_inspect", "inspect"))
     verb = verbs.add_parser("doctor", help="show what this machine can do")
@@ -301,6 +312,11 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
+
+
+def _kept(text: str) -> int | str:
+    """A number of layers, or "auto", for argparse."""
+    return text if text == "auto" else _whole(text)
 
 
 def _tokens(text: str) -> int:

@@ -8,16 +8,24 @@ float32's answer over the RMS of that answer, of all calls on all inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.backends.torch import load_float, read_scales
+from engine.bundle import Bundle
 from engine.network.model import InferenceModel
-from export.qdq import lowered_layers
+from engine.predictor import TOKENIZER
+from engine.text import CaptionTokenizer
+from export.calibrate import read_pairs
+from export.qdq import lower, lowered_layers
+from export.verify import case_inputs
 
+PAIRS = 16  # that errors are measured on
 ROWS = 2  # pairs a pass: the answers of every layer are held at once
 
 
@@ -29,6 +37,34 @@ class LayerError:
     own: float
     accumulated: float
     kept: bool = False
+
+
+def bundle_errors(
+    bundle: Bundle, data: Path | None = None, split: str = "test", count: int = PAIRS
+) -> list[LayerError]:
+    """Errors of a bundle's layers on `count` pairs of the folder `data`, or on drawn inputs without one.
+
+    Against float32 by the bundle's own weights; empty for a bundle in fp32. Raises BundleError, and
+    InputError for data that cannot be used.
+    """
+    manifest = bundle.manifest
+    reference, network = load_float(bundle), load_float(bundle)
+    rounded = [name for name, _ in lowered_layers(reference, manifest.precision)]
+    scales = read_scales(bundle, rounded)
+    lowered = lower(network, manifest.precision, scales, manifest.kept_layers)
+    batches: Iterable[dict[str, Tensor]] = case_inputs(reference.config)
+    if data is not None:
+        spec = manifest.preprocess
+        words = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
+        batches = _drawn_pairs(data, count, words, spec.image_size, split)
+    return layer_errors(reference, lowered, manifest.precision, batches, manifest.kept_layers)
+
+
+def _drawn_pairs(
+    data: Path, count: int, words: CaptionTokenizer, image_size: int, split: str
+) -> Iterator[dict[str, Tensor]]:
+    for batch in read_pairs(data, count, words, image_size, split).batches():
+        yield {name: torch.from_numpy(x) for name, x in batch.items()}
 
 
 @dataclass

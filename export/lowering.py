@@ -22,7 +22,7 @@ from export.bundle import BundleWriter
 from export.bundle_engine import MODEL, has_graph
 from export.calibrate import PairReader, read_pairs
 from export.emulate import emulate
-from export.layers import layer_errors
+from export.layers import PAIRS, layer_errors
 from export.onnx import data_of, export_onnx, flatten
 from export.qdq import fp8_as_nodes, lower, lowered_layers
 from export.quantize import quantize_dynamic
@@ -47,7 +47,6 @@ TOKENIZER = "tokenizer.json"
 FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
 SCALES = "scales.json"  # of calibrated activations
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
-_RANKED_PAIRS = 16  # that the layers' errors are measured on
 # From and to which case a cast network is compared, and how near: one is enough, since float16 is slow here
 # and its graph answers them all; bf16 and fp8 are judged on the longer one, since a caption of one word has
 # two numbers for an answer.
@@ -114,7 +113,7 @@ def _ranking(run: Run, writer: BundleWriter, inference: InferenceModel) -> list[
             options = run.options
             data = options.calibration or options.data
             split = "train" if options.calibration else options.split
-            reader = _read_pairs(run, data, inference.config, writer.path(TOKENIZER), _RANKED_PAIRS, split)
+            reader = _read_pairs(run, data, inference.config, writer.path(TOKENIZER), PAIRS, split)
             lowered = lower(_sharing(inference), options.precision, run.scales)
             found = layer_errors(inference, lowered, options.precision, _tensors(reader.batches()))
             run.ranking = [layer.name for layer in found]
