@@ -21,11 +21,12 @@ from benchmarks.published import Published
 from engine.backends import openvino as openvino_backend
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
-from engine.network.config import NetworkConfig
-from export.calibrate import PairReader
+from engine.network.model import InferenceModel
 from export.inference import rewrite
 from export.onnx import example_inputs, export_onnx, flatten
-from export.quantize import quantize_dynamic, quantize_static
+from export.qdq import int8_layers, to_int8
+from export.quantize import quantize_dynamic
+from export.ranges import read_histograms, scales_of
 
 # int8 is dynamic, qdq calibrated.
 VARIANTS = (
@@ -44,22 +45,6 @@ SHAPES = ((1, 24), (1, 50), (8, 50))
 CASES = [(batch, tokens, turn) for batch, tokens in SHAPES for turn in range(TURNS[batch])]
 
 Call = Callable[[dict[str, torch.Tensor]], Any]
-
-
-class DrawnReader(PairReader):
-    """Drawn pairs to calibrate on: a product takes as long at one scale as at another."""
-
-    def __init__(self, config: NetworkConfig):
-        self._config = config
-        self._rest = self.batches()
-
-    def __len__(self) -> int:
-        return 2
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches from `start` to before `stop`."""
-        for seed in range(len(self))[start:stop]:
-            yield _arrays(example_inputs(self._config, 8, 50, seed))
 
 
 class Variants:
@@ -95,8 +80,15 @@ class Variants:
         elif precision == "int8":
             quantize_dynamic(self.graph("fp32"), path)
         else:
-            quantize_static(self.graph("fp32"), path, DrawnReader(self.inference.config))
+            export_onnx(self._calibrated(), path)
         return path
+
+    def _calibrated(self) -> InferenceModel:
+        """The network in static int8; drawn pairs do: a product takes as long at one scale as at another."""
+        model = rewrite(self.model)
+        batches = [example_inputs(model.config, 8, 50, seed) for seed in range(2)]
+        found = read_histograms(model, int8_layers(model), batches)
+        return to_int8(model, scales_of(found, torch.int8))
 
 
 def _torch_call(model: Callable[..., Any]) -> Call:

@@ -144,7 +144,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole manifest.json of format 1."""
+    """A whole manifest.json of format 1.
+
+    `float32_layers` name the modules of an fp16, bf16 or fp8 network that hold float32 parameters,
+    `kept_layers` the Linear layers that stay a step above the precision for the sake of accuracy.
+    """
 
     created: str
     model: ModelInfo
@@ -162,6 +166,8 @@ class Manifest:
     verification: tuple[Verification, ...]
     accuracy: tuple[Accuracy, ...] = ()
     calibration: Calibration | None = None
+    float32_layers: tuple[str, ...] = ()
+    kept_layers: tuple[str, ...] = ()
 
 
 def manifest_digest(fields: Mapping[str, Any]) -> str:
@@ -214,6 +220,8 @@ def parse_manifest(data: bytes) -> Manifest:
         verification=tuple(_verification(f) for f in root.children("verification")),
         accuracy=tuple(_accuracy(f) for f in root.children("accuracy")) if "accuracy" in root.raw else (),
         calibration=_calibration(root.child("calibration")) if "calibration" in root.raw else None,
+        float32_layers=root.texts("float32_layers") if "float32_layers" in root.raw else (),
+        kept_layers=root.texts("kept_layers") if "kept_layers" in root.raw else (),
     )
     _check_consistency(manifest)
     return manifest

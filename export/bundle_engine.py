@@ -13,17 +13,22 @@ from export.engine_file import build_into, profile_of
 from export.options import ExportOptions
 from export.record import MAX_WORDS, MIN_TOKENS
 from kernels.jit import TARGETS
+from kernels.rows import E4M3_CAPABILITY
 
 MODEL = "model.onnx"
-GRAPHS = ("fp32", "fp16", "int8")  # precisions that have an ONNX graph; the others are the torch backend's
+
+
+def has_graph(options: ExportOptions) -> bool:
+    """Whether the network of these options has an ONNX graph: all but fp8 with a scale for each row."""
+    return options.precision != "fp8" or options.calibration is not None
 
 
 def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | None:
     """Why no engine is built, or None; raises BackendError where one was asked for and nothing builds it."""
     if not options.engine:
         return "not asked for"
-    if options.precision not in GRAPHS:
-        return f"{options.precision} has no ONNX graph to build one of; the backend 'torch' serves it"
+    if not has_graph(options):
+        return "TensorRT takes fp8 from calibrated Q/DQ nodes (--calibration); the backend 'torch' serves it"
     if options.precision == "int8" and options.calibration is None:
         return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
     if builder is None:
@@ -56,7 +61,19 @@ def write_engine(
 
     Raises BuildError.
     """
-    targets = options.targets or (trt.RTX_CAPABILITIES if builder.library == "tensorrt_rtx" else ())
+    targets = options.targets or _default_targets(options, builder)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
     profile = profile_of(options.max_batch, tokens, config.image_size)
     return build_into(writer, builder.library, targets, profile, plugins_fit(options, builder))
+
+
+def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[str, ...]:
+    """All that the builder knows without a GPU, less those without E4M3 for fp8."""
+    if builder.library != "tensorrt_rtx":
+        return ()
+    known = trt.RTX_CAPABILITIES
+    return tuple(c for c in known if options.precision != "fp8" or _number(c) >= E4M3_CAPABILITY)
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))

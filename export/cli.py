@@ -128,7 +128,15 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--calibration-method",
         choices=("minmax", "percentile", "entropy"),
         default="minmax",
-        help="how int8 activations get their scale (%(default)s)",
+        help="how activations get their scale; entropy for int8 (%(default)s)",
+    )
+    verb.add_argument(
+        "--keep-layers",
+        type=_kept,
+        default=0,
+        metavar="N|auto",
+        help="Linear layers, the worst first, that stay a step above the precision; auto: until the gate "
+        "on --data passes",
     )
     verb.add_argument(
         "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
@@ -265,6 +273,9 @@ def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb = verbs.add_parser("inspect", help="verify a bundle and show what it is")
     verb.add_argument("bundle", type=Path)
+    verb.add_argument("--layers", action="store_true", help="each Linear layer's error against float32 too")
+    verb.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
+    verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--json", action="store_true", help="print the whole record as JSON")
     verb.set_defaults(run=_verb("export.cli_inspect", "inspect"))
     verb = verbs.add_parser("doctor", help="show what this machine can do")
@@ -318,6 +329,11 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--redo", action="store_true", help="replace the texts that are there")
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
+
+
+def _kept(text: str) -> int | str:
+    """A number of layers, or "auto", for argparse."""
+    return text if text == "auto" else _whole(text)
 
 
 def _tokens(text: str) -> int:

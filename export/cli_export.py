@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
             calibration=options.calibration,
             calibration_pairs=options.calibration_pairs,
             calibration_method=options.calibration_method,
+            keep_layers=options.keep_layers,
         ),
         report,
     )

@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engine.backends import describe, usable_cores
@@ -33,6 +35,10 @@ def inspect(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
     record = bundle.describe()
+    if options.layers:
+        from export.layers import bundle_errors
+
+        record["layers"] = [asdict(x) for x in bundle_errors(bundle, options.data, options.split)]
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
     return 0
 
@@ -57,7 +63,21 @@ def _describe(record: dict[str, Any]) -> str:
             f"verified   {stage['stage']} against {stage['against']}: max {stage['max']:.2e}, "
             f"RMS {stage['rms']:.2e}"
         )
+    lines += _layer_lines(record.get("layers", ()))
     return "\n".join(lines) + "\n"
+
+
+def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of errors in percent of float32's answer (RMS), the worst layer first."""
+    if not layers:
+        return []
+    width = max(len(layer["name"]) for layer in layers)
+    head = f"{'layer':<{width}}  {'own %':>7}  {'accumulated %':>13}"
+    return [head] + [
+        f"{x['name']:<{width}}  {100 * x['own']:7.2f}  {100 * x['accumulated']:13.2f}"
+        f"{'  kept' if x['kept'] else ''}"
+        for x in layers
+    ]
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -56,6 +56,8 @@ def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
 
     Returns the written graph, whose weights stay in the file. Raises OSError where it cannot be written.
     """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    opset = onnx_ops.BF16_OPSET if torch.bfloat16 in dtypes else onnx_ops.OPSET
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
     dynamic = {"image": {0: batch}} | {name: {0: batch, 1: tokens} for name in INPUTS[1:]}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -65,7 +67,7 @@ def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
             model,
             kwargs=example_inputs(model.config, _TRACE_BATCH, _TRACE_TOKENS),
             dynamo=True,
-            opset_version=onnx_ops.OPSET,
+            opset_version=opset,
             dynamic_shapes=dynamic,
             input_names=list(INPUTS),
             output_names=list(outputs_of(model.config)),
@@ -75,7 +77,7 @@ def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
         raise BuildError("the tracer of torch returned no ONNX program")
     data_of(path).unlink(missing_ok=True)
     program.save(path, external_data=True)
-    return _finish(path)
+    return _finish(path, opset)
 
 
 def data_of(path: Path) -> Path:
@@ -83,12 +85,12 @@ def data_of(path: Path) -> Path:
     return path.with_name(path.name + DATA_SUFFIX)
 
 
-def _finish(path: Path) -> onnx.ModelProto:
+def _finish(path: Path, opset: int) -> onnx.ModelProto:
     """Append the bodies of the custom nodes, drop what a tracer leaves behind, check and rewrite `path`."""
     proto = onnx.load_model(path, load_external_data=False)
     used = sorted({node.op_type for node in proto.graph.node if node.domain == onnx_ops.DOMAIN})
     del proto.functions[:]
-    proto.functions.extend(bodies(used))
+    proto.functions.extend(bodies(used, opset))
     proto.ir_version = _IR_VERSION
     proto.producer_name, proto.producer_version = "dgm4", ""
     graph = proto.graph

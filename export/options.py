@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import dgm4
 from engine.errors import InputError
 from export import trt
-from export.calibrate import METHODS
+from export.ranges import METHODS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
@@ -24,8 +25,10 @@ class ExportOptions:
     `engine` False leaves the engine out; `plugins` puts our own kernels into it, "auto" where they can be.
     `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
     judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
-    and fp8 are static then, with scales of activations calibrated
-    on `calibration_pairs` pairs of its training split: by `calibration_method`, for fp8 by the maximum.
+    and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
+    training split by `calibration_method` (entropy: int8 alone). `keep_layers` of the Linear layers, the
+    worst by their own error, stay a step above the precision; "auto": as few as the checks and the gate on
+    `data` ask for.
     """
 
     out: Path
@@ -44,6 +47,7 @@ class ExportOptions:
     calibration: Path | None = None
     calibration_pairs: int = 512
     calibration_method: str = METHODS[0]
+    keep_layers: int | Literal["auto"] = 0
 
 
 def check_options(options: ExportOptions) -> None:
@@ -57,6 +61,7 @@ def check_options(options: ExportOptions) -> None:
     if not FEWEST_TOKENS <= options.max_tokens <= 512:
         raise InputError(f"max_tokens: expected {FEWEST_TOKENS} to 512, got {options.max_tokens}")
     _check_calibration(options)
+    _check_kept(options)
     if options.size is not None and options.size not in dgm4.SIZES:
         raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
     builder = trt.find_builder() if options.targets else None
@@ -83,3 +88,14 @@ def _check_calibration(options: ExportOptions) -> None:
         raise InputError(
             f"calibration_method: expected one of {expected}, got {options.calibration_method!r}"
         )
+    if options.calibration_method == "entropy" and options.precision != "int8":
+        raise InputError("calibration_method: entropy counts the levels of int8; use minmax or percentile")
+
+
+def _check_kept(options: ExportOptions) -> None:
+    if not options.keep_layers:
+        return
+    if options.precision == "fp32":
+        raise InputError("keep_layers: expected a precision below fp32 with it")
+    if options.data is None and (options.calibration is None or options.keep_layers == "auto"):
+        raise InputError("keep_layers: expected data with it, on whose pairs layers are compared and judged")

@@ -1,8 +1,8 @@
-"""INT8: weights int8 per channel; activations as they come (dynamic), or by calibrated scales (static).
+"""Dynamic INT8 for ONNX Runtime: weights int8 per channel, activations as they come.
 
 Only Linear layers (products with a constant matrix) are quantised: never norms, softmax, residual sums
 or the products inside attention. The box head stays float32: where there is no box, the metric asks for
-values below 1e-4, which eight bits cannot promise.
+values below 1e-4, which eight bits cannot promise. Static int8 is traced as such: see export/qdq.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx
 from onnx import numpy_helper
 
 from engine.errors import BuildError
-from export.calibrate import METHODS, PairReader
 from export.onnx import data_of
 from kernels.attention import MASKED, PLAIN
 from kernels.onnx_ops import DOMAIN
@@ -27,23 +26,21 @@ _RUNTIME, _ATTENTION = "com.microsoft", "MultiHeadAttention"
 _NO_BIAS = ""  # an input left out
 _PRODUCTS = ("MatMul", "Gemm")
 _FLOAT_WEIGHTS = "bbox_head"
-_STATIC = {
-    "ActivationSymmetric": True,
-    "WeightSymmetric": True,
-    "MatMulConstBOnly": True,
-    "QuantizeBias": False,
-    "OpTypesToExcludeOutputQuantization": list(_PRODUCTS),
-    # One batch at a time; CalibMaxIntermediateOutputs, which promises the same, drops what it clears.
-    "CalibStridedMinMax": 1,
-}
 
 
-def linear_products(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    """Products with a constant matrix, by what becomes of them: "quantised" or "kept"."""
+def linear_products(graph: onnx.GraphProto, keep: Collection[str] = ()) -> dict[str, list[onnx.NodeProto]]:
+    """Products with a constant matrix, by what becomes of them: "quantised" or "kept".
+
+    `keep` names Linear layers, which a graph knows by the bias that is added to their product.
+    """
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in _PRODUCTS and node.input[1] in ranks]
+    biases = {f"{name}.bias" for name in keep}
+    held = {x for node in graph.node if node.op_type == "Add" and biases & {*node.input} for x in node.input}
     quantised = [
-        node for node in products if ranks[node.input[1]] == 2 and _FLOAT_WEIGHTS not in node.input[1]
+        node
+        for node in products
+        if ranks[node.input[1]] == 2 and _FLOAT_WEIGHTS not in node.input[1] and node.output[0] not in held
     ]
     return {"quantised": quantised, "kept": [node for node in products if node not in quantised]}
 
@@ -91,8 +88,10 @@ def _split_gemm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
-def quantize_dynamic(source: Path, target: Path) -> int:
+def quantize_dynamic(source: Path, target: Path, keep: Collection[str] = ()) -> int:
     """Write the INT8 form of the graph at `source` to `target`; returns the number of products quantised.
+
+    The Linear layers named in `keep` stay float.
 
     The graph is for ONNX Runtime alone: its attention is that runtime's own operator.
     """
@@ -101,7 +100,7 @@ def quantize_dynamic(source: Path, target: Path) -> int:
 
     model = onnx.load_model(source)
     _as_products(model.graph)
-    products = linear_products(model.graph)
+    products = linear_products(model.graph, keep)
     with _fresh(target):
         quantize(
             model,
@@ -115,63 +114,6 @@ def quantize_dynamic(source: Path, target: Path) -> int:
         )
     _use_runtime_attention(target)
     return len(products["quantised"])
-
-
-def quantize_static(source: Path, target: Path, reader: PairReader, method: str = METHODS[0]) -> int:
-    """Write the calibrated INT8 form of the graph at `source` to `target`; returns the products quantised.
-
-    Standard operators and our functions alone: a product reads its activation and its weight through
-    QuantizeLinear and DequantizeLinear, both int8 and symmetric (zero point 0, which TensorRT asks for),
-    one scale a tensor and one an output channel: s = a / 127, where a is the largest magnitude of a weight
-    column, and of an activation what `method` makes of the pairs of `reader`. CALS's face gate stays float
-    too, since it weighs every patch. Raises InputError where a pair is unusable.
-    """
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization import quantize_static as quantize
-
-    methods = (CalibrationMethod.MinMax, CalibrationMethod.Percentile, CalibrationMethod.Entropy)
-    model = onnx.load_model(source)
-    _as_products(model.graph)
-    gates = _gates(model.graph)
-    products = [node.name for node in linear_products(model.graph)["quantised"] if node.name not in gates]
-    with _fresh(target):
-        quantize(
-            model,
-            target,
-            reader,
-            per_channel=True,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=products,
-            use_external_data_format=True,
-            calibrate_method=dict(zip(METHODS, methods, strict=True))[method],
-            extra_options=_STATIC,
-        )
-    _restore_floats(target)
-    return len(products)
-
-
-def _gates(graph: onnx.GraphProto) -> set[str]:
-    """Names of the products that, with their bias, a sigmoid reads."""
-    reads = {name for node in graph.node if node.op_type == "Sigmoid" for name in node.input}
-    sums = {name for node in graph.node if node.output[0] in reads for name in node.input}
-    return {node.name for node in graph.node if node.op_type == "MatMul" and node.output[0] in sums}
-
-
-def _restore_floats(path: Path) -> None:
-    """Let all but the quantised products read the floats again, in the graph at `path`, in place.
-
-    The library points every reader of a quantised tensor, residual sums and norms too, to its rounded form.
-    """
-    model = onnx.load_model(path, load_external_data=False)
-    graph = model.graph
-    floats = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    dequantised = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
-    for node in graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in dequantised:
-            sources = (dequantised[x].input[0] if x in dequantised else "" for x in node.input)
-            node.input[:] = [floats.get(s, x) for s, x in zip(sources, list(node.input), strict=True)]
-    del graph.value_info[:], model.metadata_props[:]
-    path.write_bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ from typing import Any
 from dgm4.config import TYPES, ModelConfig
 from engine.preprocess import CLIP_MEAN, CLIP_STD
 from export.onnx import outputs_of
-from export.options import ExportOptions
-from export.verify import Difference
+from export.stages import Run
 
 MAX_WORDS, MIN_TOKENS = 50, 2
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
@@ -20,15 +19,14 @@ THRESHOLD = 0.5
 
 
 def manifest_fields(
-    options: ExportOptions,
+    run: Run,
     config: ModelConfig,
     weights: dict[str, Any],
-    engines: list[dict[str, Any]],
-    verification: Sequence[Difference],
+    engines: Sequence[dict[str, Any]] = (),
     accuracy: Sequence[dict[str, Any]] = (),
-    calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything of the manifest but the hashes."""
+    options = run.options
     return {
         "format": "dgm4-bundle",
         "format_version": 1,
@@ -50,11 +48,13 @@ def manifest_fields(
         "limits": {"max_batch": options.max_batch, "max_tokens": options.max_tokens},
         "types": list(TYPES),
         "thresholds": {"manipulated": THRESHOLD, "types": THRESHOLD, "words": THRESHOLD},
-        "engines": engines,
+        "engines": list(engines),
         "versions": {"python": platform.python_version(), **_versions()},
-        "verification": [difference.to_dict() for difference in verification],
+        "verification": [difference.to_dict() for difference in run.verification],
         "accuracy": list(accuracy),
-        **({} if calibration is None else {"calibration": calibration}),
+        "float32_layers": run.float_layers,
+        "kept_layers": run.kept,
+        **({} if run.calibration is None else {"calibration": run.calibration}),
     }
 
 

@@ -73,14 +73,17 @@ def case_inputs(config: Config, cases: Sequence[tuple[int, int]] = CASES) -> lis
 
 
 def torch_answers(
-    model: torch.nn.Module, config: Config, cases: Sequence[tuple[int, int]] = CASES
+    model: torch.nn.Module,
+    config: Config,
+    cases: Sequence[tuple[int, int]] = CASES,
+    feeds: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ) -> list[Arrays]:
-    """Let a network of torch answer the cases, as named NumPy arrays."""
+    """Let a network of torch answer the cases, or `feeds` instead, as named NumPy arrays."""
     names = outputs_of(config)
     with torch.inference_mode():
         return [
             {name: y.numpy() for name, y in zip(names, model(**inputs), strict=False)}
-            for inputs in case_inputs(config, cases)
+            for inputs in (case_inputs(config, cases) if feeds is None else feeds)
         ]
 
 

@@ -20,10 +20,15 @@ def body(text: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{text}')
 
 
-def bodies(names: Sequence[str]) -> Iterator[onnx.FunctionProto]:
-    """Yield the bodies of the operators in `names`. Raises KeyError for one that has none."""
+def bodies(names: Sequence[str], opset: int = OPSET) -> Iterator[onnx.FunctionProto]:
+    """Yield the bodies of the operators in `names`, whose nodes mean the same from `OPSET` to `opset`.
+
+    Raises KeyError for one that has none.
+    """
     for name in names:
-        yield BODIES[name](name)
+        function = BODIES[name](name)
+        function.opset_import[0].version = opset
+        yield function
 
 
 def _attention(name: str) -> onnx.FunctionProto:

@@ -16,6 +16,7 @@ VERSION = 1
 # 20 is the first opset with Gelu, and the newest whose every operator here is native to ONNX Runtime,
 # OpenVINO and TensorRT 10.13. Attention (23) is no gain: TensorRT refuses it in float32.
 OPSET = 20
+BF16_OPSET = 22  # the first whose Conv takes bfloat16
 
 
 def exporting() -> bool:
@@ -35,3 +36,18 @@ def emit(
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{name}", inputs, {**attributes, **plugin}, dtypes=dtypes, shapes=shapes, version=VERSION
     )
+
+
+def emit_linear(
+    x: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, weight_scale: Tensor, zeros: Tensor
+) -> Tensor:
+    """Leave the product of a Linear in eight bits as standard nodes: both factors through Q/DQ.
+
+    x [..., K], its scale [] and zero []; codes [K, N], weight_scale [N] and zeros [N]. The zeros have the
+    type of the codes.
+    """
+    node = torch.onnx.ops.symbolic
+    rounded = node("QuantizeLinear", (x, scale, zero), dtype=codes.dtype, shape=x.shape)
+    back = node("DequantizeLinear", (rounded, scale, zero), dtype=x.dtype, shape=x.shape)
+    stored = (codes, weight_scale, zeros)
+    return back @ node("DequantizeLinear", stored, {"axis": 1}, dtype=x.dtype, shape=codes.shape)

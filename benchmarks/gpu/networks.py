@@ -19,9 +19,11 @@ from benchmarks.published import Published
 from benchmarks.timing import capture, time_ms
 from dgm4.model import Detector
 from dgm4.seeded import seeded_model
+from engine.network.linear import E4M3
 from engine.network.model import Output
-from engine.network.precision import activation_scales, set_precision
+from engine.network.precision import fp8_layers, set_precision
 from export.inference import rewrite
+from export.ranges import read_histograms, scales_of
 
 NETWORKS = ("asap", "cals", "hammer")
 SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))
@@ -60,7 +62,8 @@ def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
     scales = None
     if calibrated:
         image, ids, mask = inputs(**JUDGED, device=str(device), vocabulary=model.config.vocabulary, seed=1)
-        scales = activation_scales(network, [{"image": image, "input_ids": ids, "attention_mask": mask}])
+        batch = {"image": image, "input_ids": ids, "attention_mask": mask}
+        scales = scales_of(read_histograms(network, fp8_layers(network), [batch]), E4M3)
     return set_precision(network, precision, scales).to(device)
 
 

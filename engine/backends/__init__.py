@@ -63,6 +63,10 @@ _BACKENDS: dict[str, _Kind] = {
 _DRIVER = "an NVIDIA driver"
 
 
+# Precisions whose graph is for TensorRT alone: ONNX Runtime's CPU provider has no product in bfloat16.
+_NOT_FOR_ORT = ("bf16", "fp8")
+
+
 class Backend(Protocol):
     """A loaded network. `run` may be called from several threads at once."""
 
@@ -129,10 +133,10 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
-        raise BackendError(
-            f"the backend {name!r} reads {_BACKENDS[name].reads}, which this bundle in {precision} has not; "
-            f"use {others or 'another bundle'}"
-        )
+        why = f"reads {_BACKENDS[name].reads}, which this bundle in {precision} has not"
+        if name == "ort" and "model.onnx" in bundle.manifest.files:
+            why = f"has no products in {precision} on a CPU"
+        raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
     cores = usable_cores()
     if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
@@ -198,7 +202,8 @@ def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:
 def _suited(bundle: Bundle) -> list[str]:
     """The backends that find in the bundle what they read."""
     files = list(bundle.manifest.files)
-    return [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
+    found = [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
+    return [name for name in found if name != "ort" or bundle.manifest.precision not in _NOT_FOR_ORT]
 
 
 def _has_driver() -> bool:

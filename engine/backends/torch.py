@@ -104,6 +104,14 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     It has the manifest's precision with its float32 islands, but for fp16 on the CPU, which is float32 there:
     torch's products in float16 take four times as long, and answer less exactly.
     """
+    model, manifest = load_float(bundle), bundle.manifest
+    precision = "fp32" if device.type == "cpu" and manifest.precision == "fp16" else manifest.precision
+    scales = read_scales(bundle, [name for name, _ in fp8_layers(model)])
+    return set_precision(model, precision, scales, manifest.kept_layers).to(device)
+
+
+def load_float(bundle: Bundle) -> InferenceModel:
+    """Build the bundle's network in float32 from its verified weights; raises BundleError."""
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
     _check_outputs(config, manifest)
@@ -111,15 +119,13 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     # Folds are computed from what is stored, and cast afterwards.
     state = {name: x.float() if x.is_floating_point() else x for name, x in _read(path).items()}
     try:
-        model = InferenceModel.from_released(state, config)
+        return InferenceModel.from_released(state, config)
     except CheckpointError as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
-    precision = "fp32" if device.type == "cpu" and manifest.precision == "fp16" else manifest.precision
-    return set_precision(model, precision, _scales(bundle, model)).to(device)
 
 
-def _scales(bundle: Bundle, model: InferenceModel) -> dict[str, float] | None:
-    """The calibrated scales of an fp8 bundle's activations, or None; raises BundleError."""
+def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None:
+    """The calibrated scales of what the layers `names` read, or None; raises BundleError."""
     if SCALES not in bundle.manifest.files:
         if bundle.manifest.calibration is not None:
             raise BundleError(f"the bundle was calibrated but has no {SCALES}; export it again")
@@ -129,7 +135,6 @@ def _scales(bundle: Bundle, model: InferenceModel) -> dict[str, float] | None:
         scales = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {error}; export the bundle again") from error
-    names = [name for name, _ in fp8_layers(model)]
     if not isinstance(scales, dict) or sorted(scales) != sorted(names):
         raise BundleError(
             f"{path}: expected the scales of {len(names)} layers by name; export the bundle again"

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.quantize import quantize_rows
 from kernels.rows import RowAnswer, quantize_ref
@@ -36,12 +37,14 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, input_scale: float | None = None) -> None:
         super().__init__()
-        codes, scale = quantize_ref(linear.weight.detach().float(), E4M3)
-        bias, given = linear.bias, input_scale
+        weight, bias = linear.weight.detach().float(), linear.bias
+        scale = round_up(quantize_ref(weight, E4M3)[1], dtype)
+        codes, _ = quantize_ref(weight, E4M3, scale)
+        given = None if input_scale is None else round_up(torch.tensor([input_scale]), dtype)
         self.register_buffer("weight", codes)
         self.register_buffer("weight_scale", scale[None])
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
-        self.register_buffer("input_scale", None if given is None else torch.tensor([given]))
+        self.register_buffer("input_scale", given)
         self.dtype = dtype
 
     def forward(self, x: Tensor | RowAnswer) -> Tensor:
@@ -60,9 +63,28 @@ class Fp8Linear(nn.Module):
         return y.unflatten(0, found.out.shape[:-1])
 
 
+class FloatLinear(nn.Module):
+    """A Linear that stays float32 in a network of lower precision."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N], in the dtype of x."""
+        return F.linear(x.float(), self.weight, self.bias).to(x.dtype)
+
+
 def takes_fp8(linear: nn.Linear) -> bool:
     """Whether both sides of the product suit eight bits."""
     return linear.in_features % SIDE == 0 and linear.out_features % SIDE == 0
+
+
+def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 scales raised to the next value of `dtype`, in which a graph holds them."""
+    near = scale.to(dtype)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < scale, above, near).float()
 
 
 def reading(reader: nn.Module | None) -> dict[str, Any]:

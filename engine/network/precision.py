@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.network.blocks import LatentPool, Norm
 from engine.network.branch import CalsBranch
-from engine.network.linear import E4M3, Fp8Linear, takes_fp8
+from engine.network.linear import FloatLinear, Fp8Linear, takes_fp8
 from engine.network.model import InferenceModel
-from kernels.rows import LEAST_PEAK, TOPS
 
 # fp8: what is not in eight bits.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def set_precision(
-    model: InferenceModel, precision: str, scales: Mapping[str, float] | None = None
+    model: InferenceModel,
+    precision: str,
+    scales: Mapping[str, float] | None = None,
+    keep: Collection[str] = (),
 ) -> InferenceModel:
     """Bring a float32 network to "fp32", "fp16", "bf16" or "fp8", in place; what it was made of stays.
 
-    `scales` are those of activations, by the Linear that reads them (see `activation_scales`); one that has
-    none there rounds each row by its own. Raises KeyError for an unknown precision.
+    `scales` are those of activations, by the Linear that reads them; one that has none there rounds each row
+    by its own. Linear layers named in `keep` stay a step above: bf16 in fp8, float32 in fp16 and bf16.
+    Raises KeyError for an unknown precision.
     """
     dtype, given = DTYPES[precision], scales or {}
     if precision == "fp8":
         for name, layer in list(fp8_layers(model)):
-            model.set_submodule(name, Fp8Linear(layer, dtype, given.get(name)))
+            if name not in keep:
+                model.set_submodule(name, Fp8Linear(layer, dtype, given.get(name)))
+    elif dtype != torch.float32:
+        _keep_float(model, keep)
     return to_precision(model, dtype)
+
+
+def _keep_float(model: InferenceModel, keep: Collection[str]) -> None:
+    """Wrap the layers in `keep`, by every name they have."""
+    made: dict[nn.Module, FloatLinear] = {}
+    for name, layer in list(model.named_modules()):
+        if name in keep and isinstance(layer, nn.Linear):
+            made[layer] = FloatLinear(layer)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in made:
+            model.set_submodule(name, made[layer])
 
 
 def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
@@ -42,13 +59,29 @@ def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
     return model
 
 
+def float_layers(model: InferenceModel) -> list[str]:
+    """Names of the modules of a cast network that hold float32 parameters: its islands."""
+    found = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    return sorted(found)
+
+
+def half_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linear layers that fp16 and bf16 cast, by name: all but those of the float32 islands."""
+    islands = {id(p) for p in _islands(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in islands:
+            yield name, module
+
+
 def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
-    """Parameters that stay float32: norms, the box head, the pooled scores, CALS's patch reductions."""
+    """Parameters that stay float32: norms, box head, pooled scores, CALS's patch reductions, kept layers."""
     for module in model.modules():
         if isinstance(module, Norm):
             yield from module.parameters()
         if isinstance(module, LatentPool):
             yield module.query
+        if isinstance(module, FloatLinear):
+            yield from module.parameters()
     yield from model.branch.bbox_head.parameters()
     if isinstance(model.branch, CalsBranch):
         yield from model.branch.faces.parameters()
@@ -70,27 +103,3 @@ def _heads(model: InferenceModel) -> Iterator[nn.Module]:
     for module in model.branch.children():
         if isinstance(module, nn.Sequential | LatentPool) or module is getattr(model.branch, "faces", None):
             yield module
-
-
-@torch.inference_mode()
-def activation_scales(model: InferenceModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Scales of what every layer of `fp8_layers` reads: the largest magnitude over `batches`, at code 448.
-
-    `model` is in float32; a batch holds its inputs by name.
-    """
-    peaks: dict[str, float] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, read: tuple[Tensor, ...]) -> None:
-            peaks[name] = max(peaks.get(name, LEAST_PEAK), float(read[0].abs().max()))
-
-        return record
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in fp8_layers(model)]
-    try:
-        for batch in batches:
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: peak / TOPS[E4M3] for name, peak in peaks.items()}

@@ -17,8 +17,8 @@ from engine import Predictor, backends
 from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
 from engine.network import released
-from export import pipeline, sample
-from export.bundle_engine import GRAPHS, no_engine
+from export import lowering, pipeline, sample
+from export.bundle_engine import no_engine
 from export.onnx import example_inputs, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
@@ -28,14 +28,14 @@ from export.verify import Tolerance
 STAGES = {
     "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "bundle"],
     "fp16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "bundle"],
-    "bf16": ["load", "tokenizer", "weights", "rewrite", "cast", "engine", "bundle"],
+    "bf16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "bundle"],
     "int8": ["load", "tokenizer", "weights", "rewrite", "onnx", "quantise", "engine", "bundle"],
     "fp8": ["load", "tokenizer", "weights", "rewrite", "cast", "engine", "bundle"],
 }
 CHECKS = {
     "fp32": [("rewrite", "trained network"), ("onnx", "rewrite")],
     "fp16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite")],
-    "bf16": [("rewrite", "trained network"), ("cast", "rewrite")],
+    "bf16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite")],
     "int8": [("rewrite", "trained network"), ("onnx", "rewrite"), ("int8", "onnx")],
     "fp8": [("rewrite", "trained network"), ("cast", "rewrite")],
 }
@@ -66,7 +66,7 @@ def test_stages_and_checks(name, precision, bundle):
 
 def test_files_are_whole_and_nothing_else_is_there(name, precision, bundle):
     made = bundle(name, precision)
-    graph = {"model.onnx", "model.onnx.data"} if precision in GRAPHS else set()
+    graph = {"model.onnx", "model.onnx.data"} if precision != "fp8" else set()  # without calibration
     if precision in ("fp32", "fp16"):  # dynamic int8 is for ONNX Runtime alone
         graph.add("model.flat.onnx")
     files = {*graph, "model.safetensors", "tokenizer.json", "README.md"}
@@ -96,7 +96,7 @@ def test_answers_are_the_trained_networks(name, precision, bundle, tiny):
     inputs = example_inputs(model.config, 4, 17, seed=99)
     backend = backends.create("auto", Bundle.open(bundle(name, precision).path))
     got = backend.run({k: v.numpy() for k, v in inputs.items()})
-    assert backend.name == ("ort" if precision in GRAPHS else "torch")
+    assert backend.name == ("torch" if precision in ("bf16", "fp8") else "ort")
     assert tuple(got) == outputs_of(model.config)
     with torch.inference_mode():
         want = model(**inputs)
@@ -129,6 +129,22 @@ def test_inner_precision(name, bundle):
     assert {kind for key, kind in kinds.items() if "bbox_head" in key} == {full}
     assert {kind for key, kind in kinds.items() if "words" in key} == {half}
     assert sum(kind == half for kind in kinds.values()) > 10
+
+
+def test_a_bfloat16_graph_is_for_tensorrt(name, bundle):
+    """bfloat16 weights but for the islands, which the manifest names; no CPU runtime is offered it."""
+    made = bundle(name, "bf16")
+    proto = onnx.load_model(made.path / "model.onnx", load_external_data=False)
+    full, half = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    kinds = {t.name: t.data_type for t in proto.graph.initializer if t.data_type in (full, half)}
+    named = {key: kind for key, kind in kinds.items() if key.endswith((".weight", ".bias"))}
+    islands = made.manifest["float32_layers"]
+    assert {"vision.norm", "branch.bbox_head.0", "branch.bbox_head.1"} <= set(islands)
+    assert len(named) > 50
+    for key, kind in named.items():
+        assert (kind == full) == (key.rpartition(".")[0] in islands), key
+    with pytest.raises(BackendError, match="'ort' has no products in bf16 on a CPU; use 'torch'"):
+        backends.create("ort", Bundle.open(made.path))
 
 
 def test_weights_for_torch(name, precision, bundle, tiny, tmp_path):
@@ -179,8 +195,8 @@ ZERO = Tolerance("max", 0.0)
     ],
 )
 def test_a_failed_check_leaves_nothing(precision, bound, stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, bound, ZERO)
-    monkeypatch.setitem(pipeline._CHECKS, precision, ((0, 1), ZERO))
+    monkeypatch.setattr(pipeline if stage == "rewrite" else lowering, bound, ZERO)
+    monkeypatch.setitem(lowering._CHECKS, precision, ((0, 1), ZERO))
     with pytest.raises(VerificationError, match=f"stage '{stage}' differs"):
         export_bundle(options(tmp_path / "bundle", precision=precision), quietly)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""The error of each layer finds the one that hurts, and an export that keeps it passes its checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+from engine.bundle import Bundle
+from engine.errors import InputError, VerificationError
+from export import cli, lowering, pipeline
+from export.inference import rewrite
+from export.layers import bundle_errors, layer_errors
+from export.onnx import example_inputs
+from export.options import ExportOptions
+from export.pipeline import export_bundle
+from export.qdq import int8_layers, lower
+from export.ranges import read_histograms, scales_of
+from export.verify import Tolerance
+
+BROKEN = "text.text_layers.0.down"
+SPIKE = 3e4
+
+
+def break_layer(model):
+    """Give the layer one channel whose input is huge and whose weight undoes it: nothing in float32."""
+    layer = model.get_submodule(BROKEN)
+    up = model.get_submodule(BROKEN.replace("down", "up"))
+    up.bias[0] += SPIKE
+    layer.bias -= SPIKE * layer.weight[:, 0]
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny):
+    return example_inputs(tiny("hammer").config, 3, 12, seed=5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_the_broken_layer_is_found(precision, tiny, inputs):
+    reference = break_layer(rewrite(tiny("hammer")))
+    scales = None
+    if precision == "int8":
+        scales = scales_of(read_histograms(reference, int8_layers(reference), [inputs]), torch.int8)
+    lowered = lower(break_layer(rewrite(tiny("hammer"))), precision, scales)
+    errors = layer_errors(reference, lowered, precision, [inputs])
+    assert errors[0].name == BROKEN
+    assert errors[0].own > 3 * errors[1].own
+    assert errors[0].accumulated > 0.1
+    kept = lower(break_layer(rewrite(tiny("hammer"))), precision, scales, [BROKEN])
+    again = {x.name: x for x in layer_errors(reference, kept, precision, [inputs], [BROKEN])}
+    assert again[BROKEN].kept
+    assert again[BROKEN].own < errors[0].own / 3
+
+
+def test_errors_by_hand(tiny, inputs):
+    """Own error of bf16 from the layer's true input, in float64."""
+    reference, lowered = rewrite(tiny("hammer")), lower(rewrite(tiny("hammer")), "bf16", None)
+    read = []
+    name = "vision.blocks.0.mlp.fc1"
+    layer = reference.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, x: read.append(x[0]))
+    with torch.inference_mode():
+        reference(**inputs)
+    handle.remove()
+    (found,) = (x for x in layer_errors(reference, lowered, "bf16", [inputs]) if x.name == name)
+    weight, bias = (x.bfloat16().double() for x in (layer.weight, layer.bias))
+    want = read[0].double() @ layer.weight.double().T + layer.bias.double()
+    got = (read[0].bfloat16().double() @ weight.T + bias).bfloat16().double()
+    assert found.own == pytest.approx(float((got - want).norm() / want.norm()), rel=0.02)
+    assert found.accumulated >= found.own / 2
+
+
+def test_a_bundle_tells_its_layers_errors(bundle, capsys):
+    path = bundle("hammer", "bf16").path
+    layers = bundle_errors(Bundle.open(path))
+    assert [x.own for x in layers] == sorted((x.own for x in layers), reverse=True)
+    assert all(0 < x.own < 0.1 for x in layers)
+    assert cli.main(["inspect", str(path), "--layers"]) == 0
+    assert f"\n{layers[0].name} " in capsys.readouterr().out
+    assert cli.main(["inspect", str(path), "--layers", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["layers"][0]
+    assert first == asdict(layers[0])
+    assert bundle_errors(Bundle.open(bundle("hammer", "fp32").path)) == []
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch, annotated):
+    """Options of an int8 export of the broken network, judged by a gate that only a sound one passes."""
+    right = pipeline.rewrite
+    monkeypatch.setattr(pipeline, "rewrite", lambda model: break_layer(right(model)))
+    for module in (pipeline, lowering):  # float32 too loses digits beside the spike
+        monkeypatch.setattr(module, "EXACT", Tolerance("max", 1.0))
+    judged = []
+
+    def judge(run, _writer, manifest):
+        judged.append(manifest["kept_layers"])
+        if BROKEN not in run.kept:
+            raise VerificationError("the accuracy gate failed: AUC")
+        return []
+
+    monkeypatch.setattr(pipeline, "_judge", judge)
+
+    def make(keep):
+        fields = {"model": "hammer", "size": "tiny", "engine": False, "data": annotated(4)}
+        return ExportOptions(tmp_path / "b", precision="int8", keep_layers=keep, **fields), judged
+
+    return make
+
+
+def test_without_keeping_nothing_is_written(broken, tmp_path):
+    options, judged = broken(0)
+    with pytest.raises(VerificationError):
+        export_bundle(options, lambda stage: None)
+    assert len(judged) <= 1
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_the_worst_layers_are_kept_until_it_passes(broken, tmp_path):
+    options, judged = broken("auto")
+    manifest = export_bundle(options, lambda stage: None)
+    assert manifest["kept_layers"][0] == BROKEN
+    assert len(judged) <= 2
+    network = Bundle.open(tmp_path / "b")
+    assert network.manifest.kept_layers == tuple(manifest["kept_layers"])
+    assert "int8" in {x["stage"] for x in manifest["verification"]}
+
+
+def test_layers_need_data_to_be_ranked(tmp_path):
+    for fields in ({"precision": "fp8", "keep_layers": 2}, {"precision": "fp32", "keep_layers": 2}):
+        with pytest.raises(InputError, match="keep_layers"):
+            export_bundle(ExportOptions(tmp_path / "b", model="hammer", **fields), lambda stage: None)
+
+
+def test_a_layer_is_a_linear(tiny):
+    assert all(isinstance(layer, nn.Linear) for _, layer in int8_layers(rewrite(tiny("asap"))))
