@@ -50,3 +50,18 @@ def verb(module: str, function: str) -> Verb:
         return code
 
     return run
+
+
+def export_usage(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments of export taken together, or None."""
+    if options.calibration and options.precision not in ("int8", "fp8"):
+        return "--calibration is for --precision int8 or fp8"
+    if not options.calibration and (options.calibration_method, options.calibration_pairs) != ("minmax", 512):
+        return "--calibration-method and --calibration-pairs say how --calibration DIR is read: give that too"
+    if options.data is None and options.split != "test":
+        return "--split is of the data to judge on: give --data DIR too"
+    if options.target and options.precision == "fp8" and not options.calibration:
+        return "--target: an engine in fp8 needs calibrated scales: give --calibration DIR too"
+    if options.triton_repository and options.precision in ("bf16", "fp8"):
+        return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
+    return None

@@ -131,9 +131,7 @@ def _percent(value: float | None) -> str:
 
 def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
     if not engines:
-        return (
-            "No engine is in this bundle; `model.onnx` runs in ONNX Runtime, and engines are built from it."
-        )
+        return "No engine is in this bundle; `dgm4 rebuild` builds one of `model.onnx`, where that is there."
     rows = [
         (
             f"`{item['file']}`",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from engine.errors import Dgm4Error
 from export import cli_bench, cli_repository
+from export.arguments import export_usage
 from export.arguments import positive as _positive
 from export.arguments import verb as _verb
 from export.arguments import whole as _whole
@@ -94,7 +95,12 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verb.add_argument("--size", choices=("base", "tiny"), help="read off a checkpoint; tiny without one")
     verb.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
-    verb.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8", "fp8"), default="fp32")
+    verb.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "int8", "fp8"),
+        default="fp32",
+        help="of the products (%(default)s); bf16 and fp8 are for GPUs: on a CPU torch alone serves them",
+    )
     verb.add_argument(
         "--max-batch", type=_positive, default=32, metavar="N", help="largest batch (%(default)s)"
     )
@@ -142,7 +148,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
-    verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
+    verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=export_usage, parser=verb)
 
 
 def _add_rebuild(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -351,15 +357,6 @@ def _targets(text: str) -> tuple[str, ...] | None:
     if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
         raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
     return targets
-
-
-def _export_usage(options: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments of export taken together, or None."""
-    if options.calibration and options.precision not in ("int8", "fp8"):
-        return "--calibration is for --precision int8 or fp8"
-    if options.triton_repository and options.precision in ("bf16", "fp8"):
-        return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
-    return None
 
 
 def _predict_usage(options: argparse.Namespace) -> str | None:
