@@ -78,13 +78,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the sample set")
     parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=tuple(VARIANTS),
+        help="others stay as FILE has them",
+    )
     options = parser.parse_args()
+    kept = json.loads(options.out.read_text())["bundles"] if options.out.exists() else []
+    found = {(x["model"]["name"], x["variant"]): x for x in kept}
     with tempfile.TemporaryDirectory() as folder:
-        records = [
-            measure(network, variant, options.data, Path(folder))
-            for network in MODEL_NAMES
-            for variant in VARIANTS
-        ]
+        for network in MODEL_NAMES:
+            for variant in options.variants:
+                found[network, variant] = measure(network, variant, options.data, Path(folder))
+    order = [(network, variant) for network in MODEL_NAMES for variant in VARIANTS]
+    records = [found[key] for key in order if key in found]
     result = {"machine": describe_machine(), "bundles": records}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(records))

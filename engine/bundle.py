@@ -114,10 +114,17 @@ def _read_manifest(root: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{root}: not a bundle, its {MANIFEST} cannot be read: {error}") from error
+        raise BundleError(f"{root}: not a bundle, {_why_none(root, error)}") from error
     if len(data) > _MAX_MANIFEST_BYTES:
         raise BundleError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes")
     return data
+
+
+def _why_none(root: Path, error: OSError | ValueError) -> str:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        found = "a file" if root.is_file() else "a directory without one" if root.is_dir() else "nothing"
+        return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {found}"
+    return f"its {MANIFEST} cannot be read: {error}"
 
 
 def _list_files(root: Path) -> dict[str, int]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from engine.errors import BundleError
@@ -93,7 +93,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """A prebuilt engine: what built it, for which GPUs and which range of shapes."""
+    """A prebuilt engine: what built it, for which GPUs and which range of shapes.
+
+    plugins: how many nodes our own kernels run, by operator.
+    """
 
     file: str
     library: str
@@ -101,6 +104,7 @@ class EngineEntry:
     compute_capabilities: tuple[str, ...]
     onnx_sha256: str
     profile: dict[str, Any]
+    plugins: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,12 @@ def _engine(fields: Fields) -> EngineEntry:
         compute_capabilities=fields.texts("compute_capabilities"),
         onnx_sha256=fields.digest("onnx_sha256"),
         profile=fields.child("profile").raw,
+        plugins=_counts(fields.child("plugins")) if "plugins" in fields.raw else {},
     )
+
+
+def _counts(fields: Fields) -> dict[str, int]:
+    return {name: fields.integer(name) for name in fields.raw}
 
 
 def _verification(fields: Fields) -> Verification:

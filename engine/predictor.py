@@ -14,24 +14,17 @@ from time import perf_counter
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
-from PIL import Image
 
-from engine.backends import PictureBackend, create, usable_cores
+from engine.backends import PictureBackend, create, rebuilt, usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
 from engine.manifest import Manifest, Thresholds
 from engine.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
 from engine.postprocess import read_answer
-from engine.preprocess import (
-    ImageInput,
-    ImageOptions,
-    decode_image,
-    make_thumbnail,
-    normalize_image,
-    resize_image,
-)
+from engine.preparation import Item, Preparation, milliseconds
+from engine.preprocess import ImageInput, ImageOptions
 from engine.result import Prediction
-from engine.text import CaptionTokenizer, Tokens
+from engine.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +36,8 @@ TOKENIZER = "tokenizer.json"
 THUMBNAIL_SIDE = 1024
 _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _WARM_UP = (1, 24)
-_LARGEST_SENT = 4096  # pixels of a side: a picture a backend takes as it was decoded has 50 MB at most
 
 Outputs = dict[str, np.ndarray]
-
-
-class _Item(NamedTuple):
-    """One prepared pair: what the backend gets and what its Prediction needs besides."""
-
-    name: str
-    pixels: np.ndarray
-    tokens: Tokens
-    caption: str
-    size: tuple[int, int]
-    thumbnail: Image.Image | None
-    warnings: tuple[str, ...]
-    timing: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,7 +51,7 @@ class _Job:
 class _Batch(NamedTuple):
     """Items on their way, in order, and what waits for the results of those that could be prepared."""
 
-    items: list[_Item | ItemError]
+    items: list[Item | ItemError]
     results: Callable[[], list[Prediction | NumericalError]]
 
 
@@ -95,25 +74,31 @@ class Predictor:
         image_options: ImageOptions | None = None,
         thumbnail: int = THUMBNAIL_SIDE,
         thresholds: Mapping[str, float] | None = None,
+        rebuild: bool = False,
     ):
         """Open, verify and load a bundle.
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
         longer side in pixels of the picture that a Prediction keeps, 0 to keep none; `thresholds` such as
-        {"manipulated": 0.8, "types": 0.5, "words": 0.6} stand in for the bundle's, each by itself.
+        {"manipulated": 0.8, "types": 0.5, "words": 0.6} stand in for the bundle's, each by itself. With
+        `rebuild` a bundle without an engine for this machine's GPU gets one first, on disk too, which can
+        take many minutes. An engine is checked here and loaded at the first run: call `warm_up` where
+        that should not be a user's.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
-        lacks, InputError for a threshold of an unknown name or outside [0, 1].
+        lacks, EngineMismatchError for an engine of another one, InputError for a threshold of an unknown name
+        or outside [0, 1].
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if rebuild:
+            self.bundle = rebuilt(backend, self.bundle, device)
         manifest = self.bundle.manifest
         self._manifest = replace(manifest, thresholds=_thresholds(manifest.thresholds, thresholds or {}))
         spec = self.manifest.preprocess
-        tokenizer_path = self.bundle.verified(TOKENIZER)
-        self._tokenizer = CaptionTokenizer(tokenizer_path, spec.max_words, spec.max_tokens)
-        self._options = image_options or ImageOptions()
-        self._thumbnail = thumbnail
+        tokenizer = CaptionTokenizer(self.bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
         self._backend = create(backend, self.bundle, device, threads)
         self._pictures = self._backend if isinstance(self._backend, PictureBackend) else None
+        options, decoded = image_options or ImageOptions(), self._pictures is not None
+        self._preparation = Preparation(spec, tokenizer, options, thumbnail, decoded)
         self._pid = os.getpid()
         self._warnings = _weights_warning(self.manifest)
 
@@ -142,7 +127,7 @@ class Predictor:
         Raises InputError for a picture or caption that cannot be used, NumericalError for a
         network that answers NaN or infinity, BackendError where the run fails.
         """
-        item = self._prepare_pair("", image, caption)
+        item = self._preparation.pair("", image, caption)
         result = self._start([item])()[0]
         if isinstance(result, Exception):
             raise result
@@ -219,16 +204,9 @@ class Predictor:
         and takes the memory of the largest; a shape that is not among them is captured when it comes.
         Numbers above the bundle's largest are lowered to it; raises InputError for those below 1.
         """
-        spec, limits = self.manifest.preprocess, self.manifest.limits
-        blank = self._pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
         # The largest first: on a GPU the others fit into its memory.
         for batch, tokens in sorted(check_shapes(shapes), reverse=True):
-            shape = min(batch, limits.max_batch), min(max(tokens, spec.min_tokens), spec.max_tokens)
-            text = {
-                "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),
-                "attention_mask": np.ones(shape, dtype=np.int64),
-            }
-            self._run([blank] * shape[0], text)()
+            self._run(*self._preparation.blank(min(batch, self.manifest.limits.max_batch), tokens))()
 
     def close(self) -> None:
         """Release the network; later calls raise BackendError."""
@@ -247,11 +225,11 @@ class Predictor:
         self, pairs: Iterable[Pair], batch_size: int, on_error: OnError
     ) -> Iterator[Prediction | ItemError]:
         numbered = (_Job(f"item {i}", pair) for i, pair in enumerate(pairs))
-        most = _MAX_WORKERS if self._pictures is None else usable_cores()
+        most = _MAX_WORKERS if self._backend.device == "cpu" else usable_cores()
         workers = min(most, usable_cores(), batch_size)
         beside = 0 if self._pictures is None else 1  # batches that run while the next is copied
         with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
-            ahead: list[Future[_Item | ItemError]] = []
+            ahead: list[Future[Item | ItemError]] = []
             running: deque[_Batch] = deque()
             while jobs := list(itertools.islice(numbered, batch_size)):
                 current, ahead = ahead, [pool.submit(self._prepare, job) for job in jobs]
@@ -262,71 +240,42 @@ class Predictor:
             for batch in running:
                 yield from self._results(batch, on_error)
 
-    def _start_batch(self, prepared: list[Future[_Item | ItemError]]) -> _Batch:
+    def _start_batch(self, prepared: list[Future[Item | ItemError]]) -> _Batch:
         items = [future.result() for future in prepared]
-        return _Batch(items, self._start([item for item in items if isinstance(item, _Item)]))
+        return _Batch(items, self._start([item for item in items if isinstance(item, Item)]))
 
     def _results(self, batch: _Batch, on_error: OnError) -> Iterator[Prediction | ItemError]:
         """Wait for a batch and yield all its results in their order."""
         answers = iter(batch.results())
         for item in batch.items:
-            result = next(answers) if isinstance(item, _Item) else item
+            result = next(answers) if isinstance(item, Item) else item
             if on_error == "raise" and isinstance(result, Exception):
                 raise result
             yield result
 
-    def _prepare(self, job: _Job) -> _Item | ItemError:
+    def _prepare(self, job: _Job) -> Item | ItemError:
         """Prepare one pair of a batch; its InputError is the result where it cannot be used."""
         try:
             image, caption = unpack_pair(job.name, job.pair)
-            return self._prepare_pair(job.name, image, caption)
+            return self._preparation.pair(job.name, image, caption)
         except InputError as error:
             return error
 
-    def _prepare_pair(self, name: str, image: ImageInput, caption: Caption) -> _Item:
-        started = perf_counter()
-        decoded = decode_image(image, name=name or None, options=self._options)
-        thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
-        decode_end = perf_counter()
-        pixels = self._pixels(decoded.rgb)
-        resize_end = perf_counter()
-        try:
-            text, tokens = self._tokenizer(caption)
-        except InputError as error:
-            raise InputError(f"{name}: {error}" if name else str(error)) from error
-        tokenize_end = perf_counter()
-        timing = {
-            "decode": _milliseconds(started, decode_end),
-            "resize": _milliseconds(decode_end, resize_end),
-            "tokenize": _milliseconds(resize_end, tokenize_end),
-        }
-        warnings = self._warnings + decoded.warnings + tokens.warnings
-        return _Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
-
-    def _pixels(self, rgb: Image.Image) -> np.ndarray:
-        """What the backend takes of a picture: the network's input of it, or itself, uint8 [H, W, 3]."""
-        spec = self.manifest.preprocess
-        if self._pictures is None:
-            return normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
-        if max(rgb.size) > _LARGEST_SENT:
-            rgb = resize_image(rgb, spec.image_size)  # again to the same size, it stays the same to the bit
-        return np.asarray(rgb)
-
-    def _start(self, items: list[_Item]) -> Callable[[], list[Prediction | NumericalError]]:
+    def _start(self, items: list[Item]) -> Callable[[], list[Prediction | NumericalError]]:
         """Begin to answer prepared items as one batch; what is returned waits for their results."""
         if not items:
             return list
         started = perf_counter()
-        wait = self._run([item.pixels for item in items], self._text(items))
-        return partial(self._collect, items, wait, _milliseconds(started, perf_counter()))
+        wait = self._run([item.pixels for item in items], self._preparation.text(items))
+        return partial(self._collect, items, wait, milliseconds(started, perf_counter()))
 
     def _collect(
-        self, items: list[_Item], wait: Callable[[], Outputs], spent: float
+        self, items: list[Item], wait: Callable[[], Outputs], spent: float
     ) -> list[Prediction | NumericalError]:
         """Make the results of a batch; a NumericalError stands in the place of its item."""
         started = perf_counter()
         outputs = wait()
-        share = (spent + _milliseconds(started, perf_counter())) / len(items)
+        share = (spent + milliseconds(started, perf_counter())) / len(items)
         results: list[Prediction | NumericalError] = []
         for index, item in enumerate(items):
             try:
@@ -334,17 +283,6 @@ class Predictor:
             except NumericalError as error:
                 results.append(error)
         return results
-
-    def _text(self, items: list[_Item]) -> dict[str, np.ndarray]:
-        """Ids and mask of the items, padded with 0 to the longest caption."""
-        longest = max(len(item.tokens.ids) for item in items)
-        shape = (len(items), max(longest, self.manifest.preprocess.min_tokens))
-        input_ids = np.zeros(shape, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        for row, item in enumerate(items):
-            input_ids[row, : len(item.tokens.ids)] = item.tokens.ids
-            attention_mask[row, : len(item.tokens.ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _run(self, pixels: list[np.ndarray], text: dict[str, np.ndarray]) -> Callable[[], Outputs]:
         """Begin a batch where the backend can; else it runs when its answers are asked for."""
@@ -355,26 +293,22 @@ class Predictor:
             return self._pictures.start(pixels, text)
         return partial(self._backend.run, {"image": np.stack(pixels), **text})
 
-    def _finish(self, outputs: Outputs, index: int, item: _Item, inference: float) -> Prediction:
+    def _finish(self, outputs: Outputs, index: int, item: Item, inference: float) -> Prediction:
         started = perf_counter()
         answer = read_answer(outputs, index, item.tokens, item.size, self.manifest, item.name or "the pair")
         timing = item.timing | {
             "inference": inference,
-            "postprocess": _milliseconds(started, perf_counter()),
+            "postprocess": milliseconds(started, perf_counter()),
         }
         return Prediction(
             **vars(answer),
             caption=item.caption,
             size=item.size,
-            warnings=item.warnings,
+            warnings=self._warnings + item.warnings,
             model=self.model,
             timing=timing | {"total": sum(timing.values())},
             thumbnail=item.thumbnail,
         )
-
-
-def _milliseconds(start: float, end: float) -> float:
-    return (end - start) * 1000
 
 
 def _thresholds(own: Thresholds, given: Mapping[str, float]) -> Thresholds:

@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 
 from engine.errors import BundleError
 from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, parse_manifest
+from export.refusals import as_bundle_error, refusal, write_error
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,6 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 # A network file system may have no locks on directories: nothing is swept there.
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-_HINTS = {
-    errno.ENOSPC: "the disk is full: free space or choose another --out",
-    errno.EDQUOT: "the disk quota is used up: free space or choose another --out",
-    errno.EACCES: "no permission to write there: choose another --out or change its owner",
-    errno.EPERM: "no permission to write there: choose another --out or change its owner",
-    errno.EROFS: "the file system is read-only: choose another --out",
-    errno.ENOENT: "the parent directory does not exist: create it first",
-    errno.ENOTDIR: "a part of the path is a file, not a directory: choose another --out",
-    errno.EBUSY: "the directory is in use or a mount point: choose a directory inside it",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter --out",
-}
 
 # Temporary directories of this process and the bundles they are to become. KeyboardInterrupt can strike
 # before a with block has begun or while it cleans up; what is left then goes when the process ends.
@@ -65,7 +55,10 @@ class BundleWriter:
     `overwrite` is true, an existing empty directory always. Anything else there is refused with
     `BundleError` before a byte is written. Leaving the block without `commit`, or by an exception,
     removes what was written. A full disk met inside the block is raised as `BundleError`.
+    `format` is what a manifest says of what is written here, `noun` what messages call it.
     """
+
+    format, noun = FORMAT, "bundle"
 
     def __init__(self, out: str | Path, overwrite: bool = True) -> None:
         self.out = Path(out).resolve()
@@ -74,8 +67,8 @@ class BundleWriter:
         self._lock = -1
 
     def __enter__(self) -> BundleWriter:
-        with _as_bundle_error(self.out):
-            check_replaceable(self.out, self.overwrite)
+        with as_bundle_error(self.noun, self.out):
+            self.check_replaceable(self.out, self.overwrite)
             sweep_partials(self.out)
             self._directory, self._lock = _make_locked(self.out)
         return self
@@ -84,6 +77,7 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         directory = self._opened()
+        refused = None if error is None else refusal(error, directory)
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
@@ -94,8 +88,31 @@ class BundleWriter:
         finally:
             self._directory = None
             os.close(self._lock)
-        if isinstance(error, OSError) and _is_full_disk(error, directory):
-            raise _bundle_error(self.out, error) from error
+        if refused is not None:
+            raise write_error(self.noun, self.out, refused) from error
+
+    @classmethod
+    def check_replaceable(cls, out: Path, overwrite: bool) -> None:
+        """Raise `BundleError` unless `out` is absent, an empty directory, or one of ours to be replaced."""
+        noun = cls.noun
+        if not os.path.lexists(out):
+            return
+        if not out.is_dir():
+            raise BundleError(f"{out} is a file; expected a directory or a free name for the {noun}")
+        if not any(out.iterdir()):
+            return
+        listed = _listed_files(out, cls.format)
+        if listed is None:
+            raise BundleError(
+                f"{out} is not empty and no {noun}: nothing there is touched, choose another --out"
+            )
+        foreign = sorted(_entries(out) - listed)
+        if foreign:
+            raise BundleError(
+                f"{out} is a {noun} with files that are not its own: {', '.join(foreign[:5])}; move them away"
+            )
+        if not overwrite:
+            raise BundleError(f"{out} already holds a {noun}: allow overwriting or choose another --out")
 
     def path(self, name: str) -> Path:
         """Path for a file called `name` of the bundle; the caller writes it before `commit`.
@@ -109,7 +126,7 @@ class BundleWriter:
     def add_bytes(self, name: str, content: bytes) -> Path:
         """Write `content` as the file `name` and return its path; raises `BundleError`."""
         path = self.path(name)
-        with _as_bundle_error(self.out):
+        with as_bundle_error(self.noun, self.out):
             path.write_bytes(content)
         return path
 
@@ -123,7 +140,7 @@ class BundleWriter:
         manifest as for `commit`, which still has to follow and writes its own. Raises `BundleError`.
         """
         directory = self._opened()
-        with _as_bundle_error(self.out):
+        with as_bundle_error(self.noun, self.out):
             self._write_manifest(manifest)
         return directory
 
@@ -136,10 +153,11 @@ class BundleWriter:
         to write; `out` is then as it was before.
         """
         directory = self._opened()
-        with _as_bundle_error(self.out):
+        with as_bundle_error(self.noun, self.out):
             filled = self._write_manifest(manifest)
-            _sync_directory(directory)
-            check_replaceable(self.out, self.overwrite)
+            for folder in (directory, *filter(Path.is_dir, directory.rglob("*"))):
+                _sync_directory(folder)
+            self.check_replaceable(self.out, self.overwrite)
             _publish(directory, self.out)
             _sync_directory(self.out.parent)
         return filled
@@ -147,37 +165,19 @@ class BundleWriter:
     def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         directory = self._opened()
         (directory / MANIFEST).unlink(missing_ok=True)
-        filled = _fill_manifest(manifest, _seal_files(directory))
+        filled = _fill_manifest({"format": self.format, **manifest}, _seal_files(directory))
         content = (json.dumps(filled, indent=1) + "\n").encode()
-        parse_manifest(content)  # what the reader would refuse is never published
+        self._check_manifest(content)
         _write_synced(directory / MANIFEST, content)
         return filled
 
+    def _check_manifest(self, content: bytes) -> None:
+        parse_manifest(content)  # what the reader would refuse is never published
+
     def _opened(self) -> Path:
         if self._directory is None:
-            raise BundleError("the bundle writer is closed: use it inside its with block")
+            raise BundleError(f"the {self.noun} writer is closed: use it inside its with block")
         return self._directory
-
-
-def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raise `BundleError` unless `out` is absent, an empty directory, or a bundle that may be replaced."""
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir():
-        raise BundleError(f"{out} is a file; expected a directory or a free name for the bundle")
-    entries = {entry.name for entry in out.iterdir()}
-    if not entries:
-        return
-    listed = _listed_files(out)
-    if listed is None:
-        raise BundleError(f"{out} is not empty and no bundle: nothing there is touched, choose another --out")
-    foreign = sorted(entries - listed)
-    if foreign:
-        raise BundleError(
-            f"{out} is a bundle with files that are not its own: {', '.join(foreign[:5])}; move them away"
-        )
-    if not overwrite:
-        raise BundleError(f"{out} already holds a bundle: allow overwriting or choose another --out")
 
 
 def sweep_partials(out: Path) -> list[Path]:
@@ -244,13 +244,22 @@ def _lock_directory(directory: Path) -> int:
     return descriptor
 
 
-def _listed_files(directory: Path) -> set[str] | None:
-    """Names of the files that a bundle lists, manifest included; None if this is no bundle of ours."""
+def _entries(directory: Path) -> set[str]:
+    """Files below a directory by their path in it, and the directories that hold none."""
+    found = set()
+    for path in directory.rglob("*"):
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            found.add(path.relative_to(directory).as_posix())
+    return found
+
+
+def _listed_files(directory: Path, kind: str) -> set[str] | None:
+    """Paths of the files that a manifest lists, itself included; None if there is none of ours."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
         return None
     files = manifest.get("files")
     return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
@@ -258,15 +267,16 @@ def _listed_files(directory: Path) -> set[str] | None:
 
 def _seal_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Hash, sync and open to its readers every file of the directory; name -> sha256 and bytes."""
-    paths = sorted(directory.iterdir())
+    paths = [directory / name for name in sorted(_entries(directory))]
     for path in paths:
         if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path.name} in the bundle is not a regular file; a bundle is flat")
+            raise BundleError(f"{path.name} is not a regular file; expected nothing else in {directory.name}")
     # Writers of temporary files leave 0600: give every file what the umask gave the directory.
     mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         sealed = list(pool.map(lambda path: _seal(path, mode), paths))
-    return {path.name: record for path, record in zip(paths, sealed, strict=True)}
+    names = (path.relative_to(directory).as_posix() for path in paths)
+    return dict(zip(names, sealed, strict=True))
 
 
 def _seal(path: Path, mode: int) -> dict[str, Any]:
@@ -279,7 +289,7 @@ def _seal(path: Path, mode: int) -> dict[str, Any]:
 
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
+    head = {"format_version": FORMAT_VERSION, "created": created}
     filled = {**head, **copy.deepcopy(dict(manifest)), "files": files}
     return {**filled, "sha256": manifest_digest(filled)}
 
@@ -353,22 +363,3 @@ def remove_unfinished() -> None:
             _clear_stale(aside, out)
         if directory.exists():
             _remove_tree(directory)
-
-
-def _is_full_disk(error: OSError, directory: Path) -> bool:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return False
-    return error.filename is None or directory in Path(os.fsdecode(error.filename)).parents
-
-
-@contextlib.contextmanager
-def _as_bundle_error(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _bundle_error(out, error) from error
-
-
-def _bundle_error(out: Path, error: OSError) -> BundleError:
-    hint = _HINTS.get(error.errno or 0, "choose another --out")
-    return BundleError(f"cannot write the bundle {out}: {error.strerror or error}; {hint}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from dgm4.config import ModelConfig
 from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
-from export.digest import sha256_of
+from export.engine_file import build_into, profile_of
 from export.options import ExportOptions
 from export.record import MAX_WORDS, MIN_TOKENS
+from kernels.jit import TARGETS
 from kernels.rows import E4M3_CAPABILITY
 
 MODEL = "model.onnx"
@@ -37,6 +39,21 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
     return None
 
 
+def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
+    """Whether our kernels go into the engine; raises BackendError where they were asked for and cannot."""
+    reasons, known = [], [f"{target / 10}" for target in TARGETS]
+    if builder.library != "tensorrt":
+        reasons.append(f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU")
+    elif builder.compute_capability not in known:
+        gpu = builder.compute_capability
+        reasons.append(f"the kernels are for compute capability {', '.join(known)}, and this GPU's is {gpu}")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("Triton, which compiles them, is not installed: pip install triton")
+    if options.plugins == "on" and reasons:
+        raise BackendError(f"--plugins on: {'; '.join(reasons)}")
+    return options.plugins != "off" and not reasons
+
+
 def write_engine(
     options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
 ) -> tuple[dict[str, Any], str]:
@@ -44,31 +61,10 @@ def write_engine(
 
     Raises BuildError.
     """
-    graph = writer.path(MODEL)
     targets = options.targets or _default_targets(options, builder)
-    spec = trt.EngineSpec(
-        graph, profile_of(options, config), compute_capabilities=targets, library=builder.library
-    )
-    draft = writer.path("draft.engine")
-    built = trt.build_engine(spec, draft)
-    kind = "rtx" if built.library == "tensorrt_rtx" else "trt"
-    target = "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
-    name = f"model.{target}.engine"
-    draft.rename(writer.path(name))
-    record = {
-        "file": name,
-        "library": built.library,
-        "version": built.version,
-        "compute_capabilities": list(built.compute_capabilities),
-        "onnx_sha256": sha256_of(graph),
-        "profile": {
-            k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in spec.profile.items()
-        },
-    }
-    return record, (
-        f"{name}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}, "
-        f"{built.engine_bytes / 1e6:.0f} MB, {built.peak_memory_mb:.0f} MB at its peak"
-    )
+    tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
+    profile = profile_of(options.max_batch, tokens, config.image_size)
+    return build_into(writer, builder.library, targets, profile, plugins_fit(options, builder))
 
 
 def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[str, ...]:
@@ -81,15 +77,3 @@ def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[
 
 def _number(capability: str) -> tuple[int, ...]:
     return tuple(map(int, capability.split(".")))
-
-
-def profile_of(
-    options: ExportOptions, config: ModelConfig
-) -> dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]:
-    """Shapes (smallest, typical, largest) of every input."""
-    batch = (1, min(8, options.max_batch), options.max_batch)
-    tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    image: list[trt.Shape] = [(b, 3, config.image_size, config.image_size) for b in batch]
-    text: list[trt.Shape] = list(zip(batch, tokens, strict=True))
-    shapes = {"image": image, "input_ids": text, "attention_mask": text}
-    return {name: (x[0], x[1], x[2]) for name, x in shapes.items()}

@@ -137,7 +137,7 @@ def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             f"`{item['file']}`",
-            f"{item['library']} {item['version']}",
+            ", ".join((f"{item['library']} {item['version']}", *item.get("plugins", ()))),
             ", ".join(item["compute_capabilities"]),
             ", ".join(f"{name} {_batches(ranges)}" for name, ranges in item["profile"].items()),
         )

@@ -1,4 +1,4 @@
-"""The `dgm4` command: verbs export, predict, evaluate, train, data, inspect, doctor.
+"""The `dgm4` command: export, rebuild, predict, evaluate, bench, repository, train, data, inspect, doctor.
 
 stdout carries the answer, stderr the log and the progress. Exit codes: 0 done, 1 bad input, 2 usage, 3 a
 verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped (129 by a lost terminal).
@@ -14,12 +14,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-
-Verb = Callable[[argparse.Namespace], int]
+from export import cli_bench, cli_repository
+from export.arguments import positive as _positive
+from export.arguments import verb as _verb
+from export.arguments import whole as _whole
 
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
@@ -72,10 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
     _add_export(verbs)
+    _add_rebuild(verbs)
     _add_predict(verbs)
     _add_evaluate(verbs)
     _add_train(verbs)
     _add_pretrain(verbs)
+    cli_bench.add_arguments(verbs)
+    cli_repository.add_arguments(verbs)
     _add_inspect(verbs)
     _add_data(verbs)
     return parser
@@ -103,6 +108,12 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=(),
         help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
     )
+    verb.add_argument(
+        "--plugins",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
+    )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.add_argument("--data", type=Path, metavar="DIR", help="judge it on this data: the accuracy gate")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
@@ -127,8 +138,21 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="Linear layers, the worst first, that stay a step above the precision; auto: until the gate "
         "on --data passes",
     )
+    verb.add_argument(
+        "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=_export_usage, parser=verb)
+
+
+def _add_rebuild(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "rebuild",
+        help="put an engine for this machine into a bundle",
+        description="Build the bundle's engine for this machine's GPU and TensorRT. Engines for others stay.",
+    )
+    verb.add_argument("bundle", type=Path)
+    verb.set_defaults(run=_verb("export.rebuild", "run"))
 
 
 def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -153,6 +177,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
+    verb.add_argument("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
     verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
 
@@ -218,6 +243,12 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
     verb.add_argument("--save-every", type=_whole, default=0, metavar="N", help="save every N updates too")
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
+    verb.add_argument(
+        "--plugins",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
+    )
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli_train", "run"))
 
@@ -300,20 +331,6 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
 
 
-def _positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    """A whole number from 0, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
 def _kept(text: str) -> int | str:
     """A number of layers, or "auto", for argparse."""
     return text if text == "auto" else _whole(text)
@@ -340,6 +357,8 @@ def _export_usage(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments of export taken together, or None."""
     if options.calibration and options.precision not in ("int8", "fp8"):
         return "--calibration is for --precision int8 or fp8"
+    if options.triton_repository and options.precision in ("bf16", "fp8"):
+        return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
     return None
 
 
@@ -374,18 +393,6 @@ def _version() -> str:
         return importlib.metadata.version("dgm4")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _verb(module: str, function: str) -> Verb:
-    """A verb whose code is imported when it is called, since most verbs do not need torch."""
-
-    def run(options: argparse.Namespace) -> int:
-        import importlib
-
-        code: int = getattr(importlib.import_module(module), function)(options)
-        return code
-
-    return run
 
 
 if __name__ == "__main__":

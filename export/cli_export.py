@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
 
     out = options.out or _default_out(options)
     drawn = _check_drawing(out)
+    if options.triton_repository is not None:
+        _check_repository(options.triton_repository, out)
     manifest = export_bundle(
         ExportOptions(
             out=out,
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             targets=options.target or (),
             engine=options.target is not None,
+            plugins=options.plugins,
             vocabulary=options.vocab,
             data=options.data,
             split=options.split,
@@ -54,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
         report,
     )
     answer = _try(out, drawn, manifest["weights"]["sha256"])
+    if options.triton_repository is not None:
+        sys.stderr.write(_write_repository(out, options.triton_repository))
     if options.json:
         record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
         sys.stdout.write(json.dumps({**record, "sample": answer}, allow_nan=False) + "\n")
@@ -104,6 +109,26 @@ def _check_drawing(bundle: Path) -> Path:
     return drawn
 
 
+def _check_repository(repository: Path, bundle: Path) -> None:
+    """Raise before the export where the repository could not be written after it."""
+    from export.repository import RepositoryWriter
+
+    if repository.resolve() == bundle.resolve():
+        raise InputError(f"--triton-repository {repository}: is the bundle's own place; choose another")
+    if not repository.resolve().parent.is_dir():
+        raise InputError(f"--triton-repository {repository}: expected a directory in one that exists")
+    RepositoryWriter.check_replaceable(repository.resolve(), overwrite=True)
+
+
+def _write_repository(bundle: Path, repository: Path) -> str:
+    """Make a model repository of the finished bundle; what it serves, in lines."""
+    from engine import Bundle
+    from export.cli_repository import summary
+    from export.repository import name_models, write_repository
+
+    return summary(repository, write_repository(name_models([Bundle.open(bundle)]), repository))
+
+
 def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | None:
     """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
     from engine import Predictor
@@ -118,7 +143,11 @@ def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | Non
     with Predictor(bundle) as predictor:
         predictor.warm_up()
         answer = predictor.predict(sample.picture, sample.caption)
-    answer.plot(drawn)
+    try:
+        answer.plot(drawn)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{drawn}: cannot be written: {reason}; the bundle itself is whole") from error
     known = {"picture": sample.picture.name, "truth": sample.truth, "drawn": str(drawn)}
     return {**known, **answer.to_dict(heatmap=False)}
 

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from engine.backends import available, usable_cores
+from engine.backends import describe, usable_cores
 from engine.bundle import Bundle
 
 _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
     "torch",
     "triton",
     "safetensors",
@@ -54,6 +56,7 @@ def _describe(record: dict[str, Any]) -> str:
         capabilities = ", ".join(engine["compute_capabilities"])
         lines.append(
             f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}"
+            + (f", plugins {', '.join(engine['plugins'])}" if engine.get("plugins") else "")
         )
     for stage in record["verification"]:
         lines.append(
@@ -81,11 +84,13 @@ def doctor(options: argparse.Namespace) -> int:
     """Print what this machine has for exporting and serving."""
     from export.trt import describe_builders
 
+    lacking = describe()
     record = {
         "python": platform.python_version(),
         "cores": usable_cores(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "backends": available(),
+        "backends": [name for name, lack in lacking.items() if lack is None],
+        "absent_backends": {name: lack for name, lack in lacking.items() if lack is not None},
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -99,6 +104,7 @@ def _checkup(record: dict[str, Any]) -> str:
     lines = [f"python     {record['python']}, {record['cores']} cores"]
     lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
     lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
+    lines += [f"absent     {name} needs {lack}" for name, lack in record["absent_backends"].items()]
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")

@@ -46,8 +46,17 @@ def run(options: argparse.Namespace) -> int:
         answer = predictor.predict(options.image, os.fsencode(options.caption))
         _write(out, options, [({"image": options.image}, answer)])
         if options.plot:
-            answer.plot(options.plot)
+            _plot(answer, options.plot)
         return 0
+
+
+def _plot(answer: Prediction, path: Path) -> None:
+    """Draw the answer; raises InputError where the picture cannot be written."""
+    try:
+        answer.plot(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--plot {path}: cannot be written: {reason}; choose another place") from error
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:
@@ -56,6 +65,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        rebuild=options.rebuild,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=None if options.threshold is None else {"manipulated": options.threshold},
     )

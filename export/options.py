@@ -13,6 +13,7 @@ from export.ranges import METHODS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
+PLUGINS = ("auto", "on", "off")
 FEWEST_TOKENS = 2  # [CLS] and a word
 
 
@@ -21,12 +22,13 @@ class ExportOptions:
     """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
 
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
-    `engine` False leaves the engine out. `vocabulary` is a file with one word piece a line. `data` is a
-    folder in DGM4's layout: the bundle is judged on its `split`, and refused outside the accuracy gate.
-    `calibration` is such a folder too: int8 and fp8 are static then, with scales of activations calibrated
-    on `calibration_pairs` pairs of its training split by `calibration_method` (entropy: int8 alone).
-    `keep_layers` of the Linear layers, the worst by their own error, stay a step above the precision; "auto":
-    as few as the checks and the gate on `data` ask for.
+    `engine` False leaves the engine out; `plugins` puts our own kernels into it, "auto" where they can be.
+    `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
+    judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
+    and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
+    training split by `calibration_method` (entropy: int8 alone). `keep_layers` of the Linear layers, the
+    worst by their own error, stay a step above the precision; "auto": as few as the checks and the gate
+    on `data` ask for.
     """
 
     out: Path
@@ -38,6 +40,7 @@ class ExportOptions:
     max_tokens: int = 128
     targets: tuple[str, ...] = ()
     engine: bool = True
+    plugins: str = PLUGINS[0]
     vocabulary: Path | None = None
     data: Path | None = None
     split: str = "test"
@@ -51,6 +54,8 @@ def check_options(options: ExportOptions) -> None:
     """Raise InputError for options that do not fit."""
     if options.precision not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
+    if options.plugins not in PLUGINS:
+        raise InputError(f"plugins: expected one of {', '.join(PLUGINS)}, got {options.plugins!r}")
     if options.max_batch < 1:
         raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
     if not FEWEST_TOKENS <= options.max_tokens <= 512:

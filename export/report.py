@@ -15,6 +15,7 @@ from engine.render import BOX, EMPTY, INK, MANIPULATED, PRISTINE, TRACK, WHITE, 
 from export.agreement import Case
 from export.evaluate import Comparison, Evaluation
 from export.gate import GATED, GATES, GateFailure
+from export.output import Rows, align
 
 _REFERENCE_BOX: Color = (255, 160, 0)
 _TRUE_BOX: Color = (64, 200, 80)
@@ -32,17 +33,16 @@ _AGREEMENT = {
     "box_iou_min": "smallest IoU of the two boxes",
     "score_change": "largest change of a score",
 }
-Rows = list[tuple[str, ...]]
 
 
 def write_table(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
     """Return the evaluation as lines of text, metrics in percent; `failures` as of `check_gate`, or None."""
-    lines = [*_head(found), "", *_align(_metric_rows(found)), "", *_align(_type_rows(found))]
+    lines = [*_head(found), "", *align(_metric_rows(found)), "", *align(_type_rows(found))]
     compared = found.comparison
     if compared is not None:
-        lines += ["", *_align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
+        lines += ["", *align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
         if compared.worst:
-            lines += ["", "largest disagreements, bundle / float32", *_align(_worst_rows(compared), left=4)]
+            lines += ["", "largest disagreements, bundle / float32", *align(_worst_rows(compared), left=4)]
     if failures is not None:
         lines += ["", *_gate_lines(found, failures)]
     return "\n".join(lines) + "\n"
@@ -145,18 +145,6 @@ def _gate_lines(found: Evaluation, failures: Sequence[GateFailure]) -> list[str]
     if not failures:
         return [f"gate of {precision}: passed ({bound})"]
     return [f"gate of {precision}: failed ({bound})", *(f"  {failure}" for failure in failures)]
-
-
-def _align(rows: Rows, left: int = 1) -> list[str]:
-    """Columns of equal width, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _percent(value: float, sign: str = "") -> str:

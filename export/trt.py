@@ -58,6 +58,7 @@ class BuilderInfo:
     version: str | None
     usable: bool
     reason: str
+    compute_capability: str | None = None  # of the GPU that is built for
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class EngineSpec:
     timing_cache: file that is read and rewritten; ignored by `tensorrt_rtx`, which times nothing.
     time_limit_s: seconds for the whole build. workspace_mb: scratch memory of a layer in MiB; None for
     the library's default. library: "tensorrt" or "tensorrt_rtx"; None takes what `find_builder` finds.
+    plugins: whether the file has nodes for export/plugins, which only "tensorrt" builds.
     """
 
     onnx: Path
@@ -79,6 +81,7 @@ class EngineSpec:
     time_limit_s: float = 3600.0
     workspace_mb: int | None = None
     library: str | None = None
+    plugins: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,8 @@ def _describe_builder(library: str) -> BuilderInfo:
     if library == "tensorrt_rtx":
         return BuilderInfo(library, version, True, "builds without a GPU")
     driver = _probe_driver()
-    return BuilderInfo(library, version, driver["compute_capability"] is not None, driver["reason"])
+    capability = driver["compute_capability"]
+    return BuilderInfo(library, version, capability is not None, driver["reason"], capability)
 
 
 def _library_version(library: str) -> str | None:
@@ -292,6 +296,7 @@ def _request(spec: EngineSpec, library: str, engine: Path) -> dict[str, Any]:
         "compute_capabilities": list(spec.compute_capabilities or default),
         "timing_cache": cache,
         "workspace_mb": spec.workspace_mb,
+        "plugins": spec.plugins,
         "parent": os.getpid(),
     }
 

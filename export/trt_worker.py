@@ -21,10 +21,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from engine.errors import BuildError
+
 PROGRESS_INTERVAL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1
 _CC_MAJOR, _CC_MINOR = 75, 76  # CUdevice_attribute
+_START_HINTS = {  # CUresult of cuInit
+    100: "it shows no GPU",
+    803: "its library and its kernel module are of different versions, so restart the machine",
+    804: "the GPU does not take a forward-compatible driver, so update the machine's own",
+    999: "its kernel module is not loaded or broken, so restart the machine",
+}
 _MIB = 1 << 20
 # On a machine with no driver the RTX builder logs this beside every real error.
 _DRIVER_NOISE = "CUDA driver version is insufficient"
@@ -88,6 +96,8 @@ def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     trt = _import_library(request["library"])
     logger = _make_logger(trt, channel)
     builder = _make_builder(trt, logger)
+    if request["plugins"]:
+        _use_plugins(request["library"])
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     _parse(parser, network, request["onnx"])
@@ -149,14 +159,34 @@ def _import_library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise RefusedError(f"the library {name} cannot be imported: {error}") from error
+        package = name.replace("_", "-")
+        raise RefusedError(
+            f"the library {name} cannot be imported: {error}; install it: pip install {package}"
+        ) from error
 
 
 def _make_builder(trt: Any, logger: Any) -> Any:
     try:
         return trt.Builder(logger)
     except TypeError as error:  # what the binding makes of a null pointer
-        raise RefusedError(f"{trt.__name__} cannot start a builder on this machine") from error
+        raise RefusedError(
+            f"{trt.__name__} {trt.__version__} cannot start a builder on this machine "
+            f"({_probe_driver()['reason']}); update the NVIDIA driver, or install a version made for it"
+        ) from error
+
+
+def _use_plugins(library: str) -> None:
+    """Register our plugins for the GPU of this machine."""
+    if library != "tensorrt":
+        raise RefusedError(f"{library} has no plugins; export with --plugins off")
+    capability = int(_own_capability(())[0].replace(".", ""))
+    cuda = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda))
+    try:
+        plugins, ptx = map(importlib.import_module, ("export.plugins.registration", "export.plugins.ptx"))
+        plugins.use(ptx.target_of(capability, cuda.value))
+    except (ImportError, BuildError) as error:
+        raise RefusedError(f"the plugins cannot be used here: {error}; export with --plugins off") from error
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -307,7 +337,10 @@ def _write_engine(path: str, engine: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RefusedError(f"the engine ({engine.nbytes:,} bytes) cannot be written: {error}") from error
+        raise RefusedError(
+            f"the engine ({engine.nbytes:,} bytes) cannot be written: {error.strerror or error}; "
+            "free space or choose another place"
+        ) from error
 
 
 def _describe(tensor: Any) -> dict[str, Any]:
@@ -342,9 +375,14 @@ def _probe_driver() -> dict[str, Any]:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         return {"compute_capability": None, "reason": f"no CUDA driver: {error}"}
+    newest = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(newest))  # which works before the driver is started
+    driver = f"driver for CUDA up to {newest.value // 1000}.{newest.value % 1000 // 10}"
     status = cuda.cuInit(0)
     if status != 0:
-        return {"compute_capability": None, "reason": f"the CUDA driver refuses to start (status {status})"}
+        hint = _START_HINTS.get(status, "nvidia-smi may tell why")
+        reason = f"the {driver} refuses to start (status {status}): {hint}"
+        return {"compute_capability": None, "reason": reason}
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     statuses = (
         cuda.cuDeviceGet(ctypes.byref(device), 0),
@@ -354,7 +392,10 @@ def _probe_driver() -> dict[str, Any]:
     if any(statuses):
         return {"compute_capability": None, "reason": f"the CUDA driver shows no GPU (status {statuses})"}
     capability = f"{major.value}.{minor.value}"
-    return {"compute_capability": capability, "reason": f"GPU of compute capability {capability}"}
+    return {
+        "compute_capability": capability,
+        "reason": f"GPU of compute capability {capability}, {driver}",
+    }
 
 
 if __name__ == "__main__":

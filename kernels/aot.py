@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from kernels import (
     residual_norm,
     resize,
 )
-from kernels.jit import DTYPES
+from kernels.jit import DTYPES, TARGETS
 from kernels.resize_tables import FIELDS, Tables
 from kernels.rows import E4M3_CAPABILITY, TOPS
 
-TARGETS = (80, 86, 89, 90, 100, 120)
 WARP = 32
 ALIGNMENT = 16  # bytes of a pointer, and the divisor of an integer, that the compiler is told of
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)
@@ -102,22 +101,11 @@ class Built:
 
 def compile_launch(name: str, launch: Launch, capability: int) -> Built:
     """Compile for `capability` (90 for 9.0) what `launch` recorded."""
-    options = {k: v for k, v in launch.arguments.items() if k in ("num_warps", "num_stages")}
-    signature, constants, attributes = {}, {}, {}
     arguments = launch.arguments
     if "NATIVE" in arguments:
         arguments = arguments | {"NATIVE": (capability // 10, capability % 10) >= E4M3_CAPABILITY}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = _type_of(value)
-        if isinstance(value, Tensor) or (type(value) is int and value % ALIGNMENT == 0):
-            attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
-    registers, stack, instructions = _resources(compiled.asm["cubin"])
+    compiled = compile_arguments(replace(launch, arguments=arguments), capability)
+    registers, stack, instructions = resources(compiled.asm["cubin"])
     return Built(
         name,
         capability,
@@ -130,13 +118,41 @@ def compile_launch(name: str, launch: Launch, capability: int) -> Built:
     )
 
 
-def _type_of(value: Any) -> str:
+def compile_arguments(
+    launch: Launch, capability: int, scalars: Collection[str] | None = None, **options: Any
+) -> Any:
+    """Triton's compiled kernel of a launch; `scalars` names the only numbers that stay arguments.
+
+    None leaves all that torch's launch would leave. An argument's recorded value tells what divides it.
+    """
+    options |= {k: v for k, v in launch.arguments.items() if k in ("num_warps", "num_stages")}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or _compiled_in(parameter.name, value, scalars):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = type_of(value)
+        if isinstance(value, Tensor) or (type(value) is int and value % ALIGNMENT == 0):
+            attributes[(index,)] = [["tt.divisibility", ALIGNMENT]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+
+
+def _compiled_in(name: str, value: Any, scalars: Collection[str] | None) -> bool:
+    if value is None or isinstance(value, Tensor):
+        return value is None
+    return name not in scalars if scalars is not None else type(value) is int and value == 1
+
+
+def type_of(value: Any) -> str:
+    """Triton's name of an argument's type."""
     if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
+def resources(cubin: bytes) -> tuple[int, int, int]:
     """Registers a thread, bytes of stack and local memory, and instructions, by NVIDIA's disassembler."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

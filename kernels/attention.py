@@ -171,8 +171,6 @@ def _attention_kernel(
     key: tl.tensor,  # [B, M, H*d]
     value: tl.tensor,  # [B, M, H*d]
     mask: tl.tensor,  # [B, M] of any integer type, or None
-    out: tl.tensor,  # [B, N, H*d], dense
-    guide: tl.tensor,  # [B, N, M] float32, dense, or None
     n_queries: tl.tensor,
     n_keys: tl.tensor,
     query_batch: tl.tensor,
@@ -183,6 +181,8 @@ def _attention_kernel(
     value_row: tl.tensor,
     mask_batch: tl.tensor,
     scale: tl.tensor,
+    out: tl.tensor,  # [B, N, H*d], dense
+    guide: tl.tensor,  # [B, N, M] float32, dense, or None
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # d <= PART * PARTS
     PART: tl.constexpr,
@@ -262,6 +262,14 @@ def parts(width: int) -> tuple[int, int]:
     return part, padded // part
 
 
+def grid(
+    batch: int, queries: int, keys: int, heads: int, guided: bool, schedule: Tiles
+) -> tuple[int, int, int]:
+    """Programs of a launch; batch and queries may be TensorRT's shape expressions."""
+    map_tiles = ceil_div(keys, schedule.block_n) if guided else 0
+    return ceil_div(queries, schedule.block_m), heads + map_tiles, batch
+
+
 def launch(
     kernel: Any,
     query: Tensor,
@@ -284,8 +292,7 @@ def launch(
     part, count = parts(width)
     lead = int(mask is None and n_keys > 1 and n_keys % schedule.block_n == 1)
     even = mask is None and (n_keys - lead) % schedule.block_n == 0
-    map_tiles = ceil_div(n_keys, schedule.block_n) if guided else 0
-    kernel[(ceil_div(n_queries, schedule.block_m), heads + map_tiles, batch)](
+    kernel[grid(batch, n_queries, n_keys, heads, guided, schedule)](
         query=query,
         key=key,
         value=value,

@@ -48,7 +48,7 @@ from kernels.jit import (
     tl,
 )
 
-NAME = "ConvTokenFusion"
+NAME, WIDTH = "ConvTokenFusion", "width"  # of the node, and of its attribute for D
 STRIDE = 16
 MARGIN = 5  # first pixel that any of the kernels reads
 WINDOW = 6  # side of the folded kernels
@@ -124,8 +124,8 @@ def _fusion_kernel(
     image: tl.tensor,  # [B, 3, S, S], dense planes
     tokens: tl.tensor,  # [B, 1+G*G, D], dense
     packed: tl.tensor,  # [R, D, 5, 16], dense; R branches
-    out: tl.tensor,  # [B, 1+G*G, D], dense
     image_batch: tl.tensor,
+    out: tl.tensor,  # [B, 1+G*G, D], dense
     GRID: tl.constexpr,
     WIDTH: tl.constexpr,
     BRANCHES: tl.constexpr,  # R
@@ -271,7 +271,7 @@ def conv_fusion(
     """
     if onnx_ops.exporting():
         inputs = (image, tokens, weight, bias)
-        return onnx_ops.emit(NAME, inputs, [tokens.shape], [tokens.dtype], {})[0]
+        return onnx_ops.emit(NAME, inputs, [tokens.shape], [tokens.dtype], {WIDTH: [tokens.shape[-1]]})[0]
     _check(image, tokens, weight, bias, packed)
     if launchable(tokens):
         packed = pack(weight, bias, tokens.shape[-1]) if packed is None else packed

@@ -28,6 +28,7 @@ except ImportError:
 
 
 LOG2E = math.log2(math.e)
+TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities that the kernels are compiled and checked for
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_DOT = 16  # the least side of a tile that the matrix units take
 
@@ -57,8 +58,8 @@ def launchable(tensor: Tensor) -> bool:
 
 
 def ceil_div(count: int, block: int) -> int:
-    """Blocks that hold `count`."""
-    return -(-count // block)
+    """Blocks that hold `count`; written in what TensorRT's shape expressions know too."""
+    return (count + (block - 1)) // block
 
 
 def power_of_two(count: int, least: int = 1) -> int:

@@ -48,6 +48,7 @@ def parts() -> list[Part]:
         Part("machine", f"{CHECKS}:machine", limit_s=90),
         Part("smoke", f"{CHECKS}:smoke", limit_s=200),
         *(Part(f"kernel-{name}", f"{CHECKS}:operator", (name,)) for name in OPERATORS),
+        Part("plugins", "benchmarks.gpu.plugins:check", limit_s=300, needs_s=60),
         *(_network("asap", variant) for variant in ("ours-bf16", "published-fp32", "ours-fp8")),
         *(
             Part(f"pictures-asap-{variant}", PICTURES, ("asap", variant), needs_s=30)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fnmatch
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,15 +18,49 @@ from engine.errors import BackendError
 if TYPE_CHECKING:
     from engine.bundle import Bundle
 
-# name -> (libraries that must be installed, module with `create(bundle, device, threads)`, what it reads of a
-# bundle), best one first. Dynamic int8, which ONNX Runtime runs fastest, has no flat graph.
-_BACKENDS: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "ort": (("onnxruntime",), "engine.backends.ort", "model.onnx"),
-    "torch": (("torch", "safetensors"), "engine.backends.torch", "model.safetensors"),
-    "openvino": (("openvino",), "engine.backends.openvino", "model.flat.onnx"),
+    _Load = Callable[[Bundle, str, int | None], "Backend"]
+
+
+class _Kind(NamedTuple):
+    """How a backend is found: what must be installed, what loads it, what it reads of a bundle.
+
+    `libraries` are modules ("a|b" for either); `part` is a file inside the first of them, where the module
+    has builds without it, and `package` what brings it. `gpu`: it runs on an NVIDIA GPU alone. `asked`: never
+    meant by "auto"; long test runs that had used OpenVINO ended three times in a signal of unknown cause.
+    """
+
+    libraries: tuple[str, ...]
+    create: str
+    reads: str
+    part: str = ""
+    package: str = ""
+    gpu: bool = False
+    asked: bool = False
+
+
+def _ort_gpu(create: str, provider: str) -> _Kind:
+    part = (
+        f"onnxruntime_providers_{provider}.dll"
+        if os.name == "nt"
+        else f"libonnxruntime_providers_{provider}.so"
+    )
+    create = f"engine.backends.ort_gpu:{create}"
+    return _Kind(("onnxruntime",), create, "model.flat.onnx", f"capi/{part}", "onnxruntime-gpu", gpu=True)
+
+
+# The best one first; those for a GPU alone after the others: `create` says what "auto" is. Dynamic int8,
+# which ONNX Runtime runs fastest, has no flat graph.
+_BACKENDS: dict[str, _Kind] = {
+    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", "model.onnx"),
+    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", "model.safetensors"),
+    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", "model.flat.onnx", asked=True),
+    "tensorrt": _Kind(
+        ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", gpu=True
+    ),
+    "ort-cuda": _ort_gpu("create_cuda", "cuda"),
+    "ort-tensorrt": _ort_gpu("create_tensorrt", "tensorrt"),
 }
-# Never chosen by "auto": long test runs that had used it ended three times in a signal of unknown cause.
-_ASKED_FOR = ("openvino",)
+_DRIVER = "an NVIDIA driver"
 
 
 # Precisions whose graph is for TensorRT alone: ONNX Runtime's CPU provider has no product in bfloat16.
@@ -61,41 +97,67 @@ class PictureBackend(Backend, Protocol):
         ...
 
 
-class _Module(Protocol):
-    def create(self, bundle: Bundle, device: str, threads: int | None) -> Backend: ...
+def known() -> list[str]:
+    """Names of all backends, installed or not, the best one first."""
+    return list(_BACKENDS)
 
 
 def available() -> list[str]:
-    """Names of the backends whose libraries are installed, the best one first; imports none of them."""
+    """Names of the backends whose libraries are installed, GPU ones beside a driver alone; imports none."""
     return [name for name in _BACKENDS if not _missing(name)]
+
+
+def describe() -> dict[str, str | None]:
+    """Every backend with what is missing here for it, or None; imports none of them."""
+    return {name: " and ".join(_missing(name)) or None for name in _BACKENDS}
 
 
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
     """Load `bundle` with the backend `name`; with "auto", with the best installed one for it and `device`.
 
-    That is torch where `device` is an NVIDIA GPU, or is "auto" and this machine has one, with Triton, for a
-    bundle that torch runs. Raises BackendError for an unknown or absent backend or device, BundleError for a
-    model that does not load.
+    That is "ort", or "torch" for a bundle without a graph, but where `device` is an NVIDIA GPU, or is "auto"
+    and this machine has one: "tensorrt" where the bundle has an engine for this GPU and library version, else
+    "torch" with Triton, else "ort-cuda". "ort-tensorrt" is for who asks: it builds for minutes first.
+    Raises BackendError for an unknown or absent backend or device, EngineMismatchError for an engine of
+    another machine, BundleError for a model that does not load.
     """
-    present = available()
-    suited = [name for name in _BACKENDS if _serves(name, bundle)]
+    if not isinstance(device, str):
+        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    present, suited = available(), _suited(bundle)
     if name == "auto":
         name = _choose(bundle, device, present, suited)
     if name not in _BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
-        needed = " and ".join(_missing(name) or _BACKENDS[name][0])
+        needed = " and ".join(_missing(name) or _BACKENDS[name].libraries)
         raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
-    if name not in suited:
+    if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
-        why = f"reads {_BACKENDS[name][2]}, which this bundle in {precision} has not"
-        if _BACKENDS[name][2] in bundle.manifest.files:
+        why = f"reads {_BACKENDS[name].reads}, which this bundle in {precision} has not"
+        if _BACKENDS[name].reads in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
     cores = usable_cores()
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= cores):
+    if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
-    return cast(_Module, importlib.import_module(_BACKENDS[name][1])).create(bundle, device, threads)
+    module, function = _BACKENDS[name].create.split(":")
+    load: _Load = getattr(importlib.import_module(module), function)
+    return load(bundle, device, threads)
+
+
+def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
+    """The bundle with an engine for this machine, which the command `dgm4 rebuild` builds where it has none.
+
+    Takes up to many minutes. Raises BackendError where `name` is no backend of engines or nothing builds
+    here.
+    """
+    if name not in ("auto", "tensorrt"):
+        raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {name!r}")
+    if not _has_driver():
+        raise BackendError(f"an engine is rebuilt for this machine's GPU, which needs {_DRIVER}")
+    from engine.backends import tensorrt_target
+
+    return tensorrt_target.rebuilt(bundle, device)
 
 
 def usable_cores() -> int:
@@ -105,26 +167,43 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _serves(name: str, bundle: Bundle) -> bool:
-    """Whether the bundle has what the backend reads, in a precision that it runs."""
-    manifest = bundle.manifest
-    return _BACKENDS[name][2] in manifest.files and not (name == "ort" and manifest.precision in _NOT_FOR_ORT)
-
-
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
     """What "auto" means; imports torch only where an NVIDIA driver is installed."""
-    if device.startswith("cuda"):
-        return "torch"
-    usable = [name for name in present if name in suited and name not in _ASKED_FOR]
-    if not usable:
+    usable = [name for name in present if name in suited]
+    asked = device.startswith("cuda")
+    if asked or (device == "auto" and _has_driver()):
+        found = _choose_gpu(bundle, device, usable)
+        if found or asked:
+            return found or "torch"  # which has its own word on what is missing
+    on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
+    if not on_cpu:
+        served = [name for name in suited if not _BACKENDS[name].gpu]
         raise BackendError(
-            f"no backend is installed that serves this bundle; install one of {_libraries(suited)}"
+            f"no backend is installed that serves this bundle; install one of {_libraries(served)}"
         )
-    if device == "auto" and "torch" in usable and _has_driver():
+    return on_cpu[0]
+
+
+def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:
+    """The best backend that runs this bundle on a GPU of this machine."""
+    if "tensorrt" in usable:
+        from engine.backends import tensorrt_target
+
+        if tensorrt_target.suits(bundle, device):
+            return "tensorrt"
+    if "torch" in usable:
         from engine.backends import torch as torch_backend
 
-        return "torch" if torch_backend.suits(bundle) else usable[0]
-    return usable[0]
+        if torch_backend.suits(bundle):
+            return "torch"
+    return "ort-cuda" if "ort-cuda" in usable else None
+
+
+def _suited(bundle: Bundle) -> list[str]:
+    """The backends that find in the bundle what they read, in a precision that they run."""
+    files, precision = list(bundle.manifest.files), bundle.manifest.precision
+    found = [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
+    return [name for name in found if name != "ort" or precision not in _NOT_FOR_ORT]
 
 
 def _has_driver() -> bool:
@@ -137,9 +216,25 @@ def _has_driver() -> bool:
 
 
 def _missing(name: str) -> list[str]:
-    """The libraries of a backend that are not installed."""
-    return [library for library in _BACKENDS[name][0] if not importlib.util.find_spec(library)]
+    """What a backend needs and this machine has not."""
+    kind = _BACKENDS[name]
+    missing = [
+        library.replace("|", " or ") for library in kind.libraries if not any(map(_found, library.split("|")))
+    ]
+    if kind.part and not missing and not _has_part(kind):
+        missing.append(kind.package)
+    return missing + ([_DRIVER] if kind.gpu and not _has_driver() else [])
+
+
+def _found(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _has_part(kind: _Kind) -> bool:
+    spec = importlib.util.find_spec(kind.libraries[0])
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return any((Path(folder) / kind.part).is_file() for folder in folders)
 
 
 def _libraries(names: list[str]) -> str:
-    return ", ".join(" with ".join(_BACKENDS[name][0]) for name in names)
+    return ", ".join(" with ".join(_BACKENDS[name].libraries) for name in names)

@@ -26,7 +26,9 @@ MODEL_DATA = "model.onnx.data"
 def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
     """Verify and load the bundle's `model.flat.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
-        raise BackendError(f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {device!r}")
+        raise BackendError(
+            f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
+        )
     path = bundle.verified(MODEL)
     if MODEL_DATA in bundle.manifest.files:
         bundle.verified(MODEL_DATA)

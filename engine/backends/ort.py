@@ -22,7 +22,9 @@ _LOG_ERRORS = 3
 def create(bundle: Bundle, device: str, threads: int | None) -> OrtBackend:
     """Verify and load the bundle's `model.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
-        raise BackendError(f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}")
+        raise BackendError(
+            f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
+        )
     path = bundle.verified(MODEL)
     if MODEL_DATA in bundle.manifest.files:
         bundle.verified(MODEL_DATA)
@@ -54,8 +56,8 @@ class OrtBackend:
         """Load the model at `path`; raises BundleError where it does not load or is not the manifest's."""
         self._session: onnxruntime.InferenceSession | None = load_session(path, threads)
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        _check_names(path, "inputs", self._session.get_inputs(), [s.name for s in bundle.manifest.inputs])
-        _check_names(path, "outputs", self._session.get_outputs(), self._outputs)
+        check_names(path, "inputs", self._session.get_inputs(), [s.name for s in bundle.manifest.inputs])
+        check_names(path, "outputs", self._session.get_outputs(), self._outputs)
         logger.info("loaded %s with ONNX Runtime %s, %d threads", path, onnxruntime.__version__, threads)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -89,7 +91,8 @@ def load_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def _check_names(path: Path, kind: str, found: list[onnxruntime.NodeArg], expected: list[str]) -> None:
+def check_names(path: Path, kind: str, found: list[onnxruntime.NodeArg], expected: list[str]) -> None:
+    """Raise BundleError where the graph's tensors are not the manifest's."""
     names = [node.name for node in found]
     if sorted(names) != sorted(expected):
         raise BundleError(f"{path}: expected the {kind} {expected} of the manifest, got {names}")

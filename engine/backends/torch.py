@@ -45,7 +45,7 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
     if precision not in DTYPES:
         raise BackendError(
             f"the backend 'torch' runs bundles in {', '.join(DTYPES)}, got {precision}; "
-            "use the backend 'ort', or export in one of those"
+            "use the backend 'ort' on device 'cpu', or export in one of those"
         )
     place = find_device(device)
     if precision == "fp8" and place.type == "cuda":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import Bundle, Predictor
+from engine import Bundle, Predictor, preparation
 from engine import predictor as predictor_module
 from engine.backends import PictureBackend, graphs
 from engine.backends.buckets import Bucket
@@ -433,7 +433,7 @@ def test_a_stream_stays_lazy(predictors):
 
 def test_a_picture_too_large_to_send_is_resized_first(predictors, cuda, monkeypatch):
     on_gpu, _ = predictors
-    monkeypatch.setattr(predictor_module, "_LARGEST_SENT", 256)
+    monkeypatch.setattr(preparation, "_LARGEST_SENT", 256)
     packed, pack = [], graphs.pack
     monkeypatch.setattr(graphs, "pack", lambda x, pinned: packed.extend(x) or pack(x, pinned))
     pictures = draw_pictures([(300, 20), (256, 255)])

@@ -229,7 +229,7 @@ def test_a_gpu_beyond_the_last(monkeypatch):
 def test_int8_bundles_are_for_onnx_runtime(copied):
     rewrite_manifest(copied, precision="int8")
     with pytest.raises(
-        BackendError, match="runs bundles in fp32, fp16, bf16, fp8, got int8; use the backend 'ort', or"
+        BackendError, match="runs bundles in fp32, fp16, bf16, fp8, got int8; use the backend 'ort' on"
     ):
         Predictor(copied, backend="torch")
 

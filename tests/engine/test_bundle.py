@@ -44,10 +44,16 @@ def test_describe_is_json_and_the_manifest(bundle_dir):
     assert described == {**manifest, "path": str(bundle_dir), "total_bytes": total}
 
 
-@pytest.mark.parametrize("name", ["nowhere", "README.md"])
-def test_no_bundle(bundle_dir, name):
-    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
-        Bundle.open(bundle_dir / name)
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("nowhere", "nothing"), ("theirs.onnx", "a file"), ("empty", "a directory without one")],
+)
+def test_no_bundle(tmp_path, name, found):
+    (tmp_path / "theirs.onnx").write_bytes(b"onnx")
+    (tmp_path / "empty").mkdir()
+    expected = f"{name}: not a bundle, expected the directory .* that dgm4 export writes, got {found}$"
+    with pytest.raises(BundleError, match=expected):
+        Bundle.open(tmp_path / name)
 
 
 @pytest.mark.parametrize(

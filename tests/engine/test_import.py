@@ -52,6 +52,16 @@ def test_torch_stays_where_it_runs():
     assert importing - network == {"backends/torch.py", "backends/graphs.py"}
 
 
+def test_an_engine_is_served_without_torch(bundle_dir):
+    """Asked for on a machine without TensorRT, a GPU or an engine, it still loads no more than it needs."""
+    code = (
+        "import engine, engine.backends.tensorrt, engine.backends.tensorrt_lane\n"
+        f"try: engine.Predictor({str(bundle_dir)!r}, backend='tensorrt')\n"
+        "except engine.Dgm4Error: pass"
+    )
+    assert not {"torch", "onnx", "onnxruntime", "tensorrt", "export"} & loaded_after(code)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) < 400

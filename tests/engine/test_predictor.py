@@ -20,7 +20,7 @@ CAPTION = "The President's well-known friend, Obama, speaks!"
 
 def test_the_answer_is_the_networks(predictor, photo, expected_outputs):
     result = predictor.predict(photo, CAPTION)
-    _, tokens = predictor._tokenizer(CAPTION)
+    _, tokens = predictor._preparation._tokenizer(CAPTION)
     expected = expected_outputs(preprocess_image(photo).pixels, tokens.ids)
     real, fake = np.exp(expected["logits_real_fake"])
     assert result.score == pytest.approx(fake / (real + fake), abs=1e-6)

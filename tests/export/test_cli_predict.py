@@ -40,6 +40,12 @@ def test_one_pair(served, photo, capsys):
     assert record["warnings"][0].startswith("untrained_weights")
 
 
+def test_a_rebuild_needs_a_gpu(served, photo, capsys, monkeypatch):
+    monkeypatch.setattr("engine.backends._has_driver", lambda: False)
+    assert main(["predict", served, str(photo), "words", "--rebuild"]) == 4
+    assert "this machine's GPU, which needs an NVIDIA driver" in capsys.readouterr().err
+
+
 def test_heatmap_threshold_and_plot(served, photo, tmp_path, capsys):
     plot = tmp_path / "answer.png"
     arguments = ["--heatmap", "--threshold", "1.0", "--plot", str(plot)]

@@ -1,0 +1,210 @@
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA or its TensorRT execution provider.
+
+Both read the graph in standard operators, float or calibrated int8. Precision is in the graph, so no provider
+is asked to lower it, and float32 products stay float32. The TensorRT provider builds an engine when it is
+loaded, minutes of it for a base network, for all shapes up to the bundle's limits, and keeps it in the
+user's cache folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from engine.backends import usable_cores
+from engine.backends.buckets import check_ids, measure
+from engine.backends.ort import MODEL_DATA, check_names, session_options
+from engine.bundle import Bundle
+from engine.errors import BackendError, BundleError
+from engine.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model.flat.onnx"
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_DEVICE = re.compile(r"auto|cuda(?::(\d+))?")
+_TYPICAL_BATCH, _TYPICAL_TOKENS = 8, 50
+
+Options = dict[str, str]
+Providers = list[tuple[str, Options]]
+
+
+def create_cuda(bundle: Bundle, device: str, threads: int | None) -> OrtGpuBackend:
+    """Verify and load `model.flat.onnx` with the CUDA provider; raises BackendError or BundleError."""
+    index = _index("ort-cuda", device)
+    return _create("ort-cuda", bundle, index, threads, [(CUDA, cuda_options(index))])
+
+
+def create_tensorrt(bundle: Bundle, device: str, threads: int | None) -> OrtGpuBackend:
+    """The same with the TensorRT provider, and CUDA's for what that does not take."""
+    index = _index("ort-tensorrt", device)
+    if bundle.manifest.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        # The provider has no option for it (microsoft/onnxruntime #26029).
+        raise BackendError(
+            "the backend 'ort-tensorrt' would round this float32 bundle's products to TF32: set "
+            "NVIDIA_TF32_OVERRIDE=0 before Python starts, or use the backend 'ort-cuda'"
+        )
+    options = tensorrt_options(bundle, index, cache_folder(bundle))
+    return _create("ort-tensorrt", bundle, index, threads, [(TENSORRT, options), (CUDA, cuda_options(index))])
+
+
+def cuda_options(index: int) -> Options:
+    """Options of the CUDA provider for GPU number `index`: float32 products in float32."""
+    return {
+        "device_id": str(index),
+        "use_tf32": "0",  # the float32 islands of the other precisions too
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default times every algorithm for each new shape
+        "arena_extend_strategy": "kSameAsRequested",  # the default takes twice the memory at each growth
+    }
+
+
+def tensorrt_options(bundle: Bundle, index: int, cache: Path | None) -> Options:
+    """Options of the TensorRT provider: one profile up to the bundle's limits, its engines in `cache`."""
+    manifest = bundle.manifest
+    limits, least = manifest.limits, manifest.preprocess.min_tokens
+    shapes = {
+        "min": (1, least),
+        "opt": (min(_TYPICAL_BATCH, limits.max_batch), min(_TYPICAL_TOKENS, limits.max_tokens)),
+        "max": (limits.max_batch, limits.max_tokens),
+    }
+    profile = {f"trt_profile_{name}_shapes": _shapes(manifest, *sizes) for name, sizes in shapes.items()}
+    # Precision is in the graph; TensorRT 10 reads its Q/DQ nodes only where int8 is allowed.
+    lower = {"trt_fp16_enable": "False", "trt_int8_enable": str(manifest.precision == "int8")}
+    kept: Options = {"trt_engine_cache_enable": "False", "trt_timing_cache_enable": "False"}
+    if cache is not None:
+        kept = {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": os.fspath(cache),
+            "trt_timing_cache_enable": "True",
+            "trt_timing_cache_path": os.fspath(cache),
+        }
+    return {"device_id": str(index), **lower, **profile, **kept}
+
+
+def cache_folder(bundle: Bundle) -> Path | None:
+    """The user's own folder for engines of this graph and these weights; None where it cannot be made.
+
+    An engine is a program: nobody else may write there. The provider knows a graph by its structure alone.
+    """
+    files = bundle.manifest.files
+    key = "-".join(files[name].sha256[:16] for name in (MODEL, MODEL_DATA) if name in files)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (no RuntimeError)
+    folder = Path(base) / "dgm4" / key
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except OSError as error:
+        logger.warning("engines are built anew at each start: %s cannot be made: %s", folder, error.strerror)
+        return None
+    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
+        logger.warning("engines are built anew at each start: others may write in %s", folder)
+        return None
+    return folder
+
+
+class OrtGpuBackend:
+    """One InferenceSession on a GPU; `run` may be called from several threads at once."""
+
+    def __init__(
+        self, name: str, session: onnxruntime.InferenceSession, manifest: Manifest, index: int
+    ) -> None:
+        self.name, self.device, self._index = name, f"cuda:{index}", index
+        self._session: onnxruntime.InferenceSession | None = session
+        self._inputs, self._outputs = manifest.inputs, [spec.name for spec in manifest.outputs]
+        self._vocabulary = manifest.model.config.get("vocabulary")
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answer one batch; raises BackendError where ONNX Runtime fails or the backend was closed."""
+        session = self._session
+        if session is None:
+            raise BackendError("the backend was closed; create another Predictor")
+        measure(feeds, self._inputs)
+        if self._vocabulary is not None:
+            check_ids(feeds["input_ids"], self._vocabulary)
+        try:
+            return self._run(session, feeds)
+        except Exception as error:  # ONNX Runtime's errors share no base but Exception
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise BackendError(f"ONNX Runtime failed on inputs of shape {shapes}: {error}") from error
+
+    def close(self) -> None:
+        """Drop the session; its memory goes once running calls are done."""
+        self._session = None
+
+    def _run(
+        self, session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Copy the inputs over once, leave the outputs there until all are done, and fetch them."""
+        place = partial(onnxruntime.OrtValue.ortvalue_from_numpy, device_type="cuda", device_id=self._index)
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, place(np.ascontiguousarray(array)))
+        for name in self._outputs:
+            binding.bind_output(name, "cuda", self._index)
+        binding.synchronize_inputs()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
+
+
+def _index(name: str, device: str) -> int:
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise BackendError(f"the backend {name!r} runs on device 'auto', 'cuda' or 'cuda:N', got {device!r}")
+    return int(match[1] or 0)
+
+
+def _create(
+    name: str, bundle: Bundle, index: int, threads: int | None, providers: Providers
+) -> OrtGpuBackend:
+    path = bundle.verified(MODEL)
+    if MODEL_DATA in bundle.manifest.files:
+        bundle.verified(MODEL_DATA)
+    session = _load(name, path, session_options(threads or usable_cores()), providers)
+    manifest = bundle.manifest
+    check_names(path, "inputs", session.get_inputs(), [spec.name for spec in manifest.inputs])
+    check_names(path, "outputs", session.get_outputs(), [spec.name for spec in manifest.outputs])
+    logger.info("loaded %s with ONNX Runtime %s, %s", path, onnxruntime.__version__, session.get_providers())
+    return OrtGpuBackend(name, session, manifest, index)
+
+
+def _load(
+    name: str, path: Path, options: onnxruntime.SessionOptions, providers: Providers
+) -> onnxruntime.InferenceSession:
+    """Load the graph; raises BackendError where a provider does not start: the CPU would answer for it."""
+    wanted = [provider for provider, _ in providers]
+    _check_providers(name, wanted, onnxruntime.get_available_providers(), "install onnxruntime-gpu instead")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # no common base
+        raise BundleError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it on a GPU: {error}"
+        ) from error
+    needed = "install the CUDA and cuDNN" + (" and TensorRT" if TENSORRT in wanted else "")
+    _check_providers(name, wanted, session.get_providers(), f"{needed} that this version names in its log")
+    return session
+
+
+def _check_providers(name: str, wanted: list[str], found: list[str], remedy: str) -> None:
+    missing = [provider for provider in wanted if provider not in found]
+    if missing:
+        raise BackendError(
+            f"the backend {name!r} needs {' and '.join(missing)}, which ONNX Runtime "
+            f"{onnxruntime.__version__} here does not start (it has {', '.join(found)}); {remedy}"
+        )
+
+
+def _shapes(manifest: Manifest, batch: int, tokens: int) -> str:
+    """Shapes of all inputs as the provider reads them: name:1x3x256x256,..."""
+    sizes: dict[Any, int] = {"batch": batch, "tokens": tokens}
+    return ",".join(
+        f"{spec.name}:{'x'.join(str(sizes.get(size, size)) for size in spec.shape)}"
+        for spec in manifest.inputs
+    )

@@ -1,0 +1,219 @@
+"""A deserialised engine of TensorRT or TensorRT-RTX: its profiles, its tensors, its words when it fails."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.backends.buckets import Bucket, bucket_of
+from engine.backends.cuda import Driver, Memory
+from engine.errors import BackendError, BundleError
+from engine.manifest import Limits, Manifest, TensorSpec
+
+_KEPT = 8  # messages of a failure: the first says what happened, the rest what came of it
+_MIN, _MAX = 0, 2  # of the three shapes of a profile
+
+
+class Profile(NamedTuple):
+    """Smallest and largest number of pairs and of tokens that one of the engine's profiles takes."""
+
+    number: int
+    batch: tuple[int, int]
+    tokens: tuple[int, int]
+
+
+class Engine:
+    """The engine of one file on the current GPU; contexts of it may be made from any thread."""
+
+    def __init__(self, library: str, path: Path, manifest: Manifest) -> None:
+        """Deserialise the verified file `path`; raises BackendError, or BundleError for other tensors."""
+        self.trt = _import(library)
+        self._logger = make_logger(self.trt)
+        self._lock = threading.Lock()
+        try:
+            self._runtime = self.trt.Runtime(self._logger)
+        except TypeError as error:  # what the binding makes of a null pointer
+            raise self.failure("start on this machine") from error
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise self.failure(f"load {path}")
+        self.engine = engine
+        self.inputs, self.outputs = manifest.inputs, manifest.outputs
+        _check_tensors(self.trt, engine, path, manifest)
+        self.profiles = read_profiles(engine)
+        self._cache: Any = None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that a context needs for its activations, at any shape of any profile."""
+        return int(self.engine.device_memory_size_v2)
+
+    def context(self, profile: Profile, scratch: Memory, stream: int) -> Any:
+        """An IExecutionContext of `profile` whose activations lie in `scratch`; raises BackendError."""
+        with self._lock:
+            context = self.engine.create_execution_context(self._options())
+        if context is None:
+            raise self.failure("make an execution context")
+        if not context.set_optimization_profile_async(profile.number, stream):
+            raise self.failure(f"take profile {profile.number}")
+        context.set_device_memory(scratch.address, scratch.size)
+        return context
+
+    def failure(self, what: str) -> BackendError:
+        """The error that says what the library could not do, with its own first message."""
+        return BackendError(
+            f"{self.trt.__name__} {self.trt.__version__} could not {what}: {_first(self._logger)}"
+        )
+
+    def _options(self) -> Any:
+        """No memory of a context's own; RTX compiles for each shape at once and captures graphs itself."""
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.captures_itself:
+            return strategy
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # A bucket has one shape: its own kernels pay, and a fallback's time would be the first callers'.
+        kernels = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = kernels
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()  # of compiled kernels, for all contexts
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def forget(self) -> None:
+        """Drop the messages of what went before: the next failure's own come first."""
+        self._logger.errors.clear()
+
+    @property
+    def captures_itself(self) -> bool:
+        """Whether the library records CUDA graphs by itself, as RTX does once its kernels are compiled."""
+        return hasattr(self.trt, "CudaGraphStrategy")
+
+
+def make_logger(trt: Any) -> Any:
+    """An ILogger that keeps the errors of the library in `errors`, for the exception they belong to."""
+
+    class ErrorLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=_KEPT)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and len(self.errors) < _KEPT:
+                self.errors.append(" ".join(msg.split()))
+
+    return ErrorLogger()
+
+
+def make_allocator(trt: Any, driver: Driver) -> Any:
+    """An IOutputAllocator for an output whose shape only the run tells: `memory`, `shape` after it."""
+
+    class OutputAllocator(trt.IOutputAllocator):
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.memory: Memory | None = None
+            self.shape: tuple[int, ...] = ()
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int:
+            return self.reallocate_output(tensor_name, memory, size, alignment)
+
+        def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
+            try:
+                if self.memory is None or self.memory.size < size:
+                    self.close()  # nothing runs on it: a lane waits for each of its runs
+                    self.memory = Memory(driver, size)
+            except BackendError:
+                return 0  # the library reports a null address as its own error
+            return self.memory.address
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self.shape = tuple(shape)
+
+        def close(self) -> None:
+            memory, self.memory = self.memory, None
+            if memory is not None:
+                memory.close()
+
+    return OutputAllocator()
+
+
+def read_profiles(engine: Any) -> list[Profile]:
+    """The ranges of the engine's profiles."""
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        text = engine.get_tensor_profile_shape("input_ids", index)
+        low, high = tuple(text[_MIN]), tuple(text[_MAX])
+        profiles.append(Profile(index, (low[0], high[0]), (low[1], high[1])))
+    return profiles
+
+
+def place(batch: int, tokens: int, profiles: Sequence[Profile]) -> tuple[Profile, Bucket]:
+    """The profile and bucket for as many of `batch` pairs of `tokens` tokens as one run can take.
+
+    The tightest profile that takes all of them; else the one that takes the most pairs, so that the caller
+    splits. A bucket is never below its profile's smallest shape. Raises BackendError for too many tokens.
+    """
+    fitting = [profile for profile in profiles if tokens <= profile.tokens[1]]
+    if not fitting:
+        most = max(profile.tokens[1] for profile in profiles)
+        raise BackendError(
+            f"input_ids: expected 1 to {most} tokens, the engine's profiles, got {tokens}; "
+            "export again with a higher --max-tokens"
+        )
+    whole = [profile for profile in fitting if batch <= profile.batch[1]]
+    if whole:
+        profile = min(whole, key=lambda profile: profile.batch[1] * profile.tokens[1])
+    else:
+        profile = max(fitting, key=lambda profile: profile.batch[1])
+    limits = Limits(profile.batch[1], profile.tokens[1])
+    bucket = bucket_of(min(batch, limits.max_batch), tokens, limits)
+    return profile, Bucket(max(bucket.batch, profile.batch[0]), max(bucket.tokens, profile.tokens[0]))
+
+
+def shape_of(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:
+    """Shape of an input in a bucket."""
+    sizes = bucket._asdict()
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+
+def _import(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{library} cannot be imported: {error}; install it again") from error
+
+
+def _first(logger: Any) -> str:
+    """The first kept message, without those that followed it."""
+    first = logger.errors[0] if logger.errors else "it gave no reason"
+    logger.errors.clear()
+    return str(first)
+
+
+def _check_tensors(trt: Any, engine: Any, path: Path, manifest: Manifest) -> None:
+    """Raise BundleError where the engine's tensors are not the manifest's."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    for mode, specs in (
+        (trt.TensorIOMode.INPUT, manifest.inputs),
+        (trt.TensorIOMode.OUTPUT, manifest.outputs),
+    ):
+        found = {
+            name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
+            for name in names
+            if engine.get_tensor_mode(name) == mode
+        }
+        expected = {spec.name: spec.dtype for spec in specs}
+        if found != expected:
+            raise BundleError(f"{path}: expected the tensors {expected} of the manifest, got {found}")

@@ -1,0 +1,154 @@
+"""Which engine of a bundle this machine can run, decided before a byte of it is deserialised.
+
+An engine belongs to one version of one library and to compute capabilities; a serialized engine is as good
+as a program, and a library that is handed a foreign one may crash. So the manifest's record is compared with
+the machine first, and the file's SHA-256 with the manifest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from engine.backends.cuda import Gpu, open_gpu
+from engine.bundle import Bundle
+from engine.errors import BackendError, Dgm4Error, EngineMismatchError
+from engine.manifest import EngineEntry
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+_DEVICE = re.compile(r"auto|cuda(?::(\d+))?")
+_CUDA_MAJORS = (13, 12)
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def find_gpu(device: str) -> Gpu:
+    """The GPU that "auto", "cuda" or "cuda:N" means; raises BackendError where there is none."""
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise BackendError(
+            f"the backend 'tensorrt' runs on device 'auto', 'cuda' or 'cuda:N', got {device!r}"
+        )
+    return open_gpu(int(match[1] or 0))
+
+
+def installed() -> dict[str, str]:
+    """Versions of TensorRT and TensorRT-RTX by module, where installed; imports them only if needed."""
+    return {name: _version(name) for name in LIBRARIES if importlib.util.find_spec(name) is not None}
+
+
+def suits(bundle: Bundle, device: str) -> bool:
+    """Whether this machine can run an engine of the bundle as it is; loads nothing of it."""
+    try:
+        choose(bundle, find_gpu(device))
+    except Dgm4Error as error:
+        logger.debug("no engine here: %s", error)
+        return False
+    return True
+
+
+def choose(bundle: Bundle, gpu: Gpu) -> EngineEntry:
+    """The engine of the bundle for `gpu` and the installed libraries, TensorRT's own before RTX's.
+
+    Raises EngineMismatchError naming every engine, what it was built for and the command that builds one
+    for this machine; BackendError where no library is installed or the driver is too old for it.
+    """
+    versions = installed()
+    if not versions:
+        raise BackendError(
+            "the backend 'tensorrt' needs TensorRT or TensorRT-RTX: pip install tensorrt, or tensorrt-rtx"
+        )
+    engines = sorted(bundle.manifest.engines, key=lambda entry: entry.library)
+    reasons = {entry.file: _mismatch(entry, bundle, gpu, versions) for entry in engines}
+    fitting = [entry for entry in engines if reasons[entry.file] is None]
+    if not fitting:
+        have = ", ".join(f"{name} {version}" for name, version in versions.items())
+        found = "; ".join(f"{file} {reason}" for file, reason in reasons.items()) or "the bundle has none"
+        raise EngineMismatchError(
+            f"no engine of {bundle.path} is for this machine ({gpu.name}, compute capability "
+            f"{gpu.capability}, {have}): {found}; build one with: {rebuild_command(bundle)}"
+        )
+    _check_driver(fitting[0].library, gpu)
+    return fitting[0]
+
+
+def rebuild_command(bundle: Bundle) -> str:
+    """The command that puts an engine for this machine into the bundle, as a shell takes it."""
+    return f"dgm4 rebuild {shlex.quote(str(bundle.path))}"
+
+
+def rebuilt(bundle: Bundle, device: str) -> Bundle:
+    """The bundle with an engine for this machine, built by the command above where it has none.
+
+    Building takes from seconds to many minutes. Raises BackendError with the command's last words.
+    """
+    gpu = find_gpu(device)
+    if suits(bundle, device):
+        return bundle
+    logger.warning("building an engine of %s for %s; this can take minutes", bundle.path, gpu.name)
+    command = [sys.executable, "-P", "-m", "export.cli", "rebuild", os.fspath(bundle.path)]
+    path = os.pathsep.join(filter(None, (os.fspath(_PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
+    # Both libraries build for the first GPU they see.
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": _visible(gpu.index)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise BackendError(
+            f"no engine was built for {gpu.name}: {words.removeprefix('dgm4: error: ')} "
+            f"(status {done.returncode} of: {rebuild_command(bundle)})"
+        )
+    return Bundle.open(bundle.path)
+
+
+def _visible(index: int) -> str:
+    """The name that a child process sees GPU number `index` of this one's by."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[index] if index < len(visible) else str(index)
+
+
+def _mismatch(entry: EngineEntry, bundle: Bundle, gpu: Gpu, versions: dict[str, str]) -> str | None:
+    """What keeps an engine from this machine, or None."""
+    version = versions.get(entry.library)
+    if version is None:
+        return f"needs {entry.library} {entry.version}, which is not installed"
+    if version != entry.version:
+        return f"was built by {entry.library} {entry.version}, and {version} is installed"
+    if gpu.capability not in entry.compute_capabilities:
+        return f"is for compute capability {', '.join(entry.compute_capabilities)}"
+    graphs = {file.sha256 for name, file in bundle.manifest.files.items() if name.endswith(".onnx")}
+    return None if entry.onnx_sha256 in graphs else "was built from a graph that the bundle has no more"
+
+
+def _check_driver(library: str, gpu: Gpu) -> None:
+    """Raise BackendError where the driver is older than the CUDA that the library was built with."""
+    for major in _CUDA_MAJORS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"{library}_cu{major}")
+            if gpu.cuda // 1000 < major:
+                has = f"{gpu.cuda // 1000}.{gpu.cuda % 1000 // 10}"
+                raise BackendError(
+                    f"{library} here was built with CUDA {major}, and this driver knows CUDA {has} at most; "
+                    f"update the NVIDIA driver, or install {library.replace('_', '-')}-cu{gpu.cuda // 1000}"
+                )
+            return
+
+
+def _version(library: str) -> str:
+    """Version of a library by its package's record, else by importing it; raises BackendError."""
+    for package in (library, *(f"{library}_cu{major}" for major in _CUDA_MAJORS)):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    try:
+        return str(importlib.import_module(library).__version__)
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{library} is installed and cannot be imported: {error}") from error

@@ -1,0 +1,113 @@
+"""What the host does with a pair before the network: decode, resize, tokenize, and put batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from engine.errors import InputError
+from engine.manifest import Preprocess
+from engine.pairs import Caption
+from engine.preprocess import (
+    ImageInput,
+    ImageOptions,
+    decode_image,
+    make_thumbnail,
+    normalize_image,
+    resize_image,
+)
+from engine.text import CaptionTokenizer, Tokens
+
+_LARGEST_SENT = 4096  # pixels of a side: a picture a backend takes as it was decoded has 50 MB at most
+
+
+class Item(NamedTuple):
+    """One prepared pair: what the backend gets and what its Prediction needs besides."""
+
+    name: str
+    pixels: np.ndarray
+    tokens: Tokens
+    caption: str
+    size: tuple[int, int]
+    thumbnail: Image.Image | None
+    warnings: tuple[str, ...]
+    timing: dict[str, float]
+
+
+class Preparation:
+    """Prepares pairs for one bundle; safe to use from several threads.
+
+    `decoded`: the backend takes pictures as they were decoded, uint8 [H, W, 3], in place of the network's
+    input, float32 [3, S, S]. `thumbnail` is the longer side in pixels of the picture that is kept, or 0.
+    """
+
+    def __init__(
+        self,
+        spec: Preprocess,
+        tokenizer: CaptionTokenizer,
+        options: ImageOptions,
+        thumbnail: int,
+        decoded: bool,
+    ) -> None:
+        self._spec, self._tokenizer, self._options = spec, tokenizer, options
+        self._thumbnail, self._decoded = thumbnail, decoded
+
+    def pair(self, name: str, image: ImageInput, caption: Caption) -> Item:
+        """Prepare one pair; raises InputError, which names it by `name` where that is not empty."""
+        started = perf_counter()
+        decoded = decode_image(image, name=name or None, options=self._options)
+        thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
+        decode_end = perf_counter()
+        pixels = self.pixels(decoded.rgb)
+        resize_end = perf_counter()
+        try:
+            text, tokens = self._tokenizer(caption)
+        except InputError as error:
+            raise InputError(f"{name}: {error}" if name else str(error)) from error
+        timing = {
+            "decode": milliseconds(started, decode_end),
+            "resize": milliseconds(decode_end, resize_end),
+            "tokenize": milliseconds(resize_end, perf_counter()),
+        }
+        warnings = decoded.warnings + tokens.warnings
+        return Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
+
+    def pixels(self, rgb: Image.Image) -> np.ndarray:
+        """What the backend takes of a picture: the network's input of it, or itself, uint8 [H, W, 3]."""
+        spec = self._spec
+        if not self._decoded:
+            return normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
+        if max(rgb.size) > _LARGEST_SENT:
+            rgb = resize_image(rgb, spec.image_size)  # again to the same size, it stays the same to the bit
+        return np.asarray(rgb)
+
+    def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
+        """Ids and mask of the items, padded with 0 to the longest caption."""
+        longest = max(len(item.tokens.ids) for item in items)
+        shape = (len(items), max(longest, self._spec.min_tokens))
+        input_ids = np.zeros(shape, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for row, item in enumerate(items):
+            input_ids[row, : len(item.tokens.ids)] = item.tokens.ids
+            attention_mask[row, : len(item.tokens.ids)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def blank(self, pairs: int, tokens: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """Black pictures, and captions of so many tokens; as many as the tokenizer can make of a caption."""
+        spec = self._spec
+        picture = self.pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
+        shape = pairs, min(max(tokens, spec.min_tokens), spec.max_tokens)
+        text = {
+            "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),
+            "attention_mask": np.ones(shape, dtype=np.int64),
+        }
+        return [picture] * pairs, text
+
+
+def milliseconds(start: float, end: float) -> float:
+    """Milliseconds between two instants of `perf_counter`."""
+    return (end - start) * 1000

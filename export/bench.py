@@ -1,0 +1,211 @@
+"""How fast the backends of this machine serve a bundle: `dgm4 bench`.
+
+A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, or `predict` of a
+single pair, one call after another, in a process of the backend's own (`export.bench_process`). Backends
+take turns, so that a drift of the machine meets all alike; the first call of a turn finds another one's
+data in the caches and is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engine import Bundle
+from engine.backends import known
+from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
+from engine.predictor import TOKENIZER
+from engine.text import CaptionTokenizer
+from export.bench_process import PICTURE, Call, Server
+from export.machine import describe_machine
+
+BATCHES = (1, 8, 32)
+TURNS = 5
+SHARES = (50, 95, 99)
+_LETTER = "q"  # a word of it has more pieces the longer it is
+_LONGEST_WORD = 60
+
+Report = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure: `backends` empty for all, `batches` empty for those of BATCHES that the bundle takes.
+
+    `tokens` are those of every caption, [CLS] included; `seconds` is the time of one backend at one batch,
+    without warm-up; `threads` and `device` as for Predictor.
+    """
+
+    backends: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    tokens: int = 24
+    seconds: float = 3.0
+    threads: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend at one batch: percentiles in milliseconds a call, by part; pairs a second.
+
+    `pairs_per_s` is end to end, `model_pairs_per_s` counts the time of inference alone.
+    """
+
+    backend: str
+    device: str
+    batch: int
+    calls: int
+    total: dict[str, float]
+    preprocess: dict[str, float]
+    inference: dict[str, float]
+    postprocess: dict[str, float]
+    pairs_per_s: float
+    model_pairs_per_s: float
+
+
+@dataclass
+class Bench:
+    """All that was measured, and why the other backends were not.
+
+    `absent` are backends that were not asked for and do not serve this bundle here, with the reason;
+    `failed` the errors of those that were asked for, or that broke off.
+    """
+
+    bundle: str
+    model: dict[str, str]
+    options: BenchOptions
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Dgm4Error] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {
+            **asdict(self),
+            "picture": list(PICTURE),
+            "turns": TURNS,
+            "failed": {name: str(error) for name, error in self.failed.items()},
+        }
+
+
+def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, batch: None) -> Bench:
+    """Measure; `report` hears of every turn as (backend, batch).
+
+    Raises InputError for batches or tokens outside the bundle's limits, BackendError where no backend
+    serves the bundle.
+    """
+    caption = make_caption(bundle, options.tokens)
+    batches = _batches(bundle, options.batches)
+    info = bundle.manifest.model
+    model = {"name": info.name, "size": info.size, "precision": bundle.manifest.precision}
+    found = Bench(str(bundle.path), model, options, describe_machine())
+    with ExitStack() as stack:
+        loaded = _load(bundle, found, stack)
+        for batch in batches:
+            found.rows += _measure(loaded, batch, caption, found, report)
+    if not found.rows:
+        raise BackendError(
+            "; ".join(["nothing was measured", *(f"{n}: {e}" for n, e in found.failed.items())])
+        )
+    return found
+
+
+def _batches(bundle: Bundle, asked: Sequence[int]) -> list[int]:
+    largest = bundle.manifest.limits.max_batch
+    if asked and max(asked) > largest:
+        raise InputError(f"batch: expected at most {largest}, the bundle's limit, got {max(asked)}")
+    return [batch for batch in asked or BATCHES if batch <= largest]
+
+
+def make_caption(bundle: Bundle, tokens: int) -> str:
+    """A caption that the bundle's tokenizer reads as `tokens` tokens, [CLS] included; raises InputError.
+
+    Its words are made of one letter each: how many pieces a word has depends on the vocabulary.
+    """
+    spec = bundle.manifest.preprocess
+    if not spec.min_tokens <= tokens <= spec.max_tokens:
+        raise InputError(
+            f"tokens: expected {spec.min_tokens} to {spec.max_tokens}, the bundle's limits, got {tokens}"
+        )
+    tokenizer = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
+    words: list[str] = []
+    left, places = tokens - 1, min(tokens - 1, spec.max_words)
+    lengths = {len(tokenizer(_LETTER * n)[1].ids) - 1: _LETTER * n for n in range(_LONGEST_WORD, 0, -1)}
+    while left and places:
+        pieces = max((n for n in lengths if n <= math.ceil(left / places)), default=0)
+        words.append(lengths.get(pieces, ""))
+        left, places = left - pieces, places - 1
+    caption = " ".join(words)
+    found = len(tokenizer(caption)[1].ids)
+    if found != tokens:
+        raise InputError(f"tokens: no caption of {tokens} tokens was found for this vocabulary; try {found}")
+    return caption
+
+
+def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Server]:
+    """A process for each backend that serves the bundle here; the reasons of the others go to `found`."""
+    options, loaded = found.options, {}
+    for name in options.backends or known():
+        try:
+            server = Server(bundle.path, name, options.device, options.threads)
+        except Dgm4Error as error:
+            if options.backends or not isinstance(error, (BackendError, EngineMismatchError)):
+                found.failed[name] = error
+            else:
+                found.absent[name] = str(error)
+        else:
+            stack.callback(server.close)
+            loaded[name] = server
+    if not loaded:
+        reasons = [*map(str, found.failed.values()), *found.absent.values()]
+        raise BackendError("no backend here serves this bundle: " + "; ".join(reasons))
+    return loaded
+
+
+def _measure(
+    loaded: dict[str, Server], batch: int, caption: str, found: Bench, report: Report
+) -> Iterator[Row]:
+    """One row a backend for this batch; a backend that fails leaves `loaded`, its error goes to `found`."""
+    calls: dict[str, list[Call]] = {name: [] for name in loaded}
+    for turn in range(TURNS):
+        for name in _rotate(list(loaded), turn):
+            report(name, batch)
+            try:
+                if turn == 0:
+                    loaded[name].warm_up(batch, found.options.tokens)
+                calls[name] += loaded[name].turn(batch, caption, found.options.seconds / TURNS)
+            except Dgm4Error as error:
+                found.failed[name] = type(error)(f"batch {batch}: {error}")
+                loaded.pop(name).close()
+    for name, server in loaded.items():
+        yield _row(server.model, batch, calls[name])
+
+
+def _rotate(names: list[str], turn: int) -> list[str]:
+    """The names from another one on in every turn: who comes after whom should not matter."""
+    start = turn % len(names) if names else 0
+    return names[start:] + names[:start]
+
+
+def _row(model: Mapping[str, str], batch: int, calls: Sequence[Call]) -> Row:
+    parts = {name: [getattr(call, name) for call in calls] for name in Call._fields}
+    pairs = 1e3 * batch * len(calls)
+    return Row(
+        backend=model["backend"],
+        device=model["device"],
+        batch=batch,
+        calls=len(calls),
+        **{name: percentiles(values) for name, values in parts.items()},
+        pairs_per_s=round(pairs / sum(parts["total"]), 2),
+        model_pairs_per_s=round(pairs / sum(parts["inference"]), 2),
+    )
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 by nearest rank: the smallest value that no less than that share lies at or below."""
+    ranked = sorted(values)
+    return {f"p{s}": round(ranked[math.ceil(len(ranked) * s / 100) - 1], 3) for s in SHARES}

@@ -1,0 +1,136 @@
+"""A process for each backend that `dgm4 bench` measures: a crash of native code ends that one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine import Prediction, Predictor
+from engine.errors import BackendError, Dgm4Error
+from engine.pairs import Pair
+
+PICTURE = (640, 480)  # width and height in pixels
+_END_LIMIT_S = 5.0
+
+
+class Call(NamedTuple):
+    """Milliseconds of one call and of its parts, which add up to `total`."""
+
+    total: float
+    preprocess: float
+    inference: float
+    postprocess: float
+
+
+class Server:
+    """A Predictor in a child process; `model` is what the Predictor says of itself."""
+
+    def __init__(self, bundle: Path, backend: str, device: str, threads: int | None) -> None:
+        """Start the process and load the bundle there; raises what Predictor raises."""
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
+        self._connection, child = context.Pipe()
+        arguments = (child, bundle, backend, device, threads)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        child.close()
+        try:
+            self.model: dict[str, str] = self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def warm_up(self, batch: int, tokens: int) -> None:
+        """Prepare for blank batches of this shape; raises Dgm4Error."""
+        self._ask("warm_up", batch, tokens)
+
+    def turn(self, batch: int, caption: str, seconds: float) -> list[Call]:
+        """Call for `seconds`, at least once, after one call that does not count; raises Dgm4Error."""
+        return self._ask("turn", batch, caption, seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(_END_LIMIT_S)
+        self._process.kill()
+
+    def _ask(self, *request: Any) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended is explained by its status
+            self._connection.send(request)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self._process.join(_END_LIMIT_S)
+            status = self._process.exitcode or 0
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            raise BackendError(f"its process ended with {how}; run it alone, with --backend") from error
+        if isinstance(answer, Dgm4Error):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, bundle: Path, backend: str, device: str, threads: int | None) -> None:
+    """Load, say what was loaded, and answer requests until the other end is closed; errors are answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    try:
+        predictor = Predictor(bundle, backend, device, threads, thumbnail=0)
+    except Dgm4Error as error:
+        connection.send(error)
+        return
+    connection.send(predictor.model)
+    with predictor, contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            kind, *arguments = connection.recv()
+            try:
+                connection.send(_answer(predictor, kind, *arguments))
+            except Dgm4Error as error:
+                connection.send(error)
+
+
+def _answer(predictor: Predictor, kind: str, batch: int, *rest: Any) -> list[Call] | None:
+    if kind == "warm_up":
+        predictor.warm_up([(batch, *rest)])
+        return None
+    caption, seconds = rest
+    return list(take_turn(predictor, [(draw_picture(), caption)] * batch, seconds))
+
+
+def draw_picture() -> np.ndarray:
+    """A picture of coarse noise as it was decoded, uint8 [480, 640, 3]."""
+    width, height = PICTURE
+    coarse = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (height // 20, width // 20, 3))
+    return coarse.repeat(20, 0).repeat(20, 1).astype(np.uint8)
+
+
+def take_turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> Iterator[Call]:
+    """As `Server.turn`."""
+    _answers(predictor, pairs)
+    end = perf_counter() + seconds
+    while True:
+        yield _call(predictor, pairs)
+        if perf_counter() >= end:
+            return
+
+
+def _answers(predictor: Predictor, pairs: Sequence[Pair]) -> list[Prediction]:
+    """As a service would ask: one pair by `predict`, which starts no threads to prepare it."""
+    return [predictor.predict(*pairs[0])] if len(pairs) == 1 else predictor.predict_batch(pairs)
+
+
+def _call(predictor: Predictor, pairs: Sequence[Pair]) -> Call:
+    start = perf_counter()
+    answers = _answers(predictor, pairs)
+    total = 1e3 * (perf_counter() - start)
+    inference = sum(answer.timing["inference"] for answer in answers)  # each names its share of the batch
+    postprocess = sum(answer.timing["postprocess"] for answer in answers)
+    return Call(total, total - inference - postprocess, inference, postprocess)

@@ -1,0 +1,124 @@
+"""`dgm4 bench`: latency and throughput of a bundle for every backend that serves it here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.arguments import counts, positive, seconds, verb
+
+if TYPE_CHECKING:
+    from export.bench import Bench
+    from export.output import Rows
+
+_HEAD = (
+    *("backend", "device", "batch", "calls", "p50 ms", "p95 ms", "p99 ms", "pairs/s"),
+    *("model p50", "p95", "p99", "model pairs/s", "preprocess", "postprocess"),
+)
+
+
+def add_arguments(verbs: Any) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "bench",
+        help="measure how fast a bundle is served here",
+        description="Latency percentiles and throughput of every backend that serves the bundle, end to end "
+        "(decoded picture and caption in, answer out) and of the model alone, one call after another.",
+        epilog="The backends take turns. Columns after 'model' are the time of inference alone, then the "
+        "medians of what comes before and after it. With torch on a GPU the resize counts as inference.",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="again for another; all that serve it"
+    )
+    parser.add_argument(
+        "--batch", type=counts, default=(), metavar="N[,N]", help="batch sizes; 1,8,32 within its limit"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=24, metavar="N", help="tokens of a caption (%(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=seconds, default=3.0, metavar="S", help="for a backend at a batch (%(default)g)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; all cores by default")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart: .svg or .png")
+    parser.set_defaults(run=verb("export.cli_bench", "run"), parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and write the answer; the exit code is that of the first backend that failed."""
+    from engine import Bundle
+    from export.bench import BenchOptions, bench
+    from export.bench_chart import check_suffix, draw_chart
+    from export.output import check_output, open_output, write_whole
+
+    if options.plot is not None:
+        check_suffix(options.plot)
+        check_output(options.plot, "--plot")
+    settings = BenchOptions(
+        backends=tuple(dict.fromkeys(options.backend)),
+        batches=options.batch,
+        tokens=options.tokens,
+        seconds=options.seconds,
+        threads=options.threads,
+        device=options.device,
+    )
+    with open_output(options.out) as out:
+        found = bench(Bundle.open(options.bundle), settings, _progress)
+        _show("")
+        out.write(json.dumps(found.to_dict(), allow_nan=False) + "\n" if options.json else table(found))
+    if options.plot is not None:
+        write_whole(options.plot, draw_chart(found, options.plot), "--plot")
+    for name, error in found.failed.items():
+        sys.stderr.write(f"dgm4: {name} was not measured: {error}\n")
+    return next((error.exit_code for error in found.failed.values()), 0)
+
+
+def _progress(name: str, batch: int) -> None:
+    _show(f"batch {batch}: {name}")
+
+
+def _show(text: str) -> None:
+    """Replace the last line of a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
+
+
+def table(found: Bench) -> str:
+    """The measurements as lines of text, milliseconds a call."""
+    from export.bench_process import PICTURE
+    from export.output import align
+
+    machine, options = found.machine, found.options
+    processor = machine["processor"].get("model name", machine["system"])
+    threads = options.threads or machine["cores"]
+    lines = [
+        f"{' '.join(found.model.values())}: {options.tokens} tokens, pictures of {PICTURE[0]} x {PICTURE[1]}",
+        f"{processor}, {threads} of {machine['cores']} cores, load {machine['load']:g} at the start",
+        *machine["gpus"],
+        "",
+        *align(_rows(found), left=2),
+    ]
+    lines += [f"{name}: not measured: {reason}" for name, reason in found.absent.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(found: Bench) -> Rows:
+    rows: Rows = [_HEAD]
+    for row in found.rows:
+        head = (row.backend, row.device, str(row.batch), str(row.calls))
+        end_to_end, model = (
+            [*(f"{part[name]:.1f}" for name in ("p50", "p95", "p99")), f"{rate:.1f}"]
+            for part, rate in ((row.total, row.pairs_per_s), (row.inference, row.model_pairs_per_s))
+        )
+        rows.append(
+            (*head, *end_to_end, *model, *(f"{p['p50']:.1f}" for p in (row.preprocess, row.postprocess)))
+        )
+    return rows

@@ -1,0 +1,89 @@
+"""`dgm4 repository`: bundles as a model repository for NVIDIA Triton Inference Server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from export.arguments import counts, positive, verb, whole
+
+
+def add_arguments(verbs: Any) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "repository",
+        help="write a model repository for NVIDIA Triton Inference Server",
+        description="Write a directory that tritonserver --model-repository takes: of each bundle the ONNX "
+        "graph or the TensorRT plan, its configuration, and what a client needs.",
+    )
+    parser.add_argument("bundle", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the repository")
+    parser.add_argument("--name", metavar="NAME", help="of a single model; <model>-<size>-<precision>")
+    parser.add_argument("--plan", action="store_true", help="serve the TensorRT engine, not the ONNX graph")
+    parser.add_argument(
+        "--kind", choices=("auto", "cpu", "gpu"), default="auto", help="where instances run (%(default)s)"
+    )
+    parser.add_argument(
+        "--instances", type=positive, default=1, metavar="N", help="copies on each device (%(default)s)"
+    )
+    parser.add_argument(
+        "--queue-delay",
+        type=whole,
+        default=500,
+        metavar="US",
+        help="microseconds to wait for a batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--preferred",
+        type=counts,
+        default=(),
+        metavar="N[,N]",
+        help="batches sent at once; 8 and the largest",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of an instance; all cores")
+    parser.add_argument(
+        "--accelerate", action="store_true", help="let ONNX Runtime build TensorRT engines on the server"
+    )
+    parser.set_defaults(run=verb("export.cli_repository", "run"), usage_error=_usage, parser=parser)
+
+
+def _usage(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments taken together, or None."""
+    if options.name is not None and len(options.bundle) > 1:
+        return "--name is for a single bundle"
+    return None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the repository and print what it serves."""
+    from engine import Bundle
+    from export.repository import name_models, write_repository
+    from export.triton_config import ServerOptions
+
+    settings = ServerOptions(
+        plan=options.plan,
+        kind=options.kind,
+        instances=options.instances,
+        queue_delay_us=options.queue_delay,
+        preferred=options.preferred,
+        accelerate=options.accelerate,
+        threads=options.threads,
+    )
+    bundles = [Bundle.open(path) for path in options.bundle]
+    named = name_models(bundles) if options.name is None else {options.name: bundles[0]}
+    manifest = write_repository(named, options.out, settings)
+    sys.stdout.write(summary(options.out, manifest))
+    return 0
+
+
+def summary(out: Path, manifest: dict[str, Any]) -> str:
+    """What was written, a line a model, and how a server is started on it."""
+    lines = []
+    for name, model in manifest["models"].items():
+        size = sum(
+            entry["bytes"] for place, entry in manifest["files"].items() if place.startswith(f"{name}/")
+        )
+        lines.append(f"{name}: {model['serves']} of {model['of']}, {size / 1e6:.0f} MB")
+    return "\n".join([*lines, f"tritonserver --model-repository={out.resolve()}"]) + "\n"

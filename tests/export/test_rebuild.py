@@ -1,0 +1,146 @@
+"""`dgm4 rebuild`: a bundle with an engine for this machine, or the bundle as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine import Bundle
+from engine.errors import BackendError
+from engine.manifest import manifest_digest
+from export import rebuild as module
+from export import trt
+from export.cli import main
+from export.trt import BuilderInfo, EngineReport
+
+ENGINE = {
+    "file": "model.trt-sm90.engine",
+    "library": "tensorrt",
+    "version": "11.4.0.106",
+    "compute_capabilities": ["9.0"],
+    "profile": {},
+}
+
+
+@pytest.fixture
+def copied(bundle, tmp_path):
+    return Path(shutil.copytree(bundle("asap", "fp32").path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """TensorRT on a GPU of 8.9, in place of the native builder; the specs it was given."""
+    specs = []
+
+    def build(spec, out, *_):
+        specs.append(spec)
+        assert Path(spec.onnx).is_file()
+        Path(out).write_bytes(b"engine")
+        return EngineReport("tensorrt", "11.4.0.106", 1.0, 1.0, 6, ("8.9",), (), (), ())
+
+    monkeypatch.setattr(trt, "find_builder", lambda: BuilderInfo("tensorrt", "11.4.0.106", True, ""))
+    monkeypatch.setattr(trt, "build_engine", build)
+    return specs
+
+
+def put_engines(path, *records):
+    """Enter engines into a bundle, each as a small file."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    own = manifest["files"]["model.onnx"]["sha256"]
+    for record in records:
+        (path / record["file"]).write_bytes(b"old")
+        digest = "cba06b5736faf67e54b07b561eae94395e774c517a7d910a54369e1263ccfbd4"  # of b"old"
+        manifest["files"][record["file"]] = {"sha256": digest, "bytes": 3}
+        manifest["engines"].append({"onnx_sha256": own} | record)
+    del manifest["sha256"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+
+
+def test_an_engine_enters_the_bundle(copied, builder, capsys):
+    before = {entry.name: entry.read_bytes() for entry in copied.iterdir()}
+    assert main(["rebuild", str(copied)]) == 0
+    assert "model.trt-sm89.engine: tensorrt 11.4.0.106 for 8.9" in capsys.readouterr().err
+    bundle = Bundle.open(copied)
+    bundle.verify_all()
+    (entry,) = bundle.manifest.engines
+    assert entry.onnx_sha256 == bundle.manifest.files["model.onnx"].sha256
+    after = {item.name: item.read_bytes() for item in copied.iterdir()}
+    assert set(after) == {*before, "model.trt-sm89.engine"}
+    assert {name for name in before if before[name] != after[name]} == {"manifest.json", "README.md"}
+    assert "model.trt-sm89.engine" in after["README.md"].decode()
+    old, new = json.loads(before["manifest.json"]), json.loads(after["manifest.json"])
+    assert {key for key in old if old[key] != new[key]} == {"files", "engines", "sha256"}
+
+
+def test_the_profile_reaches_the_bundles_limits(copied, builder):
+    module.rebuild(copied)
+    limits = Bundle.open(copied).manifest.limits
+    low, _, high = builder[0].profile["input_ids"]
+    assert (low, high) == ((1, 2), (limits.max_batch, limits.max_tokens))
+    assert builder[0].compute_capabilities == ()
+
+
+def test_engines_of_others_stay_and_stale_ones_go(copied, builder):
+    stale = {"file": "model.rtx.engine", "onnx_sha256": "0" * 64}
+    put_engines(copied, ENGINE, ENGINE | stale, ENGINE | {"file": "model.trt-sm89.engine", "version": "10"})
+    module.rebuild(copied)
+    found = [(entry.file, entry.version) for entry in Bundle.open(copied).manifest.engines]
+    assert found == [("model.trt-sm90.engine", "11.4.0.106"), ("model.trt-sm89.engine", "11.4.0.106")]
+    assert not (copied / "model.rtx.engine").exists()
+    assert (copied / "model.trt-sm89.engine").read_bytes() == b"engine"
+
+
+def test_a_failed_build_leaves_the_bundle(copied, monkeypatch, builder, capsys):
+    before = {entry.name: entry.read_bytes() for entry in copied.iterdir()}
+
+    def refuse(spec, out, *_):
+        Path(out).write_bytes(b"half")
+        raise trt.BuildError("the disk is full")
+
+    monkeypatch.setattr(trt, "build_engine", refuse)
+    assert main(["rebuild", str(copied)]) == 4
+    assert "dgm4: error: the disk is full" in capsys.readouterr().err
+    assert {entry.name: entry.read_bytes() for entry in copied.iterdir()} == before
+    assert [entry.name for entry in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_a_damaged_bundle_is_not_blessed(copied, builder, capsys):
+    data = bytearray((copied / "model.onnx.data").read_bytes())
+    data[-1] ^= 1
+    (copied / "model.onnx.data").write_bytes(data)
+    assert main(["rebuild", str(copied)]) == 1
+    assert "model.onnx.data: expected SHA-256" in capsys.readouterr().err
+    assert builder == []
+
+
+def test_without_links_the_files_are_copied(copied, builder, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "not permitted")
+
+    monkeypatch.setattr(module.os, "link", refuse)
+    module.rebuild(copied)
+    Bundle.open(copied).verify_all()
+
+
+def test_nothing_builds_here(copied, monkeypatch):
+    monkeypatch.setattr(trt, "find_builder", lambda: None)
+    with pytest.raises(BackendError, match=r"nothing here can build an engine \(tensorrt: "):
+        module.rebuild(copied)
+
+
+def test_a_bundle_that_tensorrt_does_not_take(bundle, builder):
+    with pytest.raises(BackendError, match="calibrated Q/DQ nodes: export again with --calibration"):
+        module.rebuild(bundle("asap", "int8").path)
+
+
+def test_a_real_engine(copied, capsys):
+    """TensorRT-RTX builds it without a GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    if trt.find_builder().library != "tensorrt_rtx":
+        pytest.skip("TensorRT builds here, for one GPU")
+    assert main(["rebuild", str(copied)]) == 0
+    (entry,) = Bundle.open(copied).manifest.engines
+    assert (copied / entry.file).stat().st_size > 100_000
