@@ -27,8 +27,8 @@ class ExportOptions:
     judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
     and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
     training split by `calibration_method` (entropy: int8 alone). `keep_layers` of the Linear layers, the
-    worst by their own error, stay a step above the precision; "auto": as few as the checks and the gate
-    on `data` ask for.
+    worst by their own error, stay a step above the precision; "auto": as few as the checks and the gate on
+    `data` ask for.
     """
 
     out: Path

@@ -31,7 +31,6 @@ _START_HINTS = {  # CUresult of cuInit
     100: "it shows no GPU",
     803: "its library and its kernel module are of different versions, so restart the machine",
     804: "the GPU does not take a forward-compatible driver, so update the machine's own",
-    999: "its kernel module is not loaded or broken, so restart the machine",
 }
 _MIB = 1 << 20
 # On a machine with no driver the RTX builder logs this beside every real error.
@@ -380,9 +379,8 @@ def _probe_driver() -> dict[str, Any]:
     driver = f"driver for CUDA up to {newest.value // 1000}.{newest.value % 1000 // 10}"
     status = cuda.cuInit(0)
     if status != 0:
-        hint = _START_HINTS.get(status, "nvidia-smi may tell why")
-        reason = f"the {driver} refuses to start (status {status}): {hint}"
-        return {"compute_capability": None, "reason": reason}
+        why = f"refuses to start (status {status}): {_START_HINTS.get(status, 'nvidia-smi may tell why')}"
+        return {"compute_capability": None, "reason": f"the {driver} {why}"}
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     statuses = (
         cuda.cuDeviceGet(ctypes.byref(device), 0),
@@ -392,10 +390,8 @@ def _probe_driver() -> dict[str, Any]:
     if any(statuses):
         return {"compute_capability": None, "reason": f"the CUDA driver shows no GPU (status {statuses})"}
     capability = f"{major.value}.{minor.value}"
-    return {
-        "compute_capability": capability,
-        "reason": f"GPU of compute capability {capability}, {driver}",
-    }
+    reason = f"GPU of compute capability {capability}, {driver}"
+    return {"compute_capability": capability, "reason": reason}
 
 
 if __name__ == "__main__":

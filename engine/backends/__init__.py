@@ -134,7 +134,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
         why = f"reads {_BACKENDS[name].reads}, which this bundle in {precision} has not"
-        if _BACKENDS[name].reads in bundle.manifest.files:
+        if name == "ort" and "model.onnx" in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
     cores = usable_cores()
@@ -200,10 +200,10 @@ def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:
 
 
 def _suited(bundle: Bundle) -> list[str]:
-    """The backends that find in the bundle what they read, in a precision that they run."""
-    files, precision = list(bundle.manifest.files), bundle.manifest.precision
+    """The backends that find in the bundle what they read."""
+    files = list(bundle.manifest.files)
     found = [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
-    return [name for name in found if name != "ort" or precision not in _NOT_FOR_ORT]
+    return [name for name in found if name != "ort" or bundle.manifest.precision not in _NOT_FOR_ORT]
 
 
 def _has_driver() -> bool:
