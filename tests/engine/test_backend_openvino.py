@@ -10,11 +10,14 @@ import threading
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from engine import Bundle, Predictor, backends
 from engine.errors import BackendError, BundleError
-from export.onnx import flatten
-from export.quantize import quantize_static
+from export.inference import rewrite
+from export.onnx import export_onnx, flatten
+from export.qdq import int8_layers, to_int8
+from export.ranges import read_histograms, scales_of
 from export.verify import HALF, INT8
 
 pytest.importorskip("openvino")
@@ -60,30 +63,17 @@ def loaded(bundle):
     return load
 
 
-class DrawnReader:
-    """Calibrates on two drawn batches, as ONNX Runtime's calibrators ask for them."""
-
-    def __init__(self):
-        self.set_range(0, len(self))
-
-    def __len__(self):
-        return 2
-
-    def set_range(self, start_index, end_index):
-        self.rest = iter([feeds(4, 17, seed) for seed in range(start_index, min(end_index, len(self)))])
-
-    def get_next(self):
-        return next(self.rest, None)
-
-
 @pytest.fixture
-def calibrated(bundle, tmp_path, write_manifest):
+def calibrated(bundle, tiny, tmp_path, write_manifest):
     """The bundle of a tiny network in calibrated int8."""
     source = bundle("cals", "fp32").path
     path = tmp_path / "bundle"
     path.mkdir()
     shutil.copyfile(source / "tokenizer.json", path / "tokenizer.json")
-    quantize_static(source / "model.onnx", path / "model.onnx", DrawnReader())
+    model = rewrite(tiny("cals"))
+    batches = [{k: torch.from_numpy(v) for k, v in feeds(4, 17, seed).items()} for seed in range(2)]
+    scales = scales_of(read_histograms(model, int8_layers(model), batches), torch.int8)
+    export_onnx(to_int8(model, scales), path / "model.onnx")
     flatten(path / "model.onnx", path / FLAT)
     manifest = json.loads((source / "manifest.json").read_text()) | {"precision": "int8", "files": {}}
     del manifest["sha256"]
