@@ -360,3 +360,17 @@ def test_captured_graphs_agree_in_threads(name, bundle):
     backend = backends.create("torch", Bundle.open(bundle(name, "fp16").path), "cuda", 1)
     cases = [feeds(1, 5), feeds(1, 9, seed=1), feeds(2, 20, seed=2)]
     assert in_threads(backend.run, cases, 10) == []
+
+
+def test_a_calibrated_bundle_without_its_scales(bundle, tmp_path):
+    path = Path(shutil.copytree(bundle("hammer", "fp8").path, tmp_path / "bundle"))
+    calibration = {"method": "minmax", "pairs": 8, "source": "drawn", "seed": 1}
+    rewrite_manifest(path, calibration=calibration)
+    with pytest.raises(BundleError, match=r"was calibrated but has no scales\.json; export it again"):
+        Predictor(path, device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [{"device": 0}, {"device": None}, {"threads": True}, {"threads": 0}])
+def test_devices_and_threads_that_are_none(copied, wrong):
+    with pytest.raises(BackendError, match=r"device: expected 'auto'|expected 1 to \d+ threads"):
+        Predictor(copied, **wrong)
