@@ -47,6 +47,7 @@ def build_into(
             k: dict(zip(("min", "opt", "max"), map(list, v), strict=True)) for k, v in profile.items()
         },
         "plugins": ours,
+        "build": {"seconds": round(built.seconds, 1), "peak_memory_mb": round(built.peak_memory_mb)},
     }
     nodes = f", {sum(ours.values())} nodes with our kernels" if ours else ""
     return record, (

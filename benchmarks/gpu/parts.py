@@ -49,6 +49,7 @@ def parts() -> list[Part]:
         Part("smoke", f"{CHECKS}:smoke", limit_s=200),
         *(Part(f"kernel-{name}", f"{CHECKS}:operator", (name,)) for name in OPERATORS),
         Part("plugins", "benchmarks.gpu.plugins:check", limit_s=300, needs_s=60),
+        Part("rtx", "benchmarks.gpu.rtx:check", limit_s=200, needs_s=60),
         *(_network("asap", variant) for variant in ("ours-bf16", "published-fp32", "ours-fp8")),
         *(
             Part(f"pictures-asap-{variant}", PICTURES, ("asap", variant), needs_s=30)
@@ -63,6 +64,10 @@ def parts() -> list[Part]:
         *_tests(),
         *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=250, needs_s=90) for name in TUNED),
         Part("memcheck", f"{CHECKS}:memcheck", limit_s=400, needs_s=90),
+        *(
+            Part(f"engine-{name}", "benchmarks.engines:part", (name,), limit_s=530, needs_s=30)
+            for name in ("asap", "cals", "hammer")
+        ),
         _compiled("asap", "default", "64x50"),
         _compiled("asap", "max-autotune", "64x50"),
         _compiled("cals", "max-autotune", "64x50"),

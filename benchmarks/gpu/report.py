@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import table
 from benchmarks.gpu.record import Measured, fastest, own, ratio
 from benchmarks.gpu.runner import DONE
 from benchmarks.gpu.targets import FIGURES
@@ -85,6 +86,12 @@ def networks(found: Measured) -> str:
     return markdown(("network", "batch", "tokens", *COLUMNS, "share of the rate"), rows)
 
 
+def engines(found: Measured) -> str:
+    """TensorRT's engines: cost of the build, and milliseconds a call with our kernels and with its own."""
+    rows = [row for row in found.rows("engine-") if "missing" not in row]
+    return table(rows)
+
+
 def details(found: Measured) -> str:
     """Every timed row of a network."""
     rates = {unit: found.rate(f"{unit}_tflop_s") for unit in ("bf16", "fp8")}
@@ -130,7 +137,7 @@ def source(found: Measured) -> str:
 
 def report(found: Measured, full: bool = False) -> str:
     """All tables."""
-    tables: list[Any] = [source, asked, kernels, networks]
+    tables: list[Any] = [source, asked, kernels, networks, engines]
     tables += [details, hotspots, tests] if full else []
     return "\n".join(table(found) for table in tables)
 

@@ -1,0 +1,168 @@
+"""What TensorRT engines cost and how fast they answer: `python -m benchmarks.engines --data DIR --out FILE`.
+
+Exports the base networks with drawn weights at every precision, int8 and fp8 calibrated on a few pairs of
+the sample set in DIR (`dgm4 data make --out DIR`), and measures the engine of each: seconds and peak memory
+of its build, and its size against the graph's weights. Where the machine can run the engine, also the latency
+of `Predictor`'s backend "tensorrt". Where the full TensorRT builds, every engine is made twice: with our
+kernels as plugins, and with TensorRT's own. stdout gets a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from benchmarks.deployment import measure
+from benchmarks.machine import describe_machine
+from dgm4.config import MODEL_NAMES
+from engine import Bundle
+from engine.errors import BackendError
+from export import trt
+from export.bench import BenchOptions, bench
+from export.options import CALIBRATED, PRECISIONS
+
+BACKEND = "tensorrt"
+CALIBRATION_PAIRS = 16  # which set scales; the cost does not depend on them
+TOKENS = 50
+LIMITS = {"build_s": 30.0, "build_peak_mb": 4000.0, "size_ratio": 1.05}  # asked for, on two cores
+
+Row = dict[str, Any]
+
+
+def weights_bytes(graph: Path) -> int:
+    """Bytes of all initializers of an ONNX file, its external data included but not read."""
+    tensors = onnx.load_model(graph, load_external_data=False).graph.initializer
+    return sum(
+        math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in tensors
+    )
+
+
+def cost(
+    network: str, precision: str, plugins: str, data: Path | None, folder: Path, size: str = "base"
+) -> tuple[Bundle, Row]:
+    """Export one network with its engine; the bundle, and what the build took.
+
+    `data` calibrates int8 and fp8, which have no engine without. Raises BackendError with the export's last
+    words where it fails or leaves no engine.
+    """
+    out = folder / f"{network}-{precision}-{plugins}"
+    command = [sys.executable, "-m", "export.cli", "export", "--model", network, "--size", size, "--drawn"]
+    command += ["--precision", precision, "--plugins", plugins, "--out", str(out), "--json"]
+    if precision in CALIBRATED and data is not None:
+        command += ["--calibration", str(data), "--calibration-pairs", str(CALIBRATION_PAIRS)]
+    report = json.loads(measure(command)["stdout"])
+    stages = {stage["stage"]: stage for stage in report["stages"]}
+    if not report["manifest"]["engines"]:
+        raise BackendError(f"{network} {precision}: {stages['engine']['text']}")
+    record = report["manifest"]["engines"][0]
+    built, weights = report["manifest"]["files"][record["file"]]["bytes"], weights_bytes(out / "model.onnx")
+    return Bundle.open(out), {
+        "network": network,
+        "precision": precision,
+        "plugins": sum(record["plugins"].values()),
+        "library": f"{record['library']} {record['version']}",
+        "compute_capabilities": record["compute_capabilities"],
+        "export_s": round(sum(s["seconds"] for name, s in stages.items() if name != "engine"), 1),
+        "build_s": record["build"]["seconds"],
+        "build_peak_mb": round(record["build"]["peak_memory_mb"] * 2**20 / 1e6),
+        "engine_mb": round(built / 1e6, 1),
+        "weights_mb": round(weights / 1e6, 1),
+        "size_ratio": round(built / weights, 4),
+    }
+
+
+def speed(bundle: Bundle, seconds: float = 3.0) -> Row:
+    """Latency of the backend at several batches, by `dgm4 bench`; or why there is none."""
+    options = BenchOptions(backends=(BACKEND,), tokens=TOKENS, seconds=seconds)
+    try:
+        found = bench(bundle, options)
+    except BackendError as error:
+        return {"latency": {}, "not_run": str(error)}
+    return {
+        "latency": {
+            str(row.batch): {**row.inference, "pairs_per_s": row.model_pairs_per_s} for row in found.rows
+        }
+    }
+
+
+def rows(networks: Iterable[str], precisions: Iterable[str], data: Path | None) -> Iterator[Row]:
+    """Measure every network at every precision, with and without plugins where there can be any.
+
+    Raises BackendError where nothing here builds engines.
+    """
+    builder = trt.find_builder()
+    if builder is None:
+        raise BackendError(f"nothing here builds engines ({_reasons()})")
+    forms = ("on", "off") if builder.library == "tensorrt" else ("off",)
+    cases = [(name, precision, form) for name in networks for precision in precisions for form in forms]
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle, row = cost(*case, data, Path(folder))
+            yield {**row, **speed(bundle)}
+            shutil.rmtree(bundle.path)
+
+
+def part(network: str) -> Iterator[Row]:
+    """A part of `python -m benchmarks.gpu`: full TensorRT's engines, with our kernels and with its own."""
+    if not any(info.usable and info.library == "tensorrt" for info in trt.describe_builders()):
+        yield {"missing": _reasons()}
+        return
+    yield from rows([network], ("fp16", "bf16"), None)
+
+
+def _reasons() -> str:
+    return "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
+
+
+def asked(found: Sequence[Row]) -> str:
+    """How many of the engines keep to `LIMITS`, in a line."""
+    kept = [row for row in found if all(row[name] <= limit for name, limit in LIMITS.items())]
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in LIMITS.items())
+    return f"{len(kept)} of {len(found)} within: {limits}\n"
+
+
+def table(found: Sequence[Row]) -> str:
+    """Rows as Markdown: cost, and milliseconds a call by batch where any engine ran."""
+    batches = sorted({int(b) for row in found for b in row["latency"]})
+    head = ["network", "precision", "plugins", "build s", "peak MB", "engine MB", "weights MB", "ratio"]
+    head += [f"{b} pairs, p50 ms" for b in batches]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for row in found:
+        cells = [row["network"].upper(), row["precision"], str(row["plugins"])]
+        cells += [f"{row['build_s']:.1f}", f"{row['build_peak_mb']:,}", f"{row['engine_mb']:.0f}"]
+        cells += [f"{row['weights_mb']:.0f}", f"{row['size_ratio']:.3f}"]
+        cells += [f"{row['latency'][str(b)]['p50']:.2f}" if row["latency"] else "-" for b in batches]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, write the data after every engine, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the sample set")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file")
+    parser.add_argument("--network", nargs="+", default=MODEL_NAMES, choices=MODEL_NAMES)
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    options = parser.parse_args()
+    record: dict[str, Any] = {"machine": describe_machine(), "rows": []}
+    for row in rows(options.network, options.precision, options.data):
+        record["rows"].append(row)
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        sys.stderr.write(json.dumps(row) + "\n")
+    sys.stdout.write(table(record["rows"]) + asked(record["rows"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
