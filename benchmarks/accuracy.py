@@ -24,20 +24,22 @@ import dgm4
 from benchmarks.machine import describe_machine
 from dgm4.config import MODEL_NAMES
 from dgm4.shipped import demo_checkpoint
+from export.engine_file import HALF
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 
-# As the table names it: precision, and whether activations are calibrated.
+# As the table names it: precision, whether activations are calibrated, the graph where it is no backend's.
 VARIANTS = {
-    "fp32": ("fp32", False),
-    "fp16": ("fp16", False),
-    "bf16": ("bf16", False),
-    "int8 dynamic": ("int8", False),
-    "int8 static": ("int8", True),
-    "fp8": ("fp8", False),
-    "fp8 static": ("fp8", True),
+    "fp32": ("fp32", False, None),
+    "fp16": ("fp16", False, None),
+    "bf16": ("bf16", False, None),
+    "int8 dynamic": ("int8", False, None),
+    "int8 static": ("int8", True, None),
+    "int8 in fp16": ("int8", True, HALF),
+    "fp8": ("fp8", False, None),
+    "fp8 static": ("fp8", True, None),
 }
 
 
@@ -65,19 +67,19 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
     """Export one bundle and evaluate it; the record of `dgm4 evaluate`, with the gate's failures."""
     weights, network, variant = key
     checkpoint = checkpoint_of(weights, network, folder)
-    precision, calibrated = VARIANTS[variant]
+    precision, calibrated, graph = VARIANTS[variant]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         out = Path(place) / f"{network}-{variant.replace(' ', '-')}"
         options = ExportOptions(
             out=out,
             checkpoint=checkpoint,
             precision=precision,
-            engine=False,
+            engine=graph is not None,  # of which it is
             calibration=data if calibrated else None,
             calibration_pairs=CALIBRATION_PAIRS[weights],
         )
         export_bundle(options, lambda stage: None)
-        settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs)
+        settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, graph=graph)
         found = evaluate(out, data, settings, progress=True)
     if found.comparison is None:
         raise RuntimeError(f"{out}: no float32 network to compare with: {found.note}")

@@ -12,6 +12,7 @@ from export.digest import sha256_of
 from export.plugins.graph import plugin_graph
 
 GRAPH, DRAFT = "model.onnx", "draft.engine"
+HALF = "model.fp16.onnx"  # of a calibrated int8 bundle: the same products with float16 around them
 TYPICAL_BATCH = 8
 
 Profile = dict[str, tuple[trt.Shape, trt.Shape, trt.Shape]]
@@ -22,10 +23,11 @@ def build_into(
 ) -> tuple[dict[str, Any], str]:
     """Build the engine of the graph in `writer`'s folder; the manifest's record of it and a line on it.
 
-    `targets` are compute capabilities, as "8.6"; `plugins` tells whether our kernels go into it. Raises
-    BuildError.
+    The graph is `HALF` where there is one. `targets` are compute capabilities, as "8.6"; `plugins` tells
+    whether our kernels go into it. Raises BuildError.
     """
-    graph, draft = writer.path(GRAPH), writer.path(DRAFT)
+    half, draft = writer.path(HALF), writer.path(DRAFT)
+    graph = half if half.exists() else writer.path(GRAPH)
     source, ours = _with_plugins(graph) if plugins else (graph, {})
     spec = trt.EngineSpec(
         source, profile, compute_capabilities=tuple(targets), library=library, plugins=bool(ours)
@@ -58,7 +60,7 @@ def build_into(
 
 def _with_plugins(graph: Path) -> tuple[Path, dict[str, int]]:
     """The graph to build from, and the number of its nodes that are plugins, by operator."""
-    rewritten = graph.with_name(f"plugins.{GRAPH}")
+    rewritten = graph.with_name(f"plugins.{graph.name}")
     plugins = plugin_graph(graph, rewritten)
     return (rewritten, plugins) if plugins else (graph, plugins)
 

@@ -20,7 +20,8 @@ from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import Answers, Interval, bootstrap, bootstrap_difference, per_type, summarise
 from dgm4.model import Detector
-from engine.backends import create
+from engine.backends import Backend, create, usable_cores
+from engine.backends.ort import OrtBackend
 from engine.bundle import Bundle
 from engine.errors import BundleError, InputError, NumericalError
 from engine.manifest import Manifest
@@ -28,6 +29,7 @@ from engine.predictor import TOKENIZER
 from engine.preprocess import CLIP_MEAN, CLIP_STD
 from engine.text import CaptionTokenizer
 from export.agreement import Agreement, Case, measure_agreement, worst_cases
+from export.onnx import DATA_SUFFIX
 from export.scoring import Network, Scored, TorchNetwork, score, torch_threads
 
 WEIGHTS = "model.safetensors"
@@ -38,6 +40,7 @@ _OURS, _REFERENCE = "bundle", "reference"
 class EvaluateOptions:
     """What to evaluate and how.
 
+    `graph` names an ONNX file of the bundle that answers, in ONNX Runtime, in place of what a backend takes.
     `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
     largest, 32 at most. `reference` "auto" compares with the float32 network of `checkpoint`, or of the
     bundle's own weights, "required" raises InputError where there is neither, "none" does not compare.
@@ -46,6 +49,7 @@ class EvaluateOptions:
     """
 
     split: str = "test"
+    graph: str | None = None
     limit: int | None = None
     backend: str = "auto"
     device: str = "auto"
@@ -143,7 +147,7 @@ def evaluate(
     annotations = read_split(data, options.split, options.on_bad)
     dataset = PairDataset(_draw(annotations.samples, options), tokenizer, _image_size(manifest))
     reference = _load_reference(opened, options)
-    network = create(options.backend, opened, options.device, options.threads)
+    network = _load_network(opened, options)
     networks: dict[str, Network] = {_OURS: network}
     if reference.model is not None:
         networks[_REFERENCE] = TorchNetwork(reference.model)
@@ -172,6 +176,13 @@ def evaluate(
         problems=dict(Counter(p.kind for p in (*annotations.problems, *scored.problems)).most_common()),
         seconds=scored.seconds,
     )
+
+
+def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend:
+    if options.graph is None:
+        return create(options.backend, bundle, options.device, options.threads)
+    bundle.verified(options.graph + DATA_SUFFIX)
+    return OrtBackend(bundle.verified(options.graph), bundle, options.threads or usable_cores())
 
 
 @dataclass(frozen=True)

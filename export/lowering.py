@@ -16,12 +16,13 @@ from engine.errors import InputError
 from engine.network.config import NetworkConfig
 from engine.network.linear import E4M3
 from engine.network.model import InferenceModel
-from engine.network.precision import float_layers, set_precision
+from engine.network.precision import float_layers, set_precision, to_precision
 from engine.text import CaptionTokenizer
 from export.bundle import BundleWriter
 from export.bundle_engine import MODEL, has_graph
 from export.calibrate import PairReader, read_pairs
 from export.emulate import emulate
+from export.engine_file import HALF
 from export.layers import PAIRS, layer_errors
 from export.onnx import data_of, export_onnx, flatten
 from export.qdq import fp8_as_nodes, lower, lowered_layers
@@ -34,13 +35,15 @@ from export.verify import (
     CASES,
     EXACT,
     FP8,
-    HALF,
     INT8,
     Arrays,
     check,
     compare,
     onnx_answers,
     torch_answers,
+)
+from export.verify import (
+    HALF as ROUNDED,
 )
 
 TOKENIZER = "tokenizer.json"
@@ -50,10 +53,11 @@ _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
 # From and to which case a cast network is compared, and how near: one is enough, since float16 is slow here
 # and its graph answers them all; bf16 and fp8 are judged on the longer one, since a caption of one word has
 # two numbers for an answer.
-_CHECKS = {"fp16": ((0, 1), HALF), "bf16": ((1, 2), BF16), "fp8": ((1, 2), FP8)}
+_CHECKS = {"fp16": ((0, 1), ROUNDED), "bf16": ((1, 2), BF16), "fp8": ((1, 2), FP8)}
+_ISLANDS = "with norms, softmax and the box head in float32"
 _CASTS = {
-    "fp16": "float16, with norms, softmax and the box head in float32",
-    "bf16": "bfloat16, with norms, softmax and the box head in float32",
+    "fp16": f"float16, {_ISLANDS}",
+    "bf16": f"bfloat16, {_ISLANDS}",
     "fp8": "E4M3 in the Linear layers over tokens, bfloat16 around them, norms and the box head in float32",
 }
 
@@ -144,7 +148,7 @@ def _trace(run: Run, model: InferenceModel, graph: Path, reference: Sequence[Arr
         proto = export_onnx(fp8_as_nodes(model), graph)
         stage.text = _graph_text(proto)
         if precision in ("fp32", "fp16"):
-            answers, tolerance = onnx_answers(graph, model.config), EXACT if precision == "fp32" else HALF
+            answers, tolerance = onnx_answers(graph, model.config), EXACT if precision == "fp32" else ROUNDED
         else:
             (first, last), tolerance = _CHECKS[precision]
             answers, reference = _emulated_answers(graph, model.config)[first:last], reference[first:last]
@@ -181,6 +185,22 @@ def _write_int8(run: Run, writer: BundleWriter, model: InferenceModel, reference
         activations = "calibrated ({method}) on {pairs} pairs of {source}".format(**run.calibration or {})
         stage.text = f"{count} layers in int8, weights per channel, activations {activations}"
         stage.text += f"; {_graph_text(proto)}{_kept_text(run)}"
+    if run.options.engine:
+        _write_half(run, model, writer.path(HALF), feeds, before)
+
+
+def _write_half(
+    run: Run, model: InferenceModel, graph: Path, feeds: Sequence[Arrays], before: Sequence[Arrays]
+) -> None:
+    """Trace the quantised network with float16 around its products: what a GPU is to run.
+
+    On a CPU float32 is faster, so that the bundle's own graph keeps it.
+    """
+    with run.stage("half") as stage:
+        proto = export_onnx(to_precision(model, torch.float16), graph)
+        _check_int8(stage, before, onnx_answers(graph, model.config, feeds), "rewrite")
+        run.float_layers = float_layers(model)
+        stage.text = f"{graph.name} for engines: float16 around int8, {_ISLANDS}; {_graph_text(proto)}"
 
 
 def _write_dynamic(run: Run, model: InferenceModel, graph: Path, reference: Sequence[Arrays]) -> None:

@@ -26,6 +26,7 @@ from export.bundle import BundleWriter
 from export.bundle_engine import no_engine, write_engine
 from export.card import model_card
 from export.digest import sha256_of
+from export.engine_file import HALF
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
 from export.inference import rewrite
@@ -68,18 +69,32 @@ def _judge(run: Run, writer: BundleWriter, manifest: dict[str, Any]) -> list[dic
     if options.data is None:
         own = run.vocabulary is not None and run.vocabulary.read_bytes() == DEMO_VOCABULARY.read_bytes()
         return _shipped_accuracy(manifest["weights"]["sha256"]) if own else []
+    preview = writer.preview(manifest)
+    graphs = [None, HALF] if writer.path(HALF).exists() else [None]
+    return [_measure(run, preview, options.data, graph) for graph in graphs]
+
+
+def _measure(run: Run, bundle: Path, data: Path, graph: str | None) -> dict[str, Any]:
+    """The record of a graph's metrics, None for that of the backends; VerificationError outside the gate."""
+    options = run.options
     with run.stage("accuracy") as stage:
-        settings = EvaluateOptions(split=options.split, checkpoint=options.checkpoint, repeats=1)
-        found = evaluate(writer.preview(manifest), options.data, settings)
+        settings = EvaluateOptions(split=options.split, graph=graph, checkpoint=options.checkpoint, repeats=1)
+        found = evaluate(bundle, data, settings)
         metrics = found.scores.metrics
         reference = {} if found.comparison is None else found.comparison.scores.metrics
         failures = check_gate(options.precision, metrics, reference)
         if failures:
-            raise VerificationError(f"the accuracy gate failed: {'; '.join(map(str, failures))}")
+            raise VerificationError(f"the accuracy gate failed{_of(graph)}: {'; '.join(map(str, failures))}")
         named = ", ".join(f"{name} {100 * metrics[name]:.2f}" for name in GATED)
-        stage.text = f"{found.pairs} pairs of {options.split}: {named}; within the gate of float32"
-    source = f"{options.data.name}, split {options.split}"
-    return [{"source": source, "pairs": found.pairs, "metrics": metrics, "reference": reference}]
+        stage.text = (
+            f"{found.pairs} pairs of {options.split}{_of(graph)}: {named}; within the gate of float32"
+        )
+    source = f"{data.name}, split {options.split}{_of(graph)}"
+    return {"source": source, "pairs": found.pairs, "metrics": metrics, "reference": reference}
+
+
+def _of(graph: str | None) -> str:
+    return f", {graph}" if graph else ""
 
 
 def _shipped_accuracy(weights: str | None) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ class QdqLinear(nn.Module):
         if onnx_ops.exporting() and self.scale is not None:
             scales = self.weight_scale.to(x.dtype), self.zeros
             y = onnx_ops.emit_linear(x, self.scale.to(x.dtype), self.zero, self.codes, *scales)
-            return y if self.bias is None else y + self.bias
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         weight = self.codes.float() * self.weight_scale.float()
         bias = None if self.bias is None else self.bias.float()
         return F.linear(self._rounded(x.float()), weight.t(), bias).to(x.dtype)

@@ -17,7 +17,7 @@ from engine.manifest import MANIFEST, Manifest
 from export import trt
 from export.bundle import BundleWriter
 from export.card import model_card
-from export.engine_file import GRAPH, build_into, profile_of
+from export.engine_file import GRAPH, HALF, build_into, profile_of
 
 CARD = "README.md"
 
@@ -41,7 +41,7 @@ def rebuild(path: Path) -> str:
     library = _library()
     bundle.verify_all()
     fields = json.loads((bundle.path / MANIFEST).read_bytes())
-    graph = manifest.files[GRAPH].sha256
+    graph = manifest.files[HALF if HALF in manifest.files else GRAPH].sha256
     current = [record for record in fields["engines"] if record["onnx_sha256"] == graph]
     dropped = {CARD, *(record["file"] for record in fields["engines"])} - {r["file"] for r in current}
     kept = [name for name in manifest.files if name not in dropped]

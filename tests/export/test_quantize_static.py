@@ -18,6 +18,8 @@ from engine.text import CaptionTokenizer
 from export import cli, pipeline, trt
 from export.bundle_engine import no_engine
 from export.calibrate import BATCH, read_pairs
+from export.engine_file import HALF
+from export.evaluate import EvaluateOptions, evaluate
 from export.inference import rewrite
 from export.onnx import export_onnx, outputs_of
 from export.options import ExportOptions
@@ -297,27 +299,59 @@ def static(out, **fields):
     return ExportOptions(**{**common, **fields})
 
 
-def test_a_whole_export_records_its_calibration_and_builds_the_engine(data, tmp_path):
-    stages = []
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A whole export, with an engine where one can be built: .path, .manifest and .stages."""
     rtx = importlib.util.find_spec("tensorrt_rtx") is not None
-    engine = {"engine": rtx, "targets": ("8.6",) if rtx else (), "max_batch": 2, "max_tokens": 24}
-    made = export_bundle(
-        static(tmp_path / "b", calibration=data, calibration_pairs=6, **engine), stages.append
-    )
+    engine = {"engine": True, "targets": ("8.6",) if rtx else (), "max_batch": 2, "max_tokens": 24}
+    path, stages = tmp_path_factory.mktemp("whole") / "b", []
+    made = export_bundle(static(path, calibration=data, calibration_pairs=6, **engine), stages.append)
     assert [entry["file"] for entry in made["engines"]] == (["model.rtx-sm86.engine"] if rtx else [])
+    return SimpleNamespace(path=path, manifest=made, stages={stage.name: stage for stage in stages})
+
+
+def test_a_whole_export_records_its_calibration(data, whole):
     record = {"method": "minmax", "pairs": 6, "source": f"{data.name}, split train", "seed": 1}
-    assert made["calibration"] == record
-    assert made["precision"] == "int8"
-    assert "model.flat.onnx" in made["files"]
-    read = parse_manifest((tmp_path / "b" / "manifest.json").read_bytes()).calibration
+    assert whole.manifest["calibration"] == record
+    assert whole.manifest["precision"] == "int8"
+    assert "model.flat.onnx" in whole.manifest["files"]
+    read = parse_manifest((whole.path / "manifest.json").read_bytes()).calibration
     assert vars(read) == record
-    text = next(stage.text for stage in stages if stage.name == "quantise")
+    text = whole.stages["quantise"].text
     assert text.startswith("50 layers in int8")
     assert f"calibrated (minmax) on 6 pairs of {data.name}, split train" in text
-    assert "fixed scales, calibrated (minmax) on 6 pairs" in (tmp_path / "b" / "README.md").read_text()
-    graph = onnx.load_model(tmp_path / "b" / "model.onnx", load_external_data=False).graph
+    assert "fixed scales, calibrated (minmax) on 6 pairs" in (whole.path / "README.md").read_text()
+    graph = onnx.load_model(whole.path / "model.onnx", load_external_data=False).graph
     assert "QuantizeLinear" in {node.op_type for node in graph.node}
-    assert not list((tmp_path / "b").glob("float.*"))
+    assert not list(whole.path.glob("float.*"))
+
+
+def test_the_engine_is_built_from_the_same_products_in_float16(whole):
+    """Codes to the bit, scales as float16 has them, float32 in the islands alone."""
+    own, half = (onnx.load_model(whole.path / name).graph for name in ("model.onnx", HALF))
+    codes, halved = (
+        [numpy_helper.to_array(t) for t in graph.initializer if t.data_type == TensorProto.INT8 and t.dims]
+        for graph in (own, half)
+    )
+    assert sorted(x.tobytes() for x in halved) == sorted(x.tobytes() for x in codes)
+    wide = {
+        t.name.rpartition(".")[0] for t in half.initializer if t.data_type == TensorProto.FLOAT and t.dims
+    }
+    assert wide - {""} <= set(whole.manifest["float32_layers"])
+    assert "branch.bbox_head.0" in wide
+    assert 0 < whole.stages["half"].differences[0].rms < 0.1
+    for entry in whole.manifest["engines"]:
+        assert entry["onnx_sha256"] == whole.manifest["files"][HALF]["sha256"]
+
+
+def test_the_engines_graph_can_be_evaluated(whole, annotated):
+    pairs = annotated(6)
+    scores = [
+        evaluate(whole.path, pairs, EvaluateOptions(graph=graph, repeats=2)).comparison.agreement
+        for graph in (None, HALF)
+    ]
+    assert scores[0] != scores[1]
+    assert max(score.score_change for score in scores) < 0.1
 
 
 @pytest.mark.parametrize(
