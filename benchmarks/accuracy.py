@@ -45,7 +45,7 @@ VARIANTS = {
 
 DEMO, DRAWN = "demo", "drawn"
 CALIBRATION_PAIRS = {DEMO: 512, DRAWN: 32}  # of a base network a pair takes half a second
-DRAWN_PAIRS = 64
+DRAWN_PAIRS = 32
 
 Record = dict[str, Any]
 Key = tuple[str, str, str]  # weights, network, variant

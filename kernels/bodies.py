@@ -15,9 +15,9 @@ from kernels.attention import GUIDED, MASKED, MASKED_SCORE, PLAIN
 from kernels.onnx_ops import DOMAIN, OPSET
 
 
-def body(text: str) -> onnx.FunctionProto:
+def body(text: str, opset: int = OPSET) -> onnx.FunctionProto:
     """Parse an operator's body, written in ONNX's text form without its header."""
-    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{text}')
+    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{text}')
 
 
 def bodies(names: Sequence[str], opset: int = OPSET) -> Iterator[onnx.FunctionProto]:

@@ -87,6 +87,7 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
             compute_capabilities=("9.0",),
             engine_bytes=6,
             peak_memory_mb=1.0,
+            seconds=2.0,
         )
 
     monkeypatch.setattr(bundle_engine.trt, "build_engine", build)

@@ -1,0 +1,75 @@
+"""TensorRT's own fused attention in the ONNX file that an engine is built from.
+
+Every attention but MGCA's with its map leaves its products and softmax for one node `Attention` of opset 23,
+which TensorRT (10.14 and later) and TensorRT-RTX make one kernel of in half precision; in float32 they refuse
+it. Softmax stays in float32 inside that kernel. The mask is one of truth values: a row without any token, as
+padding of a batch may be, answers NaN.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from kernels.attention import MASKED, PLAIN
+from kernels.bodies import body
+from kernels.onnx_ops import DOMAIN
+
+OPSET = 23  # the first with Attention
+FUSED = (PLAIN, MASKED)
+
+
+def native_graph(graph: Path, out: Path) -> int:
+    """Write `out`, beside `graph`, whose weights it shares; how many attentions are one node there.
+
+    Nothing is written where there is none.
+    """
+    proto = onnx.load_model(graph, load_external_data=False)
+    count = sum(node.domain == DOMAIN and node.op_type in FUSED for node in proto.graph.node)
+    if not count:
+        return 0
+    for function in proto.functions:
+        if function.domain == DOMAIN and function.name in FUSED:
+            function.CopyFrom(_fused(function.name))
+        _raise_opset(function.opset_import)
+    _raise_opset(proto.opset_import)
+    out.write_bytes(proto.SerializeToString())
+    return count
+
+
+def _raise_opset(imports: list[onnx.OperatorSetIdProto]) -> None:
+    for known in imports:
+        if known.domain == "":
+            known.version = OPSET
+
+
+def _fused(name: str) -> onnx.FunctionProto:
+    """The operator's body around one node."""
+    masked = name == MASKED
+    keep = ", keep" if masked else ""
+    masking = f"""
+        keep_flat = Cast <to = {onnx.TensorProto.BOOL}> (mask)
+        heads_axes = Constant <value_ints = [1, 2]> ()
+        keep = Unsqueeze (keep_flat, heads_axes)"""
+    return body(
+        f"""
+    {name} <heads, scale> (query, key, value{", mask" if masked else ""}) => (out)
+    {{
+        keep_two = Constant <value_ints = [0, 0]> ()
+        rest = Constant <value_ints = [-1]> ()
+        head_count = Constant <value_ints: ints = @heads> ()
+        split = Concat <axis = 0> (keep_two, head_count, rest)
+        merge = Concat <axis = 0> (keep_two, rest)
+        query_heads = Reshape (query, split)
+        query_rows = Transpose <perm = [0, 2, 1, 3]> (query_heads)
+        key_heads = Reshape (key, split)
+        key_rows = Transpose <perm = [0, 2, 1, 3]> (key_heads)
+        value_heads = Reshape (value, split)
+        value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads){masking if masked else ""}
+        mixed = Attention <scale: float = @scale> (query_rows, key_rows, value_rows{keep})
+        mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        out = Reshape (mixed_tokens, merge)
+    }}""",
+        OPSET,
+    )
