@@ -9,8 +9,9 @@ from dgm4.config import ModelConfig
 from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
-from export.engine_file import build_into, profile_of
+from export.engine_file import build_into
 from export.options import ExportOptions
+from export.profiles import Shapes
 from export.record import MAX_WORDS, MIN_TOKENS
 from kernels.jit import TARGETS
 from kernels.rows import E4M3_CAPABILITY
@@ -49,6 +50,8 @@ def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
         reasons.append(f"the kernels are for compute capability {', '.join(known)}, and this GPU's is {gpu}")
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton, which compiles them, is not installed: pip install triton")
+    if (excluded := options.building.no_plugins()) is not None:
+        reasons.append(excluded)
     if options.plugins == "on" and reasons:
         raise BackendError(f"--plugins on: {'; '.join(reasons)}")
     return options.plugins != "off" and not reasons
@@ -63,8 +66,10 @@ def write_engine(
     """
     targets = options.targets or _default_targets(options, builder)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    profile = profile_of(options.max_batch, tokens, config.image_size)
-    return build_into(writer, builder.library, targets, profile, plugins_fit(options, builder))
+    shapes, plugins = Shapes(options.max_batch, *tokens, config.image_size), plugins_fit(options, builder)
+    record, line = build_into(writer, builder, targets, shapes, options.building, plugins)
+    excluded = options.building.no_plugins() if options.plugins == "auto" else None
+    return record, line if excluded is None else f"{line}; without our kernels: {excluded}"
 
 
 def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[str, ...]:

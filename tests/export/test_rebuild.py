@@ -21,7 +21,7 @@ ENGINE = {
     "library": "tensorrt",
     "version": "11.4.0.106",
     "compute_capabilities": ["9.0"],
-    "profile": {},
+    "profiles": [{}],
 }
 
 
@@ -75,11 +75,12 @@ def test_an_engine_enters_the_bundle(copied, builder, capsys):
     assert {key for key in old if old[key] != new[key]} == {"files", "engines", "sha256"}
 
 
-def test_the_profile_reaches_the_bundles_limits(copied, builder):
+def test_the_profiles_reach_the_bundles_limits(copied, builder):
     module.rebuild(copied)
     limits = Bundle.open(copied).manifest.limits
-    low, _, high = builder[0].profile["input_ids"]
-    assert (low, high) == ((1, 2), (limits.max_batch, limits.max_tokens))
+    ranges = [(profile["input_ids"][0], profile["input_ids"][2]) for profile in builder[0].profiles]
+    whole = (limits.max_batch, limits.max_tokens)
+    assert ranges == [((1, 2), (1, limits.max_tokens)), ((1, 2), whole)]
     assert builder[0].compute_capabilities == ()
 
 

@@ -111,7 +111,7 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
     """An ONNX node that is a registered plugin would abort that library's process."""
-    spec = trt.EngineSpec(exported("asap").path, {}, library="tensorrt_rtx", plugins=True)
+    spec = trt.EngineSpec(exported("asap").path, [], library="tensorrt_rtx", plugins=True)
     with pytest.raises(BuildError, match="tensorrt_rtx has no plugins; export with --plugins off"):
         trt.build_engine(spec, tmp_path / "model.engine")
 
@@ -119,6 +119,6 @@ def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
 def test_the_worker_refuses_them_without_a_gpu(exported, tmp_path, monkeypatch):
     from export import trt_worker
 
-    monkeypatch.setattr(trt_worker, "_probe_driver", lambda: {"compute_capability": None})
+    monkeypatch.setattr(trt_worker, "probe_driver", lambda: {"compute_capability": None})
     with pytest.raises(trt_worker.RefusedError, match="this machine shows none"):
         trt_worker._use_plugins("tensorrt")
