@@ -19,6 +19,7 @@ FORMAT = "dgm4-bundle"
 FORMAT_VERSION = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+_HARDWARE = ("ampere", "same")
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
@@ -93,9 +94,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """A prebuilt engine: what built it, for which GPUs and which range of shapes.
+    """A prebuilt engine: what built it, for which GPUs and which ranges of shapes.
 
-    plugins: how many nodes our own kernels run, by operator.
+    profiles: each input's min, opt and max shape. plugins: how many nodes our own kernels run, by operator.
+    fused_attention: how many attentions are the library's own.
+    stripped: its weights are those of the graph `onnx_sha256`, and enter when it is loaded.
+    version_compatible: it runs on later releases of the same major version. hardware: "ampere" for
+    compute capability 8.0 and later, "same" for every model of GPU of its own; None without either.
     """
 
     file: str
@@ -103,8 +108,12 @@ class EngineEntry:
     version: str
     compute_capabilities: tuple[str, ...]
     onnx_sha256: str
-    profile: dict[str, Any]
+    profiles: tuple[dict[str, Any], ...]
     plugins: dict[str, int] = field(default_factory=dict)
+    fused_attention: int = 0
+    stripped: bool = False
+    version_compatible: bool = False
+    hardware: str | None = None
 
 
 @dataclass(frozen=True)
@@ -293,9 +302,18 @@ def _engine(fields: Fields) -> EngineEntry:
         version=fields.text("version"),
         compute_capabilities=fields.texts("compute_capabilities"),
         onnx_sha256=fields.digest("onnx_sha256"),
-        profile=fields.child("profile").raw,
+        profiles=tuple(profile.raw for profile in _profiles(fields)),
         plugins=_counts(fields.child("plugins")) if "plugins" in fields.raw else {},
+        fused_attention=fields.integer("fused_attention", low=0) if "fused_attention" in fields.raw else 0,
+        stripped="stripped" in fields.raw and fields.boolean("stripped"),
+        version_compatible="version_compatible" in fields.raw and fields.boolean("version_compatible"),
+        hardware=fields.choice("hardware", _HARDWARE) if "hardware" in fields.raw else None,
     )
+
+
+def _profiles(fields: Fields) -> list[Fields]:
+    """The list of today, or the single profile of bundles written before there were several."""
+    return fields.children("profiles") if "profiles" in fields.raw else [fields.child("profile")]
 
 
 def _counts(fields: Fields) -> dict[str, int]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from dgm4.config import ModelConfig
 from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
-from export.engine_file import build_into, profile_of
+from export.engine_file import build_into
 from export.options import ExportOptions
+from export.profiles import Shapes
 from export.record import MAX_WORDS, MIN_TOKENS
-from kernels.jit import TARGETS
 from kernels.rows import E4M3_CAPABILITY
 
 MODEL = "model.onnx"
@@ -39,21 +38,6 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
     return None
 
 
-def plugins_fit(options: ExportOptions, builder: trt.BuilderInfo) -> bool:
-    """Whether our kernels go into the engine; raises BackendError where they were asked for and cannot."""
-    reasons, known = [], [f"{target / 10}" for target in TARGETS]
-    if builder.library != "tensorrt":
-        reasons.append(f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU")
-    elif builder.compute_capability not in known:
-        gpu = builder.compute_capability
-        reasons.append(f"the kernels are for compute capability {', '.join(known)}, and this GPU's is {gpu}")
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("Triton, which compiles them, is not installed: pip install triton")
-    if options.plugins == "on" and reasons:
-        raise BackendError(f"--plugins on: {'; '.join(reasons)}")
-    return options.plugins != "off" and not reasons
-
-
 def write_engine(
     options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
 ) -> tuple[dict[str, Any], str]:
@@ -63,8 +47,10 @@ def write_engine(
     """
     targets = options.targets or _default_targets(options, builder)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    profile = profile_of(options.max_batch, tokens, config.image_size)
-    return build_into(writer, builder.library, targets, profile, plugins_fit(options, builder))
+    shapes, building = Shapes(options.max_batch, *tokens, config.image_size), options.building
+    record, line = build_into(writer, builder, targets, shapes, building, options.precision)
+    excluded = building.no_plugins() if building.plugins == "auto" else None
+    return record, line if excluded is None else f"{line}; without our kernels: {excluded}"
 
 
 def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[str, ...]:

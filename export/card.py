@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from export.profiles import largest_text
+
 _UNTRAINED = (
     "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "
     "its scores mean nothing. Export a trained checkpoint before use."
@@ -137,17 +139,13 @@ def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
             f"`{item['file']}`",
             ", ".join((f"{item['library']} {item['version']}", *item.get("plugins", ()))),
             ", ".join(item["compute_capabilities"]),
-            ", ".join(f"{name} {_batches(ranges)}" for name, ranges in item["profile"].items()),
+            largest_text(item["profiles"]),
         )
         for item in engines
     ]
-    return _table(("file", "library", "compute capabilities", "batch"), rows) + (
+    return _table(("file", "library", "compute capabilities", "most pairs x tokens"), rows) + (
         "\n\nAn engine is native code for these GPUs and this library version: load only what you trust."
     )
-
-
-def _batches(ranges: Mapping[str, Sequence[int]]) -> str:
-    return f"{ranges['min'][0]}..{ranges['max'][0]}"
 
 
 def _limits(limits: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-from export import cli_bench, cli_repository
+from export import cli_bench, cli_engine, cli_repository
 from export.arguments import export_usage
 from export.arguments import positive as _positive
 from export.arguments import verb as _verb
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
     _add_export(verbs)
-    _add_rebuild(verbs)
+    cli_engine.add_rebuild(verbs)
     _add_predict(verbs)
     _add_evaluate(verbs)
     _add_train(verbs)
@@ -114,12 +114,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=(),
         help="compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
     )
-    verb.add_argument(
-        "--plugins",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
-    )
+    cli_engine.add_arguments(verb)
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.add_argument("--data", type=Path, metavar="DIR", help="judge it on this data: the accuracy gate")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
@@ -149,16 +144,6 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=export_usage, parser=verb)
-
-
-def _add_rebuild(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verb = verbs.add_parser(
-        "rebuild",
-        help="put an engine for this machine into a bundle",
-        description="Build the bundle's engine for this machine's GPU and TensorRT. Engines for others stay.",
-    )
-    verb.add_argument("bundle", type=Path)
-    verb.set_defaults(run=_verb("export.rebuild", "run"))
 
 
 def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -249,12 +234,7 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
     verb.add_argument("--save-every", type=_whole, default=0, metavar="N", help="save every N updates too")
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
-    verb.add_argument(
-        "--plugins",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
-    )
+    cli_engine.add_arguments(verb)
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli_train", "run"))
 

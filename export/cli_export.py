@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BackendError, InputError
+from export.cli_engine import engine_options
 
 _NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             targets=options.target or (),
             engine=options.target is not None,
-            plugins=options.plugins,
+            building=engine_options(options),
             vocabulary=options.vocab,
             data=options.data,
             split=options.split,

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.backends import describe, usable_cores
 from engine.bundle import Bundle
+from export.profiles import largest_text
 
 _PACKAGES = (
     "onnxruntime",
@@ -52,12 +53,7 @@ def _describe(record: dict[str, Any]) -> str:
     ]
     for name, entry in record["files"].items():
         lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
-    for engine in record["engines"]:
-        capabilities = ", ".join(engine["compute_capabilities"])
-        lines.append(
-            f"engine     {engine['file']}: {engine['library']} {engine['version']}, for {capabilities}"
-            + (f", plugins {', '.join(engine['plugins'])}" if engine.get("plugins") else "")
-        )
+    lines += [f"engine     {_engine_text(engine)}" for engine in record["engines"]]
     for stage in record["verification"]:
         lines.append(
             f"verified   {stage['stage']} against {stage['against']}: max {stage['max']:.2e}, "
@@ -65,6 +61,23 @@ def _describe(record: dict[str, Any]) -> str:
         )
     lines += _layer_lines(record.get("layers", ()))
     return "\n".join(lines) + "\n"
+
+
+def _engine_text(engine: dict[str, Any]) -> str:
+    """File, builder, GPUs, the largest pairs x tokens of each profile, and what else it is."""
+    largest = largest_text(engine["profiles"])
+    capabilities = ", ".join(engine["compute_capabilities"])
+    made_for = {"ampere": "8.0 and later", "same": f"every GPU of {capabilities}", None: capabilities}
+    parts = [
+        f"{engine['file']}: {engine['library']} {engine['version']}",
+        f"for {made_for[engine['hardware']]}",
+        *([f"up to {largest} pairs x tokens"] if largest else []),
+        *([f"plugins {', '.join(engine['plugins'])}"] if engine["plugins"] else []),
+        *([f"{engine['fused_attention']} fused attentions"] if engine["fused_attention"] else []),
+        *(["weights stripped"] if engine["stripped"] else []),
+        *(["version-compatible"] if engine["version_compatible"] else []),
+    ]
+    return ", ".join(parts)
 
 
 def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:

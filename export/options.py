@@ -9,11 +9,12 @@ from typing import Literal
 import dgm4
 from engine.errors import InputError
 from export import trt
+from export.engine_options import EngineOptions
+from export.features import Features
 from export.ranges import METHODS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
-PLUGINS = ("auto", "on", "off")
 FEWEST_TOKENS = 2  # [CLS] and a word
 
 
@@ -22,7 +23,7 @@ class ExportOptions:
     """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
 
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
-    `engine` False leaves the engine out; `plugins` puts our own kernels into it, "auto" where they can be.
+    `engine` False leaves the engine out; `building` is how it is built.
     `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
     judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
     and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
@@ -40,7 +41,7 @@ class ExportOptions:
     max_tokens: int = 128
     targets: tuple[str, ...] = ()
     engine: bool = True
-    plugins: str = PLUGINS[0]
+    building: EngineOptions = EngineOptions()
     vocabulary: Path | None = None
     data: Path | None = None
     split: str = "test"
@@ -54,8 +55,6 @@ def check_options(options: ExportOptions) -> None:
     """Raise InputError for options that do not fit."""
     if options.precision not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
-    if options.plugins not in PLUGINS:
-        raise InputError(f"plugins: expected one of {', '.join(PLUGINS)}, got {options.plugins!r}")
     if options.max_batch < 1:
         raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
     if not FEWEST_TOKENS <= options.max_tokens <= 512:
@@ -64,16 +63,26 @@ def check_options(options: ExportOptions) -> None:
     _check_kept(options)
     if options.size is not None and options.size not in dgm4.SIZES:
         raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
-    builder = trt.find_builder() if options.targets else None
-    if builder is not None and builder.library == "tensorrt_rtx":
-        unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
-        if unknown:
-            raise InputError(
-                f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
-                f"{', '.join(unknown)}"
-            )
+    if options.engine:
+        _check_engine(options)
     if options.model is not None and options.model not in dgm4.MODEL_NAMES:
         raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
+
+
+def _check_engine(options: ExportOptions) -> None:
+    """Also raises BackendError where the builder of this machine lacks what is asked for."""
+    options.building.check(options.max_batch, options.max_tokens)
+    asked = options.targets or options.building.features != Features()
+    builder = trt.find_builder() if asked else None
+    if builder is None:
+        return
+    options.building.check_builder(builder)
+    unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
+    if unknown and builder.library == "tensorrt_rtx":
+        raise InputError(
+            f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
+            f"{', '.join(unknown)}"
+        )
 
 
 def _check_calibration(options: ExportOptions) -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
@@ -17,41 +18,48 @@ from engine.manifest import MANIFEST, Manifest
 from export import trt
 from export.bundle import BundleWriter
 from export.card import model_card
-from export.engine_file import GRAPH, HALF, build_into, profile_of
+from export.cli_engine import engine_options
+from export.engine_file import GRAPH, build_into, graph_of
+from export.engine_options import EngineOptions
+from export.profiles import Shapes
 
 CARD = "README.md"
 
 
 def run(options: argparse.Namespace) -> int:
     """Rebuild, and say on stderr what was built."""
-    sys.stderr.write(rebuild(options.bundle) + "\n")
+    sys.stderr.write(rebuild(options.bundle, engine_options(options)) + "\n")
     return 0
 
 
-def rebuild(path: Path) -> str:
+def rebuild(path: Path, options: EngineOptions | None = None) -> str:
     """Build an engine of the bundle at `path` and publish the bundle with it; a line on the engine.
 
     Engines for other machines stay, those of another graph go. The bundle is replaced whole, in one step.
-    Raises BundleError for one that is damaged, BackendError where nothing here can build an engine of it,
-    BuildError where the builder fails; the bundle is then as it was.
+    Raises BundleError for one that is damaged, InputError for options that do not fit it, BackendError where
+    nothing here can build an engine of it, BuildError where the builder fails; the bundle is then as it was.
     """
+    options = options or EngineOptions()
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     _check_graph(manifest)
-    library = _library()
+    spec, limits = manifest.preprocess, manifest.limits
+    options.check(limits.max_batch, limits.max_tokens)
+    builder = _builder()
+    options.check_builder(builder)
     bundle.verify_all()
     fields = json.loads((bundle.path / MANIFEST).read_bytes())
-    graph = manifest.files[HALF if HALF in manifest.files else GRAPH].sha256
-    current = [record for record in fields["engines"] if record["onnx_sha256"] == graph]
+    graph = manifest.files[graph_of(manifest.files)].sha256
+    current = [_modern(record) for record in fields["engines"] if record["onnx_sha256"] == graph]
     dropped = {CARD, *(record["file"] for record in fields["engines"])} - {r["file"] for r in current}
     kept = [name for name in manifest.files if name not in dropped]
     with BundleWriter(bundle.path) as writer:
         for name in kept:
             _carry(bundle.path / name, writer.path(name))
-        spec, tokens = manifest.preprocess, manifest.limits.max_tokens
-        lengths = (spec.min_tokens, min(spec.max_words, tokens), tokens)
-        profile = profile_of(manifest.limits.max_batch, lengths, spec.image_size)
-        record, line = build_into(writer, library, _targets(library), profile)
+        tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
+        shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
+        targets = _targets(builder.library)
+        record, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
         fields["engines"] = [*(old for old in current if old["file"] != record["file"]), record]
         writer.add_text(CARD, model_card(fields))
         del fields["sha256"]
@@ -72,13 +80,20 @@ def _check_graph(manifest: Manifest) -> None:
         )
 
 
-def _library() -> str:
+def _modern(record: dict[str, Any]) -> dict[str, Any]:
+    """An engine's record as it is written today: a list of profiles where there was one."""
+    if "profile" not in record:
+        return record
+    return {"profiles": [record["profile"]], **{k: v for k, v in record.items() if k != "profile"}}
+
+
+def _builder() -> trt.BuilderInfo:
     """The library that can build here, TensorRT's own before RTX's; raises BackendError."""
     builder = trt.find_builder()
     if builder is None:
         reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
         raise BackendError(f"nothing here can build an engine ({reasons})")
-    return builder.library
+    return builder
 
 
 def _targets(library: str) -> Sequence[str]:

@@ -124,9 +124,15 @@ def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | 
 
 def _plan_of(bundle: Bundle) -> EngineEntry:
     """The bundle's TensorRT engine; the server does not run those of TensorRT-RTX."""
-    for engine in bundle.manifest.engines:
-        if engine.library == "tensorrt":
-            return engine
+    plans = [engine for engine in bundle.manifest.engines if engine.library == "tensorrt"]
+    whole = [engine for engine in plans if not engine.stripped]
+    if whole:
+        return whole[0]
+    if plans:
+        raise BundleError(
+            f"{bundle.path}: expected a plan with its weights, and the server does not refit "
+            f"{plans[0].file}; build one without --strip-weights, or serve the ONNX graph"
+        )
     kinds = ", ".join(sorted({engine.library for engine in bundle.manifest.engines})) or "none"
     raise BundleError(
         f"{bundle.path}: expected an engine of tensorrt for a plan, got {kinds}; export the bundle on the "
@@ -191,7 +197,8 @@ def _serving_note(options: ServerOptions) -> str:
     if options.plan:
         return (
             "`model.plan` runs on the kind of GPU and with the TensorRT version that built it (`engines` in\n"
-            "`bundle.json`): take a server of that version.\n"
+            "`bundle.json`): take a server of that version. One that is `version_compatible` there runs on\n"
+            "later releases of its major version, with `--backend-config=tensorrt,version-compatible=true`.\n"
         )
     note = "The graph is of opset 20 and IR version 10: take a server with ONNX Runtime 1.18 or newer.\n"
     if options.accelerate:

@@ -105,13 +105,8 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 def _instances(engine: EngineEntry | None, options: ServerOptions) -> dict[str, Any]:
     kind = "gpu" if engine is not None else options.kind
-    profile = {} if engine is None else {"profile": [str(n) for n in range(_profiles(engine))]}
+    profile = {} if engine is None else {"profile": [str(n) for n in range(len(engine.profiles))]}
     return {"count": options.instances, "kind": Enum(f"KIND_{kind.upper()}"), **profile}
-
-
-def _profiles(engine: EngineEntry) -> int:
-    """How many optimization profiles the engine has."""
-    return len(engine.profile) if isinstance(engine.profile, list) else 1
 
 
 def _batching(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:

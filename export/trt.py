@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -28,6 +28,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from engine.errors import BackendError, BuildError
+from export.driver import no_gpu
+from export.features import Features
+from export.profiles import Profile
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
@@ -59,29 +62,32 @@ class BuilderInfo:
     usable: bool
     reason: str
     compute_capability: str | None = None  # of the GPU that is built for
+    gpu: str | None = None  # its name
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """What to build.
 
-    onnx: model file, external data beside it. profile: input name -> (min, opt, max) shapes, for every
-    input with a dynamic dimension. compute_capabilities: targets as "8.6"; empty for `RTX_CAPABILITIES`
+    onnx: model file, external data beside it. profiles: each input name -> (min, opt, max) shapes, for
+    every input with a dynamic dimension. compute_capabilities: targets as "8.6"; empty for `RTX_CAPABILITIES`
     with `tensorrt_rtx`, and for the GPU of this machine, the only one possible, with `tensorrt`.
     timing_cache: file that is read and rewritten; ignored by `tensorrt_rtx`, which times nothing.
     time_limit_s: seconds for the whole build. workspace_mb: scratch memory of a layer in MiB; None for
     the library's default. library: "tensorrt" or "tensorrt_rtx"; None takes what `find_builder` finds.
-    plugins: whether the file has nodes for export/plugins, which only "tensorrt" builds.
+    plugins: whether the file has nodes for export/plugins, which only "tensorrt" builds. features: what
+    the engine may be besides.
     """
 
     onnx: Path
-    profile: Mapping[str, tuple[Shape, Shape, Shape]]
+    profiles: Sequence[Profile]
     compute_capabilities: tuple[str, ...] = ()
     timing_cache: Path | None = None
     time_limit_s: float = 3600.0
     workspace_mb: int | None = None
     library: str | None = None
     plugins: bool = False
+    features: Features = Features()
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,12 @@ def find_builder() -> BuilderInfo | None:
     return next((info for info in describe_builders() if info.usable), None)
 
 
+def gpu_capability() -> str | None:
+    """Compute capability of this machine's first GPU, asked in a process of its own; None without one."""
+    capability: str | None = _probe_driver()["compute_capability"]
+    return capability
+
+
 def build_engine(
     spec: EngineSpec,
     out_path: str | Path,
@@ -128,7 +140,7 @@ def build_engine(
 
     progress: called as (phase, steps done, steps of the phase); by default a bar on stderr, if that is
     a terminal. worker: command of the building process, `WORKER` by default. Raises `BackendError` if
-    no library can build here, and `BuildError` with the likely cause if the file, the profile or a
+    no library can build here, and `BuildError` with the likely cause if the file, a profile or a
     target is refused, the builder fails or crashes, or the time limit passes. An exception raised by
     `progress`, or KeyboardInterrupt, ends the child and goes on to the caller.
     """
@@ -238,7 +250,7 @@ def _describe_builder(library: str) -> BuilderInfo:
         return BuilderInfo(library, version, True, "builds without a GPU")
     driver = _probe_driver()
     capability = driver["compute_capability"]
-    return BuilderInfo(library, version, capability is not None, driver["reason"], capability)
+    return BuilderInfo(library, version, capability is not None, driver["reason"], capability, driver["gpu"])
 
 
 def _library_version(library: str) -> str | None:
@@ -255,11 +267,12 @@ def _probe_driver() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return {"compute_capability": None, "reason": "the CUDA driver does not answer"}
+        return no_gpu("the CUDA driver does not answer")
     answer = _decode(output)
     if answer is None:
-        reason = f"the CUDA driver cannot be asked: {_describe_status(process.returncode)} {errors[-200:]}"
-        return {"compute_capability": None, "reason": reason}
+        return no_gpu(
+            f"the CUDA driver cannot be asked: {_describe_status(process.returncode)} {errors[-200:]}"
+        )
     return answer
 
 
@@ -290,13 +303,15 @@ def _request(spec: EngineSpec, library: str, engine: Path) -> dict[str, Any]:
         "library": library,
         "onnx": os.fspath(spec.onnx.resolve()),
         "engine": os.fspath(engine),
-        "profile": {
-            name: [[int(n) for n in shape] for shape in ranges] for name, ranges in spec.profile.items()
-        },
+        "profiles": [
+            {name: [[int(n) for n in shape] for shape in ranges] for name, ranges in profile.items()}
+            for profile in spec.profiles
+        ],
         "compute_capabilities": list(spec.compute_capabilities or default),
         "timing_cache": cache,
         "workspace_mb": spec.workspace_mb,
         "plugins": spec.plugins,
+        "features": asdict(spec.features),
         "parent": os.getpid(),
     }
 

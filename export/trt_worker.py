@@ -22,16 +22,14 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from engine.errors import BuildError
+from export.driver import probe_driver
+from export.features import Features, refusal, set_features
+from export.profiles import Profile, check_profiles
+from export.timing import load_timing_cache, save_timing_cache
 
 PROGRESS_INTERVAL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1
-_CC_MAJOR, _CC_MINOR = 75, 76  # CUdevice_attribute
-_START_HINTS = {  # CUresult of cuInit
-    100: "it shows no GPU",
-    803: "its library and its kernel module are of different versions, so restart the machine",
-    804: "the GPU does not take a forward-compatible driver, so update the machine's own",
-}
 _MIB = 1 << 20
 # On a machine with no driver the RTX builder logs this beside every real error.
 _DRIVER_NOISE = "CUDA driver version is insufficient"
@@ -43,11 +41,8 @@ _PARSER_HINTS = {
 
 _DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}  # the others are numpy's own names
 
-Shape = Sequence[int]
-Profile = Mapping[str, Sequence[Shape]]
 
-
-class RefusedError(Exception):
+class RefusedError(BuildError):
     """The request cannot be built; the message goes to the parent as an `error` event."""
 
 
@@ -65,6 +60,10 @@ class Channel:
             self._stream.write(json.dumps({"event": event, **fields}) + "\n")
             self._stream.flush()
 
+    def warn(self, text: str) -> None:
+        """Send a warning of the worker's own."""
+        self.send("log", severity="warning", text=text)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Serve one request; returns 0 when an engine was written and 1 when the request was refused."""
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a build is given up
     channel = Channel()
     if "--probe" in arguments:
-        channel.send("probe", **_probe_driver())
+        channel.send("probe", **probe_driver())
         return 0
     channel.send("started", pid=os.getpid())
     request = json.loads(sys.stdin.readline())
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         channel.send("done", **build(request, channel))
-    except RefusedError as error:
+    except BuildError as error:
         channel.send("error", message=str(error))
         return 1
     return 0
@@ -89,12 +88,14 @@ def main(arguments: Sequence[str]) -> int:
 def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     """Build the engine of a request and write it; returns what the `done` event reports.
 
-    Raises `RefusedError` if the library is missing, the model, the profile or a compute capability is
-    not accepted, the builder gives no engine, or the engine cannot be written.
+    Raises `BuildError` if the library is missing, the model, a profile, a feature or a compute capability
+    is not accepted, the builder gives no engine, or the engine cannot be written.
     """
     trt = _import_library(request["library"])
     logger = _make_logger(trt, channel)
     builder = _make_builder(trt, logger)
+    features = Features(**request["features"])
+    _check_features(features, request["library"])
     if request["plugins"]:
         _use_plugins(request["library"])
     network = builder.create_network(_network_flags(trt))
@@ -103,17 +104,19 @@ def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     config = builder.create_builder_config()
     monitor = _make_monitor(trt, channel)  # must outlive the build
     config.progress_monitor = monitor
-    _add_profile(builder, config, network, request["profile"])
+    _add_profiles(builder, config, network, request["profiles"])
+    set_features(trt, config, features)
     capabilities = _set_capabilities(trt, config, request["compute_capabilities"])
     if request["workspace_mb"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mb"] * _MIB)
-    cache = _load_timing_cache(trt, config, request["timing_cache"])
+    timings = _timing_file(trt, request["timing_cache"])
+    cache = None if timings is None else load_timing_cache(config, timings, channel.warn)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise RefusedError("the builder gave no engine")
     _write_engine(request["engine"], engine)
-    if cache is not None:
-        _save_timing_cache(request["timing_cache"], cache, channel)
+    if timings is not None:
+        save_timing_cache(timings, cache, channel.warn)
     return {
         "version": trt.__version__,
         "engine_bytes": engine.nbytes,
@@ -122,36 +125,6 @@ def build(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
         "inputs": [_describe(network.get_input(i)) for i in range(network.num_inputs)],
         "outputs": [_describe(network.get_output(i)) for i in range(network.num_outputs)],
     }
-
-
-def check_profile(declared: Mapping[str, Shape], profile: Profile) -> None:
-    """Raise `RefusedError` unless the profile fits the inputs that the network declares.
-
-    declared: input name -> shape, -1 where a dimension is dynamic. profile: input name -> (min, opt,
-    max) shapes, required of every input with a dynamic dimension.
-    """
-    unknown = sorted(set(profile) - set(declared))
-    if unknown:
-        raise RefusedError(f"the profile names inputs {unknown}; the network has {sorted(declared)}")
-    missing = sorted(name for name, shape in declared.items() if -1 in shape and name not in profile)
-    if missing:
-        raise RefusedError(f"the profile lacks the dynamic inputs {missing}")
-    for name, ranges in profile.items():
-        _check_ranges(name, list(declared[name]), ranges)
-
-
-def _check_ranges(name: str, shape: list[int], ranges: Sequence[Shape]) -> None:
-    if len(ranges) != 3:
-        raise RefusedError(f"input {name!r} needs three shapes (min, opt, max), got {len(ranges)}")
-    if any(len(limit) != len(shape) for limit in ranges):
-        got = [list(limit) for limit in ranges]
-        raise RefusedError(f"input {name!r} has {len(shape)} dimensions {shape}; the profile gives {got}")
-    for axis, (fixed, low, opt, high) in enumerate(zip(shape, *ranges, strict=True)):
-        where = f"input {name!r}, dimension {axis}: profile {low}..{opt}..{high}"
-        if not 1 <= low <= opt <= high:
-            raise RefusedError(f"{where}; expected 1 <= min <= opt <= max")
-        if fixed != -1 and (low, high) != (fixed, fixed):
-            raise RefusedError(f"{where}; the network fixes it to {fixed}")
 
 
 def _import_library(name: str) -> ModuleType:
@@ -170,7 +143,7 @@ def _make_builder(trt: Any, logger: Any) -> Any:
     except TypeError as error:  # what the binding makes of a null pointer
         raise RefusedError(
             f"{trt.__name__} {trt.__version__} cannot start a builder on this machine "
-            f"({_probe_driver()['reason']}); update the NVIDIA driver, or install a version made for it"
+            f"({probe_driver()['reason']}); update the NVIDIA driver, or install a version made for it"
         ) from error
 
 
@@ -258,19 +231,26 @@ def _describe_error(error: Any) -> str:
     return f"{node}{reason} [{str(error.code()).rpartition('.')[2]}]"
 
 
-def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     shaping = [tensor.name for tensor in tensors if tensor.is_shape_tensor]
     if shaping:
         raise RefusedError(f"the inputs {shaping} set shapes by their values, which no profile here covers")
-    check_profile({tensor.name: tuple(tensor.shape) for tensor in tensors}, profile)
-    if not profile:
-        return
-    optimization = builder.create_optimization_profile()
-    for name, ranges in profile.items():
-        optimization.set_shape(name, *(tuple(limit) for limit in ranges))
-    if config.add_optimization_profile(optimization) < 0:
-        raise RefusedError(f"the builder refused the profile {dict(profile)}")
+    check_profiles({tensor.name: tuple(tensor.shape) for tensor in tensors}, profiles)
+    for number, profile in enumerate(profiles, 1):
+        optimization = builder.create_optimization_profile()
+        for name, ranges in profile.items():
+            optimization.set_shape(name, *(tuple(limit) for limit in ranges))
+        if config.add_optimization_profile(optimization) < 0:
+            raise RefusedError(f"the builder refused profile {number}: {dict(profile)}")
+
+
+def _check_features(features: Features, library: str) -> None:
+    """Raise where the library or this machine's GPU has not got them; only then is the driver asked."""
+    if features != Features():
+        reason = refusal(features, library, probe_driver()["compute_capability"])
+        if reason is not None:
+            raise RefusedError(reason)
 
 
 def _set_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> list[str]:
@@ -292,7 +272,7 @@ def _set_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> list[str]
 
 
 def _own_capability(wanted: Sequence[str]) -> list[str]:
-    own = _probe_driver()["compute_capability"]
+    own = probe_driver()["compute_capability"]
     if own is None:
         raise RefusedError("TensorRT builds on the GPU it builds for, and this machine shows none")
     if wanted and own not in wanted:
@@ -308,25 +288,9 @@ def _builds_without_gpu(trt: ModuleType) -> bool:
     return trt.__name__ == "tensorrt_rtx"
 
 
-def _load_timing_cache(trt: Any, config: Any, path: str | None) -> Any:
-    """Attach the cache of an earlier build; None where there is none or the library ignores it (RTX)."""
-    if path is None or _builds_without_gpu(trt):
-        return None
-    stored = Path(path)
-    cache = config.create_timing_cache(stored.read_bytes() if stored.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")  # of another GPU or version: start anew
-        config.set_timing_cache(cache, False)
-    return cache
-
-
-def _save_timing_cache(path: str, cache: Any, channel: Channel) -> None:
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(cache.serialize())
-        partial.replace(path)
-    except OSError as error:
-        channel.send("log", severity="warning", text=f"the timing cache {path} was not saved: {error}")
+def _timing_file(trt: ModuleType, path: str | None) -> Path | None:
+    """Where timings are kept; None where they are not, or the library has none."""
+    return None if path is None or _builds_without_gpu(trt) else Path(path)
 
 
 def _write_engine(path: str, engine: Any) -> None:
@@ -366,32 +330,6 @@ def _status_fields() -> Iterator[tuple[str, str]]:
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _probe_driver() -> dict[str, Any]:
-    """Reason and compute capability ("9.0") of the first GPU; None where the driver shows none."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return {"compute_capability": None, "reason": f"no CUDA driver: {error}"}
-    newest = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(newest))  # which works before the driver is started
-    driver = f"driver for CUDA up to {newest.value // 1000}.{newest.value % 1000 // 10}"
-    status = cuda.cuInit(0)
-    if status != 0:
-        why = f"refuses to start (status {status}): {_START_HINTS.get(status, 'nvidia-smi may tell why')}"
-        return {"compute_capability": None, "reason": f"the {driver} {why}"}
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    statuses = (
-        cuda.cuDeviceGet(ctypes.byref(device), 0),
-        cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device),
-        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device),
-    )
-    if any(statuses):
-        return {"compute_capability": None, "reason": f"the CUDA driver shows no GPU (status {statuses})"}
-    capability = f"{major.value}.{minor.value}"
-    reason = f"GPU of compute capability {capability}, {driver}"
-    return {"compute_capability": capability, "reason": reason}
 
 
 if __name__ == "__main__":

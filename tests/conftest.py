@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any import
 
+BINDINGS = Path(__file__).with_name("bindings.py")
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("hammer", "asap", "cals")
 
@@ -108,6 +112,26 @@ def bundle(tmp_path_factory):
         return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def bindings():
+    """What the real bindings of a library offer, by class: tests/bindings.py. Skips where there are none."""
+    spec = importlib.util.spec_from_file_location("bindings", BINDINGS)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+
+    @functools.cache
+    def read(library):
+        if (reason := program.unavailable(library)) is not None:
+            pytest.skip(reason)
+        command = [sys.executable, BINDINGS, library]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return read
 
 
 @pytest.fixture(params=NAMES)

@@ -34,7 +34,7 @@ def check() -> Iterator[Row]:
     gpu = open_gpu(0)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
-        options = ExportOptions(out=out, model="asap", size="tiny", precision="fp16", plugins="off")
+        options = ExportOptions(out=out, model="asap", size="tiny", precision="fp16")
         export_bundle(options, lambda stage: None)
         bundle = Bundle.open(out)
         engines = [entry for entry in bundle.manifest.engines if entry.library == LIBRARY]
@@ -42,7 +42,7 @@ def check() -> Iterator[Row]:
             yield {"missing": f"no engine: {LIBRARY} is not what builds here"}
             return
         known = {"capability": gpu.capability, "engine": engines[0].file, "version": engines[0].version}
-        backend = TensorRtBackend(LIBRARY, bundle.verified(engines[0].file), bundle.manifest, gpu)
+        backend = TensorRtBackend(engines[0], bundle.verified(engines[0].file), None, bundle.manifest, gpu)
         try:
             yield {**known, "ran": True, "errors": _errors(bundle, backend)}
         except Dgm4Error as error:

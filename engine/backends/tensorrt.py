@@ -25,10 +25,11 @@ from engine.backends.tensorrt_lane import Lane
 from engine.backends.tensorrt_target import choose, find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError
-from engine.manifest import Manifest
+from engine.manifest import EngineEntry, Manifest
 
 logger = logging.getLogger(__name__)
 
+DATA_SUFFIX = ".data"
 LANES = 4  # each holds the inputs and activations of the largest batch
 
 
@@ -40,7 +41,17 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TensorRtBackend:
     """
     gpu = find_gpu(device)
     entry = choose(bundle, gpu)
-    return TensorRtBackend(entry.library, bundle.verified(entry.file), bundle.manifest, gpu)
+    graph = _verified_graph(bundle, entry) if entry.stripped else None
+    return TensorRtBackend(entry, bundle.verified(entry.file), graph, bundle.manifest, gpu)
+
+
+def _verified_graph(bundle: Bundle, entry: EngineEntry) -> Path:
+    """The graph that a stripped engine takes its weights from, its hash and that of its data compared."""
+    files = bundle.manifest.files
+    name = next(name for name, file in files.items() if file.sha256 == entry.onnx_sha256)  # `choose` saw it
+    if name + DATA_SUFFIX in files:
+        bundle.verified(name + DATA_SUFFIX)
+    return bundle.verified(name)
 
 
 class TensorRtBackend:
@@ -48,9 +59,12 @@ class TensorRtBackend:
 
     name = "tensorrt"
 
-    def __init__(self, library: str, path: Path, manifest: Manifest, gpu: Gpu) -> None:
+    def __init__(
+        self, entry: EngineEntry, path: Path, graph: Path | None, manifest: Manifest, gpu: Gpu
+    ) -> None:
         self.device = f"cuda:{gpu.index}"
-        self._library, self._path, self._manifest, self._gpu = library, path, manifest, gpu
+        self._entry, self._path, self._graph = entry, path, graph
+        self._manifest, self._gpu = manifest, gpu
         self._vocabulary = manifest.model.config.get("vocabulary")
         self._engine: Engine | None = None
         self._idle: list[Lane] = []
@@ -111,8 +125,8 @@ class TensorRtBackend:
             if self._closed:
                 raise BackendError("the backend was closed; create another Predictor")
             if self._engine is None:
-                self._engine = Engine(self._library, self._path, self._manifest)
-                logger.info("loaded %s with %s on %s", self._path, self._library, self._gpu.name)
+                self._engine = Engine(self._entry, self._path, self._manifest, self._graph)
+                logger.info("loaded %s with %s on %s", self._path, self._entry.library, self._gpu.name)
             return self._engine
 
 

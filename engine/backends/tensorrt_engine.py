@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import mmap
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from engine.backends.buckets import Bucket, bucket_of
 from engine.backends.cuda import Driver, Memory
 from engine.errors import BackendError, BundleError
-from engine.manifest import Limits, Manifest, TensorSpec
+from engine.manifest import EngineEntry, Limits, Manifest, TensorSpec
 
 _KEPT = 8  # messages of a failure: the first says what happened, the rest what came of it
 _MIN, _MAX = 0, 2  # of the three shapes of a profile
@@ -32,15 +33,20 @@ class Profile(NamedTuple):
 class Engine:
     """The engine of one file on the current GPU; contexts of it may be made from any thread."""
 
-    def __init__(self, library: str, path: Path, manifest: Manifest) -> None:
-        """Deserialise the verified file `path`; raises BackendError, or BundleError for other tensors."""
-        self.trt = _import(library)
+    def __init__(self, entry: EngineEntry, path: Path, manifest: Manifest, graph: Path | None = None) -> None:
+        """Deserialise the verified file `path`; a stripped engine takes its weights from the file `graph`.
+
+        Raises BackendError where the library cannot, BundleError for other tensors than the manifest's.
+        """
+        self.trt = _import(entry.library)
         self._logger = make_logger(self.trt)
         self._lock = threading.Lock()
         try:
             self._runtime = self.trt.Runtime(self._logger)
         except TypeError as error:  # what the binding makes of a null pointer
             raise self.failure("start on this machine") from error
+        if entry.version_compatible:
+            self._runtime.engine_host_code_allowed = True  # of the lean runtime that travels in it
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
         engine = self._runtime.deserialize_cuda_engine(data)
@@ -50,6 +56,8 @@ class Engine:
         self.inputs, self.outputs = manifest.inputs, manifest.outputs
         _check_tensors(self.trt, engine, path, manifest)
         self.profiles = read_profiles(engine)
+        if graph is not None:
+            self._refit(path, graph)
         self._cache: Any = None
 
     @property
@@ -89,6 +97,19 @@ class Engine:
             self._cache = config.create_runtime_cache()  # of compiled kernels, for all contexts
         config.set_runtime_cache(self._cache)
         return config
+
+    def _refit(self, path: Path, graph: Path) -> None:
+        """Put the weights of the ONNX file `graph` into the stripped engine; all of them, or BackendError."""
+        refitter = self.trt.Refitter(self.engine, self._logger)
+        parser = self.trt.OnnxParserRefitter(refitter, self._logger)
+        done = parser.refit_from_file(os.fspath(graph))
+        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        if done and (missing := refitter.get_missing_weights()):
+            named = ", ".join(sorted(missing)[:_KEPT])
+            reasons.append(f"{len(missing)} of its weights are not in the graph: {named}")
+        if not done or reasons or not refitter.refit_cuda_engine():
+            self._logger.errors.extendleft(reasons[:1])
+            raise self.failure(f"refit {path} from {graph.name}")
 
     def forget(self) -> None:
         """Drop the messages of what went before: the next failure's own come first."""

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 _DEVICE = re.compile(r"auto|cuda(?::(\d+))?")
 _CUDA_MAJORS = (13, 12)
+_AMPERE = (8, 0)
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -121,12 +122,39 @@ def _mismatch(entry: EngineEntry, bundle: Bundle, gpu: Gpu, versions: dict[str, 
     version = versions.get(entry.library)
     if version is None:
         return f"needs {entry.library} {entry.version}, which is not installed"
-    if version != entry.version:
-        return f"was built by {entry.library} {entry.version}, and {version} is installed"
-    if gpu.capability not in entry.compute_capabilities:
-        return f"is for compute capability {', '.join(entry.compute_capabilities)}"
+    if not _reads(version, entry):
+        built = f"{entry.library} {entry.version}"
+        later = f" for it and later {_numbers(entry.version)[0]}.x" if entry.version_compatible else ""
+        return f"was built by {built}{later}, and {version} is installed"
+    if not _runs(gpu.capability, entry):
+        own = ", ".join(entry.compute_capabilities)
+        return f"is for compute capability {'8.0 and later' if entry.hardware == 'ampere' else own}"
     graphs = {file.sha256 for name, file in bundle.manifest.files.items() if name.endswith(".onnx")}
     return None if entry.onnx_sha256 in graphs else "was built from a graph that the bundle has no more"
+
+
+def _reads(version: str, entry: EngineEntry) -> bool:
+    """Whether the library at `version` reads the engine: its own, or an older one made to be read.
+
+    NVIDIA's support matrix has version-compatible engines run on newer releases of the same major version;
+    its guide goes further, from 10 to 11, where the interfaces of both allow it. The narrower holds here.
+    """
+    if version == entry.version or not entry.version_compatible:
+        return version == entry.version
+    installed, built = _numbers(version), _numbers(entry.version)
+    return installed[0] == built[0] and installed >= built
+
+
+def _runs(capability: str, entry: EngineEntry) -> bool:
+    """Whether a GPU of `capability` runs the engine: one of its own, or any from Ampere on."""
+    if entry.hardware == "ampere":
+        return _numbers(capability) >= _AMPERE
+    return capability in entry.compute_capabilities
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """10.13.0.35 as numbers that compare."""
+    return tuple(map(int, re.findall(r"\d+", version))) or (0,)
 
 
 def _check_driver(library: str, gpu: Gpu) -> None:

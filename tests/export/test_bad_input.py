@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from dgm4.shipped import demo_checkpoint
 from engine.errors import BundleError, InputError
-from export import cli, cli_export, cli_predict, trt_worker
+from export import cli, cli_export, cli_predict, driver, trt_worker
 from export.output import open_output, write_whole
 from export.refusals import refusal
 from export.trt_worker import RefusedError
@@ -212,6 +212,10 @@ class Driver:
         value._obj.value = {75: 9, 76: 0}[attribute]
         return 0
 
+    def cuDeviceGetName(self, text, size, device):  # noqa: N802
+        text.value = b"NVIDIA H200"
+        return 0
+
 
 @pytest.mark.parametrize(
     ("status", "capability", "reason"),
@@ -224,8 +228,8 @@ class Driver:
 )
 def test_what_a_driver_says(monkeypatch, status, capability, reason):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(status))
-    found = trt_worker._probe_driver()
-    assert found["compute_capability"] == capability
+    found = driver.probe_driver()
+    assert (found["compute_capability"], found["gpu"]) == (capability, capability and "NVIDIA H200")
     assert reason in found["reason"]
 
 

@@ -61,7 +61,7 @@ ENGINE = {
     "version": "1.7.1.116",
     "compute_capabilities": ["8.0", "8.6"],
     "onnx_sha256": "0" * 64,
-    "profile": {"image": {"min": [1, 3, 256, 256], "opt": [8, 3, 256, 256], "max": [32, 3, 256, 256]}},
+    "profiles": [{"input_ids": {"min": [1, 2], "opt": [8, 50], "max": [32, 128]}}],
 }
 
 
@@ -450,7 +450,7 @@ def test_card_tells_what_the_manifest_holds():
         "| onnx | torch fp32 | 2.5e-06 | 1e-07 | 0.0001 |",
         "256 x 256 pixels",
         "at most 32 pairs",
-        "| `model.rtx.engine` | tensorrt_rtx 1.7.1.116 | 8.0, 8.6 | image 1..32 |",
+        "| `model.rtx.engine` | tensorrt_rtx 1.7.1.116 | 8.0, 8.6 | 32x128 |",
         "from engine import Predictor",
     ):
         assert part in card

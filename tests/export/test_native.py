@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnx.inliner
@@ -10,11 +12,18 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from engine.errors import BuildError
+from export import trt
+from export.engine_file import build_into
+from export.engine_options import EngineOptions
+from export.features import Features
 from export.native import FUSED, OPSET, native_graph
+from export.profiles import Shapes
 from kernels.attention import MASKED, attention_ref
 from kernels.bodies import bodies
 from kernels.onnx_ops import DOMAIN
 
+RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 3, 24
 
 
@@ -74,6 +83,66 @@ def test_its_answers_are_those_of_the_formula(operator, tmp_path):
     given = [torch.from_numpy(feeds[key]).double() for key in shapes]
     exact, _ = attention_ref(*given, HEADS, torch.from_numpy(mask) if operator == MASKED else None)
     assert np.abs(found - exact.numpy()).max() < 1e-6
+
+
+@pytest.fixture
+def building(exported, monkeypatch):
+    """Build from the float32 graph as if it were of `precision`: the record, the files, the line."""
+    graph, given = exported("asap").path, []
+    writer = SimpleNamespace(path=lambda name: graph.parent / name)
+
+    def build(precision, builder=RTX, refused=(), **options):
+        def native(spec, out):
+            given.append(spec.onnx.name)
+            if spec.onnx.name in refused:
+                raise BuildError("no kernel for it")
+            out.write_bytes(b"engine")
+            return trt.EngineReport(spec.library, builder.version, 1.0, 1.0, 6, ("8.9",), (), (), ())
+
+        monkeypatch.setattr(trt, "build_engine", native)
+        shapes = Shapes(4, 2, 50, 64, 256)
+        chosen = EngineOptions("off", **options)
+        record, line = build_into(writer, builder, ("8.9",), shapes, chosen, precision)
+        (graph.parent / record["file"]).unlink()
+        assert not list(graph.parent.glob("fused.*"))
+        return record["fused_attention"], given, line
+
+    return build
+
+
+def test_an_engine_in_half_precision_has_it(building):
+    count, given, line = building("fp16")
+    assert count > 3
+    assert given == ["fused.model.onnx"]
+    assert f", {count} fused attentions, " in line
+
+
+def test_where_the_library_refuses_it_attention_is_composed(building, caplog):
+    count, given, line = building("bf16", refused=("fused.model.onnx",))
+    assert (count, given) == (0, ["fused.model.onnx", "model.onnx"])
+    assert "fused" not in line
+    assert "no engine with tensorrt_rtx's own attention, so one without: no kernel for it" in caplog.text
+    with pytest.raises(BuildError, match="no kernel for it"):
+        building("bf16", refused=("fused.model.onnx", "model.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "version", "features"),
+    [
+        ("fp32", "11.4", Features()),
+        ("fp16", "10.13.2.6", Features()),  # before it read such a node
+        ("fp16", "11.4", Features(strip_weights=True)),  # refitted from the graph as it is
+    ],
+)
+def test_where_it_is_not_tried(building, precision, version, features):
+    full = trt.BuilderInfo("tensorrt", version, True, "", "8.9")
+    assert building(precision, full, features=features)[:2] == (0, ["model.onnx"])
+
+
+def test_without_onnx_a_serving_machine_builds_without_it(building, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert building("fp16")[:2] == (0, ["model.onnx"])
+    assert "pip install onnx" in caplog.text
 
 
 def test_a_graph_without_attention_is_left(tmp_path):

@@ -266,7 +266,7 @@ def test_a_real_engine(tmp_path):
     (engine,) = manifest["engines"]
     assert engine["file"] == "model.rtx-sm86.engine"
     assert engine["compute_capabilities"] == ["8.6"]
-    assert engine["profile"]["image"]["max"] == [2, 3, 256, 256]
+    assert [profile["image"]["max"] for profile in engine["profiles"]] == [[2, 3, 256, 256]]
     assert engine["onnx_sha256"] == manifest["files"]["model.onnx"]["sha256"]
     assert (tmp_path / "bundle" / engine["file"]).stat().st_size > 1e6
     opened = Bundle.open(tmp_path / "bundle")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ ENGINE = {
     "library": "tensorrt",
     "version": "11.4.0.106",
     "compute_capabilities": ["9.0"],
-    "profile": {},
+    "profiles": [{}],
 }
 
 
@@ -75,11 +77,12 @@ def test_an_engine_enters_the_bundle(copied, builder, capsys):
     assert {key for key in old if old[key] != new[key]} == {"files", "engines", "sha256"}
 
 
-def test_the_profile_reaches_the_bundles_limits(copied, builder):
+def test_the_profiles_reach_the_bundles_limits(copied, builder):
     module.rebuild(copied)
     limits = Bundle.open(copied).manifest.limits
-    low, _, high = builder[0].profile["input_ids"]
-    assert (low, high) == ((1, 2), (limits.max_batch, limits.max_tokens))
+    ranges = [(profile["input_ids"][0], profile["input_ids"][2]) for profile in builder[0].profiles]
+    whole = (limits.max_batch, limits.max_tokens)
+    assert ranges == [((1, 2), (1, limits.max_tokens)), ((1, 2), whole)]
     assert builder[0].compute_capabilities == ()
 
 
@@ -123,6 +126,12 @@ def test_without_links_the_files_are_copied(copied, builder, monkeypatch):
     monkeypatch.setattr(module.os, "link", refuse)
     module.rebuild(copied)
     Bundle.open(copied).verify_all()
+
+
+def test_it_needs_no_network_library():
+    """A serving machine has neither torch nor onnx."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'triton'))); import export.rebuild"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_nothing_builds_here(copied, monkeypatch):

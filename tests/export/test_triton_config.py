@@ -22,7 +22,7 @@ PLAN = EngineEntry(
     version="10.13.0",
     compute_capabilities=("9.0",),
     onnx_sha256="0" * 64,
-    profile={"image": {}, "input_ids": {}, "attention_mask": {}},
+    profiles=({"input_ids": {}}, {"input_ids": {}}),
 )
 
 
@@ -141,7 +141,7 @@ def test_a_plan(parse, proto, manifest):
     config = parse(write_config("detector", manifest, PLAN, ServerOptions(plan=True)))
     assert (config.platform, config.default_model_filename) == ("tensorrt_plan", "model.plan")
     (group,) = config.instance_group
-    assert (group.kind, list(group.profile)) == (proto.ModelInstanceGroup.KIND_GPU, ["0"])
+    assert (group.kind, list(group.profile)) == (proto.ModelInstanceGroup.KIND_GPU, ["0", "1"])
 
 
 def test_a_bundle_of_single_pairs_is_not_batched(parse, manifest):

@@ -16,7 +16,7 @@ from engine.errors import BackendError, BuildError
 from export import trt, trt_worker
 from export.bundle import BundleWriter
 from export.trt import RTX_CAPABILITIES, EngineSpec, build_engine, describe_builders, find_builder
-from export.trt_worker import RefusedError, check_profile
+from export.trt_worker import RefusedError
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32
@@ -65,7 +65,7 @@ def save_model(path, nodes=None, dtype=TensorProto.FLOAT, external=False, functi
 
 
 def spec_of(path, **fields):
-    return EngineSpec(path, PROFILE, library="tensorrt_rtx", **fields)
+    return EngineSpec(path, [PROFILE], library="tensorrt_rtx", **fields)
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
@@ -173,7 +173,7 @@ def test_builder_failure_carries_its_log(rtx, tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     onnx.save_model(model, tmp_path / "model.onnx")
     shapes = ((1, 4, 2, 64), (4, 4, 16, 64), (8, 4, 64, 64))
-    spec = replace(spec_of(tmp_path / "model.onnx"), profile=dict.fromkeys("qkv", shapes))
+    spec = replace(spec_of(tmp_path / "model.onnx"), profiles=[dict.fromkeys("qkv", shapes)])
     with pytest.raises(BuildError, match=r"gave no engine(.|\n)*Attention operation was not supported"):
         build_engine(spec, tmp_path / "model.engine")
 
@@ -188,7 +188,7 @@ def test_real_crash_of_the_builder_is_an_error(rtx, tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     onnx.save_model(model, tmp_path / "model.onnx")
     shapes = ((1, 4, 2, 64), (4, 4, 16, 64), (8, 4, 64, 64))
-    spec = replace(spec_of(tmp_path / "model.onnx"), profile={"q": shapes})
+    spec = replace(spec_of(tmp_path / "model.onnx"), profiles=[{"q": shapes}])
     with pytest.raises(BuildError, match="SIGSEGV|gave no engine"):
         build_engine(spec, tmp_path / "model.engine")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
@@ -201,31 +201,10 @@ def test_engine_inside_a_bundle_that_fails_leaves_nothing(rtx, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize(
-    ("profile", "message"),
-    [
-        ({"x": PROFILE["x"], "z": PROFILE["x"]}, r"\['z'\]; the network has \['x'\]"),
-        ({}, r"lacks the dynamic inputs \['x'\]"),
-        ({"x": ((1, 2), (1, 2), (1, 2))}, "'x' has 3 dimensions"),
-        ({"x": ((1, 2, 32), (9, 16, 32), (8, 64, 32))}, r"'x', dimension 0: profile 1\.\.9\.\.8"),
-        ({"x": ((0, 2, 32), (4, 16, 32), (8, 64, 32))}, r"dimension 0: profile 0\.\.4\.\.8"),
-        ({"x": ((1, 2, 31), (4, 16, 32), (8, 64, 32))}, r"dimension 2: .*fixes it to 32"),
-        ({"x": ((1, 2, 32), (4, 16, 32))}, "three shapes"),
-    ],
-)
-def test_profile_must_fit_the_network(profile, message):
-    with pytest.raises(RefusedError, match=message):
-        check_profile({"x": (-1, -1, WIDTH)}, profile)
-
-
-def test_profile_that_fits():
-    check_profile({"x": (-1, -1, WIDTH), "fixed": (3,)}, PROFILE)
-
-
 def test_profile_error_reaches_the_caller(rtx, tmp_path):
     path = save_model(tmp_path / "model.onnx")
-    spec = replace(spec_of(path), profile={"image": PROFILE["x"]})
-    with pytest.raises(BuildError, match=r"names inputs \['image'\]"):
+    spec = replace(spec_of(path), profiles=[PROFILE, {"image": PROFILE["x"]}])
+    with pytest.raises(BuildError, match=r"profile 2 names inputs \['image'\]"):
         build_engine(spec, tmp_path / "model.engine")
 
 
@@ -358,12 +337,14 @@ def test_builders_are_described_without_loading_them():
 
 def test_tensorrt_needs_a_gpu_and_rtx_does_not(monkeypatch):
     monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: object())
-    no_driver = {"compute_capability": None, "reason": "no CUDA driver"}
+    no_driver = {"compute_capability": None, "gpu": None, "reason": "no CUDA driver"}
     monkeypatch.setattr(trt, "_probe_driver", lambda: no_driver)
     assert [info.usable for info in describe_builders()] == [False, True]
     assert find_builder().library == "tensorrt_rtx"
-    monkeypatch.setattr(trt, "_probe_driver", lambda: {"compute_capability": "9.0", "reason": "GPU"})
-    assert find_builder().library == "tensorrt"
+    monkeypatch.setattr(
+        trt, "_probe_driver", lambda: {"compute_capability": "9.0", "gpu": "H", "reason": "GPU"}
+    )
+    assert (find_builder().library, find_builder().gpu) == ("tensorrt", "H")
 
 
 def test_no_library_at_all(monkeypatch, tmp_path):
@@ -371,7 +352,7 @@ def test_no_library_at_all(monkeypatch, tmp_path):
     monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: None)
     assert find_builder() is None
     with pytest.raises(BackendError, match="pip install tensorrt-rtx"):
-        build_engine(EngineSpec(tmp_path / "model.onnx", PROFILE), tmp_path / "model.engine")
+        build_engine(EngineSpec(tmp_path / "model.onnx", [PROFILE]), tmp_path / "model.engine")
 
 
 def test_library_that_cannot_be_imported(tmp_path):
@@ -386,37 +367,14 @@ def test_tensorrt_builds_for_the_gpu_of_the_machine_only(monkeypatch):
     def driver(capability):
         return lambda: {"compute_capability": capability, "reason": ""}
 
-    monkeypatch.setattr(trt_worker, "_probe_driver", driver("9.0"))
+    monkeypatch.setattr(trt_worker, "probe_driver", driver("9.0"))
     assert trt_worker._set_capabilities(None, object(), []) == ["9.0"]
     assert trt_worker._set_capabilities(None, object(), ["8.0", "9.0"]) == ["9.0"]
     with pytest.raises(RefusedError, match=r"this machine's GPU \(9.0\), not for \['8.6'\]"):
         trt_worker._set_capabilities(None, object(), ["8.6"])
-    monkeypatch.setattr(trt_worker, "_probe_driver", driver(None))
+    monkeypatch.setattr(trt_worker, "probe_driver", driver(None))
     with pytest.raises(RefusedError, match="this machine shows none"):
         trt_worker._set_capabilities(None, object(), [])
-
-
-class RecordingChannel:
-    def __init__(self):
-        self.events = []
-
-    def send(self, event, **fields):
-        self.events.append({"event": event, **fields})
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_timing_cache_is_read_and_rewritten(rtx, tmp_path, monkeypatch):
-    monkeypatch.setattr(trt_worker, "_builds_without_gpu", lambda library: False)
-    path, channel = tmp_path / "timing.cache", RecordingChannel()
-    builder = rtx.Builder(trt_worker._make_logger(rtx, channel))
-    config = builder.create_builder_config()
-    for _ in range(2):
-        cache = trt_worker._load_timing_cache(rtx, config, str(path))
-        trt_worker._save_timing_cache(str(path), cache, channel)
-        assert path.stat().st_size > 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["timing.cache"]
-    trt_worker._save_timing_cache(str(tmp_path / "absent" / "timing.cache"), cache, channel)
-    assert "was not saved" in channel.events[-1]["text"]
 
 
 def test_timing_cache_is_left_alone_by_rtx(rtx, tmp_path):

@@ -324,6 +324,7 @@ class ICudaEngine:
         return [tuple({"batch": b, "tokens": t}.get(n, n) for n in shape) for b, t in (low, low, high)]
 
     def create_execution_context(self, strategy):
+        assert self.world.weights != "none", "a stripped engine computes nothing"
         self.world.contexts.append(strategy)
         return None if self.world.no_context else IExecutionContext(self, strategy)
 
@@ -331,8 +332,53 @@ class ICudaEngine:
         return IRuntimeConfig()
 
 
+class ParserError:
+    def __init__(self, text):
+        self._text = text
+
+    def desc(self):
+        return self._text
+
+
+class Refitter:
+    """Knows which weights of a stripped engine came; `world.missing` are those that no graph has."""
+
+    def __init__(self, engine, logger):
+        self.engine, self.logger = engine, logger
+
+    def get_missing_weights(self):
+        return self.engine.world.missing
+
+    def refit_cuda_engine(self):
+        world = self.engine.world
+        assert world.weights.startswith("given") and not world.missing
+        if world.complaints:
+            for severity, text in world.complaints.pop():
+                self.logger.log(severity, text)
+            return False
+        world.weights = world.weights.removeprefix("given ")
+        return True
+
+
+class OnnxParserRefitter:
+    """Reads a graph; `world.unreadable` is what it says of one that it does not take."""
+
+    def __init__(self, refitter, logger):
+        self._world = refitter.engine.world
+
+    num_errors = property(lambda self: len(self._world.unreadable))
+
+    def get_error(self, index):
+        return ParserError(self._world.unreadable[index])
+
+    def refit_from_file(self, model):
+        self._world.weights = f"given {model}"
+        return not self._world.unreadable
+
+
 class Runtime:
     world = None
+    engine_host_code_allowed = False
 
     def __init__(self, logger):
         self.logger = logger
@@ -340,6 +386,7 @@ class Runtime:
     def deserialize_cuda_engine(self, serialized_engine):
         world = self.world
         world.loaded.append(bytes(serialized_engine))
+        world.trusted.append(self.engine_host_code_allowed)
         if world.complaints:
             for severity, text in world.complaints.pop():
                 self.logger.log(severity, text)
@@ -348,7 +395,16 @@ class Runtime:
 
 
 RTX_ONLY = (CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, IRuntimeConfig)
-BOTH = (TensorIOMode, ExecutionContextAllocationStrategy, ILogger, IOutputAllocator, ICudaEngine)
+BOTH = (
+    TensorIOMode,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    IOutputAllocator,
+    ICudaEngine,
+    ParserError,
+    Refitter,
+    OnnxParserRefitter,
+)
 
 
 def make_library(world, name, version):
@@ -384,7 +440,7 @@ def engine_bundle(bundle_copy, manifest_template, write_manifest):
                 "version": "11.4.0.106",
                 "compute_capabilities": ["8.9"],
                 "onnx_sha256": hashlib.sha256((bundle_copy / "model.onnx").read_bytes()).hexdigest(),
-                "profile": {},
+                "profiles": [{}],
             } | fields
             (bundle_copy / entry["file"]).write_bytes(b"an engine")
             manifest["engines"].append(entry)
@@ -411,7 +467,11 @@ def machine(monkeypatch, session, bundle_dir):
             by_values=set(),
             complaints=[],
             no_context=False,
+            weights="its own",
+            missing=[],
+            unreadable=[],
             loaded=[],
+            trusted=[],
             contexts=[],
             runs=[],
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import Bundle, Predictor, backends
-from engine.backends import tensorrt
+from engine.backends import tensorrt, tensorrt_engine
 from engine.backends.buckets import Bucket
 from engine.backends.tensorrt_engine import Profile, place
 from engine.errors import BackendError, BundleError
@@ -267,6 +267,63 @@ def test_an_engine_that_does_not_load(machine, load):
     machine().complaints.append([(ERROR, "Serialization assertion failed")])
     with pytest.raises(BackendError, match=r"could not load .*sm89\.engine: Serialization assertion failed$"):
         load().run(feeds(1, 2))
+
+
+@pytest.fixture
+def stripped(machine, engine_bundle):
+    """A machine, and a backend on an engine without its weights."""
+    world = machine()
+    world.weights = "none"
+    return world, backends.create("tensorrt", Bundle.open(engine_bundle({"stripped": True})), "cuda")
+
+
+def test_a_stripped_engine_gets_the_graphs_weights(stripped, check, bundle_copy):
+    world, backend = stripped
+    assert world.weights == "none", "nothing is loaded before the first run"
+    for tokens in (3, 40):
+        check(backend, feeds(2, tokens))
+    assert world.weights == str(bundle_copy / "model.onnx")
+    assert len(world.loaded) == 1
+
+
+def test_a_whole_engine_is_not_refitted(machine, load, check):
+    world = machine()
+    check(load(), feeds(1, 3))
+    assert world.weights == "its own"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ({"unreadable": ["no such initializer: x", "and so on"]}, "no such initializer: x$"),
+        ({"missing": ["b.weight", "a.weight"]}, "2 of its weights are not in the graph: a.weight, b.weight$"),
+        ({"complaints": [[(ERROR, "out of memory")]]}, "out of memory$"),
+    ],
+)
+def test_a_stripped_engine_that_cannot_be_refitted(stripped, monkeypatch, cause, words):
+    world, backend = stripped
+    late = cause.pop("complaints", [])
+    vars(world).update(cause)
+    refit = tensorrt_engine.Engine._refit
+
+    def complain(*arguments):
+        world.complaints += late
+        refit(*arguments)
+
+    monkeypatch.setattr(tensorrt_engine.Engine, "_refit", complain)
+    with pytest.raises(BackendError, match=rf"could not refit \S+sm89\.engine from model\.onnx: {words}"):
+        backend.run(feeds(1, 2))
+    assert (world.contexts, world.driver.held()) == ([], [])
+
+
+def test_an_altered_graph_refits_nothing(machine, engine_bundle):
+    machine()
+    path = engine_bundle({"stripped": True})
+    data = bytearray((path / "model.onnx").read_bytes())
+    data[-1] ^= 1
+    (path / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx: expected SHA-256"):
+        backends.create("tensorrt", Bundle.open(path), "cuda")
 
 
 def test_an_engine_of_other_tensors(machine, load):

@@ -15,6 +15,7 @@ from engine import Bundle
 from engine.backends import _has_driver, cuda
 from engine.backends.tensorrt_engine import Engine, make_allocator, make_logger
 from engine.errors import BackendError
+from engine.manifest import EngineEntry
 from export.trt import EngineSpec, build_engine
 
 C_TYPES = {
@@ -35,43 +36,52 @@ HANDLES = ("CUcontext", "CUstream", "CUgraph", "CUgraphExec", "void *")
 RTX_ONLY = ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeConfig")
 
 
-@pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt"])
-def trt(request):
-    """The real bindings, whichever are installed."""
-    return pytest.importorskip(request.param)
+OWN = ("world", "engine", "logger")  # of the double alone
+MADE_BY_US = ("Runtime", "Refitter", "OnnxParserRefitter")
 
 
-def parameters(function):
-    """Names of a binding's parameters by its docstring, one list for each overload."""
-    found = re.findall(rf"{function.__name__}\((self: [^\n]*)\) -> ", function.__doc__)
-    return [re.findall(r"(?:^|, )(\w+): ", text)[1:] for text in found]
+@pytest.fixture(scope="module")
+def trt():
+    """The bindings that run in this process."""
+    return pytest.importorskip("tensorrt_rtx")
 
 
-def test_every_member_of_the_double_is_real(trt, doubles):
+@pytest.fixture(params=["tensorrt_rtx", "tensorrt"])
+def library(request):
+    return request.param
+
+
+def members_of(double):
+    """What a double has of the class that it stands for."""
+    for name, member in vars(double).items():
+        made = name == "__init__" and double.__name__ in MADE_BY_US
+        if made or not (name.startswith("_") or name in OWN):
+            yield name, member
+
+
+def test_every_member_of_the_double_is_real(library, bindings, doubles):
     checked = 0
     for double in doubles:
-        if double.__name__ in RTX_ONLY and trt.__name__ == "tensorrt":
+        if double.__name__ in RTX_ONLY and library == "tensorrt":
             continue
-        real = getattr(trt, double.__name__)
-        for name, member in vars(double).items():
-            if name.startswith("_") or name in ("world",):
-                continue
-            assert hasattr(real, name), f"{double.__name__}.{name}"
+        real = bindings(library)[double.__name__]["members"]
+        for name, member in members_of(double):
+            assert name in real, f"{double.__name__}.{name}"
             if inspect.isfunction(member):
                 wanted = list(inspect.signature(member).parameters)[1:]
-                assert wanted in parameters(getattr(real, name)), f"{double.__name__}.{name}"
+                assert wanted in real[name], f"{double.__name__}.{name}"
                 checked += 1
-    assert checked >= 14
+    assert checked >= 20
 
 
-def test_the_callbacks_have_the_parameters_that_the_library_names(trt):
+def test_the_callbacks_have_the_parameters_that_the_library_names(library, bindings, trt):
     made = {"ILogger": make_logger(trt), "IOutputAllocator": make_allocator(trt, None)}
     for name, methods in {
         "ILogger": ("log",),
         "IOutputAllocator": ("reallocate_output", "reallocate_output_async", "notify_shape"),
     }.items():
         for method in methods:
-            (declared,) = re.findall(rf"def {method}\(self, ([^)]*)\)", getattr(trt, name).__doc__)
+            (declared,) = re.findall(rf"def {method}\(self, ([^)]*)\)", bindings(library)[name]["doc"])
             ours = inspect.signature(getattr(made[name], method)).parameters
             assert list(ours) == declared.split(", ")
 
@@ -100,7 +110,7 @@ def built(bundle_dir, tmp_path_factory):
         "input_ids": ((1, 2), (2, 50), (4, 127)),
         "attention_mask": ((1, 2), (2, 50), (4, 127)),
     }
-    spec = EngineSpec(bundle_dir / "model.onnx", profile, ("8.6",), library="tensorrt_rtx")
+    spec = EngineSpec(bundle_dir / "model.onnx", [profile], ("8.6",), library="tensorrt_rtx")
     build_engine(spec, path)
     return path
 
@@ -117,8 +127,9 @@ def built(bundle_dir, tmp_path_factory):
 def test_a_real_engine_without_a_driver_or_cut_short(built, bundle_dir, tmp_path, keep, words):
     path = tmp_path / "model.engine"
     path.write_bytes(built.read_bytes()[:keep])
+    entry = EngineEntry(path.name, "tensorrt_rtx", "1", ("8.6",), "0" * 64, ())
     with pytest.raises(BackendError, match=rf"tensorrt_rtx \S+ could not load {path}: .*({words})"):
-        Engine("tensorrt_rtx", path, Bundle.open(bundle_dir).manifest)
+        Engine(entry, path, Bundle.open(bundle_dir).manifest)
 
 
 def test_the_drivers_functions_are_those_of_its_header():

@@ -42,6 +42,15 @@ def test_the_engine_of_this_machine_is_chosen(machine, engine_bundle, monkeypatc
     [
         (RTX, r"needs tensorrt_rtx 1\.7\.1\.116, which is not installed"),
         ({"version": "10.13.0.35"}, r"was built by tensorrt 10\.13\.0\.35, and 11\.4\.0\.106 is installed"),
+        (
+            {"version": "11.5.0.1", "version_compatible": True},
+            r"was built by tensorrt 11\.5\.0\.1 for it and later 11\.x, and 11\.4\.0\.106 is installed",
+        ),
+        (
+            {"version": "10.13.0.35", "version_compatible": True},
+            r"was built by tensorrt 10\.13\.0\.35 for it and later 10\.x, and 11\.4\.0\.106 is installed",
+        ),
+        ({"compute_capabilities": ["9.0"], "hardware": "same"}, r"is for compute capability 9\.0"),
         ({"compute_capabilities": ["9.0", "12.0"]}, r"is for compute capability 9\.0, 12\.0"),
         ({"onnx_sha256": "0" * 64}, "was built from a graph that the bundle has no more"),
     ],
@@ -56,6 +65,35 @@ def test_both_sides_and_the_command_are_named(machine, engine_bundle, fields, re
     with pytest.raises(EngineMismatchError, match=words):
         Predictor(path, backend="tensorrt")
     assert world.loaded == []
+
+
+def test_ampere_and_later_is_none_of_before(machine, engine_bundle):
+    machine(capability="7.5")
+    path = engine_bundle({"compute_capabilities": ["9.0"], "hardware": "ampere"})
+    with pytest.raises(EngineMismatchError, match=r"is for compute capability 8\.0 and later; build one"):
+        Predictor(path, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"compute_capabilities": ["9.0"], "hardware": "ampere"},
+        {"hardware": "same"},
+        {"version": "11.0.0.1", "version_compatible": True},
+        {"version": "11.4.0.99", "version_compatible": True},
+    ],
+)
+def test_a_compatible_engine_is_taken(machine, engine_bundle, fields):
+    machine()
+    assert chosen(engine_bundle(fields)) == "model.trt-sm89.engine"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_only_a_version_compatible_engine_brings_code(machine, engine_bundle, given):
+    world = machine()
+    with Predictor(engine_bundle({"version_compatible": given}), backend="tensorrt") as predictor:
+        predictor.warm_up()
+    assert world.trusted == [given]
 
 
 def test_a_bundle_without_an_engine_says_how_to_build_one(machine, bundle_copy):

@@ -12,8 +12,10 @@ from engine.errors import BackendError, BuildError, InputError
 from engine.manifest import Fields
 from engine.manifest import _engine as parse_engine
 from export import bundle_engine, trt
-from export.bundle_engine import plugins_fit, write_engine
+from export.bundle_engine import write_engine
+from export.engine_options import _CAPABILITIES, EngineOptions
 from export.options import ExportOptions, check_options
+from kernels.jit import TARGETS
 
 FULL = trt.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 9.0", "9.0")
 RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
@@ -22,7 +24,7 @@ OLD = trt.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 7.5",
 
 @pytest.fixture
 def options(tmp_path):
-    return lambda plugins: ExportOptions(out=tmp_path / "bundle", plugins=plugins)
+    return lambda plugins: ExportOptions(out=tmp_path / "bundle", building=EngineOptions(plugins))
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def triton_found(monkeypatch):
         ("auto", OLD, False),
     ],
 )
-def test_where_they_go(options, triton_found, plugins, builder, fit):
-    assert plugins_fit(options(plugins), builder) is fit
+def test_where_they_go(triton_found, plugins, builder, fit):
+    assert EngineOptions(plugins).takes_plugins(builder) is fit
 
 
 @pytest.mark.parametrize(
@@ -52,18 +54,20 @@ def test_where_they_go(options, triton_found, plugins, builder, fit):
         (OLD, "--plugins on: the kernels are for compute capability 8.0, .* and this GPU's is 7.5"),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_is_refused(options, triton_found, builder, message):
+def test_what_was_asked_for_and_cannot_be_is_refused(triton_found, builder, message):
     with pytest.raises(BackendError, match=message):
-        plugins_fit(options("on"), builder)
+        EngineOptions("on").takes_plugins(builder)
 
 
-def test_without_triton_there_are_none(options, monkeypatch):
+def test_without_triton_there_are_none(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not plugins_fit(options("auto"), FULL)
-    with pytest.raises(
-        BackendError, match="Triton, which compiles them, is not installed: pip install triton"
-    ):
-        plugins_fit(options("on"), FULL)
+    assert not EngineOptions("auto").takes_plugins(FULL)
+    with pytest.raises(BackendError, match="is not installed: pip install triton torch onnx"):
+        EngineOptions("on").takes_plugins(FULL)
+
+
+def test_they_are_for_the_gpus_that_the_kernels_are_checked_for():
+    assert tuple(f"{target / 10}" for target in TARGETS) == _CAPABILITIES
 
 
 def test_an_unknown_choice_is_refused(options):
@@ -112,7 +116,7 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
     """An ONNX node that is a registered plugin would abort that library's process."""
-    spec = trt.EngineSpec(exported("asap").path, {}, library="tensorrt_rtx", plugins=True)
+    spec = trt.EngineSpec(exported("asap").path, [], library="tensorrt_rtx", plugins=True)
     with pytest.raises(BuildError, match="tensorrt_rtx has no plugins; export with --plugins off"):
         trt.build_engine(spec, tmp_path / "model.engine")
 
@@ -120,6 +124,6 @@ def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
 def test_the_worker_refuses_them_without_a_gpu(exported, tmp_path, monkeypatch):
     from export import trt_worker
 
-    monkeypatch.setattr(trt_worker, "_probe_driver", lambda: {"compute_capability": None})
+    monkeypatch.setattr(trt_worker, "probe_driver", lambda: {"compute_capability": None})
     with pytest.raises(trt_worker.RefusedError, match="this machine shows none"):
         trt_worker._use_plugins("tensorrt")
