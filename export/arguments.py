@@ -42,6 +42,24 @@ def seconds(text: str) -> float:
     return value
 
 
+def kept_layers(text: str) -> int | str:
+    """A number of layers, or "auto"."""
+    return text if text == "auto" else whole(text)
+
+
+def smoothing(text: str) -> float | str:
+    """Off, auto, or a number from 0 to 1."""
+    if text in ("off", "auto"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected off, auto or a number from 0 to 1, got {text!r}")
+    return value
+
+
 def verb(module: str, function: str) -> Verb:
     """A verb whose code is imported when it is called, since most verbs do not need torch."""
 
@@ -58,6 +76,8 @@ def export_usage(options: argparse.Namespace) -> str | None:
         return "--calibration is for --precision int8 or fp8"
     if not options.calibration and (options.calibration_method, options.calibration_pairs) != ("minmax", 512):
         return "--calibration-method and --calibration-pairs say how --calibration DIR is read: give that too"
+    if not options.calibration and options.smooth != "off":
+        return "--smooth looks at the pairs of --calibration DIR: give that too"
     if options.data is None and options.split != "test":
         return "--split is of the data to judge on: give --data DIR too"
     if options.target and options.precision == "fp8" and not options.calibration:

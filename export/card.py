@@ -62,12 +62,21 @@ def _network(manifest: Mapping[str, Any]) -> str:
             f" Activations have fixed scales, calibrated ({calibration['method']}) on "
             f"{calibration['pairs']} pairs of {calibration['source']}, drawn with seed {calibration['seed']}."
         )
+        head += _smoothing(calibration.get("smoothing"))
     config = {
         name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
     }
     return (
         head + "\n\n" + _table(("field", "value"), ((f"`{name}`", value) for name, value in config.items()))
     )
+
+
+def _smoothing(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    done = f"rescaled between layers in {found['seams']} places" if found["seams"] else "left as they are"
+    errors = f"{_percent(found['plain'])} % without, {_percent(found['smoothed'])} % with it"
+    return f" Channels are {done} (SmoothQuant, alpha {found['alpha']}; error of the outputs {errors})."
 
 
 def _tensors(manifest: Mapping[str, Any]) -> str:

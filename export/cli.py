@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.errors import Dgm4Error
 from export import cli_bench, cli_engine, cli_repository
-from export.arguments import export_usage
+from export.arguments import export_usage, kept_layers, smoothing
 from export.arguments import positive as _positive
 from export.arguments import verb as _verb
 from export.arguments import whole as _whole
@@ -132,8 +132,16 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="how activations get their scale; entropy for int8 (%(default)s)",
     )
     verb.add_argument(
+        "--smooth",
+        type=smoothing,
+        default="off",
+        metavar="off|auto|ALPHA",
+        help="with --calibration: move peaks of channels into the weights that read them, by ALPHA from 0 to "
+        "1 (SmoothQuant); auto: by what lessens the error on the pairs (%(default)s)",
+    )
+    verb.add_argument(
         "--keep-layers",
-        type=_kept,
+        type=kept_layers,
         default=0,
         metavar="N|auto",
         help="Linear layers, the worst first, that stay a step above the precision; auto: until the gate "
@@ -315,11 +323,6 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
     verb.add_argument("--redo", action="store_true", help="replace the texts that are there")
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
-
-
-def _kept(text: str) -> int | str:
-    """A number of layers, or "auto", for argparse."""
-    return text if text == "auto" else _whole(text)
 
 
 def _tokens(text: str) -> int:

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
             calibration_pairs=options.calibration_pairs,
             calibration_method=options.calibration_method,
             keep_layers=options.keep_layers,
+            smooth=options.smooth,
         ),
         report,
     )

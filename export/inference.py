@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from dgm4.model import Detector
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
@@ -14,3 +16,9 @@ def rewrite(model: Detector, stacked: bool = True) -> InferenceModel:
     """
     config = NetworkConfig.from_fields(model.config.to_dict())
     return InferenceModel.from_released(model.state_dict(), config, stacked)
+
+
+def sharing(model: InferenceModel) -> InferenceModel:
+    """A copy of the modules over the same tensors."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.torch import SHIFTS
 from engine.errors import InputError
 from engine.network.config import NetworkConfig
-from engine.network.linear import E4M3
 from engine.network.model import InferenceModel
 from engine.network.precision import float_layers, set_precision, to_precision
+from engine.network.rescale import rescale
 from engine.text import CaptionTokenizer
 from export.bundle import BundleWriter
 from export.bundle_engine import MODEL, has_graph
 from export.calibrate import PairReader, read_pairs
 from export.emulate import emulate
 from export.engine_file import HALF
+from export.inference import sharing
 from export.layers import PAIRS, layer_errors
 from export.onnx import data_of, export_onnx, flatten
 from export.qdq import fp8_as_nodes, lower, lowered_layers
 from export.quantize import quantize_dynamic
-from export.ranges import read_histograms, scales_of
 from export.record import LONGEST_CAPTION, MAX_WORDS
 from export.stages import Open, Run
+from export.static import calibrate
 from export.verify import (
     BF16,
     CASES,
@@ -75,7 +77,7 @@ def write_graph(
         _calibrate(run, writer, inference)
     if isinstance(options.keep_layers, int) and options.keep_layers and not run.kept:
         run.kept = _ranking(run, writer, inference)[: options.keep_layers]
-    work = _sharing(inference) if options.keep_layers else inference
+    work = sharing(inference) if options.keep_layers else inference
     if options.precision == "int8":
         _write_int8(run, writer, work, reference)
     else:
@@ -104,12 +106,6 @@ def _is_portable(run: Run) -> bool:
     return precision in ("fp32", "fp16") or (precision == "int8" and run.scales is not None)
 
 
-def _sharing(model: InferenceModel) -> InferenceModel:
-    """A copy of the modules over the same tensors."""
-    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 def _ranking(run: Run, writer: BundleWriter, inference: InferenceModel) -> list[str]:
     """Names of the layers that the precision rounds, the one with the largest own error first."""
     if not run.ranking:
@@ -118,7 +114,7 @@ def _ranking(run: Run, writer: BundleWriter, inference: InferenceModel) -> list[
             data = options.calibration or options.data
             split = "train" if options.calibration else options.split
             reader = _read_pairs(run, data, inference.config, writer.path(TOKENIZER), PAIRS, split)
-            lowered = lower(_sharing(inference), options.precision, run.scales)
+            lowered = lower(sharing(inference), options.precision, run.scales)
             found = layer_errors(inference, lowered, options.precision, _tensors(reader.batches()))
             run.ranking = [layer.name for layer in found]
             worst = ", ".join(f"{layer.name} {100 * layer.own:.1f} %" for layer in found[:3])
@@ -226,18 +222,22 @@ def _remove_graph(path: Path) -> None:
 
 
 def _calibrate(run: Run, writer: BundleWriter, model: InferenceModel) -> None:
-    """Choose the scales of what the rounded layers read, and keep them in the bundle."""
-    precision = run.options.precision
+    """Choose scales of what the rounded layers read, and shifts, which the model takes; write both."""
+    options = run.options
     with run.stage("calibrate") as stage:
         reader = _calibration_pairs(run, model.config, writer.path(TOKENIZER))
-        run.calibration = {"method": run.options.calibration_method, **reader.record}
-        found = read_histograms(model, lowered_layers(model, precision), _tensors(reader.batches()))
-        codes = E4M3 if precision == "fp8" else torch.int8
-        run.scales = scales_of(found, codes, run.options.calibration_method)
-        writer.add_text(SCALES, json.dumps(run.scales, indent=1) + "\n")
+        method, smooth = options.calibration_method, options.smooth
+        made = calibrate(model, options.precision, method, smooth, lambda: _tensors(reader.batches()))
+        rescale(model, made.shifts)
+        run.calibrated, run.calibration = made, {"method": method, **reader.record, **made.record()}
+        shifts = {SHIFTS: made.shifts} if made.shifts else {}
+        writer.add_text(SCALES, json.dumps({**made.scales, **shifts}) + "\n")
         stage.text = "{} scales of activations ({method}), {pairs} pairs of {source}".format(
-            len(run.scales), **run.calibration
+            len(made.scales), **run.calibration
         )
+        if made.smoothing is not None:
+            text = "; outputs off by {plain:.2%}, by {smoothed:.2%} with channels rescaled (alpha {alpha}), "
+            stage.text += (text + "which {seams} places are").format(**asdict(made.smoothing))
 
 
 def _calibration_pairs(run: Run, config: NetworkConfig, tokenizer: Path) -> PairReader:

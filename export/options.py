@@ -12,6 +12,7 @@ from export import trt
 from export.engine_options import EngineOptions
 from export.features import Features
 from export.ranges import METHODS
+from export.smooth import Smooth
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
@@ -27,9 +28,10 @@ class ExportOptions:
     `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
     judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
     and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
-    training split by `calibration_method` (entropy: int8 alone). `keep_layers` of the Linear layers, the
-    worst by their own error, stay a step above the precision; "auto": as few as the checks and the gate on
-    `data` ask for.
+    training split by `calibration_method` (entropy: int8 alone). `smooth`, with calibration, rescales
+    channels between layers as `export.smooth` tells: by its alpha, 0 to 1, or "auto", where that lessens the
+    error on the pairs. `keep_layers` of the Linear layers, the worst by their own error, stay a step above
+    the precision; "auto": as few as the checks and the gate on `data` ask for.
     """
 
     out: Path
@@ -49,6 +51,7 @@ class ExportOptions:
     calibration_pairs: int = 512
     calibration_method: str = METHODS[0]
     keep_layers: int | Literal["auto"] = 0
+    smooth: Smooth = "off"
 
 
 def check_options(options: ExportOptions) -> None:
@@ -97,8 +100,16 @@ def _check_calibration(options: ExportOptions) -> None:
         raise InputError(
             f"calibration_method: expected one of {expected}, got {options.calibration_method!r}"
         )
+    _check_smooth(options.smooth, options.calibration is not None)
     if options.calibration_method == "entropy" and options.precision != "int8":
         raise InputError("calibration_method: entropy counts the levels of int8; use minmax or percentile")
+
+
+def _check_smooth(smooth: Smooth, calibrated: bool) -> None:
+    if smooth not in ("off", "auto") and (isinstance(smooth, str) or not 0 <= smooth <= 1):
+        raise InputError(f"smooth: expected off, auto or a number from 0 to 1, got {smooth!r}")
+    if smooth != "off" and not calibrated:
+        raise InputError("smooth: expected calibration with it, on whose pairs channels are seen")
 
 
 def _check_kept(options: ExportOptions) -> None:

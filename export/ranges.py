@@ -7,6 +7,7 @@ least from the distribution (Kullback-Leibler; Migacz, "8-bit Inference with Ten
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -67,14 +68,23 @@ def _divergence(counts: np.ndarray, cut: int) -> float:
     return float(np.sum(p * np.log(p / q)))
 
 
-def read_histograms(
-    model: nn.Module, layers: Iterable[tuple[str, nn.Module]], batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Histogram]:
-    """What each of `layers`, by name, reads while `model` answers `batches` of inputs by name."""
-    found: dict[str, Histogram] = {}
+Seen = TypeVar("Seen", bound=Histogram)
+
+
+def observe(
+    model: nn.Module,
+    layers: Iterable[tuple[str, nn.Module]],
+    batches: Iterable[Mapping[str, Tensor]],
+    make: Callable[[], Seen],
+) -> dict[str, Seen]:
+    """What each of `layers`, by name, reads while `model` answers `batches`, kept by what `make` makes.
+
+    A batch holds inputs by name.
+    """
+    found: dict[str, Seen] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        found[name] = Histogram()
+        found[name] = make()
         return lambda _, read: found[name].add(read[0])
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
@@ -86,6 +96,13 @@ def read_histograms(
         for handle in handles:
             handle.remove()
     return found
+
+
+def read_histograms(
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module]], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Histogram]:
+    """Magnitudes of what each of `layers` reads; see `observe`."""
+    return observe(model, layers, batches, Histogram)
 
 
 def scales_of(

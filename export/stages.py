@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.options import ExportOptions
+from export.static import Calibrated
 from export.verify import Difference
 
 
@@ -36,9 +37,9 @@ class Stage:
 class Run:
     """The state of one export: options, what was said so far, and the records for the manifest.
 
-    `scales` are those of calibrated activations by layer; `ranking` names the layers that a precision rounds,
-    the one that loses most first, once it was needed, and `kept` those of them that stay higher;
-    `float_layers` are the float32 islands.
+    `calibrated` holds the scales of activations and the shifts they are for; `ranking` names the layers that
+    a precision rounds, the one that loses most first, once it was needed, and `kept` those of them that stay
+    higher; `float_layers` are the float32 islands.
     """
 
     options: ExportOptions
@@ -46,10 +47,15 @@ class Run:
     verification: list[Difference] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     vocabulary: Path | None = None
-    scales: dict[str, float] | None = None
+    calibrated: Calibrated | None = None
     ranking: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     float_layers: list[str] = field(default_factory=list)
+
+    @property
+    def scales(self) -> dict[str, float] | None:
+        """Scales of calibrated activations by layer, or None."""
+        return None if self.calibrated is None else self.calibrated.scales
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Open]:

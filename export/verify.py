@@ -105,21 +105,26 @@ def _pairs(
         yield name, want, got
 
 
+def relative_errors(reference: Sequence[Arrays], candidate: Sequence[Arrays]) -> dict[str, float]:
+    """RMS of the difference over the RMS of the reference, of each output, from answers to the same cases."""
+    return {
+        name: float(np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2)))
+        for name, want, got in _pairs(reference, candidate)
+    }
+
+
 def compare(
     stage: str, against: str, reference: Sequence[Arrays], candidate: Sequence[Arrays], tolerance: Tolerance
 ) -> Difference:
     """Measure the distance of `candidate` from `reference`, answers to the same cases."""
-    rows = [
-        (name, np.abs(got - want).max(), (got - want) ** 2, np.sqrt(np.mean(want**2)))
-        for name, want, got in _pairs(reference, candidate)
-    ]
-    relative = {name: float(np.sqrt(np.mean(squares)) / scale) for name, _, squares, scale in rows}
+    apart = [np.abs(got - want) for _, want, got in _pairs(reference, candidate)]
+    relative = relative_errors(reference, candidate)
     worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
     return Difference(
         stage=stage,
         against=against,
-        max=float(np.max([largest for _, largest, _, _ in rows])),
-        rms=float(np.sqrt(np.mean(np.concatenate([squares for _, _, squares, _ in rows])))),
+        max=float(np.max([x.max() for x in apart])),
+        rms=float(np.sqrt(np.mean(np.concatenate(apart) ** 2))),
         relative=relative[worst],
         worst=worst,
         tolerance=tolerance.value,
