@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -40,6 +43,22 @@ def seconds(text: str) -> float:
     if not 0 < value <= 86_400:
         raise argparse.ArgumentTypeError(f"expected seconds above 0, a day at most, got {text!r}")
     return value
+
+
+def backend(text: str) -> str:
+    """The name of a backend, installed or not, or auto."""
+    from engine.backends import known
+
+    if text not in ("auto", *known()):
+        raise argparse.ArgumentTypeError(f"expected auto or one of {', '.join(known())}, got {text!r}")
+    return text
+
+
+def device(text: str) -> str:
+    """Where a backend runs."""
+    if _DEVICE.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def kept_layers(text: str) -> int | str:

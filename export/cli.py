@@ -19,6 +19,8 @@ from pathlib import Path
 
 from engine.errors import Dgm4Error
 from export import cli_bench, cli_engine, cli_repository
+from export.arguments import backend as _backend
+from export.arguments import device as _device
 from export.arguments import export_usage, kept_layers, smoothing
 from export.arguments import positive as _positive
 from export.arguments import verb as _verb
@@ -173,8 +175,12 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     verb.add_argument("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs a run (%(default)s)")
-    verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    verb.add_argument(
+        "--backend", type=_backend, default="auto", help="as dgm4 doctor lists them (%(default)s)"
+    )
+    verb.add_argument(
+        "--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+    )
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
@@ -193,8 +199,12 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="DGM4 folder, as published")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test")
     verb.add_argument("--limit", type=_positive, metavar="N", help="draw N pairs of the split")
-    verb.add_argument("--backend", default="auto", help="as dgm4 doctor lists them (%(default)s)")
-    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    verb.add_argument(
+        "--backend", type=_backend, default="auto", help="as dgm4 doctor lists them (%(default)s)"
+    )
+    verb.add_argument(
+        "--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+    )
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--batch", type=_positive, metavar="N", help="pairs a run; 32 or the bundle's largest")
     verb.add_argument(
@@ -320,7 +330,9 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.add_argument("--split", nargs="+", choices=("train", "val", "test"), default=["train"])
     verb.add_argument("--batch", type=_positive, default=8, metavar="N", help="pairs at once (%(default)s)")
     verb.add_argument("--limit", type=_positive, metavar="N", help="only the first N pictures")
-    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    verb.add_argument(
+        "--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+    )
     verb.add_argument("--redo", action="store_true", help="replace the texts that are there")
     verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.arguments import counts, positive, seconds, verb
+from export.arguments import counts, device, positive, seconds, verb
 
 if TYPE_CHECKING:
     from export.bench import Bench
@@ -32,7 +32,12 @@ def add_arguments(verbs: Any) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
-        "--backend", action="append", default=[], metavar="NAME", help="again for another; all that serve it"
+        "--backend",
+        type=backend,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="again for another; all that serve it",
     )
     parser.add_argument(
         "--batch", type=counts, default=(), metavar="N[,N]", help="batch sizes; 1,8,32 within its limit"
@@ -44,7 +49,9 @@ def add_arguments(verbs: Any) -> None:
         "--seconds", type=seconds, default=3.0, metavar="S", help="for a backend at a batch (%(default)g)"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; all cores by default")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)")
+    parser.add_argument(
+        "--device", type=device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart: .svg or .png")

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_usage(served, arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--backend=foo", "expected auto or one of ort, torch, .*, got 'foo'"),
+        ("--device=gpu", "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+    ],
+)
+def test_a_name_that_is_none_is_a_usage_error(verb, option, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "bundle", option])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
@@ -125,7 +141,6 @@ def test_usage(served, arguments, capsys):
         (["{photo}", "x", "--out", "absent/x.jsonl"], "folder that exists", 1),
         (["{photo}", "x", "--threshold", "3"], "from 0 to 1", 1),
         (["{photo}", "x", "--threads", "99999"], "usable cores", 4),
-        (["{photo}", "x", "--backend", "foo"], "unknown backend 'foo'", 4),
         (["absent.png", "x"], "'absent.png': no such file", 1),
         (["--list", "absent.jsonl"], "absent.jsonl: cannot read the list", 1),
         (["--list", "."], ".: cannot read the list", 1),
