@@ -101,6 +101,13 @@ def export_usage(options: argparse.Namespace) -> str | None:
         return "--split is of the data to judge on: give --data DIR too"
     if options.target and options.precision == "fp8" and not options.calibration:
         return "--target: an engine in fp8 needs calibrated scales: give --calibration DIR too"
+    if options.target is None and _says_how_to_build(options):
+        return "--profiles and what else says how the engine is built need one: leave out --target none"
     if options.triton_repository and options.precision in ("bf16", "fp8"):
         return "--triton-repository is for a precision with an ONNX graph: fp32, fp16 or int8"
     return None
+
+
+def _says_how_to_build(options: argparse.Namespace) -> bool:
+    given = (options.profiles, options.workspace, options.hardware_compatible)
+    return any(given) or options.strip_weights or options.version_compatible

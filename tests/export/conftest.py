@@ -98,6 +98,57 @@ def write_pair(data, number, random):
     }
 
 
+PAIRS = 20  # two whole batches and a part of one
+
+
+@pytest.fixture(scope="session")
+def training_data(annotated):
+    """A folder with a training split."""
+    folder = annotated(PAIRS + 4)
+    (folder / "metadata" / "test.json").rename(folder / "metadata" / "train.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bundle):
+    from engine.text import CaptionTokenizer
+
+    return CaptionTokenizer(bundle("hammer", "fp32").path / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def reader(training_data, tokenizer):
+    """Pairs to calibrate on."""
+    from export.calibrate import read_pairs
+
+    return read_pairs(training_data, PAIRS, tokenizer, 256)
+
+
+@pytest.fixture(scope="session")
+def static_graph(tiny, reader, tmp_path_factory):
+    """Export a calibrated tiny network by name and precision, "int8" or "fp8"; the path of its graph."""
+
+    @functools.cache
+    def export(name, precision):
+        import torch
+
+        from engine.network.linear import E4M3
+        from export.inference import rewrite
+        from export.onnx import export_onnx
+        from export.qdq import fp8_as_nodes, lower, lowered_layers
+        from export.ranges import read_histograms, scales_of
+
+        path = tmp_path_factory.mktemp(f"static-{name}-{precision}") / "model.onnx"
+        model = rewrite(tiny(name))
+        batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
+        found = read_histograms(model, lowered_layers(model, precision), batches)
+        scales = scales_of(found, E4M3 if precision == "fp8" else torch.int8, "minmax")
+        export_onnx(fp8_as_nodes(lower(model, precision, scales)), path)
+        return path
+
+    return export
+
+
 @pytest.fixture(scope="session")
 def session_of():
     """Open a graph in ONNX Runtime on the CPU."""

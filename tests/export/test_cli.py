@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from dgm4.shipped import demo_checkpoint, demo_record
+from engine.errors import InputError
+from engine.manifest import manifest_digest
 from export import cli, pipeline
+from export.engine_options import EngineOptions
+from export.features import Features
 from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
 from export.verify import Tolerance
 
@@ -100,6 +105,13 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
         (["--target", "turing"], "expected compute capabilities as 8.6,8.9 or none, got 'turing'"),
         (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
         (["--max-tokens", "1000"], "expected 2 to 512 tokens, got '1000'"),
+        (["--profiles", "1x32,8"], "expected auto or pairs x tokens as 1x32,32x128, got '1x32,8'"),
+        (["--profiles", "0x32"], "expected auto or pairs x tokens"),
+        (["--profiles", "1x32,32x128"], "how the engine is built need one: leave out --target none"),
+        (["--strip-weights"], "how the engine is built need one: leave out --target none"),
+        (["--build-limit", "0"], "expected seconds above 0, a day at most, got '0'"),
+        (["--workspace", "0"], "expected a whole number from 1, got '0'"),
+        (["--hardware-compatible", "hopper"], "invalid choice: 'hopper'"),
     ],
 )
 def test_values_that_do_not_fit_exit_with_2(arguments, message, tmp_path, capsys):
@@ -163,6 +175,52 @@ def test_inspect_as_json(bundle, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["precision"] == "int8"
     assert record["files"] == made.manifest["files"]
+
+
+def test_inspect_of_engines(bundle, tmp_path, capsys):
+    path = shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle")
+    ranges = [{"input_ids": {"min": [1, 2], "opt": [1, 16], "max": most}} for most in ([1, 32], [32, 128])]
+    fields = json.loads((path / "manifest.json").read_text())
+    common = {"library": "tensorrt", "version": "11.4", "compute_capabilities": ["9.0"]}
+    for name, own in {
+        "old": {"profile": ranges[1]},
+        "lean": {"profiles": ranges, "version_compatible": True, "hardware": "ampere"},
+        "thin": {"profiles": ranges[1:], "stripped": True, "hardware": "same", "plugins": {"Pool": 2}},
+    }.items():
+        (path / f"{name}.engine").write_bytes(b"")
+        fields["files"][f"{name}.engine"] = {"sha256": hashlib.sha256().hexdigest(), "bytes": 0}
+        fields["engines"].append({**common, "file": f"{name}.engine", "onnx_sha256": "0" * 64, **own})
+    del fields["sha256"]
+    (path / "manifest.json").write_text(json.dumps({**fields, "sha256": manifest_digest(fields)}))
+    assert cli.main(["inspect", str(path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("engine ")]
+    assert [line.partition(": tensorrt 11.4, for ")[2] for line in lines] == [
+        "9.0, up to 32x128 pairs x tokens",
+        "8.0 and later, up to 1x32, 32x128 pairs x tokens, version-compatible",
+        "every GPU of 9.0, up to 32x128 pairs x tokens, plugins Pool, weights stripped",
+    ]
+
+
+def test_how_an_engine_is_built_reaches_the_export(tmp_path, monkeypatch):
+    heard = []
+
+    def stop(options, _report):
+        heard.append(options.building)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(pipeline, "export_bundle", stop)
+    out = ["--drawn", "--out", str(tmp_path / "b")]
+    flags = ["--profiles", "1x32, 32x128", "--timing-cache", "t.cache", "--build-limit", "90", "--workspace"]
+    flags += ["512", "--strip-weights", "--version-compatible", "--hardware-compatible", "same"]
+    assert cli.main(["export", *out, *flags]) == 1
+    assert cli.main(["export", *out, "--profiles", "auto", "--timing-cache", "none"]) == 1
+    assert cli.main(["export", *out]) == 1
+    features = Features(strip_weights=True, version_compatible=True, hardware="same")
+    assert heard == [
+        EngineOptions(((1, 32), (32, 128)), Path("t.cache"), 90.0, 512, features),
+        EngineOptions(timing_cache=None),
+        EngineOptions(),
+    ]
 
 
 def test_inspect_of_a_damaged_bundle(bundle, tmp_path, capsys):

@@ -14,14 +14,13 @@ from onnx import TensorProto, numpy_helper
 
 from engine.errors import InputError
 from engine.manifest import parse_manifest
-from engine.text import CaptionTokenizer
 from export import cli, pipeline, trt
 from export.bundle_engine import no_engine
 from export.calibrate import BATCH, read_pairs
 from export.engine_file import HALF
 from export.evaluate import EvaluateOptions, evaluate
 from export.inference import rewrite
-from export.onnx import export_onnx, outputs_of
+from export.onnx import outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.qdq import QdqLinear, int8_layers, to_int8
@@ -29,7 +28,7 @@ from export.quantize import _as_products, quantize_dynamic
 from export.ranges import METHODS, read_histograms, scales_of
 from export.verify import INT8, compare, onnx_answers
 
-PAIRS = 20  # two whole batches and a part of one
+PAIRS = 20  # of the reader in conftest.py
 
 
 @pytest.fixture
@@ -38,30 +37,16 @@ def name():
     return "cals"
 
 
-@pytest.fixture(scope="module")
-def data(annotated):
-    """A folder with a training split."""
-    folder = annotated(PAIRS + 4)
-    (folder / "metadata" / "test.json").rename(folder / "metadata" / "train.json")
-    return folder
+@pytest.fixture
+def data(training_data):
+    return training_data
 
 
 @pytest.fixture(scope="module")
-def tokenizer(bundle):
-    return CaptionTokenizer(bundle("hammer", "fp32").path / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def reader(data, tokenizer):
-    return read_pairs(data, PAIRS, tokenizer, 256)
-
-
-@pytest.fixture(scope="module")
-def quantized(exported, tiny, reader, tmp_path_factory):
+def quantized(exported, static_graph):
     @functools.cache
     def make(name):
-        path = tmp_path_factory.mktemp(f"static-{name}") / "model.onnx"
-        export_onnx(to_int8(rewrite(tiny(name)), scales_for(exported(name).model, reader)), path)
+        path = static_graph(name, "int8")
         count = len(list(int8_layers(exported(name).model)))
         proto = onnx.load_model(path)
         return SimpleNamespace(path=path, count=count, proto=proto, products=products_of(proto.graph))
@@ -71,8 +56,11 @@ def quantized(exported, tiny, reader, tmp_path_factory):
 
 def scales_for(model, reader, method="minmax"):
     """Scales of int8 activations, from the pairs of the reader."""
-    batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
-    return scales_of(read_histograms(model, int8_layers(model), batches), torch.int8, method)
+    return scales_of(read_histograms(model, int8_layers(model), batches_of(reader)), torch.int8, method)
+
+
+def batches_of(reader):
+    return [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
 
 
 def products_of(graph):

@@ -86,6 +86,32 @@ def test_the_profiles_reach_the_bundles_limits(copied, builder):
     assert builder[0].compute_capabilities == ()
 
 
+def test_how_it_is_built_is_said_on_the_command_line(copied, builder):
+    limits = Bundle.open(copied).manifest.limits
+    whole = f"{limits.max_batch}x{limits.max_tokens}"
+    flags = ["--profiles", f"1x16,2x24,{whole}", "--timing-cache", "none", "--build-limit", "60"]
+    assert main(["rebuild", str(copied), *flags, "--workspace", "256", "--strip-weights"]) == 0
+    (spec,) = builder
+    assert [profile["input_ids"][2] for profile in spec.profiles[:2]] == [(1, 16), (2, 24)]
+    assert (spec.timing_cache, spec.time_limit_s, spec.workspace_mb) == (None, 60.0, 256)
+    (entry,) = Bundle.open(copied).manifest.engines
+    assert (len(entry.profiles), entry.stripped) == (3, True)
+
+
+def test_profiles_beyond_the_bundle_build_nothing(copied, builder, capsys):
+    assert main(["rebuild", str(copied), "--profiles", "999x16"]) == 1
+    assert "profile 1 (999x16): expected 1.." in capsys.readouterr().err
+    assert builder == []
+
+
+def test_a_record_of_before_is_carried_as_one_of_today(copied, builder):
+    ranges = {"input_ids": {"min": [1, 2], "opt": [8, 50], "max": [32, 128]}}
+    put_engines(copied, {**{k: v for k, v in ENGINE.items() if k != "profiles"}, "profile": ranges})
+    module.rebuild(copied)
+    old, _ = json.loads((copied / "manifest.json").read_text())["engines"]
+    assert (old["profiles"], "profile" in old) == ([ranges], False)
+
+
 def test_engines_of_others_stay_and_stale_ones_go(copied, builder):
     stale = {"file": "model.rtx.engine", "onnx_sha256": "0" * 64}
     put_engines(copied, ENGINE, ENGINE | stale, ENGINE | {"file": "model.trt-sm89.engine", "version": "10"})

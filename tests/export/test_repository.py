@@ -37,13 +37,13 @@ def asap(bundle):
 def with_engine(bundle, tmp_path):
     """A copy of a bundle that holds an engine of `library`."""
 
-    def make(library):
+    def make(library, **own):
         copy = tmp_path / f"bundle-{library}"
         shutil.copytree(bundle("asap", "fp32").path, copy)
         (copy / "model.engine").write_bytes(b"engine")
         fields = json.loads((copy / "manifest.json").read_text())
         record = {"file": "model.engine", "library": library, "version": "1", "compute_capabilities": ["9.0"]}
-        fields["engines"] = [{**record, "onnx_sha256": "0" * 64, "profile": {}}]
+        fields["engines"] = [{**record, "onnx_sha256": "0" * 64, "profiles": [{}], **own}]
         digest = hashlib.sha256(b"engine").hexdigest()
         fields["files"]["model.engine"] = {"sha256": digest, "bytes": 6}
         fields["sha256"] = manifest_digest(fields)
@@ -189,6 +189,13 @@ def test_a_plan_of_tensorrt(with_engine, tmp_path):
 def test_no_plan_for_the_server(with_engine, asap, tmp_path, library, kinds):
     bundle = asap if library is None else with_engine(library)
     with pytest.raises(BundleError, match=f"for a plan, got {kinds}; export the bundle on the server's GPU"):
+        write_repository({"m": bundle}, tmp_path / "r", ServerOptions(plan=True))
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_plan_without_its_weights(with_engine, tmp_path):
+    bundle = with_engine("tensorrt", stripped=True)
+    with pytest.raises(BundleError, match="does not refit model.engine; build one without --strip"):
         write_repository({"m": bundle}, tmp_path / "r", ServerOptions(plan=True))
     assert not (tmp_path / "r").exists()
 
