@@ -33,7 +33,6 @@ def add_arguments(verbs: Any) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
         "--backend",
-        type=backend,
         action="append",
         default=[],
         metavar="NAME",
