@@ -169,8 +169,8 @@ class Calibration:
 class Manifest:
     """A whole manifest.json of format 1.
 
-    `float32_layers` name the modules of an fp16, bf16 or fp8 network that hold float32 parameters,
-    `kept_layers` the Linear layers that stay a step above the precision for the sake of accuracy.
+    `float32_layers` name the modules that hold float32 parameters in a network below fp32, `kept_layers` the
+    Linear layers that stay a step above the precision for the sake of accuracy.
     """
 
     created: str

@@ -63,12 +63,28 @@ def _network(manifest: Mapping[str, Any]) -> str:
             f"{calibration['pairs']} pairs of {calibration['source']}, drawn with seed {calibration['seed']}."
         )
         head += _smoothing(calibration.get("smoothing"))
+    head += _exceptions(manifest)
     config = {
         name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
     }
     return (
         head + "\n\n" + _table(("field", "value"), ((f"`{name}`", value) for name, value in config.items()))
     )
+
+
+def _exceptions(manifest: Mapping[str, Any]) -> str:
+    floating, kept = manifest.get("float32_layers", ()), manifest.get("kept_layers", ())
+    text = f" Modules with float32 parameters: {_code(grouped(floating))}." if floating else ""
+    return text + (f" Layers kept a step above the precision: {_code(kept)}." if kept else "")
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names of modules, each once, with a star for every number in a list of layers."""
+    return list(dict.fromkeys(re.sub(r"(?<=s\.)\d+", "*", name) for name in names))
 
 
 def _smoothing(found: Mapping[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.backends import describe, usable_cores
 from engine.bundle import Bundle
+from export.card import grouped
 from export.profiles import largest_text
 
 _PACKAGES = (
@@ -51,6 +52,7 @@ def _describe(record: dict[str, Any]) -> str:
         f"weights    {weights['source']}{'' if weights['trained'] else ' (not trained)'}",
         f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
     ]
+    lines += _precision_lines(record)
     for name, entry in record["files"].items():
         lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
     lines += [f"engine     {_engine_text(engine)}" for engine in record["engines"]]
@@ -78,6 +80,20 @@ def _engine_text(engine: dict[str, Any]) -> str:
         *(["version-compatible"] if engine["version_compatible"] else []),
     ]
     return ", ".join(parts)
+
+
+def _precision_lines(record: dict[str, Any]) -> list[str]:
+    """What was calibrated, and what is not in the bundle's precision."""
+    lines = []
+    if calibration := record.get("calibration"):
+        lines.append("calibrated {method}, {pairs} pairs of {source}".format(**calibration))
+        if smoothing := calibration.get("smoothing"):
+            text = "rescaled   channels in {seams} places (alpha {alpha}): outputs off by {smoothed:.2%}, "
+            lines.append((text + "{plain:.2%} without").format(**smoothing))
+    for title, kind in (("float32", "float32_layers"), ("kept", "kept_layers")):
+        if names := record[kind]:
+            lines.append(f"{title:<10} {len(names)} modules: {', '.join(grouped(names))}")
+    return lines
 
 
 def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:

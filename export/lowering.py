@@ -28,7 +28,7 @@ from export.inference import sharing
 from export.layers import PAIRS, layer_errors
 from export.onnx import data_of, export_onnx, flatten
 from export.qdq import fp8_as_nodes, lower, lowered_layers
-from export.quantize import quantize_dynamic
+from export.quantize import dynamic_layers, quantize_dynamic
 from export.record import LONGEST_CAPTION, MAX_WORDS
 from export.stages import Open, Run
 from export.static import calibrate
@@ -176,7 +176,9 @@ def _write_int8(run: Run, writer: BundleWriter, model: InferenceModel, reference
         feeds = list(reader.batches(stop=_CHECKED_BATCHES))
         before = torch_answers(model, model.config, feeds=list(_tensors(feeds)))
         count = len(lowered_layers(model, "int8")) - len(run.kept)
-        proto = export_onnx(lower(model, "int8", run.scales, run.kept), writer.path(MODEL))
+        lowered = lower(model, "int8", run.scales, run.kept)
+        run.float_layers = float_layers(lowered)
+        proto = export_onnx(lowered, writer.path(MODEL))
         _check_int8(stage, before, onnx_answers(writer.path(MODEL), model.config, feeds), "rewrite")
         activations = "calibrated ({method}) on {pairs} pairs of {source}".format(**run.calibration or {})
         stage.text = f"{count} layers in int8, weights per channel, activations {activations}"
@@ -207,6 +209,8 @@ def _write_dynamic(run: Run, model: InferenceModel, graph: Path, reference: Sequ
         stage.differences.append(check(compare("onnx", "rewrite", reference, before, EXACT)))
     with run.stage("quantise") as stage:
         count = quantize_dynamic(floating, graph, run.kept)
+        rounded = {name for name, _ in dynamic_layers(model)} - set(run.kept)
+        run.float_layers = [name for name in float_layers(model) if name not in rounded]
         _check_int8(stage, before, onnx_answers(graph, model.config), "onnx")
         stage.text = f"{count} products in int8, weights per channel, activations dynamic{_kept_text(run)}"
     _remove_graph(floating)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 from onnx import numpy_helper
+from torch import nn
 
 from engine.errors import BuildError
 from export.onnx import data_of
@@ -26,6 +27,13 @@ _RUNTIME, _ATTENTION = "com.microsoft", "MultiHeadAttention"
 _NO_BIAS = ""  # an input left out
 _PRODUCTS = ("MatMul", "Gemm")
 _FLOAT_WEIGHTS = "bbox_head"
+
+
+def dynamic_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linear layers that dynamic int8 rounds, by every name that they have."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and _FLOAT_WEIGHTS not in name:
+            yield name, module
 
 
 def linear_products(graph: onnx.GraphProto, keep: Collection[str] = ()) -> dict[str, list[onnx.NodeProto]]:
