@@ -45,7 +45,7 @@ VARIANTS = {
 
 DEMO, DRAWN = "demo", "drawn"
 CALIBRATION_PAIRS = {DEMO: 512, DRAWN: 32}  # of a base network a pair takes half a second
-DRAWN_PAIRS = 32
+DRAWN_PAIRS, DRAWN_BATCH = 32, 8  # CALS as published holds some GB for 8 base pictures
 
 Record = dict[str, Any]
 Key = tuple[str, str, str]  # weights, network, variant
@@ -79,7 +79,8 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
             calibration_pairs=CALIBRATION_PAIRS[weights],
         )
         export_bundle(options, lambda stage: None)
-        settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, graph=graph)
+        batch = DRAWN_BATCH if weights == DRAWN else None
+        settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, batch=batch, graph=graph)
         found = evaluate(out, data, settings, progress=True)
     if found.comparison is None:
         raise RuntimeError(f"{out}: no float32 network to compare with: {found.note}")

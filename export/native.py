@@ -2,8 +2,8 @@
 
 Every attention but MGCA's with its map leaves its products and softmax for one node `Attention` of opset 23,
 which TensorRT (10.14 and later) and TensorRT-RTX make one kernel of in half precision; in float32 they refuse
-it. Softmax stays in float32 inside that kernel. The mask is one of truth values: a row without any token, as
-padding of a batch may be, answers NaN.
+it. Softmax stays in float32 inside that kernel. The mask is added to the scores: one of truth values made
+TensorRT-RTX 1.7.1 fail on CALS, and a row without any token, as padding of a batch is, would answer NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from kernels.attention import MASKED, PLAIN
+from kernels.attention import MASKED, MASKED_SCORE, PLAIN
 from kernels.bodies import body
 from kernels.onnx_ops import DOMAIN
 
@@ -47,11 +47,16 @@ def _raise_opset(imports: list[onnx.OperatorSetIdProto]) -> None:
 def _fused(name: str) -> onnx.FunctionProto:
     """The operator's body around one node."""
     masked = name == MASKED
-    keep = ", keep" if masked else ""
+    bias = ", bias" if masked else ""
     masking = f"""
-        keep_flat = Cast <to = {onnx.TensorProto.BOOL}> (mask)
+        keep = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
+        one = Constant <value_float = 1.0> ()
+        ignored = Sub (one, keep)
+        floor = Constant <value_float = {MASKED_SCORE}> ()
+        bias_float = Mul (ignored, floor)
+        bias_flat = CastLike (bias_float, query)
         heads_axes = Constant <value_ints = [1, 2]> ()
-        keep = Unsqueeze (keep_flat, heads_axes)"""
+        bias = Unsqueeze (bias_flat, heads_axes)"""
     return body(
         f"""
     {name} <heads, scale> (query, key, value{", mask" if masked else ""}) => (out)
@@ -67,7 +72,7 @@ def _fused(name: str) -> onnx.FunctionProto:
         key_rows = Transpose <perm = [0, 2, 1, 3]> (key_heads)
         value_heads = Reshape (value, split)
         value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads){masking if masked else ""}
-        mixed = Attention <scale: float = @scale> (query_rows, key_rows, value_rows{keep})
+        mixed = Attention <scale: float = @scale> (query_rows, key_rows, value_rows{bias})
         mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
         out = Reshape (mixed_tokens, merge)
     }}""",

@@ -126,24 +126,34 @@ def reader(training_data, tokenizer):
 
 @pytest.fixture(scope="session")
 def static_graph(tiny, reader, tmp_path_factory):
-    """Export a calibrated tiny network by name and precision, "int8" or "fp8"; the path of its graph."""
+    """Export a calibrated tiny network by name and precision; the path of its graph.
+
+    "int8", the same "in fp16", as engines have it, or "fp8".
+    """
 
     @functools.cache
     def export(name, precision):
         import torch
 
         from engine.network.linear import E4M3
+        from engine.network.precision import to_precision
+        from export.engine_file import GRAPH, HALF
         from export.inference import rewrite
         from export.onnx import export_onnx
         from export.qdq import fp8_as_nodes, lower, lowered_layers
         from export.ranges import read_histograms, scales_of
 
-        path = tmp_path_factory.mktemp(f"static-{name}-{precision}") / "model.onnx"
+        precision, _, around = precision.partition(" in ")
+        folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")
         model = rewrite(tiny(name))
         batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
         found = read_histograms(model, lowered_layers(model, precision), batches)
         scales = scales_of(found, E4M3 if precision == "fp8" else torch.int8, "minmax")
-        export_onnx(fp8_as_nodes(lower(model, precision, scales)), path)
+        lower(model, precision, scales)
+        if around:
+            to_precision(model, torch.float16)
+        path = folder / (HALF if around else GRAPH)
+        export_onnx(fp8_as_nodes(model), path)
         return path
 
     return export
