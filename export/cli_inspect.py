@@ -90,9 +90,10 @@ def _precision_lines(record: dict[str, Any]) -> list[str]:
         if smoothing := calibration.get("smoothing"):
             text = "rescaled   channels in {seams} places (alpha {alpha}): outputs off by {smoothed:.2%}, "
             lines.append((text + "{plain:.2%} without").format(**smoothing))
-    for title, kind in (("float32", "float32_layers"), ("kept", "kept_layers")):
-        if names := record[kind]:
-            lines.append(f"{title:<10} {len(names)} modules: {', '.join(grouped(names))}")
+    if floating := record["float32_layers"]:
+        lines.append(f"float32    {len(floating)} modules: {', '.join(grouped(floating))}")
+    if kept := record["kept_layers"]:
+        lines.append(f"kept       a step above {record['precision']}: {', '.join(kept)}")
     return lines
 
 
