@@ -29,6 +29,7 @@ from engine import Bundle
 from engine.errors import BackendError
 from export import trt
 from export.bench import BenchOptions, bench
+from export.engine_file import graph_of
 from export.options import CALIBRATED, PRECISIONS
 
 BACKEND = "tensorrt"
@@ -66,11 +67,15 @@ def cost(
     if not report["manifest"]["engines"]:
         raise BackendError(f"{network} {precision}: {stages['engine']['text']}")
     record = report["manifest"]["engines"][0]
-    built, weights = report["manifest"]["files"][record["file"]]["bytes"], weights_bytes(out / "model.onnx")
+    built, weights = (
+        report["manifest"]["files"][record["file"]]["bytes"],
+        weights_bytes(out / graph_of(report["manifest"]["files"])),
+    )
     return Bundle.open(out), {
         "network": network,
         "precision": precision,
         "plugins": sum(record["plugins"].values()),
+        "fused_attention": record["fused_attention"],
         "library": f"{record['library']} {record['version']}",
         "compute_capabilities": record["compute_capabilities"],
         "export_s": round(sum(s["seconds"] for name, s in stages.items() if name != "engine"), 1),
@@ -135,11 +140,21 @@ def asked(found: Sequence[Row]) -> str:
 def table(found: Sequence[Row]) -> str:
     """Rows as Markdown: cost, and milliseconds a call by batch where any engine ran."""
     batches = sorted({int(b) for row in found for b in row["latency"]})
-    head = ["network", "precision", "plugins", "build s", "peak MB", "engine MB", "weights MB", "ratio"]
+    head = [
+        "network",
+        "precision",
+        "plugins",
+        "fused attentions",
+        "build s",
+        "peak MB",
+        "engine MB",
+        "weights MB",
+        "ratio",
+    ]
     head += [f"{b} pairs, p50 ms" for b in batches]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for row in found:
-        cells = [row["network"].upper(), row["precision"], str(row["plugins"])]
+        cells = [row["network"].upper(), row["precision"], str(row["plugins"]), str(row["fused_attention"])]
         cells += [f"{row['build_s']:.1f}", f"{row['build_peak_mb']:,}", f"{row['engine_mb']:.0f}"]
         cells += [f"{row['weights_mb']:.0f}", f"{row['size_ratio']:.3f}"]
         cells += [f"{row['latency'][str(b)]['p50']:.2f}" if row["latency"] else "-" for b in batches]

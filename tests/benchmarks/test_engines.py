@@ -16,6 +16,7 @@ from export import trt
 
 def row(precision, latency=None, **more):
     facts = {"network": "asap", "precision": precision, "plugins": 3, "build_s": 12.34, "build_peak_mb": 2004}
+    facts["fused_attention"] = 31
     size = {"engine_mb": 485.4, "weights_mb": 465.4, "size_ratio": 1.043}
     return {**facts, **size, "latency": latency or {}, **more}
 
@@ -40,7 +41,7 @@ def test_the_table_has_latencies_where_an_engine_ran():
     ran = row("bf16", {"1": {"p50": 0.42}, "8": {"p50": 1.5}}, size_ratio=1.2)
     lines = engines.table([row("fp16"), ran]).splitlines()
     assert lines[0].endswith("| ratio | 1 pairs, p50 ms | 8 pairs, p50 ms |")
-    assert lines[2] == "| ASAP | fp16 | 3 | 12.3 | 2,004 | 485 | 465 | 1.043 | - | - |"
+    assert lines[2] == "| ASAP | fp16 | 3 | 31 | 12.3 | 2,004 | 485 | 465 | 1.043 | - | - |"
     assert lines[3].endswith("| 1.200 | 0.42 | 1.50 |")
     assert engines.asked([row("fp16"), ran]).startswith("1 of 2 within")
 

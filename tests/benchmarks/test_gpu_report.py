@@ -79,8 +79,14 @@ RECORD = {
         "engine-cals": part({"missing": "tensorrt: not installed"}),
         "engine-asap": part(
             {
-                **{"network": "asap", "precision": "bf16", "plugins": 25, "build_s": 61.0},
-                **{"build_peak_mb": 3000, "engine_mb": 490.0, "weights_mb": 465.0, "size_ratio": 1.054},
+                **{"network": "asap", "precision": "bf16", "plugins": 25, "fused_attention": 31},
+                **{
+                    "build_s": 61.0,
+                    "build_peak_mb": 3000,
+                    "engine_mb": 490.0,
+                    "weights_mb": 465.0,
+                    "size_ratio": 1.054,
+                },
                 "latency": {"64": {"p50": 0.5, "pairs_per_s": 128.0}},
             }
         ),
@@ -144,7 +150,7 @@ def test_the_whole_report(tmp_path, monkeypatch, capsys):
     assert "| asap | 64 | 50 | ours-bf16 | 8 | 8 | 8,000 | 2.5 | 400 | 50 % |" in text
     assert "| profile-asap-ours-bf16 | gemm | 123 | 50 % |" in text
     assert "| a.py | 3 passed, 1 failed | a.py::t |" in text
-    assert "| ASAP | bf16 | 25 | 61.0 | 3,000 | 490 | 465 | 1.054 | 0.50 |" in text
+    assert "| ASAP | bf16 | 25 | 31 | 61.0 | 3,000 | 490 | 465 | 1.054 | 0.50 |" in text
 
 
 def test_a_record_with_nothing_in_it():
