@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from engine.backends import describe, usable_cores
+from engine.backends import describe, serving, usable_cores
 from engine.bundle import Bundle
 from export.card import grouped
 from export.profiles import largest_text
@@ -36,7 +36,7 @@ def inspect(options: argparse.Namespace) -> int:
     """Verify every file of a bundle and print what it is."""
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
-    record = bundle.describe()
+    record = bundle.describe() | {"backends": serving(bundle)}
     if options.layers:
         from export.layers import bundle_errors
 
@@ -61,6 +61,9 @@ def _describe(record: dict[str, Any]) -> str:
             f"verified   {stage['stage']} against {stage['against']}: max {stage['max']:.2e}, "
             f"RMS {stage['rms']:.2e}"
         )
+    lines += [
+        f"served by  {name}{f': needs {why}' if why else ''}" for name, why in record["backends"].items()
+    ]
     lines += _layer_lines(record.get("layers", ()))
     return "\n".join(lines) + "\n"
 

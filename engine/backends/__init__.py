@@ -112,6 +112,12 @@ def describe() -> dict[str, str | None]:
     return {name: " and ".join(_missing(name)) or None for name in _BACKENDS}
 
 
+def serving(bundle: Bundle) -> dict[str, str | None]:
+    """The backends that find in the bundle what they read, each with what is missing here for it, or None."""
+    missing = describe()
+    return {name: missing[name] for name in _suited(bundle)}
+
+
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
     """Load `bundle` with the backend `name`; with "auto", with the best installed one for it and `device`.
 

@@ -177,6 +177,17 @@ def test_inspect_as_json(bundle, capsys):
     assert record["files"] == made.manifest["files"]
 
 
+def test_inspect_tells_what_serves_the_bundle(bundle, monkeypatch, capsys):
+    monkeypatch.setattr("engine.backends._has_driver", lambda: False)
+    assert cli.main(["inspect", str(bundle("asap", "fp8").path)]) == 0
+    assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("served")] == ["served by  torch"]
+    assert cli.main(["inspect", "--json", str(bundle("asap", "fp16").path)]) == 0
+    backends = json.loads(capsys.readouterr().out)["backends"]
+    assert (backends["ort"], backends["torch"]) == (None, None)
+    assert "driver" in backends["ort-cuda"]
+    assert "tensorrt" not in backends, "the bundle has no engine"
+
+
 def test_inspect_of_engines(bundle, tmp_path, capsys):
     path = shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle")
     ranges = [{"input_ids": {"min": [1, 2], "opt": [1, 16], "max": most}} for most in ([1, 32], [32, 128])]
