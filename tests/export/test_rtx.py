@@ -25,10 +25,13 @@ def engines(bundle, static_graph, tmp_path_factory):
     @functools.cache
     def build(name):
         folder = tmp_path_factory.mktemp(f"engines-{name}")
+        graphs = {
+            precision: graph(name, precision) for precision in PRECISIONS
+        }  # traced in this thread alone
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return {
-                precision: pool.submit(build_one, graph(name, precision), folder / f"{precision}.engine")
-                for precision in PRECISIONS
+                precision: pool.submit(build_one, path, folder / f"{precision}.engine")
+                for precision, path in graphs.items()
             }
 
     def graph(name, precision):
