@@ -35,7 +35,7 @@ def auto_extents(library: str, max_batch: int, max_tokens: int) -> tuple[Extent,
     TensorRT times its kernels at one shape of each profile, and what is fastest for 8 pairs is not for one,
     so the latency of a single pair has a profile of its own. TensorRT-RTX times nothing and compiles kernels
     for the shape at hand when it runs, while each further profile is compiled anew: base ASAP in fp16 took
-    9 s of CPU time with one and 8 s more, 19 MB more engine (4 %) and 0.1 GB more memory with a second.
+    9 s of CPU time with one profile, and 8 s and 19 MB of engine (4 %) more with each further one.
     """
     whole = (max_batch, max_tokens)
     return (whole,) if library == "tensorrt_rtx" or max_batch == 1 else ((1, max_tokens), whole)
