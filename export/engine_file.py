@@ -50,7 +50,7 @@ def build_into(
             built = trt.build_engine(spec, draft)
             break
         except BuildError as error:
-            if not source.fused:
+            if not source.fused or isinstance(error, trt.BuildLimitError):
                 raise
             logger.warning("no engine with %s's own attention, so one without: %s", builder.library, error)
         finally:

@@ -160,6 +160,10 @@ def build_engine(
     return _report(library, time.monotonic() - start, done, build.warnings)
 
 
+class BuildLimitError(BuildError):
+    """A build that took longer than it may."""
+
+
 class _Build:
     """A running worker; ends it when the block is left, in whatever way."""
 
@@ -208,7 +212,8 @@ class _Build:
     def result(self) -> dict[str, Any]:
         """Fields of the `done` event; raises `BuildError` with the likely cause where there is none."""
         if self._expired:
-            raise BuildError(self._explain(f"the build took longer than its limit of {self._limit_s:g} s"))
+            limit = f"the build took longer than its limit of {self._limit_s:g} s"
+            raise BuildLimitError(self._explain(limit))
         if self._refusal is not None:
             raise BuildError(self._explain(self._refusal))
         status = self._process.returncode

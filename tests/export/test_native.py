@@ -91,11 +91,11 @@ def building(exported, monkeypatch):
     graph, given = exported("asap").path, []
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
 
-    def build(precision, builder=RTX, refused=(), **options):
+    def build(precision, builder=RTX, refused=(), error=BuildError, **options):
         def native(spec, out):
             given.append(spec.onnx.name)
             if spec.onnx.name in refused:
-                raise BuildError("no kernel for it")
+                raise error("no kernel for it")
             out.write_bytes(b"engine")
             return trt.EngineReport(spec.library, builder.version, 1.0, 1.0, 6, ("8.9",), (), (), ())
 
@@ -124,6 +124,11 @@ def test_where_the_library_refuses_it_attention_is_composed(building, caplog):
     assert "no engine with tensorrt_rtx's own attention, so one without: no kernel for it" in caplog.text
     with pytest.raises(BuildError, match="no kernel for it"):
         building("bf16", refused=("fused.model.onnx", "model.onnx"))
+
+
+def test_a_build_that_took_too_long_is_not_tried_again(building):
+    with pytest.raises(trt.BuildLimitError):
+        building("fp16", refused=("fused.model.onnx",), error=trt.BuildLimitError)
 
 
 @pytest.mark.parametrize(

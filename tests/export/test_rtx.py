@@ -53,6 +53,7 @@ def build_one(graph, precision):
     return record, size, data_of(graph).stat().st_size
 
 
+@pytest.mark.timeout(900)  # a network's first test exports and builds all of its engines
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_network_in_every_precision(engines, name, precision):
     record, size, weights = engines(name)[precision].result()
