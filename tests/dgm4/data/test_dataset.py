@@ -74,7 +74,9 @@ def test_training_and_serving_read_the_same_bits(samples, tokenizer):
                 assert np.array_equal(item.input_ids.numpy(), tokenizer(each.text)[1].ids)
 
 
-@pytest.mark.parametrize("text", ["", " .- ", "\ud800 lone", "tab\tnew\nline", "x" * 5000, "word " * 70])
+@pytest.mark.parametrize(
+    "text", ["", " .- ", "\ud800 lone", "tab\tnew\nline", "x" * 5000, "word " * 70], ids=ascii
+)
 def test_any_caption_gives_the_engines_ids(samples, tokenizer, text):
     item = PairDataset([sample(samples[0].picture, text)], tokenizer)[0]
     assert np.array_equal(item.input_ids.numpy(), tokenizer(text)[1].ids)
