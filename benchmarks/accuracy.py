@@ -24,6 +24,7 @@ import dgm4
 from benchmarks.machine import describe_machine
 from dgm4.config import MODEL_NAMES
 from dgm4.shipped import demo_checkpoint
+from engine.errors import VerificationError
 from export.engine_file import HALF
 from export.evaluate import EvaluateOptions, evaluate
 from export.gate import GATED, check_gate
@@ -64,7 +65,10 @@ def checkpoint_of(weights: str, network: str, folder: Path) -> Path:
 
 
 def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
-    """Export one bundle and evaluate it; the record of `dgm4 evaluate`, with the gate's failures."""
+    """Export one bundle and evaluate it; the record of `dgm4 evaluate`, with the gate's failures.
+
+    Of drawn weights that lose more than an export allows, why it was refused.
+    """
     weights, network, variant = key
     checkpoint = checkpoint_of(weights, network, folder)
     precision, calibrated, graph = VARIANTS[variant]
@@ -78,7 +82,13 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
             calibration=data if calibrated else None,
             calibration_pairs=CALIBRATION_PAIRS[weights],
         )
-        export_bundle(options, lambda stage: None)
+        try:
+            export_bundle(options, lambda stage: None)
+        except VerificationError as error:
+            if weights == DEMO:
+                raise
+            refused = {"model": {"name": network}, "weights": weights, "variant": variant}
+            return {**refused, "refused": str(error)}
         batch = DRAWN_BATCH if weights == DRAWN else None
         settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, batch=batch, graph=graph)
         found = evaluate(out, data, settings, progress=True)
@@ -111,9 +121,15 @@ def table(records: Iterable[Record]) -> str:
             cells = [network.upper(), variant, *(f"{100 * record['metrics'][name]:.1f}" for name in GATED)]
             cells += ["failed" if record["gate"] else "passed", *_agreement(record)]
             drawn = found.get((DRAWN, network, variant))
-            cells += ["-"] * 3 if drawn is None else [f"{_moved(drawn):.2f}", *_agreement(drawn)]
+            cells += _drawn_cells(drawn)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _drawn_cells(drawn: Record | None) -> list[str]:
+    if drawn is None or "refused" in drawn:
+        return ["-" if drawn is None else "refused"] * 3
+    return [f"{_moved(drawn):.2f}", *_agreement(drawn)]
 
 
 def _agreement(record: Record) -> list[str]:

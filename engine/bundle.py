@@ -40,9 +40,10 @@ class Bundle:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], engines: bool = True) -> Bundle:
         """Read the manifest of the bundle at `path` and compare the directory with it.
 
+        Without `engines` its prebuilt engines may be missing or damaged: for who builds them anew.
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
         that is missing, foreign, of another size, or a link out of the directory.
         """
@@ -51,14 +52,15 @@ class Bundle:
         root = Path(path)
         manifest = parse_manifest(check_digest(_read_manifest(root)))
         found = _list_files(root)
-        missing = sorted(set(manifest.files) - set(found))
+        spared = set() if engines else {entry.file for entry in manifest.engines}
+        missing = sorted(set(manifest.files) - set(found) - spared)
         if missing:
-            raise BundleError(f"{root}: missing {', '.join(missing)}; export or copy the bundle again")
+            raise BundleError(f"{root}: missing {', '.join(missing)}; {_remedy(missing[0])}")
         foreign = sorted(set(found) - set(manifest.files))
         if foreign:
             raise BundleError(f"{root}: {', '.join(foreign)} is not in the manifest; remove it")
-        for name, entry in manifest.files.items():
-            _check_size(root / name, found[name], entry)
+        for name in set(manifest.files) - spared:
+            _check_size(root / name, found[name], manifest.files[name])
         logger.debug("opened the bundle %s: %s", root, manifest.model.name)
         return cls(root, manifest)
 
@@ -150,9 +152,7 @@ def _list_files(root: Path) -> dict[str, int]:
 
 def _check_size(path: Path, size: int, entry: FileEntry) -> None:
     if size != entry.bytes:
-        raise BundleError(
-            f"{path}: expected {entry.bytes} bytes, got {size}; export or copy the bundle again"
-        )
+        raise BundleError(f"{path}: expected {entry.bytes} bytes, got {size}; {_remedy(path.name)}")
 
 
 def _check_digest(path: Path, entry: FileEntry) -> None:
@@ -165,5 +165,10 @@ def _check_digest(path: Path, entry: FileEntry) -> None:
     if digest != entry.sha256:
         raise BundleError(
             f"{path}: expected SHA-256 {entry.sha256}, got {digest}; the file was altered, "
-            "export or copy the bundle again"
+            f"{_remedy(path.name)}"
         )
+
+
+def _remedy(name: str) -> str:
+    rebuild = "build the engine again (dgm4 rebuild), or " if name.endswith(".engine") else ""
+    return f"{rebuild}export or copy the bundle again"

@@ -86,8 +86,11 @@ class Predictor:
         that should not be a user's.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks, EngineMismatchError for an engine of another one, InputError for a threshold of an unknown name
-        or outside [0, 1].
+        or outside [0, 1] and for other image options than an `ImageOptions`.
         """
+        if not isinstance(image_options, ImageOptions | None):
+            kind = type(image_options).__name__
+            raise InputError(f"image_options: expected an engine.ImageOptions, got {kind}")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if rebuild:
             self.bundle = rebuilt(backend, self.bundle, device)
@@ -97,8 +100,8 @@ class Predictor:
         tokenizer = CaptionTokenizer(self.bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
         self._backend = create(backend, self.bundle, device, threads)
         self._pictures = self._backend if isinstance(self._backend, PictureBackend) else None
-        options, decoded = image_options or ImageOptions(), self._pictures is not None
-        self._preparation = Preparation(spec, tokenizer, options, thumbnail, decoded)
+        decoded = self._pictures is not None
+        self._preparation = Preparation(spec, tokenizer, image_options or ImageOptions(), thumbnail, decoded)
         self._pid = os.getpid()
         self._warnings = _weights_warning(self.manifest)
 

@@ -89,6 +89,12 @@ def verb(module: str, function: str) -> Verb:
     return run
 
 
+def as_option(message: str) -> str:
+    """A message that begins with the name of a field, as the command line calls it."""
+    name, colon, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}{colon}{rest}" if name.isidentifier() else message
+
+
 def export_usage(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments of export taken together, or None."""
     if options.calibration and options.precision not in ("int8", "fp8"):

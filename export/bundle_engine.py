@@ -9,10 +9,10 @@ from engine.errors import BackendError
 from export import trt
 from export.bundle import BundleWriter
 from export.engine_file import build_into
-from export.options import ExportOptions
+from export.engine_options import default_targets
+from export.options import ExportOptions, asks_for_engine
 from export.profiles import Shapes
 from export.record import MAX_WORDS, MIN_TOKENS
-from kernels.rows import E4M3_CAPABILITY
 
 MODEL = "model.onnx"
 
@@ -32,8 +32,8 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
         return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
     if builder is None:
         reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
-        if options.targets:
-            raise BackendError(f"--target was given but nothing here can build an engine ({reasons})")
+        if asks_for_engine(options):
+            raise BackendError(f"an engine was asked for, and nothing here builds one ({reasons})")
         return f"nothing here builds one ({reasons})"
     return None
 
@@ -45,21 +45,9 @@ def write_engine(
 
     Raises BuildError.
     """
-    targets = options.targets or _default_targets(options, builder)
+    targets = options.targets or default_targets(builder.library, options.precision)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
     shapes, building = Shapes(options.max_batch, *tokens, config.image_size), options.building
     record, line = build_into(writer, builder, targets, shapes, building, options.precision)
     excluded = building.no_plugins() if building.plugins == "auto" else None
     return record, line if excluded is None else f"{line}; without our kernels: {excluded}"
-
-
-def _default_targets(options: ExportOptions, builder: trt.BuilderInfo) -> tuple[str, ...]:
-    """All that the builder knows without a GPU, less those without E4M3 for fp8."""
-    if builder.library != "tensorrt_rtx":
-        return ()
-    known = trt.RTX_CAPABILITIES
-    return tuple(c for c in known if options.precision != "fp8" or _number(c) >= E4M3_CAPABILITY)
-
-
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(map(int, capability.split(".")))

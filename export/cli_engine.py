@@ -25,7 +25,7 @@ def add_rebuild(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("bundle", type=Path)
     add_arguments(parser)
-    parser.set_defaults(run=verb("export.rebuild", "run"))
+    parser.set_defaults(run=verb("export.rebuild", "run"), parser=parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(
             f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
         )
-    from export.options import ExportOptions
+    from export.arguments import as_option
+    from export.options import ExportOptions, check_options
     from export.pipeline import Stage, export_bundle
 
     stages: list[Stage] = []
@@ -35,29 +36,31 @@ def run(options: argparse.Namespace) -> int:
     drawn = _check_drawing(out)
     if options.triton_repository is not None:
         _check_repository(options.triton_repository, out)
-    manifest = export_bundle(
-        ExportOptions(
-            out=out,
-            model=options.model,
-            checkpoint=_checkpoint(options),
-            size=options.size,
-            precision=options.precision,
-            max_batch=options.max_batch,
-            max_tokens=options.max_tokens,
-            targets=options.target or (),
-            engine=options.target is not None,
-            building=engine_options(options),
-            vocabulary=options.vocab,
-            data=options.data,
-            split=options.split,
-            calibration=options.calibration,
-            calibration_pairs=options.calibration_pairs,
-            calibration_method=options.calibration_method,
-            keep_layers=options.keep_layers,
-            smooth=options.smooth,
-        ),
-        report,
+    chosen = ExportOptions(
+        out=out,
+        model=options.model,
+        checkpoint=_checkpoint(options),
+        size=options.size,
+        precision=options.precision,
+        max_batch=options.max_batch,
+        max_tokens=options.max_tokens,
+        targets=options.target or (),
+        engine=options.target is not None,
+        building=engine_options(options),
+        vocabulary=options.vocab,
+        data=options.data,
+        split=options.split,
+        calibration=options.calibration,
+        calibration_pairs=options.calibration_pairs,
+        calibration_method=options.calibration_method,
+        keep_layers=options.keep_layers,
+        smooth=options.smooth,
     )
+    try:
+        check_options(chosen)
+    except InputError as error:
+        options.parser.error(as_option(str(error)))
+    manifest = export_bundle(chosen, report)
     answer = _try(out, drawn, manifest["weights"]["sha256"])
     if options.triton_repository is not None:
         sys.stderr.write(_write_repository(out, options.triton_repository))

@@ -64,7 +64,8 @@ def _describe(record: dict[str, Any]) -> str:
     lines += [
         f"served by  {name}{f': needs {why}' if why else ''}" for name, why in record["backends"].items()
     ]
-    lines += _layer_lines(record.get("layers", ()))
+    if "layers" in record:
+        lines += _layer_lines(record["layers"]) or [f"layers     none is rounded in {record['precision']}"]
     return "\n".join(lines) + "\n"
 
 

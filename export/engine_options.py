@@ -15,6 +15,8 @@ from export.profiles import Extent, Profile, Shapes, auto_extents, check_extents
 from export.timing import default_cache
 
 PLUGINS = ("auto", "on", "off")
+_MOST_WORKSPACE_MB = 1 << 20  # a TiB
+_FIRST_E4M3 = 8.9  # kernels.rows.E4M3_CAPABILITY, which needs torch
 _COMPILERS = ("triton", "torch", "onnx")
 _CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # kernels.jit.TARGETS, which needs torch
 
@@ -38,16 +40,22 @@ class EngineOptions:
 
     def check(self, max_batch: int, max_tokens: int) -> None:
         """Raise InputError where they fit neither each other nor a bundle of these limits."""
-        if self.plugins not in PLUGINS:
-            raise InputError(f"plugins: expected one of {', '.join(PLUGINS)}, got {self.plugins!r}")
+        self.check_alone()
         if self.profiles is not None:
             check_extents(self.profiles, max_batch, max_tokens)
-        if isinstance(self.timing_cache, Path) and self.timing_cache.is_dir():
-            raise InputError(f"timing_cache: expected a file, got the directory {self.timing_cache}")
+
+    def check_alone(self) -> None:
+        """Raise InputError where they do not fit each other, whatever the bundle."""
+        if self.plugins not in PLUGINS:
+            raise InputError(f"plugins: expected one of {', '.join(PLUGINS)}, got {self.plugins!r}")
+        cache = self.timing_cache
+        if isinstance(cache, Path) and (cache.is_dir() or not cache.absolute().parent.is_dir()):
+            raise InputError(f"timing_cache: expected a file in a folder that exists, got {cache}")
         if self.limit_s <= 0:
             raise InputError(f"build limit: expected seconds above 0, got {self.limit_s:g}")
-        if self.workspace_mb is not None and self.workspace_mb < 1:
-            raise InputError(f"workspace: expected at least 1 MiB, got {self.workspace_mb}")
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST_WORKSPACE_MB:
+            most = f"1 to {_MOST_WORKSPACE_MB} MiB"
+            raise InputError(f"workspace: expected {most}, got {self.workspace_mb}")
         check_features(self.features)
         if self.plugins == "on" and (excluded := no_plugins(self.features)) is not None:
             raise InputError(f"plugins: 'on' does not go with such an engine: {excluded}")
@@ -94,6 +102,13 @@ class EngineOptions:
     def no_plugins(self) -> str | None:
         """Why our kernels cannot go into such an engine on any machine, or None."""
         return no_plugins(self.features)
+
+
+def default_targets(library: str, precision: str) -> tuple[str, ...]:
+    """All that the library knows without a GPU, less those without E4M3 for fp8; none with `tensorrt`."""
+    if library != "tensorrt_rtx":
+        return ()
+    return tuple(c for c in trt.RTX_CAPABILITIES if precision != "fp8" or float(c) >= _FIRST_E4M3)
 
 
 def _lacks(builder: trt.BuilderInfo) -> Iterator[str]:

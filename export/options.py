@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import dgm4
-from engine.errors import InputError
+from engine.errors import BackendError, InputError
 from export import trt
 from export.engine_options import EngineOptions
-from export.features import Features
 from export.ranges import METHODS
 from export.smooth import Smooth
 
@@ -72,14 +71,26 @@ def check_options(options: ExportOptions) -> None:
         raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
 
 
+def asks_for_engine(options: ExportOptions) -> bool:
+    """Whether an engine is more than welcome: its targets or how it is built were chosen."""
+    return options.engine and (bool(options.targets) or options.building != EngineOptions())
+
+
 def _check_engine(options: ExportOptions) -> None:
     """Also raises BackendError where the builder of this machine lacks what is asked for."""
     options.building.check(options.max_batch, options.max_tokens)
-    asked = options.targets or options.building.features != Features()
-    builder = trt.find_builder() if asked else None
-    if builder is None:
+    if not asks_for_engine(options):
         return
+    if options.precision in CALIBRATED and options.calibration is None:
+        raise InputError(
+            "calibration: expected with an engine in int8 or fp8, whose Q/DQ nodes have its scales"
+        )
+    builder = trt.find_builder()
+    if builder is None:
+        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
+        raise BackendError(f"an engine was asked for, and nothing here builds one ({reasons})")
     options.building.check_builder(builder)
+    options.building.takes_plugins(builder)
     unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
     if unknown and builder.library == "tensorrt_rtx":
         raise InputError(

@@ -20,7 +20,7 @@ import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.shipped import demo_of, demo_record
-from engine.errors import VerificationError
+from engine.errors import BuildError, InputError, VerificationError
 from export import trt
 from export.bundle import BundleWriter
 from export.bundle_engine import no_engine, write_engine
@@ -48,6 +48,9 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     written), BuildError, BundleError where the bundle cannot be written.
     """
     check_options(options)
+    for folder in (options.calibration, options.data):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{folder}: expected the data folder (with origin, manipulation and metadata)")
     run = Run(options, report)
     with BundleWriter(options.out) as writer:
         known, accuracy = _write_networks(run, writer)
@@ -211,5 +214,10 @@ def _write_engine(run: Run, writer: BundleWriter, config: ModelConfig) -> list[d
         if reason is not None or builder is None:
             stage.text = f"none: {reason}"
             return []
-        record, stage.text = write_engine(options, config, builder, writer)
+        try:
+            record, stage.text = write_engine(options, config, builder, writer)
+        except BuildError as error:
+            raise BuildError(
+                f"{error}\nwithout an engine (--target none) the bundle would be whole"
+            ) from error
     return [record]

@@ -4,53 +4,66 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, InputError
 from engine.manifest import MANIFEST, Manifest
 from export import trt
+from export.arguments import as_option
 from export.bundle import BundleWriter
 from export.card import model_card
 from export.cli_engine import engine_options
 from export.engine_file import GRAPH, build_into, graph_of
-from export.engine_options import EngineOptions
+from export.engine_options import EngineOptions, default_targets
 from export.profiles import Shapes
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 
 
 def run(options: argparse.Namespace) -> int:
     """Rebuild, and say on stderr what was built."""
-    sys.stderr.write(rebuild(options.bundle, engine_options(options)) + "\n")
+    chosen = engine_options(options)
+    try:
+        chosen.check_alone()
+    except InputError as error:
+        options.parser.error(as_option(str(error)))
+    sys.stderr.write(rebuild(options.bundle, chosen) + "\n")
     return 0
 
 
 def rebuild(path: Path, options: EngineOptions | None = None) -> str:
     """Build an engine of the bundle at `path` and publish the bundle with it; a line on the engine.
 
-    Engines for other machines stay, those of another graph go. The bundle is replaced whole, in one step.
+    Engines for other machines stay; those of another graph, missing or damaged go. Without `options` an
+    engine of several profiles is followed by one of the same. The bundle is replaced whole, in one step.
     Raises BundleError for one that is damaged, InputError for options that do not fit it, BackendError where
     nothing here can build an engine of it, BuildError where the builder fails; the bundle is then as it was.
     """
     options = options or EngineOptions()
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, engines=False)
     manifest = bundle.manifest
     _check_graph(manifest)
     spec, limits = manifest.preprocess, manifest.limits
-    options.check(limits.max_batch, limits.max_tokens)
     builder = _builder()
     options.check_builder(builder)
-    bundle.verify_all()
     fields = json.loads((bundle.path / MANIFEST).read_bytes())
     graph = manifest.files[graph_of(manifest.files)].sha256
     current = [_modern(record) for record in fields["engines"] if record["onnx_sha256"] == graph]
+    options = _remembering(options, current)
+    options.check(limits.max_batch, limits.max_tokens)
+    whole = _verified(bundle)
+    current = [record for record in current if record["file"] in whole]
     dropped = {CARD, *(record["file"] for record in fields["engines"])} - {r["file"] for r in current}
     kept = [name for name in manifest.files if name not in dropped]
     with BundleWriter(bundle.path) as writer:
@@ -58,7 +71,7 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
             _carry(bundle.path / name, writer.path(name))
         tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
         shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
-        targets = _targets(builder.library)
+        targets = _targets(builder.library, manifest)
         record, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
         fields["engines"] = [*(old for old in current if old["file"] != record["file"]), record]
         writer.add_text(CARD, model_card(fields))
@@ -96,14 +109,41 @@ def _builder() -> trt.BuilderInfo:
     return builder
 
 
-def _targets(library: str) -> Sequence[str]:
-    """Compute capabilities to build for: this machine's GPU, which TensorRT takes by itself."""
+def _remembering(options: EngineOptions, records: Sequence[dict[str, Any]]) -> EngineOptions:
+    """The options with the profiles of an engine in `records` that has several, where none were given."""
+    several = [record["profiles"] for record in records if len(record["profiles"]) > 1]
+    if options.profiles is not None or not several:
+        return options
+    most = [profile["input_ids"]["max"] for profile in several[-1]]
+    return replace(options, profiles=tuple((batch, tokens) for batch, tokens in most))
+
+
+def _verified(bundle: Bundle) -> set[str]:
+    """The files whose hashes agree: all of them but engines, or BundleError."""
+    engines = {entry.file for entry in bundle.manifest.engines}
+    whole = set()
+    for name in bundle.manifest.files:
+        try:
+            bundle.verified(name)
+            whole.add(name)
+        except BundleError as error:
+            if name not in engines:
+                raise
+            logger.warning("an engine is left out: %s", error)
+    return whole
+
+
+def _targets(library: str, manifest: Manifest) -> Sequence[str]:
+    """Compute capabilities: this machine's GPU, which TensorRT takes by itself; without one, the bundle's."""
     if library == "tensorrt":
         return ()
     try:
         return (find_gpu("cuda").capability,)
     except BackendError:
-        return trt.RTX_CAPABILITIES
+        own = [
+            c for entry in manifest.engines if entry.library == library for c in entry.compute_capabilities
+        ]
+        return tuple(dict.fromkeys(own)) or default_targets(library, manifest.precision)
 
 
 def _carry(source: Path, target: Path) -> None:

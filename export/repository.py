@@ -113,10 +113,10 @@ def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | 
         return {f"{VERSION}/{PLAN_FILE}": engine.file}, engine
     # The server may hand the graph to TensorRT or OpenVINO, which know no functions.
     graph = FLAT if FLAT in files else GRAPH
-    if graph not in files:
+    if graph not in files or bundle.manifest.precision in ("bf16", "fp8"):
         raise BundleError(
-            f"{bundle.path}: a bundle in {bundle.manifest.precision} has no ONNX graph for the server; "
-            "export it as fp32, fp16 or int8"
+            f"{bundle.path}: a bundle in {bundle.manifest.precision} has no ONNX graph for the server's ONNX "
+            "Runtime; export it as fp32, fp16 or int8, or serve its TensorRT engine (--plan)"
         )
     data = {f"{VERSION}/{DATA}": DATA} if DATA in files else {}
     return {f"{VERSION}/{GRAPH}": graph, **data}, None

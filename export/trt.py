@@ -47,7 +47,7 @@ _KEPT_WARNINGS = 100
 _SIGNAL_HINTS = {
     "SIGKILL": "most often the kernel, out of memory: a build holds about four times the weights, "
     "so free memory or build on a larger machine",
-    "SIGSEGV": "a crash inside the native builder: the last lines of its log name the layer",
+    "SIGSEGV": "a crash inside the native builder",
     "SIGABRT": "the native builder gave up: an ONNX node may carry the name of a registered plugin",
     "SIGTERM": "something asked the build to stop",
 }
@@ -234,9 +234,16 @@ class _Build:
                 self._done = event
 
     def _explain(self, cause: str) -> str:
-        log = "\n  ".join(line for line in self._lines if line and line not in cause)
-        model = self._request["onnx"]
-        return f"no engine from {model}: {cause}" + (f"; the builder's log ends:\n  {log}" if log else "")
+        lines = [line for line in self._lines if line and line not in cause]
+        log = "\n  ".join(lines)
+        hint = "; a higher --workspace may do" if self._short_of_workspace(lines) else ""
+        model = Path(self._request["onnx"]).name  # its folder may be one that goes with this error
+        return f"no engine from {model}: {cause}{hint}" + (
+            f"; the builder's log ends:\n  {log}" if log else ""
+        )
+
+    def _short_of_workspace(self, lines: Sequence[str]) -> bool:
+        return self._request["workspace_mb"] is not None and any("OutOfMemory" in line for line in lines)
 
     def _expire(self) -> None:
         self._expired = True

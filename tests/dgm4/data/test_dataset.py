@@ -75,7 +75,9 @@ def test_training_and_serving_read_the_same_bits(samples, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " .- ", "\ud800 lone", "tab\tnew\nline", "x" * 5000, "word " * 70], ids=ascii
+    "text",
+    ["", " .- ", "\ud800 lone", "tab\tnew\nline", "x" * 5000, "word " * 70],
+    ids=["none", "marks", "surrogate", "blanks", "long", "wordy"],
 )
 def test_any_caption_gives_the_engines_ids(samples, tokenizer, text):
     item = PairDataset([sample(samples[0].picture, text)], tokenizer)[0]
