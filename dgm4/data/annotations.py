@@ -355,7 +355,7 @@ def _exists(path: Path) -> bool:
 def _check_picture(sample: Sample) -> Sample:
     """Return the sample with its box clipped to the stored picture, whose header is read."""
     if not _exists(sample.picture):
-        raise _Unusable("picture_missing", f"expected the picture {sample.picture}, which is missing")
+        raise _Unusable("picture_missing", f"expected the picture {str(sample.picture)!r}, which is missing")
     try:
         width, height = read_size(sample.picture)
     except InputError as error:
