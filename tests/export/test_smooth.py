@@ -119,24 +119,13 @@ def test_auto_leaves_a_network_that_loses(tiny, batches, monkeypatch):
     assert (found.smoothing.seams, found.smoothing.plain, found.smoothing.smoothed) == (0, 0.01, 0.02)
 
 
-@pytest.fixture(scope="module")
-def smoothed(data, tmp_path_factory):
-    """A bundle of drawn weights, smoothed by 0.5, by network and precision."""
-
-    def make(name, precision):
-        out = tmp_path_factory.mktemp("smooth") / precision
-        fields = {"calibration": data, "calibration_pairs": 4, "smooth": 0.5, "engine": False}
-        options = ExportOptions(out, name, size="tiny", precision=precision, **fields)
-        manifest = export_bundle(options, lambda stage: None)
-        found = json.loads((out / "scales.json").read_text())
-        return out, manifest, Calibrated(found, found.pop("shifts"))
-
-    return make
-
-
-def test_a_smoothed_int8_graph_is_the_emulated_network(smoothed, tiny, capsys):
+def test_a_smoothed_int8_graph_is_the_emulated_network(data, tiny, tmp_path, capsys):
     """Its codes, scales and norms to the last bit; its answers, by other sums, within a bound."""
-    out, manifest, found = smoothed("cals", "int8")
+    fields = {"calibration": data, "calibration_pairs": 4, "smooth": 0.5, "engine": False}
+    out = tmp_path / "b"
+    manifest = export_bundle(ExportOptions(out, "cals", size="tiny", precision="int8", **fields), [].append)
+    scales = json.loads((out / "scales.json").read_text())
+    found = Calibrated(scales, scales.pop("shifts"))
     model = to_int8(rescale(rewrite(tiny("cals")), found.shifts), found.scales)
     held = {numpy_helper.to_array(t).tobytes() for t in onnx.load_model(out / "model.onnx").graph.initializer}
     layers = [x for x in model.modules() if isinstance(x, QdqLinear)]
@@ -161,16 +150,19 @@ def test_a_smoothed_int8_graph_is_the_emulated_network(smoothed, tiny, capsys):
     assert "\nfloat32    " in said
 
 
-def test_a_smoothed_fp8_bundle_is_the_same_network_in_torch(smoothed, tiny, tmp_path):
-    out, _, found = smoothed("hammer", "fp8")
-    bundle = Bundle.open(out)
-    names = [name for name, _ in lowered_layers(rewrite(tiny("hammer")), "fp8")]
-    assert read_scales(bundle, names) == found.scales
+def test_a_smoothed_fp8_bundle_is_the_same_network_in_torch(bundle, tiny, batches, tmp_path):
+    """Another bundle's weights with scales and shifts beside them."""
     # As the bundle does: of the weights in float16.
-    half = rewrite(tiny("hammer").half().float())
-    want = set_precision(rescale(half, found.shifts), "fp8", found.scales)
+    model = rewrite(tiny("hammer").half().float())
+    found = calibrate(model, "fp8", "minmax", 0.5, lambda: batches)
+    source = bundle("hammer", "fp8").path
+    out = with_shifts(source, tmp_path / "b", {**found.scales, "shifts": found.shifts})
+    opened = Bundle.open(out)
+    names = [name for name, _ in lowered_layers(rewrite(tiny("hammer")), "fp8")]
+    assert read_scales(opened, names) == found.scales
+    want = set_precision(rescale(model, found.shifts), "fp8", found.scales)
     feeds = example_inputs(want.config, 2, 9)
-    served = create("torch", bundle, "cpu", 1).run({name: x.numpy() for name, x in feeds.items()})
+    served = create("torch", opened, "cpu", 1).run({name: x.numpy() for name, x in feeds.items()})
     (answers,) = torch_answers(want, want.config, feeds=[feeds])
     assert all(np.array_equal(served[name], answers[name]) for name in answers)
     for shifts, message in (
@@ -179,19 +171,20 @@ def test_a_smoothed_fp8_bundle_is_the_same_network_in_torch(smoothed, tiny, tmp_
         ({"branch.cross.out": [99]}, "whole numbers from -32 to 32"),
         ([1], "expected a list of shifts by layer"),
     ):
-        copy = with_shifts(out, tmp_path / "copy", {**found.scales, "shifts": shifts})
+        copy = with_shifts(source, tmp_path / "copy", {**found.scales, "shifts": shifts})
         with pytest.raises(BundleError, match=message):
             Predictor(copy, backend="torch", device="cpu")
 
 
 def with_shifts(source, path, scales):
-    """A copy of the bundle with other scales, its hashes made right."""
+    """A copy of the bundle with these scales, its hashes made right."""
     shutil.rmtree(path, ignore_errors=True)
     copy = Path(shutil.copytree(source, path))
     (copy / "scales.json").write_text(json.dumps(scales))
     manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["files"]["scales.json"]["bytes"] = (copy / "scales.json").stat().st_size
-    manifest["files"]["scales.json"]["sha256"] = sha256_of(copy / "scales.json")
+    entry = {"sha256": sha256_of(copy / "scales.json"), "bytes": (copy / "scales.json").stat().st_size}
+    manifest["files"]["scales.json"] = entry
+    manifest["calibration"] = {"method": "minmax", "pairs": 6, "source": "drawn", "seed": 1}
     (copy / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     return copy
 
