@@ -198,7 +198,6 @@ def _write_half(
         proto = export_onnx(to_precision(model, torch.float16), graph)
         answers = onnx_answers(graph, model.config, feeds)
         stage.differences.append(check(compare("int8 in fp16", "rewrite", before, answers, INT8)))
-        run.float_layers = float_layers(model)
         stage.text = f"{graph.name} for engines: float16 around int8, {_ISLANDS}; {_graph_text(proto)}"
 
 
