@@ -18,6 +18,11 @@ from engine.preprocess import preprocess_image
 CAPTION = "The President's well-known friend, Obama, speaks!"
 
 
+def test_image_options_of_another_kind_are_refused_at_once(bundle_dir):
+    with pytest.raises(InputError, match="image_options: expected an engine.ImageOptions, got dict"):
+        Predictor(bundle_dir, image_options={"max_bytes": 5})
+
+
 def test_the_answer_is_the_networks(predictor, photo, expected_outputs):
     result = predictor.predict(photo, CAPTION)
     _, tokens = predictor._preparation._tokenizer(CAPTION)

@@ -188,6 +188,11 @@ def test_inspect_tells_what_serves_the_bundle(bundle, monkeypatch, capsys):
     assert "tensorrt" not in backends, "the bundle has no engine"
 
 
+def test_inspect_of_layers_where_none_is_rounded(bundle, capsys):
+    assert cli.main(["inspect", "--layers", str(bundle("hammer", "fp32").path)]) == 0
+    assert "layers     none is rounded in fp32" in capsys.readouterr().out
+
+
 def test_inspect_of_engines(bundle, tmp_path, capsys):
     path = shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle")
     ranges = [{"input_ids": {"min": [1, 2], "opt": [1, 16], "max": most}} for most in ([1, 32], [32, 128])]

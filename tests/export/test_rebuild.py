@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from engine import Bundle
-from engine.errors import BackendError
+from engine.errors import BackendError, BundleError
 from engine.manifest import manifest_digest
 from export import rebuild as module
 from export import trt
 from export.cli import main
+from export.engine_options import EngineOptions
 from export.trt import BuilderInfo, EngineReport
 
 ENGINE = {
@@ -101,6 +102,48 @@ def test_how_it_is_built_is_said_on_the_command_line(copied, builder):
 def test_profiles_beyond_the_bundle_build_nothing(copied, builder, capsys):
     assert main(["rebuild", str(copied), "--profiles", "999x16"]) == 1
     assert "profile 1 (999x16): expected 1.." in capsys.readouterr().err
+    assert builder == []
+
+
+def test_an_engine_of_several_profiles_is_followed_by_one_of_the_same(copied, builder):
+    limits = Bundle.open(copied).manifest.limits
+    extents = ((1, 16), (2, 24), (limits.max_batch, limits.max_tokens))
+    module.rebuild(copied, EngineOptions(profiles=extents))
+    module.rebuild(copied)
+    first, second = Bundle.open(copied).manifest.engines[0].profiles, builder[1].profiles
+    assert [tuple(profile["input_ids"]["max"]) for profile in first] == list(extents)
+    assert [tuple(profile["input_ids"][2]) for profile in second] == list(extents)
+
+
+@pytest.mark.parametrize("harm", ["gone", "short", "altered"])
+def test_a_damaged_engine_is_built_again(copied, builder, harm, caplog):
+    module.rebuild(copied)
+    (entry,) = Bundle.open(copied).manifest.engines
+    path = copied / entry.file
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"engin" if harm == "short" else b"engima")
+    with pytest.raises(BundleError, match=r"\(dgm4 rebuild\), or export or copy"):
+        Bundle.open(copied).verify_all()
+    module.rebuild(copied)
+    assert "an engine is left out" in caplog.text
+    Bundle.open(copied).verify_all()
+
+
+def test_without_a_gpu_rtx_builds_for_what_the_bundle_was_for(copied, builder, monkeypatch):
+    rtx = BuilderInfo("tensorrt_rtx", "1.7.1", True, "")
+    monkeypatch.setattr(trt, "find_builder", lambda: rtx)
+    put_engines(copied, ENGINE | {"library": "tensorrt_rtx", "compute_capabilities": ["8.6"]})
+    module.rebuild(copied)
+    assert builder[0].compute_capabilities == ("8.6",)
+
+
+def test_values_that_do_not_fit_are_usage_errors(copied, builder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["rebuild", str(copied), "--workspace", "99999999999999"])
+    assert ended.value.code == 2
+    assert "--workspace: expected 1 to 1048576 MiB" in capsys.readouterr().err
     assert builder == []
 
 
