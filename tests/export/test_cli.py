@@ -21,6 +21,7 @@ from export import cli, pipeline
 from export.engine_options import EngineOptions
 from export.features import Features
 from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
+from export.trt import BuilderInfo
 from export.verify import Tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,16 +228,30 @@ def test_how_an_engine_is_built_reaches_the_export(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "export_bundle", stop)
     out = ["--drawn", "--out", str(tmp_path / "b")]
     flags = ["--profiles", "1x32, 32x128", "--timing-cache", "t.cache", "--build-limit", "90", "--workspace"]
-    flags += ["512", "--strip-weights", "--version-compatible", "--hardware-compatible", "same"]
+    flags += ["512", "--strip-weights", "--hardware-compatible", "same"]
+    monkeypatch.setattr("export.options.trt.find_builder", lambda: BuilderInfo("tensorrt", "11.4", True, ""))
     assert cli.main(["export", *out, *flags]) == 1
     assert cli.main(["export", *out, "--profiles", "auto", "--timing-cache", "none"]) == 1
     assert cli.main(["export", *out]) == 1
-    features = Features(strip_weights=True, version_compatible=True, hardware="same")
+    features = Features(strip_weights=True, hardware="same")
     assert heard == [
-        EngineOptions(((1, 32), (32, 128)), Path("t.cache"), 90.0, 512, features),
+        EngineOptions("auto", ((1, 32), (32, 128)), Path("t.cache"), 90.0, 512, features),
         EngineOptions(timing_cache=None),
         EngineOptions(),
     ]
+
+
+def test_options_that_do_not_fit_exit_with_2_and_their_own_names(tmp_path, capsys):
+    for flags, message in {
+        ("--strip-weights", "--version-compatible"): "the lean runtime",
+        ("--profiles", "64x128"): "--profiles: profile 1 (64x128): expected 1..32 pairs",
+        ("--keep-layers", "3"): "--keep-layers: expected a precision below fp32",
+        ("--precision", "int8", "--workspace", "64"): "--calibration: expected with an engine in int8",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", "--drawn", "--out", str(tmp_path / "b"), *flags])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_inspect_of_a_damaged_bundle(bundle, tmp_path, capsys):

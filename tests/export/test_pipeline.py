@@ -249,7 +249,7 @@ def test_options_that_do_not_fit(fields, message, tmp_path):
 def test_targets_without_a_builder(tmp_path, monkeypatch):
     """Asked for, an engine is not left out in silence."""
     monkeypatch.setattr(pipeline.trt, "describe_builders", list)
-    with pytest.raises(BackendError, match="--target was given but nothing here can build"):
+    with pytest.raises(BackendError, match="an engine was asked for, and nothing here builds one"):
         no_engine(options(tmp_path, engine=True, targets=("8.6",)), None)
     assert "nothing here builds one" in no_engine(options(tmp_path, engine=True), None)
 

@@ -37,7 +37,7 @@ def name():
     return "cals"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data(training_data):
     return training_data
 
