@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo
+from benchmarks import accuracy, demo, engines
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
     [
         ("accuracy-cpu", lambda result: accuracy.table(result["bundles"])),
         ("demo", demo.table),
+        ("engines-cpu", lambda result: engines.table(result["rows"])),
     ],
 )
 def test_tables_are_the_results(name, make):
