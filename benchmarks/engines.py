@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -38,6 +39,7 @@ TOKENS = 50
 LIMITS = {"build_s": 30.0, "build_peak_mb": 4000.0, "size_ratio": 1.05}  # asked for, on two cores
 
 Row = dict[str, Any]
+Key = tuple[str, str, bool]
 
 
 def weights_bytes(graph: Path) -> int:
@@ -114,7 +116,7 @@ def rows(networks: Iterable[str], precisions: Iterable[str], data: Path | None) 
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             bundle, row = cost(*case, data, Path(folder))
-            yield {**row, **speed(bundle)}
+            yield {**row, **speed(bundle), "load": round(os.getloadavg()[0], 2)}
             shutil.rmtree(bundle.path)
 
 
@@ -169,14 +171,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file")
     parser.add_argument("--network", nargs="+", default=MODEL_NAMES, choices=MODEL_NAMES)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.epilog = "What is not chosen stays as FILE has it."
     options = parser.parse_args()
-    record: dict[str, Any] = {"machine": describe_machine(), "rows": []}
+    kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    found = {key_of(row): row for row in kept}
     for row in rows(options.network, options.precision, options.data):
-        record["rows"].append(row)
+        found[key_of(row)] = row
+        record = {"machine": describe_machine(), "rows": [found[key] for key in sorted(found, key=_place)]}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         sys.stderr.write(json.dumps(row) + "\n")
-    sys.stdout.write(table(record["rows"]) + asked(record["rows"]))
+    ordered = [found[key] for key in sorted(found, key=_place)]
+    sys.stdout.write(table(ordered) + asked(ordered))
     return 0
+
+
+def key_of(row: Row) -> Key:
+    """What a row is of: network, precision, and whether our kernels are inside."""
+    return row["network"], row["precision"], row["plugins"] > 0
+
+
+def _place(key: Key) -> tuple[int, int, bool]:
+    network, precision, plugins = key
+    return MODEL_NAMES.index(network), PRECISIONS.index(precision), not plugins
 
 
 if __name__ == "__main__":

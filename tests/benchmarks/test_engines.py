@@ -46,6 +46,14 @@ def test_the_table_has_latencies_where_an_engine_ran():
     assert engines.asked([row("fp16"), ran]).startswith("1 of 2 within")
 
 
+def test_rows_have_one_order_and_a_key_each():
+    rows = [
+        row("bf16", plugins=plugins) | {"network": name} for name in ("cals", "hammer") for plugins in (0, 9)
+    ]
+    keys = sorted(map(engines.key_of, rows), key=engines._place)
+    assert keys == [(name, "bf16", inside) for name in ("hammer", "cals") for inside in (True, False)]
+
+
 def test_a_part_without_full_tensorrt_says_what_is_missing(monkeypatch):
     builders = (trt.BuilderInfo("tensorrt", None, False, "not installed"),)
     monkeypatch.setattr(trt, "describe_builders", lambda: builders)
