@@ -25,11 +25,11 @@ from benchmarks.machine import describe_machine
 from dgm4.config import MODEL_NAMES
 from dgm4.shipped import demo_checkpoint
 from engine.errors import VerificationError
-from export.engine_file import HALF
-from export.evaluate import EvaluateOptions, evaluate
-from export.gate import GATED, check_gate
+from export.evaluation.evaluate import EvaluateOptions, evaluate
+from export.evaluation.gate import GATED, check_gate
 from export.options import ExportOptions
 from export.pipeline import export_bundle
+from export.trt.engine_file import HALF
 
 # As the table names it: precision, whether activations are calibrated, the graph where it is no backend's.
 VARIANTS = {

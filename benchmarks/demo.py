@@ -35,14 +35,14 @@ from dgm4.metrics import (
     summarise,
 )
 from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE, release
+from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
 from dgm4.training.answers import collect
 from dgm4.training.options import TrainOptions, read_recipe
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
-from engine.text import CaptionTokenizer, clean_caption
-from export.digest import sha256_of
-from export.gate import GATED
-from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
+from engine.inputs.text import CaptionTokenizer, clean_caption
+from export.bundle.digest import sha256_of
+from export.evaluation.gate import GATED
 
 RESULT = Path(__file__).resolve().parent / "results" / "demo.json"
 SAMPLE_CLASS = "face_swap&text_attribute"

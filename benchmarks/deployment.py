@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from engine.errors import BackendError
-from export.sample import SAMPLE_CAPTION, sample_picture
+from export.cli.sample import SAMPLE_CAPTION, sample_picture
 
 STARTS = 5
 _SAMPLING_S = 0.02

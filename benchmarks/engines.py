@@ -28,10 +28,10 @@ from benchmarks.machine import describe_machine
 from dgm4.config import MODEL_NAMES
 from engine import Bundle
 from engine.errors import BackendError
-from export import trt
-from export.bench import BenchOptions, bench
-from export.engine_file import graph_of
+from export.bench.measure import BenchOptions, bench
 from export.options import CALIBRATED, PRECISIONS
+from export.trt import build as trt
+from export.trt.engine_file import graph_of
 
 BACKEND = "tensorrt"
 CALIBRATION_PAIRS = 16  # which set scales; the cost does not depend on them

@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from export import machine
+from export.bench import machine
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe_machine() -> dict[str, Any]:
-    """`export.machine`'s description with the commit and the hash of the code, ready for JSON."""
+    """`export.bench.machine`'s description with the commit and the hash of the code, ready for JSON."""
     return {**machine.describe_machine(), "commit": _commit(), "source": _source()}
 
 

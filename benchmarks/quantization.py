@@ -1,10 +1,10 @@
 """Ways to static int8 and fp8, compared: `python -m benchmarks.quantization --data DIR --out FILE`.
 
-The three trained tiny networks that ship with the package, and ASAP with outliers planted into its norms, as
-large vision transformers have them, are calibrated on 512 training pairs of the sample set in DIR by every
-method, with channels as they are and rescaled where layers lose less so (`export.smooth`). Each answers the
-test split as torch computes it, beside float32: relative errors of the outputs, differences of metrics, equal
-decisions, the gate. stdout gets a table.
+The three trained tiny networks that ship with the package, and ASAP with outliers planted into its norms,
+as large vision transformers have them, are calibrated on 512 training pairs of the sample set in DIR by
+every method, with channels as they are and rescaled where layers lose less so
+(`export.quantization.smoothquant`). Each answers the test split as torch computes it, beside float32:
+relative errors of the outputs, differences of metrics, equal decisions, the gate. stdout gets a table.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import Answers, summarise
 from dgm4.shipped import demo_checkpoint
+from dgm4.tokenizer import build_tokenizer, vocabulary_of
+from engine.inputs.text import CaptionTokenizer
 from engine.network.model import InferenceModel
 from engine.network.rescale import rescale
 from engine.network.vision import Block
-from engine.text import CaptionTokenizer
-from export.agreement import measure_agreement
-from export.calibrate import read_pairs
-from export.gate import GATED, check_gate
-from export.inference import rewrite, sharing
-from export.qdq import lower, lowered_layers
-from export.ranges import observe, scales_of
-from export.record import LONGEST_CAPTION, MAX_WORDS
-from export.scoring import Network, score
-from export.smooth import Channels, Smooth, choose_shifts, readers_of
-from export.static import CODES, Calibrated, observe_shifted
-from export.tokenizer import build_tokenizer, vocabulary_of
-from export.verify import relative_errors, torch_answers
+from export.evaluation.agreement import measure_agreement
+from export.evaluation.gate import GATED, check_gate
+from export.evaluation.scoring import Network, score
+from export.graph.parity import relative_errors, torch_answers
+from export.graph.rewrite import rewrite, sharing
+from export.manifest_fields import LONGEST_CAPTION, MAX_WORDS
+from export.quantization.calibrate import CODES, Calibrated, observe_shifted
+from export.quantization.pairs import read_pairs
+from export.quantization.qdq import lower, lowered_layers
+from export.quantization.ranges import observe, scales_of
+from export.quantization.smoothquant import Channels, Smooth, choose_shifts, readers_of
 
 PAIRS, BATCH = 512, 32
 METHODS = {"int8": ("minmax", "percentile", "entropy"), "fp8": ("minmax", "percentile")}

@@ -20,9 +20,9 @@ from typing import Any
 
 import dgm4
 from benchmarks.machine import describe_machine
-from export.inference import rewrite
-from export.onnx import export_onnx
-from export.quantize import quantize_dynamic
+from export.graph.rewrite import rewrite
+from export.graph.trace import export_onnx
+from export.quantization.dynamic_int8 import quantize_dynamic
 
 TURNS, CALLS, TOKENS = 5, 15, 50
 _BUSY = "while True: pass"

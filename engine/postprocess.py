@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import NumericalError
+from engine.inputs.text import Tokens
 from engine.manifest import Manifest
 from engine.result import Word
-from engine.text import Tokens
 
 # The benchmark's own test for "no box": all four corner values below this.
 _NO_BOX = 1e-4

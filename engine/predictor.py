@@ -18,13 +18,13 @@ import numpy as np
 from engine.backends import PictureBackend, create, rebuilt, usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
+from engine.inputs.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
+from engine.inputs.preparation import Item, Preparation, milliseconds
+from engine.inputs.preprocess import ImageInput, ImageOptions
+from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest, Thresholds
-from engine.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
 from engine.postprocess import read_answer
-from engine.preparation import Item, Preparation, milliseconds
-from engine.preprocess import ImageInput, ImageOptions
 from engine.result import Prediction
-from engine.text import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 

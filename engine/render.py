@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.errors import InputError
-from engine.preprocess import ImageInput, decode_image, make_thumbnail
+from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
 
 if TYPE_CHECKING:
     from engine.result import Prediction, Word

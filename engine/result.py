@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from engine.preprocess import ImageInput
+    from engine.inputs.preprocess import ImageInput
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from dgm4.config import ModelConfig
 from engine.errors import BackendError
-from export import trt
-from export.bundle import BundleWriter
-from export.engine_file import build_into
-from export.engine_options import default_targets
+from export.bundle.writer import BundleWriter
+from export.manifest_fields import MAX_WORDS, MIN_TOKENS
 from export.options import ExportOptions, asks_for_engine
-from export.profiles import Shapes
-from export.record import MAX_WORDS, MIN_TOKENS
+from export.trt import build as trt
+from export.trt.engine_file import build_into
+from export.trt.options import default_targets
+from export.trt.profiles import Shapes
 
 MODEL = "model.onnx"
 

@@ -14,25 +14,15 @@ from torch import Tensor
 
 from engine.backends.torch import SHIFTS
 from engine.errors import InputError
+from engine.inputs.text import CaptionTokenizer
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from engine.network.precision import float_layers, set_precision, to_precision
 from engine.network.rescale import rescale
-from engine.text import CaptionTokenizer
-from export.bundle import BundleWriter
-from export.bundle_engine import MODEL, has_graph
-from export.calibrate import PairReader, read_pairs
-from export.emulate import emulate
-from export.engine_file import HALF
-from export.inference import sharing
-from export.layers import PAIRS, layer_errors
-from export.onnx import data_of, export_onnx, flatten
-from export.qdq import fp8_as_nodes, lower, lowered_layers
-from export.quantize import dynamic_layers, quantize_dynamic
-from export.record import LONGEST_CAPTION, MAX_WORDS
-from export.stages import Open, Run
-from export.static import calibrate
-from export.verify import (
+from export.bundle.writer import BundleWriter
+from export.engine_stage import MODEL, has_graph
+from export.graph.bf16_emulation import emulate
+from export.graph.parity import (
     BF16,
     CASES,
     EXACT,
@@ -44,9 +34,19 @@ from export.verify import (
     onnx_answers,
     torch_answers,
 )
-from export.verify import (
+from export.graph.parity import (
     HALF as ROUNDED,
 )
+from export.graph.rewrite import sharing
+from export.graph.trace import data_of, export_onnx, flatten
+from export.manifest_fields import LONGEST_CAPTION, MAX_WORDS
+from export.quantization.calibrate import calibrate
+from export.quantization.dynamic_int8 import dynamic_layers, quantize_dynamic
+from export.quantization.pairs import PairReader, read_pairs
+from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
+from export.quantization.sensitivity import PAIRS, layer_errors
+from export.stages import Open, Run
+from export.trt.engine_file import HALF
 
 TOKENIZER = "tokenizer.json"
 FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL

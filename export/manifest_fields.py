@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dgm4.config import TYPES, ModelConfig
-from engine.preprocess import CLIP_MEAN, CLIP_STD
-from export.onnx import outputs_of
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
+from export.graph.trace import outputs_of
 from export.stages import Run
 
 MAX_WORDS, MIN_TOKENS = 50, 2

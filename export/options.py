@@ -8,10 +8,10 @@ from typing import Literal
 
 import dgm4
 from engine.errors import BackendError, InputError
-from export import trt
-from export.engine_options import EngineOptions
-from export.ranges import METHODS
-from export.smooth import Smooth
+from export.quantization.ranges import METHODS
+from export.quantization.smoothquant import Smooth
+from export.trt import build as trt
+from export.trt.options import EngineOptions
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
@@ -28,9 +28,9 @@ class ExportOptions:
     judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
     and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
     training split by `calibration_method` (entropy: int8 alone). `smooth`, with calibration, rescales
-    channels between layers as `export.smooth` tells: by its alpha, 0 to 1, or "auto", where that lessens the
-    error on the pairs. `keep_layers` of the Linear layers, the worst by their own error, stay a step above
-    the precision; "auto": as few as the checks and the gate on `data` ask for.
+    channels between layers as `export.quantization.smoothquant` tells: by its alpha, 0 to 1, or "auto", where
+    that lessens the error on the pairs. `keep_layers` of the Linear layers, the worst by their own error,
+    stay a step above the precision; "auto": as few as the checks and the gate on `data` ask for.
     """
 
     out: Path

@@ -20,22 +20,22 @@ import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.shipped import demo_of, demo_record
+from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
 from engine.errors import BuildError, InputError, VerificationError
-from export import trt
-from export.bundle import BundleWriter
-from export.bundle_engine import no_engine, write_engine
-from export.card import model_card
-from export.digest import sha256_of
-from export.engine_file import HALF
-from export.evaluate import EvaluateOptions, evaluate
-from export.gate import GATED, check_gate
-from export.inference import rewrite
+from export.bundle.card import model_card
+from export.bundle.digest import sha256_of
+from export.bundle.writer import BundleWriter
+from export.engine_stage import no_engine, write_engine
+from export.evaluation.evaluate import EvaluateOptions, evaluate
+from export.evaluation.gate import GATED, check_gate
+from export.graph.parity import EXACT, check, compare, torch_answers
+from export.graph.rewrite import rewrite
 from export.lowering import TOKENIZER, keep_more, write_graph
+from export.manifest_fields import manifest_fields
 from export.options import ExportOptions, check_options
-from export.record import manifest_fields
 from export.stages import Run, Stage
-from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
-from export.verify import EXACT, check, compare, torch_answers
+from export.trt import build as trt
+from export.trt.engine_file import HALF
 
 SEED = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"

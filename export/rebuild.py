@@ -17,14 +17,14 @@ from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, InputError
 from engine.manifest import MANIFEST, Manifest
-from export import trt
-from export.arguments import as_option
-from export.bundle import BundleWriter
-from export.card import model_card
-from export.cli_engine import engine_options
-from export.engine_file import GRAPH, build_into, graph_of
-from export.engine_options import EngineOptions, default_targets
-from export.profiles import Shapes
+from export.bundle.card import model_card
+from export.bundle.writer import BundleWriter
+from export.cli.arguments import as_option
+from export.cli.engine_arguments import engine_options
+from export.trt import build as trt
+from export.trt.engine_file import GRAPH, build_into, graph_of
+from export.trt.options import EngineOptions, default_targets
+from export.trt.profiles import Shapes
 
 logger = logging.getLogger(__name__)
 

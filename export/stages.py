@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.graph.parity import Difference
 from export.options import ExportOptions
-from export.static import Calibrated
-from export.verify import Difference
+from export.quantization.calibrate import Calibrated
 
 
 @dataclass(frozen=True)

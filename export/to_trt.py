@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a script, Python puts this folder first on its path, where onnx.py would hide the package onnx.
+    # Run as a script, Python puts this folder first on its path; the packages lie one above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from export.cli import main
 

@@ -36,7 +36,6 @@ from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import (
     LOG2E,
     SMALLEST_DOT,
@@ -50,6 +49,7 @@ from kernels.jit import (
     power_of_two,
     tl,
 )
+from kernels.onnx import ops as onnx_ops
 
 PLAIN, MASKED, GUIDED = "HeadAttention", "MaskedHeadAttention", "GuidedHeadAttention"
 MASKED_SCORE = -10000.0  # exp() of it is zero in float32, and it is representable in float16

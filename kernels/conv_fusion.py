@@ -34,7 +34,6 @@ from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
@@ -47,6 +46,7 @@ from kernels.jit import (
     power_of_two,
     tl,
 )
+from kernels.onnx import ops as onnx_ops
 
 NAME, WIDTH = "ConvTokenFusion", "width"  # of the node, and of its attribute for D
 STRIDE = 16

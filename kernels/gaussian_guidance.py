@@ -18,8 +18,8 @@ from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import LOG2E, ceil_div, check_tensor, jit, launchable, operator, power_of_two, tl
+from kernels.onnx import ops as onnx_ops
 
 NAME = "GaussianGuidance"
 FLOOR = 1e-8

@@ -26,8 +26,8 @@ from torch.library import wrap_triton
 from torch.nn import functional as F
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import ceil_div, check_tensor, jit, launchable, operator, tl
+from kernels.onnx import ops as onnx_ops
 from kernels.rows import (
     MAX_WIDTH,
     RowAnswer,

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from kernels import onnx_ops
 from kernels.jit import (
     LOG2E,
     SMALLEST_DOT,
@@ -29,6 +28,7 @@ from kernels.jit import (
     power_of_two,
     tl,
 )
+from kernels.onnx import ops as onnx_ops
 
 NAME = "LatentQueryPool"
 EPS = 1e-5

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import ceil_div, jit, launchable, operator, tl
+from kernels.onnx import ops as onnx_ops
 from kernels.rows import (
     MAX_WIDTH,
     TOPS,

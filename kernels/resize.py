@@ -4,12 +4,12 @@ Bit for bit Pillow's arithmetic on 8-bit pictures. Along an axis of `length` pix
 the output at i is centred at c = (i + 0.5) length / S and reads the pixels j from trunc(c - 2r + 0.5) up to
 trunc(c + 2r + 0.5), with the weights k((j - c + 0.5) / r), k the cubic kernel of a = -1/2, divided by their
 sum and rounded to multiples of 2^-22. Sums are 32-bit integers; each pass rounds to a level in 0..255. The
-rows are resized first, as in every Pillow before 13 (see engine/preprocess.py).
+rows are resized first, as in every Pillow before 13 (see engine/inputs/preprocess.py).
 
 Pictures of a batch lie one behind the other in one buffer of bytes, so that a batch of any sizes is one copy
 to the device and two launches; a loop would be two launches a picture, which cost the host more than the
 device works. Weights and the 3 x 256 normalised levels are made on the host: the levels by the division of
-engine/preprocess.py, so that they too are equal bit for bit.
+engine/inputs/preprocess.py, so that they too are equal bit for bit.
 
 64 pictures of 640 x 480: 59 MB of pixels read, 24 MB between the passes written and read (less than the L2
 cache), 50 MB written: 157 MB, 36 us at 4.3 TB/s. The passes are sums of 10 and 8 taps, 0.4 G products.
@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from engine.errors import InputError
-from kernels import onnx_ops
 from kernels.jit import DTYPES, ceil_div, jit, operator, power_of_two, tl, triton
+from kernels.onnx import ops as onnx_ops
 from kernels.resize_tables import (
     CHANNELS,
     FIELDS,

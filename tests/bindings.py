@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-GENUINE = Path(__file__).parent / "export" / "plugins" / "genuine.py"
+GENUINE = Path(__file__).parent / "export" / "trt" / "plugins" / "genuine.py"
 
 
 def load_genuine():

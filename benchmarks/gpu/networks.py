@@ -22,8 +22,8 @@ from dgm4.seeded import seeded_model
 from engine.network.linear import E4M3
 from engine.network.model import Output
 from engine.network.precision import fp8_layers, set_precision
-from export.inference import rewrite
-from export.ranges import read_histograms, scales_of
+from export.graph.rewrite import rewrite
+from export.quantization.ranges import read_histograms, scales_of
 
 NETWORKS = ("asap", "cals", "hammer")
 SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))

@@ -11,8 +11,8 @@ TUNED = ("attention", "conv_fusion")
 LAUNCHES = ("test_launch", "test_launch_codes")
 NO_GPU = ("test_aot", "test_onnx_ops")  # compilers and graphs
 ENGINE = (
-    "tests/engine/test_backend_torch.py",
-    "tests/engine/test_backend_graphs.py",
+    "tests/engine/backends/test_torch.py",
+    "tests/engine/backends/test_graphs.py",
     "tests/engine/network",
 )
 PRECISIONS = ("ours-bf16", "ours-fp8", "ours-fp16")

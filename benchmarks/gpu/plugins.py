@@ -1,7 +1,7 @@
 """The code that goes into TensorRT engines, launched as TensorRT does, against torch's operators and float64.
 
-Same PTX, arguments and grid as the plugins' (export/plugins), through the CUDA driver: what TensorRT itself
-adds is left to a machine that has it. Outputs start as NaN between sentinel values.
+Same PTX, arguments and grid as the plugins' (export/trt/plugins), through the CUDA driver: what TensorRT
+itself adds is left to a machine that has it. Outputs start as NaN between sentinel values.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.gpu.driver import Driver
 from benchmarks.kernels.bench import HEADS, PATCHES, WIDTH, draw
-from export.plugins.programs import ATTENTION, FUSION, Program, attend, fuse
-from export.plugins.ptx import Kernel, Target, compile_kernel, target_of
+from export.trt.plugins.programs import ATTENTION, FUSION, Program, attend, fuse
+from export.trt.plugins.ptx import Kernel, Target, compile_kernel, target_of
 from kernels import attention, conv_fusion
 from kernels.jit import DTYPES
 

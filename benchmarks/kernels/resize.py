@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels.bench import OURS, Bench
-from engine.preprocess import CLIP_MEAN, CLIP_STD
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from kernels.resize import resize, resize_ref
 from kernels.resize_tables import make_tables
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from dgm4.config import TYPES
 from engine.errors import InputError
-from engine.preprocess import read_size
-from engine.text import MAX_CHARACTERS, clean_caption
+from engine.inputs.preprocess import read_size
+from engine.inputs.text import MAX_CHARACTERS, clean_caption
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from dgm4.config import TYPES
 from dgm4.data.annotations import MAX_WORDS, Box, Sample, clip_box
 from engine.errors import InputError
-from engine.preprocess import ImageOptions, decode_image, normalize_image, resize_image
-from engine.text import CaptionTokenizer, CleanCaption, Tokens, clean_caption, read_caption
+from engine.inputs.preprocess import ImageOptions, decode_image, normalize_image, resize_image
+from engine.inputs.text import CaptionTokenizer, CleanCaption, Tokens, clean_caption, read_caption
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from PIL import Image
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import read_sidecar
 from engine.errors import InputError
-from engine.preprocess import decode_image
-from engine.text import clean_caption, read_caption
+from engine.inputs.preprocess import decode_image
+from engine.inputs.text import clean_caption, read_caption
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from dgm4.training.processes import join, pick_device, random_states, set_random
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Terms, Trainee
 from engine.errors import BackendError, InputError, NumericalError
-from engine.text import CaptionTokenizer
+from engine.inputs.text import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 

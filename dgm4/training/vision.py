@@ -32,7 +32,7 @@ from dgm4.training.snapshot import write_snapshot
 from dgm4.training.trainee import initialise
 from dgm4.vision import VisionTransformer
 from engine.errors import InputError, NumericalError
-from engine.text import CaptionTokenizer
+from engine.inputs.text import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -92,7 +92,7 @@ class PictureBackend(Backend, Protocol):
         """Begin to answer one batch and return the function that waits for its answers.
 
         `pictures` are decoded, uint8 [H, W, 3] each of its own size; `text` is the other inputs by name. What
-        the network gets is `engine.preprocess`'s, bit for bit. Both raise BackendError.
+        the network gets is `engine.inputs.preprocess`'s, bit for bit. Both raise BackendError.
         """
         ...
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from engine.errors import InputError
-from engine.preprocess import ImageInput
+from engine.inputs.preprocess import ImageInput
 
 Caption = str | bytes
 Pair = tuple[ImageInput, Caption]

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InputError
-from engine.manifest import Preprocess
-from engine.pairs import Caption
-from engine.preprocess import (
+from engine.inputs.pairs import Caption
+from engine.inputs.preprocess import (
     ImageInput,
     ImageOptions,
     decode_image,
@@ -20,7 +19,8 @@ from engine.preprocess import (
     normalize_image,
     resize_image,
 )
-from engine.text import CaptionTokenizer, Tokens
+from engine.inputs.text import CaptionTokenizer, Tokens
+from engine.manifest import Preprocess
 
 _LARGEST_SENT = 4096  # pixels of a side: a picture a backend takes as it was decoded has 50 MB at most
 

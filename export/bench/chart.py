@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.errors import InputError
 from engine.markup import css
 from engine.render import INK, MUTED, TRACK, WHITE, Color
-from export.bench import Bench, Row
+from export.bench.measure import Bench, Row
 
 SUFFIXES = (".svg", ".png")
 _COLORS: tuple[Color, ...] = ((31, 119, 180), (230, 120, 20), (46, 140, 60), (150, 60, 160), (140, 90, 70))

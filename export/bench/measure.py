@@ -1,7 +1,7 @@
 """How fast the backends of this machine serve a bundle: `dgm4 bench`.
 
 A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, or `predict` of a
-single pair, one call after another, in a process of the backend's own (`export.bench_process`). Backends
+single pair, one call after another, in a process of the backend's own (`export.bench.process`). Backends
 take turns, so that a drift of the machine meets all alike; the first call of a turn finds another one's
 data in the caches and is not counted.
 """
@@ -17,10 +17,10 @@ from typing import Any
 from engine import Bundle
 from engine.backends import known
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
+from engine.inputs.text import CaptionTokenizer
 from engine.predictor import TOKENIZER
-from engine.text import CaptionTokenizer
-from export.bench_process import PICTURE, Call, Server
-from export.machine import describe_machine
+from export.bench.machine import describe_machine
+from export.bench.process import PICTURE, Call, Server
 
 BATCHES = (1, 8, 32)
 TURNS = 5

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine import Prediction, Predictor
 from engine.errors import BackendError, Dgm4Error
-from engine.pairs import Pair
+from engine.inputs.pairs import Pair
 
 PICTURE = (640, 480)  # width and height in pixels
 _END_LIMIT_S = 5.0

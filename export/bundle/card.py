@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from export.profiles import largest_text
+from export.trt.profiles import largest_text
 
 _UNTRAINED = (
     "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "

@@ -31,7 +31,7 @@ from typing import Any
 
 from engine.errors import BundleError
 from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, parse_manifest
-from export.refusals import as_bundle_error, refusal, write_error
+from export.bundle.write_errors import as_bundle_error, refusal, write_error
 
 log = logging.getLogger(__name__)
 

@@ -18,20 +18,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
-from export import cli_bench, cli_engine, cli_repository
-from export.arguments import backend as _backend
-from export.arguments import device as _device
-from export.arguments import export_usage, kept_layers, smoothing
-from export.arguments import positive as _positive
-from export.arguments import verb as _verb
-from export.arguments import whole as _whole
+from export.cli import bench as cli_bench
+from export.cli import engine_arguments as cli_engine
+from export.cli import repository as cli_repository
+from export.cli.arguments import backend as _backend
+from export.cli.arguments import device as _device
+from export.cli.arguments import export_usage, kept_layers, smoothing
+from export.cli.arguments import positive as _positive
+from export.cli.arguments import verb as _verb
+from export.cli.arguments import whole as _whole
 
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's error shows one line, no trace."""
-    from export.stopping import exit_on_sigterm
+    from export.cli.stopping import exit_on_sigterm
 
     options = _parser().parse_args(arguments)
     if (wrong := options.usage_error(options)) is not None:
@@ -153,7 +155,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
     )
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
-    verb.set_defaults(run=_verb("export.cli_export", "run"), usage_error=export_usage, parser=verb)
+    verb.set_defaults(run=_verb("export.cli.export", "run"), usage_error=export_usage, parser=verb)
 
 
 def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -184,7 +186,7 @@ def _add_predict(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; all cores by default")
     verb.add_argument("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     verb.add_argument("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
-    verb.set_defaults(run=_verb("export.cli_predict", "run"), usage_error=_predict_usage, parser=verb)
+    verb.set_defaults(run=_verb("export.cli.predict", "run"), usage_error=_predict_usage, parser=verb)
 
 
 def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -226,7 +228,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     verb.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     verb.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures too")
-    verb.set_defaults(run=_verb("export.cli_evaluate", "run"), usage_error=_evaluate_usage, parser=verb)
+    verb.set_defaults(run=_verb("export.cli.evaluate", "run"), usage_error=_evaluate_usage, parser=verb)
 
 
 def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -254,7 +256,7 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
     cli_engine.add_arguments(verb)
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
-    verb.set_defaults(run=_verb("export.cli_train", "run"))
+    verb.set_defaults(run=_verb("export.cli.train", "run"))
 
 
 def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -271,7 +273,7 @@ def _add_pretrain(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verb.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting over the recipe's")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
-    verb.set_defaults(run=_verb("export.cli_train", "pretrain"), model=None)
+    verb.set_defaults(run=_verb("export.cli.train", "pretrain"), model=None)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -281,10 +283,10 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     verb.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
     verb.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
     verb.add_argument("--json", action="store_true", help="print the whole record as JSON")
-    verb.set_defaults(run=_verb("export.cli_inspect", "inspect"))
+    verb.set_defaults(run=_verb("export.cli.inspect", "inspect"))
     verb = verbs.add_parser("doctor", help="show what this machine can do")
     verb.add_argument("--json", action="store_true")
-    verb.set_defaults(run=_verb("export.cli_inspect", "doctor"))
+    verb.set_defaults(run=_verb("export.cli.inspect", "doctor"))
 
 
 def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -300,14 +302,14 @@ def _add_data(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     make.add_argument("--pairs", type=_positive, default=5200, metavar="N", help="in all (%(default)s)")
     make.add_argument("--seed", type=_whole, default=1, metavar="S", help="(%(default)s)")
-    make.set_defaults(run=_verb("export.cli_data", "make"))
+    make.set_defaults(run=_verb("export.cli.data", "make"))
     _add_describe(subverbs)
     pieces = subverbs.add_parser("vocabulary", help="choose a small vocabulary for a data folder")
     pieces.add_argument("--data", type=Path, required=True, metavar="DIR")
     pieces.add_argument("--size", type=_positive, default=2048, metavar="N", help="pieces (%(default)s)")
     pieces.add_argument("--out", type=Path, required=True, metavar="FILE")
     pieces.add_argument("--vocab", type=Path, metavar="FILE", help="large vocabulary; bert-base-uncased's")
-    pieces.set_defaults(run=_verb("export.cli_data", "vocabulary"))
+    pieces.set_defaults(run=_verb("export.cli.data", "vocabulary"))
 
 
 def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -334,7 +336,7 @@ def _add_describe(subverbs: argparse._SubParsersAction[argparse.ArgumentParser])
         "--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
     )
     verb.add_argument("--redo", action="store_true", help="replace the texts that are there")
-    verb.set_defaults(run=_verb("export.cli_data", "describe"), usage_error=_describe_usage, parser=verb)
+    verb.set_defaults(run=_verb("export.cli.data", "describe"), usage_error=_describe_usage, parser=verb)
 
 
 def _tokens(text: str) -> int:
@@ -385,7 +387,3 @@ def _version() -> str:
         return importlib.metadata.version("dgm4")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.arguments import counts, device, positive, seconds, verb
+from export.cli.arguments import counts, device, positive, seconds, verb
 
 if TYPE_CHECKING:
-    from export.bench import Bench
+    from export.bench.measure import Bench
     from export.output import Rows
 
 _HEAD = (
@@ -54,14 +54,14 @@ def add_arguments(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart: .svg or .png")
-    parser.set_defaults(run=verb("export.cli_bench", "run"), parser=parser)
+    parser.set_defaults(run=verb("export.cli.bench", "run"), parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and write the answer; the exit code is that of the first backend that failed."""
     from engine import Bundle
-    from export.bench import BenchOptions, bench
-    from export.bench_chart import check_suffix, draw_chart
+    from export.bench.chart import check_suffix, draw_chart
+    from export.bench.measure import BenchOptions, bench
     from export.output import check_output, open_output, write_whole
 
     if options.plot is not None:
@@ -99,7 +99,7 @@ def _show(text: str) -> None:
 
 def table(found: Bench) -> str:
     """The measurements as lines of text, milliseconds a call."""
-    from export.bench_process import PICTURE
+    from export.bench.process import PICTURE
     from export.output import align
 
     machine, options = found.machine, found.options

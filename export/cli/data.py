@@ -65,7 +65,7 @@ def vocabulary(options: argparse.Namespace) -> int:
     from dgm4.data.annotations import read_split
     from dgm4.data.dataset import read_sidecar
     from dgm4.data.pieces import small_vocabulary
-    from export.tokenizer import build_tokenizer, count_pieces, find_vocabulary
+    from dgm4.tokenizer import build_tokenizer, count_pieces, find_vocabulary
 
     if not options.out.resolve().parent.is_dir():
         raise InputError(f"{options.out}: its folder does not exist; create it, or choose another --out")

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from export.arguments import positive, seconds, verb
+from export.cli.arguments import positive, seconds, verb
 
 if TYPE_CHECKING:
-    from export.engine_options import EngineOptions
+    from export.trt.options import EngineOptions
 
 _LIMIT_S = 3600.0
 _EXTENT = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
     """The options of the command line as the builder takes them."""
-    from export.engine_options import EngineOptions
-    from export.features import Features
+    from export.trt.features import Features
+    from export.trt.options import EngineOptions
 
     features = Features(options.strip_weights, options.version_compatible, options.hardware_compatible)
     return EngineOptions(

@@ -13,8 +13,8 @@ from engine.errors import BackendError, NumericalError, VerificationError
 from export.output import open_output
 
 if TYPE_CHECKING:
-    from export.evaluate import Evaluation
-    from export.gate import GateFailure
+    from export.evaluation.evaluate import Evaluation
+    from export.evaluation.gate import GateFailure
 
 _NEEDED = ("torch", "safetensors")
 
@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(
             f"evaluate needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
         )
-    from export.gate import check_gate
-    from export.report import write_page, write_table
+    from export.evaluation.gate import check_gate
+    from export.evaluation.report import write_page, write_table
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open_output(options.out))
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> Evaluation:
-    from export.evaluate import EvaluateOptions, evaluate
+    from export.evaluation.evaluate import EvaluateOptions, evaluate
 
     settings = EvaluateOptions(
         split=options.split,

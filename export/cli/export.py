@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BackendError, InputError
-from export.cli_engine import engine_options
+from export.cli.engine_arguments import engine_options
 
 _NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
 
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(
             f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
         )
-    from export.arguments import as_option
+    from export.cli.arguments import as_option
     from export.options import ExportOptions, check_options
     from export.pipeline import Stage, export_bundle
 
@@ -116,7 +116,7 @@ def _check_drawing(bundle: Path) -> Path:
 
 def _check_repository(repository: Path, bundle: Path) -> None:
     """Raise before the export where the repository could not be written after it."""
-    from export.repository import RepositoryWriter
+    from export.inference_server.repository import RepositoryWriter
 
     if repository.resolve() == bundle.resolve():
         raise InputError(f"--triton-repository {repository}: is the bundle's own place; choose another")
@@ -128,8 +128,8 @@ def _check_repository(repository: Path, bundle: Path) -> None:
 def _write_repository(bundle: Path, repository: Path) -> str:
     """Make a model repository of the finished bundle; what it serves, in lines."""
     from engine import Bundle
-    from export.cli_repository import summary
-    from export.repository import name_models, write_repository
+    from export.cli.repository import summary
+    from export.inference_server.repository import name_models, write_repository
 
     return summary(repository, write_repository(name_models([Bundle.open(bundle)]), repository))
 
@@ -137,7 +137,7 @@ def _write_repository(bundle: Path, repository: Path) -> str:
 def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | None:
     """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
     from engine import Predictor
-    from export.sample import choose_sample
+    from export.cli.sample import choose_sample
 
     sample = choose_sample(weights)
     if sample is None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.backends import describe, serving, usable_cores
 from engine.bundle import Bundle
-from export.card import grouped
-from export.profiles import largest_text
+from export.bundle.card import grouped
+from export.trt.profiles import largest_text
 
 _PACKAGES = (
     "onnxruntime",
@@ -38,7 +38,7 @@ def inspect(options: argparse.Namespace) -> int:
     bundle.verify_all()
     record = bundle.describe() | {"backends": serving(bundle)}
     if options.layers:
-        from export.layers import bundle_errors
+        from export.quantization.sensitivity import bundle_errors
 
         record["layers"] = [asdict(x) for x in bundle_errors(bundle, options.data, options.split)]
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
@@ -116,7 +116,7 @@ def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
 
 def doctor(options: argparse.Namespace) -> int:
     """Print what this machine has for exporting and serving."""
-    from export.trt import describe_builders
+    from export.trt.build import describe_builders
 
     lacking = describe()
     record = {

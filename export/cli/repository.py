@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.arguments import counts, positive, verb, whole
+from export.cli.arguments import counts, positive, verb, whole
 
 
 def add_arguments(verbs: Any) -> None:
@@ -46,7 +46,7 @@ def add_arguments(verbs: Any) -> None:
     parser.add_argument(
         "--accelerate", action="store_true", help="let ONNX Runtime build TensorRT engines on the server"
     )
-    parser.set_defaults(run=verb("export.cli_repository", "run"), usage_error=_usage, parser=parser)
+    parser.set_defaults(run=verb("export.cli.repository", "run"), usage_error=_usage, parser=parser)
 
 
 def _usage(options: argparse.Namespace) -> str | None:
@@ -59,8 +59,8 @@ def _usage(options: argparse.Namespace) -> str | None:
 def run(options: argparse.Namespace) -> int:
     """Write the repository and print what it serves."""
     from engine import Bundle
-    from export.repository import name_models, write_repository
-    from export.triton_config import ServerOptions
+    from export.inference_server.config import ServerOptions
+    from export.inference_server.repository import name_models, write_repository
 
     settings = ServerOptions(
         plan=options.plan,

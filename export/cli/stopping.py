@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from export.bundle import remove_unfinished
+from export.bundle.writer import remove_unfinished
 
 
 @contextlib.contextmanager

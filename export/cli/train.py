@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dgm4.config import model_config
+from dgm4.tokenizer import VOCABULARY, build_tokenizer, count_pieces, find_vocabulary
 from dgm4.training.options import TrainOptions, check_fields, read_recipe
 from engine.errors import InputError
-from engine.text import CaptionTokenizer
-from export.tokenizer import VOCABULARY, build_tokenizer, count_pieces, find_vocabulary
+from engine.inputs.text import CaptionTokenizer
 
 
 def run(options: argparse.Namespace) -> int:

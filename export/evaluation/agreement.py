@@ -10,10 +10,10 @@ import numpy as np
 
 from dgm4.data.annotations import Sample
 from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, Answers, box_iou, says_no_box
+from engine.inputs.preprocess import read_size
+from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
 from engine.postprocess import Answer, read_answer, sigmoid, softmax
-from engine.preprocess import read_size
-from engine.text import CaptionTokenizer
 
 # Below this mean distance two answers count as the same, and there is nothing to show.
 _SAME = 1e-3

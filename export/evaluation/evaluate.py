@@ -24,13 +24,13 @@ from engine.backends import Backend, create, usable_cores
 from engine.backends.ort import OrtBackend
 from engine.bundle import Bundle
 from engine.errors import BundleError, InputError, NumericalError
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
+from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
 from engine.predictor import TOKENIZER
-from engine.preprocess import CLIP_MEAN, CLIP_STD
-from engine.text import CaptionTokenizer
-from export.agreement import Agreement, Case, measure_agreement, worst_cases
-from export.onnx import DATA_SUFFIX
-from export.scoring import Network, Scored, TorchNetwork, score, torch_threads
+from export.evaluation.agreement import Agreement, Case, measure_agreement, worst_cases
+from export.evaluation.scoring import Network, Scored, TorchNetwork, score, torch_threads
+from export.graph.trace import DATA_SUFFIX
 
 WEIGHTS = "model.safetensors"
 _OURS, _REFERENCE = "bundle", "reference"

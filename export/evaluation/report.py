@@ -9,12 +9,12 @@ from PIL import Image
 
 from dgm4.metrics import Interval
 from engine.errors import InputError
+from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
 from engine.markup import css, embed, escape
-from engine.preprocess import ImageOptions, decode_image, make_thumbnail
 from engine.render import BOX, EMPTY, INK, MANIPULATED, PRISTINE, TRACK, WHITE, Color, draw_box, mix
-from export.agreement import Case
-from export.evaluate import Comparison, Evaluation
-from export.gate import GATED, GATES, GateFailure
+from export.evaluation.agreement import Case
+from export.evaluation.evaluate import Comparison, Evaluation
+from export.evaluation.gate import GATED, GATES, GateFailure
 from export.output import Rows, align
 
 _REFERENCE_BOX: Color = (255, 160, 0)

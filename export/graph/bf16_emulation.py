@@ -13,8 +13,8 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx import data_of
-from kernels.onnx_ops import OPSET
+from export.graph.trace import data_of
+from kernels.onnx.ops import OPSET
 
 _WIDE, _NARROW = TensorProto.FLOAT, TensorProto.BFLOAT16
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import onnx
 
 from kernels.attention import MASKED, MASKED_SCORE, PLAIN
-from kernels.bodies import body
-from kernels.onnx_ops import DOMAIN
+from kernels.onnx.bodies import body
+from kernels.onnx.ops import DOMAIN
 
 OPSET = 23  # the first with Attention
 FUSED = (PLAIN, MASKED)

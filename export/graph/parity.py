@@ -13,7 +13,7 @@ import torch
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
 from engine.errors import VerificationError
-from export.onnx import Config, example_inputs, outputs_of
+from export.graph.trace import Config, example_inputs, outputs_of
 
 Arrays = Mapping[str, np.ndarray]
 

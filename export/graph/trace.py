@@ -1,6 +1,6 @@
 """The inference model as one ONNX graph, batch and token count dynamic.
 
-Hot paths are nodes of the domain `dgm4` with a body of standard operators (kernels/bodies.py), which
+Hot paths are nodes of the domain `dgm4` with a body of standard operators (kernels/onnx/bodies.py), which
 ONNX Runtime inlines; `flatten` writes the same network without them, for tools that know no functions.
 Inputs and outputs are float32 and int64 whatever the inner precision.
 """
@@ -19,8 +19,8 @@ from dgm4.config import ModelConfig
 from engine.errors import BuildError
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
-from kernels import onnx_ops
-from kernels.bodies import bodies
+from kernels.onnx import ops as onnx_ops
+from kernels.onnx.bodies import bodies
 
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map")

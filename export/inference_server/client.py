@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from engine.errors import Dgm4Error
+from engine.inputs.preprocess import ImageInput, preprocess_image
+from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest, parse_manifest
 from engine.postprocess import Answer, read_answer
-from engine.preprocess import ImageInput, preprocess_image
-from engine.text import CaptionTokenizer
 
 TOKEN_STEP = 16  # requests of one shape share a batch: few lengths, full batches
 _TYPES = {"float32": "FP32", "int64": "INT64"}

@@ -4,7 +4,7 @@
     DIR/<model>/config.pbtxt, bundle.json (the bundle's manifest), tokenizer.json
     DIR/<model>/1/model.onnx and model.onnx.data, or model.plan
 
-The directory appears whole or not at all, as a bundle does (`export.bundle`): the server takes every
+The directory appears whole or not at all, as a bundle does (`export.bundle.writer`): the server takes every
 directory in a repository for a model, so that half of one may not stand there even for a moment.
 """
 
@@ -21,8 +21,8 @@ from engine import Bundle
 from engine.errors import BundleError, InputError
 from engine.manifest import MANIFEST, EngineEntry, Manifest
 from engine.predictor import TOKENIZER
-from export.bundle import BundleWriter
-from export.triton_config import (
+from export.bundle.writer import BundleWriter
+from export.inference_server.config import (
     ENGINE_CACHE,
     GRAPH,
     PLAN_FILE,
@@ -70,7 +70,7 @@ def write_repository(
             raise InputError(f"expected a model's name of letters, digits, '_', '-' and '.', got {name!r}")
     with RepositoryWriter(out) as writer:
         records = {name: _write_model(writer, name, bundle, options) for name, bundle in bundles.items()}
-        writer.add_bytes(CLIENT, Path(__file__).with_name("triton_client.py").read_bytes())
+        writer.add_bytes(CLIENT, Path(__file__).with_name("client.py").read_bytes())
         writer.add_text(README, _readme({n: b.manifest for n, b in bundles.items()}, options))
         return writer.commit({"models": records})
 

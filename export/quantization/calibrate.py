@@ -15,11 +15,11 @@ from engine.manifest import Smoothing
 from engine.network.linear import E4M3
 from engine.network.model import InferenceModel
 from engine.network.rescale import rescale
-from export.inference import sharing
-from export.qdq import lower, lowered_layers
-from export.ranges import Histogram, observe, scales_of
-from export.smooth import Channels, Shifts, Smooth, choose_shifts, readers_of, shifted_peak
-from export.verify import Arrays, relative_errors, torch_answers
+from export.graph.parity import Arrays, relative_errors, torch_answers
+from export.graph.rewrite import sharing
+from export.quantization.qdq import lower, lowered_layers
+from export.quantization.ranges import Histogram, observe, scales_of
+from export.quantization.smoothquant import Channels, Shifts, Smooth, choose_shifts, readers_of, shifted_peak
 from kernels.rows import TOPS
 
 CODES = {"int8": torch.int8, "fp8": E4M3}

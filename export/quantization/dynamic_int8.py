@@ -2,7 +2,7 @@
 
 Only Linear layers (products with a constant matrix) are quantised: never norms, softmax, residual sums
 or the products inside attention. The box head stays float32: where there is no box, the metric asks for
-values below 1e-4, which eight bits cannot promise. Static int8 is traced as such: see export/qdq.py.
+values below 1e-4, which eight bits cannot promise. Static int8 is traced as such: export/quantization/qdq.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from onnx import numpy_helper
 from torch import nn
 
 from engine.errors import BuildError
-from export.onnx import data_of
+from export.graph.trace import data_of
 from kernels.attention import MASKED, PLAIN
-from kernels.onnx_ops import DOMAIN
+from kernels.onnx.ops import DOMAIN
 
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # where an attribute is absent
 _RUNTIME, _ATTENTION = "com.microsoft", "MultiHeadAttention"

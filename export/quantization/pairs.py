@@ -12,8 +12,8 @@ import numpy as np
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset, collate
 from engine.errors import InputError
-from engine.text import CaptionTokenizer
-from export.onnx import INPUTS
+from engine.inputs.text import CaptionTokenizer
+from export.graph.trace import INPUTS
 
 log = logging.getLogger(__name__)
 

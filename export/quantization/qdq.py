@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from engine.network.linear import Fp8Linear
 from engine.network.model import InferenceModel
 from engine.network.precision import fp8_layers, half_layers, set_precision
-from kernels import onnx_ops
+from kernels.onnx import ops as onnx_ops
 from kernels.rows import quantize_ref
 
 _FLOAT_LAYERS = ("branch.bbox_head.", "branch.faces.gate")

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from engine.backends.torch import load_float, read_scales
 from engine.bundle import Bundle
+from engine.inputs.text import CaptionTokenizer
 from engine.network.model import InferenceModel
 from engine.predictor import TOKENIZER
-from engine.text import CaptionTokenizer
-from export.calibrate import read_pairs
-from export.qdq import lower, lowered_layers
-from export.verify import case_inputs
+from export.graph.parity import case_inputs
+from export.quantization.pairs import read_pairs
+from export.quantization.qdq import lower, lowered_layers
 
 PAIRS = 16  # that errors are measured on
 ROWS = 2  # pairs a pass: the answers of every layer are held at once

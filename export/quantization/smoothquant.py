@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.network.model import InferenceModel
 from engine.network.rescale import seams
-from export.ranges import Histogram
+from export.quantization.ranges import Histogram
 from kernels.rows import LEAST_PEAK, TOPS, quantize_ref
 
 Smooth = Literal["off", "auto"] | float  # a number is alpha

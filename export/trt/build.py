@@ -2,7 +2,7 @@
 
 Both libraries have one Python API; `tensorrt` builds on the GPU it builds for, `tensorrt_rtx` needs no
 GPU and builds for several compute capabilities at once. The builder is native code that can crash or
-take very long: `export.trt_worker` runs it apart, and whatever ends it comes back as `BuildError`.
+take very long: `export.trt.worker` runs it apart, and whatever ends it comes back as `BuildError`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from engine.errors import BackendError, BuildError
-from export.driver import no_gpu
-from export.features import Features
-from export.profiles import Profile
+from export.trt.features import Features
+from export.trt.probe import no_gpu
+from export.trt.profiles import Profile
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
@@ -38,9 +38,9 @@ Progress = Callable[[str, int, int], None]
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")  # 7.5 has no float32 products
-WORKER = (sys.executable, "-P", "-m", "export.trt_worker")
+WORKER = (sys.executable, "-P", "-m", "export.trt.worker")
 
-_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _PROBE_LIMIT_S = 60.0
 _KEPT_LINES = 20
 _KEPT_WARNINGS = 100
@@ -75,7 +75,7 @@ class EngineSpec:
     timing_cache: file that is read and rewritten; ignored by `tensorrt_rtx`, which times nothing.
     time_limit_s: seconds for the whole build. workspace_mb: scratch memory of a layer in MiB; None for
     the library's default. library: "tensorrt" or "tensorrt_rtx"; None takes what `find_builder` finds.
-    plugins: whether the file has nodes for export/plugins, which only "tensorrt" builds. features: what
+    plugins: whether the file has nodes for export/trt/plugins, which only "tensorrt" builds. features: what
     the engine may be besides.
     """
 

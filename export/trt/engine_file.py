@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import BuildError
-from export import trt
-from export.bundle import BundleWriter
-from export.digest import sha256_of
-from export.engine_options import EngineOptions
-from export.profiles import Profile, Shapes
+from export.bundle.digest import sha256_of
+from export.bundle.writer import BundleWriter
+from export.trt import build as trt
+from export.trt.options import EngineOptions
+from export.trt.profiles import Profile, Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,12 @@ def _source(graph: Path, plugins: bool, fuse: bool) -> _Source:
     """Make what an engine is built from, beside the graph, whose weights it shares."""
     path, ours, fused = graph, dict[str, int](), 0
     if plugins:
-        from export.plugins.graph import plugin_graph
+        from export.trt.plugins.graph import plugin_graph
 
         if ours := plugin_graph(path, _beside(graph, "plugins")):
             path = _beside(graph, "plugins")
     if fuse:
-        from export.native import native_graph
+        from export.graph.fused_attention import native_graph
 
         if fused := native_graph(path, _beside(graph, "fused")):
             path = _beside(graph, "fused")

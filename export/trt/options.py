@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import BackendError, InputError
-from export import trt
-from export.features import Features, check_features, no_plugins, refusal
-from export.profiles import Extent, Profile, Shapes, auto_extents, check_extents, profiles_of
-from export.timing import default_cache
+from export.trt import build as trt
+from export.trt.features import Features, check_features, no_plugins, refusal
+from export.trt.profiles import Extent, Profile, Shapes, auto_extents, check_extents, profiles_of
+from export.trt.timing_cache import default_cache
 
 PLUGINS = ("auto", "on", "off")
 _MOST_WORKSPACE_MB = 1 << 20  # a TiB
@@ -25,7 +25,7 @@ _CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # kernels.jit.TARG
 class EngineOptions:
     """plugins: our own kernels inside, "on", "off", or "auto" for where they can be.
 
-    profiles: most pairs and tokens of each; None for `export.profiles.auto_extents`.
+    profiles: most pairs and tokens of each; None for `export.trt.profiles.auto_extents`.
     timing_cache: file of TensorRT's timings, read and rewritten; "auto": the user's own for this GPU and
     version; None: none. limit_s: seconds that the builder may take. workspace_mb: scratch memory of a
     layer in MiB; None for the library's own limit. features: what the engine may be besides.

@@ -2,8 +2,8 @@
 
 It reads one request (JSON) from stdin and answers with one JSON event a line on stdout: `started`,
 `progress`, `log`, then `done` or `error`. A crash of the native builder ends this process alone.
-Start it with `python -P -m export.trt_worker`, the package root being on PYTHONPATH; `--probe` answers
-what the CUDA driver of this machine is. `export.trt` is the parent's side.
+Start it with `python -P -m export.trt.worker`, the package root being on PYTHONPATH; `--probe` answers
+what the CUDA driver of this machine is. `export.trt.build` is the parent's side.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from engine.errors import BuildError
-from export.driver import probe_driver
-from export.features import Features, refusal, set_features
-from export.profiles import Profile, check_profiles
-from export.timing import load_timing_cache, save_timing_cache
+from export.trt.features import Features, refusal, set_features
+from export.trt.probe import probe_driver
+from export.trt.profiles import Profile, check_profiles
+from export.trt.timing_cache import load_timing_cache, save_timing_cache
 
 PROGRESS_INTERVAL_S = 0.05
 
@@ -155,7 +155,9 @@ def _use_plugins(library: str) -> None:
     cuda = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda))
     try:
-        plugins, ptx = map(importlib.import_module, ("export.plugins.registration", "export.plugins.ptx"))
+        plugins, ptx = map(
+            importlib.import_module, ("export.trt.plugins.registration", "export.trt.plugins.ptx")
+        )
         plugins.use(ptx.target_of(capability, cuda.value))
     except (ImportError, BuildError) as error:
         raise RefusedError(f"the plugins cannot be used here: {error}; export with --plugins off") from error

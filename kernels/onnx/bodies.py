@@ -12,7 +12,7 @@ import onnx.parser
 
 from kernels import conv_fusion, gaussian_guidance, latent_pool
 from kernels.attention import GUIDED, MASKED, MASKED_SCORE, PLAIN
-from kernels.onnx_ops import DOMAIN, OPSET
+from kernels.onnx.ops import DOMAIN, OPSET
 
 
 def body(text: str, opset: int = OPSET) -> onnx.FunctionProto:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels, on any machine: `python -m kernels.aot [--json]`.
+"""Ahead-of-time compilation of the kernels, on any machine: `python -m kernels.tools.aot [--json]`.
 
 A launcher is called with tensors without data and with a recorder in the kernel's place; what it would have
 launched is compiled for each compute capability, and the assembler's own report is read: registers, stack
@@ -250,7 +250,7 @@ def build(
 def main() -> None:
     """Print the table or the records."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.aot",
+        prog="python -m kernels.tools.aot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

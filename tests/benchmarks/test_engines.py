@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from benchmarks import engines
 from benchmarks.gpu import rtx
-from export import trt
+from export.trt import build as trt
 
 
 def row(precision, latency=None, **more):

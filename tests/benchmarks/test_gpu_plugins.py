@@ -95,8 +95,8 @@ def on_cpu(monkeypatch):
 def test_a_program_runs_with_its_own_numbers(on_cpu):
     """The double writes as the kernel would: the answer is the fenced buffer that was passed for it."""
     from benchmarks.gpu.plugins import run
-    from export.plugins.programs import attend
-    from export.plugins.ptx import Kernel
+    from export.trt.plugins.programs import attend
+    from export.trt.plugins.ptx import Kernel
 
     program = attend(2, 5, 17, 32, 2, torch.float16, Tiles(16, 16, 4, 1))
     shapes = {

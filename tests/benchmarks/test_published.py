@@ -6,7 +6,7 @@ from benchmarks.published import Published, PublishedPackedAttention
 from dgm4.layers import PackedAttention
 from dgm4.text import BertAttention
 from dgm4.vision import SelfAttention
-from export.onnx import example_inputs
+from export.graph.trace import example_inputs
 
 
 @pytest.mark.parametrize("name", dgm4.MODEL_NAMES)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.quantization import METHODS, NETWORKS, OUTPUTS, plant, table
-from export.inference import rewrite
-from export.verify import EXACT, check, compare, torch_answers
+from export.graph.parity import EXACT, check, compare, torch_answers
+from export.graph.rewrite import rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = json.loads((ROOT / "benchmarks/results/quantization-cpu.json").read_text())["records"]

@@ -7,9 +7,9 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
+from dgm4 import tokenizer
+from dgm4.tokenizer import build_tokenizer, find_vocabulary
 from engine.errors import BackendError, InputError
-from export import tokenizer
-from export.tokenizer import build_tokenizer, find_vocabulary
 
 SIZE = 30522
 WRITTEN = [

@@ -5,8 +5,8 @@ import pytest
 
 from engine import Bundle
 from engine.errors import NumericalError
+from engine.inputs.text import Span, Tokens
 from engine.postprocess import read_answer, read_box, read_heatmap, read_words, sigmoid, softmax
-from engine.text import Span, Tokens
 
 
 def tokens_of(word_of: list[int]) -> Tokens:

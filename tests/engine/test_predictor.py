@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine import Predictor
 from engine.errors import BackendError, Dgm4Error, InputError, NumericalError
-from engine.preprocess import preprocess_image
+from engine.inputs.preprocess import preprocess_image
 
 CAPTION = "The President's well-known friend, Obama, speaks!"
 

@@ -21,8 +21,8 @@ def exported(tiny, bundle, tmp_path_factory):
     def export(name):
         import onnx
 
-        from export.inference import rewrite
-        from export.onnx import data_of
+        from export.graph.rewrite import rewrite
+        from export.graph.trace import data_of
 
         path = tmp_path_factory.mktemp(f"graph-{name}") / "model.onnx"
         written = bundle(name, "fp32").path / path.name
@@ -41,7 +41,7 @@ def linear_calls():
     def count(model):
         import torch
 
-        from export.onnx import example_inputs
+        from export.graph.trace import example_inputs
 
         box = set(model.branch.bbox_head.modules())
         calls = Counter()
@@ -111,7 +111,7 @@ def training_data(annotated):
 
 @pytest.fixture(scope="session")
 def tokenizer(bundle):
-    from engine.text import CaptionTokenizer
+    from engine.inputs.text import CaptionTokenizer
 
     return CaptionTokenizer(bundle("hammer", "fp32").path / "tokenizer.json")
 
@@ -119,7 +119,7 @@ def tokenizer(bundle):
 @pytest.fixture(scope="session")
 def reader(training_data, tokenizer):
     """Pairs to calibrate on."""
-    from export.calibrate import read_pairs
+    from export.quantization.pairs import read_pairs
 
     return read_pairs(training_data, PAIRS, tokenizer, 256)
 
@@ -137,11 +137,11 @@ def static_graph(tiny, reader, tmp_path_factory):
 
         from engine.network.linear import E4M3
         from engine.network.precision import to_precision
-        from export.engine_file import GRAPH, HALF
-        from export.inference import rewrite
-        from export.onnx import export_onnx
-        from export.qdq import fp8_as_nodes, lower, lowered_layers
-        from export.ranges import read_histograms, scales_of
+        from export.graph.rewrite import rewrite
+        from export.graph.trace import export_onnx
+        from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
+        from export.quantization.ranges import read_histograms, scales_of
+        from export.trt.engine_file import GRAPH, HALF
 
         precision, _, around = precision.partition(" in ")
         folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")

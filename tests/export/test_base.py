@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
-from export.inference import rewrite
-from export.onnx import export_onnx, outputs_of
+from export.graph.rewrite import rewrite
+from export.graph.trace import export_onnx, outputs_of
 
 OUTPUTS = 2e-5
 

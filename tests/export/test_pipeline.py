@@ -17,13 +17,14 @@ from engine import Predictor, backends
 from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
 from engine.network import released
-from export import lowering, pipeline, sample
-from export.bundle_engine import no_engine
-from export.onnx import example_inputs, outputs_of
+from export import lowering, pipeline
+from export.cli import sample
+from export.cli.sample import sample_picture
+from export.engine_stage import no_engine
+from export.graph.parity import Tolerance
+from export.graph.trace import example_inputs, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
-from export.sample import sample_picture
-from export.verify import Tolerance
 
 STAGES = {
     "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "bundle"],

@@ -14,10 +14,10 @@ from engine import Bundle
 from engine.errors import BackendError, BundleError
 from engine.manifest import manifest_digest
 from export import rebuild as module
-from export import trt
 from export.cli import main
-from export.engine_options import EngineOptions
-from export.trt import BuilderInfo, EngineReport
+from export.trt import build as trt
+from export.trt.build import BuilderInfo, EngineReport
+from export.trt.options import EngineOptions
 
 ENGINE = {
     "file": "model.trt-sm90.engine",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from kernels import onnx_ops
-from kernels.bodies import bodies
+from kernels.onnx import ops as onnx_ops
+from kernels.onnx.bodies import bodies
 
 GUARD, SENTINEL, BYTE_SENTINEL, E4M3_NAN = 64, -77.0, 0xA5, 0x7F
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.int32: TensorProto.INT32}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from engine.errors import InputError
-from engine.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
 from kernels import resize as module
 from kernels.jit import triton
 from kernels.resize import pack, resize, resize_into, resize_ref

@@ -1,4 +1,4 @@
-"""What the compiler says of every plugin's tactics: `python -m export.plugins`, a JSON record a line.
+"""What the compiler says of every plugin's tactics: `python -m export.trt.plugins`, a JSON record a line.
 
 At the base networks' shapes; registers, stack (spills) and instructions are read from the trimmed PTX,
 assembled as on the GPU.
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
-from export.plugins.programs import ATTENTION, FUSION, Program, attend, fuse
-from export.plugins.ptx import Target, assemble, compile_kernel
+from export.trt.plugins.programs import ATTENTION, FUSION, Program, attend, fuse
+from export.trt.plugins.ptx import Target, assemble, compile_kernel
 from kernels import attention, conv_fusion
-from kernels.aot import TYPES
 from kernels.jit import DTYPES, TARGETS
+from kernels.tools.aot import TYPES
 
 BATCH, TEXT, PATCHES, WIDTH, HEADS = 64, 50, 257, 768, 12
 OLDEST = {80: 82, 86: 82, 89: 82, 90: 82, 100: 87, 120: 87}  # PTX of the oldest drivers that are served
@@ -35,7 +35,7 @@ def base_programs(dtype: torch.dtype) -> Iterator[tuple[str, int, Program]]:
 
 def main() -> None:
     """Print the records."""
-    parser = argparse.ArgumentParser(prog="python -m export.plugins", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m export.trt.plugins", description=__doc__)
     parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     names = {TYPES[dtype]: dtype for dtype in DTYPES}
     parser.add_argument("--dtypes", nargs="+", choices=tuple(names), default=tuple(names))

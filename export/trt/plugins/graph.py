@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from engine.errors import BuildError
 from kernels.attention import GUIDED
 from kernels.conv_fusion import NAME, WIDTH, pack
-from kernels.onnx_ops import DOMAIN
+from kernels.onnx.ops import DOMAIN
 
 PLUGINS = (GUIDED, NAME)
 _BITS = {2: np.int16, 4: np.int32}  # by bytes: packing moves numbers of any type

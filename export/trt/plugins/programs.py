@@ -1,7 +1,8 @@
 """What a plugin launches: arguments, grid and constants, taken from the launcher that torch uses.
 
-The launcher is called with tensors without data and a recorder in the kernel's place (kernels/aot.py). What
-depends on the batch or the caption stays an argument or an extent of the grid; all else is compiled in.
+The launcher is called with tensors without data and a recorder in the kernel's place
+(kernels/tools/aot.py). What depends on the batch or the caption stays an argument or an extent of the grid;
+all else is compiled in.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from engine.errors import BuildError
 from kernels import attention, conv_fusion
-from kernels.aot import Launch, compile_arguments, record
 from kernels.conv_fusion import STRIDE, packed_shape
 from kernels.jit import Tiles
+from kernels.tools.aot import Launch, compile_arguments, record
 
 ATTENTION, FUSION = attention.GUIDED, conv_fusion.NAME
 OPEN = 3  # stands for an extent that stays open: odd, so that the compiler learns of no divisor

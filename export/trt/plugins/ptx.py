@@ -15,9 +15,9 @@ from pathlib import Path
 from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
 from engine.errors import BuildError
-from export.plugins.programs import Program
-from kernels.aot import WARP, resources
+from export.trt.plugins.programs import Program
 from kernels.jit import TARGETS
+from kernels.tools.aot import WARP, resources
 
 SHARED_LIMIT = 48 * 1024  # bytes a block gets without asking the driver for more
 _LINES = re.compile(r"^\s*\.(?:loc|file)\s.*\n", re.MULTILINE)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import BuildError
-from export.plugins.programs import ATTENTION, FUSION, OPEN, Extent, Program, attend, fuse
-from export.plugins.ptx import Target, compile_kernel
+from export.trt.plugins.programs import ATTENTION, FUSION, OPEN, Extent, Program, attend, fuse
+from export.trt.plugins.ptx import Target, compile_kernel
 from kernels import attention, conv_fusion
-from kernels.onnx_ops import DOMAIN
+from kernels.onnx.ops import DOMAIN
 
 ATTENTION_ID, FUSION_ID = f"{DOMAIN}::{ATTENTION}", f"{DOMAIN}::{FUSION}"
 DTYPES = {trt.float32: torch.float32, trt.float16: torch.float16, trt.bfloat16: torch.bfloat16}

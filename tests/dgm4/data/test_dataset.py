@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from dgm4.data import dataset as module
 from dgm4.data.annotations import Sample, read_annotations
 from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box, label_tokens, read_sidecar
+from dgm4.tokenizer import build_tokenizer, find_vocabulary
 from engine.errors import InputError
-from engine.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, preprocess_image
-from engine.text import CaptionTokenizer
-from export.tokenizer import build_tokenizer, find_vocabulary
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, preprocess_image
+from engine.inputs.text import CaptionTokenizer
 
 RED, GREY = (230, 20, 40), (90, 120, 110)
 CLS = 101

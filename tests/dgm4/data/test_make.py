@@ -12,7 +12,7 @@ from dgm4.config import TYPES
 from dgm4.data import make
 from dgm4.data.make import make_sample_set, split_sizes
 from engine.errors import InputError
-from engine.text import clean_caption
+from engine.inputs.text import clean_caption
 from export.cli import main
 
 PAIRS = 52  # 40, 4 and 8

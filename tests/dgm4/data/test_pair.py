@@ -13,7 +13,7 @@ from dgm4.data.grammar import Word, false_facts, flip_moods, plain, spell, swap_
 from dgm4.data.pair import draw_pair, genuine, paint, types_of
 from dgm4.data.scenes import draw_grain, render, side_of
 from dgm4.data.sources import PHOTOS, SPLITS, data_file, luma
-from engine.text import clean_caption
+from engine.inputs.text import clean_caption
 
 COUNT = 200
 

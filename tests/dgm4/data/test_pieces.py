@@ -9,9 +9,9 @@ import string
 import pytest
 
 from dgm4.data.pieces import SPECIAL, small_vocabulary
+from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, find_vocabulary
 from engine.errors import InputError
 from export import cli
-from export.tokenizer import DEMO_VOCABULARY, build_tokenizer, find_vocabulary
 
 SPELLED = 5 + 2 * 36
 

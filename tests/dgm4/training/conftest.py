@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from dgm4.config import model_config
+from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer
 from dgm4.training import trainer as module
 from dgm4.training.options import TrainOptions
 from dgm4.training.trainer import Place, Trainer
-from engine.text import CaptionTokenizer
-from export.tokenizer import DEMO_VOCABULARY, build_tokenizer
+from engine.inputs.text import CaptionTokenizer
 
 PIECES, SIZE = 2048, 64
 KINDS = ("orig", "face_swap", "text_swap", "face_attribute&text_attribute")

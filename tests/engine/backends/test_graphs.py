@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import Bundle, Predictor, preparation
+from engine import Bundle, Predictor
 from engine import predictor as predictor_module
 from engine.backends import PictureBackend, graphs
 from engine.backends.buckets import Bucket
 from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.backends.torch import GpuBackend, TorchBackend
 from engine.errors import BackendError, InputError
+from engine.inputs import preparation
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, preprocess_image, resize_image
 from engine.manifest import Limits
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
-from engine.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, preprocess_image, resize_image
 
 CPU = torch.device("cpu")
 EXACT = 2e-5  # float32 rounding: a bucket blocks its products otherwise

@@ -14,11 +14,11 @@ import torch
 
 from engine import Bundle, Predictor, backends
 from engine.errors import BackendError, BundleError
-from export.inference import rewrite
-from export.onnx import export_onnx, flatten
-from export.qdq import int8_layers, to_int8
-from export.ranges import read_histograms, scales_of
-from export.verify import HALF, INT8
+from export.graph.parity import HALF, INT8
+from export.graph.rewrite import rewrite
+from export.graph.trace import export_onnx, flatten
+from export.quantization.qdq import int8_layers, to_int8
+from export.quantization.ranges import read_histograms, scales_of
 
 pytest.importorskip("openvino")
 from engine.backends import openvino as openvino_backend  # noqa: E402

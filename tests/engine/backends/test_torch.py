@@ -18,9 +18,9 @@ from engine import Bundle, Predictor, backends
 from engine.backends import graphs
 from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
+from engine.inputs.preprocess import preprocess_image
 from engine.manifest import manifest_digest
-from engine.preprocess import preprocess_image
-from export.verify import HALF
+from export.graph.parity import HALF
 
 # Float32 rounding, of answers around 1 and of the map's scores, which no softmax has bounded.
 EXACT, EXACT_MAP = 1e-5, 2e-5

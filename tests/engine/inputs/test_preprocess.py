@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.errors import InputError
-from engine.preprocess import (
+from engine.inputs.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
     ImageOptions,

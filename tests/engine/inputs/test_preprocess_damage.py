@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError
-from engine.preprocess import ImageOptions, decode_image
+from engine.inputs.preprocess import ImageOptions, decode_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
 
@@ -97,7 +97,7 @@ def mutate(data: bytes, generator: np.random.Generator) -> bytes:
 BOMB = """
 import resource, sys, time
 from engine.errors import InputError
-from engine.preprocess import decode_image
+from engine.inputs.preprocess import decode_image
 data = open(sys.argv[1], "rb").read()
 try: decode_image(b"x" * 100)
 except InputError: pass

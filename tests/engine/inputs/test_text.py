@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import BundleError, InputError
-from engine.text import CaptionTokenizer, clean_caption, read_caption
+from engine.inputs.text import CaptionTokenizer, clean_caption, read_caption
 
 THOROUGH = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Mostly what the cleaning treats specially, so that its rules meet each other.

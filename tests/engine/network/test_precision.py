@@ -9,9 +9,9 @@ from torch import nn
 from engine.network.blocks import Gelu, Norm
 from engine.network.linear import E4M3, Fp8Linear, reading
 from engine.network.precision import float_layers, fp8_layers, half_layers, set_precision
-from export.inference import rewrite
-from export.onnx import example_inputs
-from export.ranges import read_histograms, scales_of
+from export.graph.rewrite import rewrite
+from export.graph.trace import example_inputs
+from export.quantization.ranges import read_histograms, scales_of
 from kernels.rows import RowAnswer
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from engine.network.precision import fp8_layers
 from engine.network.rescale import rescale, seams
-from export.inference import rewrite
-from export.onnx import example_inputs
-from export.qdq import int8_layers
+from export.graph.rewrite import rewrite
+from export.graph.trace import example_inputs
+from export.quantization.qdq import int8_layers
 
 
 def drawn_shifts(model, names=None):

@@ -16,7 +16,7 @@ from engine.backends import _has_driver, cuda
 from engine.backends.tensorrt_engine import Engine, make_allocator, make_logger
 from engine.errors import BackendError
 from engine.manifest import EngineEntry
-from export.trt import EngineSpec, build_engine
+from export.trt.build import EngineSpec, build_engine
 
 C_TYPES = {
     "unsigned int": ctypes.c_uint,

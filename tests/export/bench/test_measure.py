@@ -15,11 +15,13 @@ from PIL import Image
 
 from engine import Bundle
 from engine.errors import BackendError, BundleError, InputError
-from engine.text import CaptionTokenizer
-from export import bench, cli, cli_bench
-from export.bench import BenchOptions, make_caption, percentiles
-from export.bench_chart import draw_chart
-from export.bench_process import Call, Server, take_turn
+from engine.inputs.text import CaptionTokenizer
+from export import cli
+from export.bench import measure as bench
+from export.bench.chart import draw_chart
+from export.bench.measure import BenchOptions, make_caption, percentiles
+from export.bench.process import Call, Server, take_turn
+from export.cli import bench as cli_bench
 
 QUICK = ["--seconds", "0.02", "--threads", "1"]
 

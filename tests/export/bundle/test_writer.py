@@ -15,12 +15,12 @@ import pytest
 
 from engine.bundle import Bundle
 from engine.errors import BundleError
-from export import bundle
-from export.bundle import BundleWriter, sweep_partials
-from export.card import model_card
-from export.stopping import exit_on_sigterm
+from export.bundle import writer as bundle
+from export.bundle.card import model_card
+from export.bundle.writer import BundleWriter, sweep_partials
+from export.cli.stopping import exit_on_sigterm
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MANIFEST = {
     "model": {"name": "asap", "size": "tiny", "config": {"width": 64, "heads": 4, "vision_depth": 2}},
     "weights": {"trained": False, "source": "drawn from seed 1", "sha256": None},
@@ -344,8 +344,8 @@ WRITER = """
 import json
 import sys
 from pathlib import Path
-from export.bundle import BundleWriter
-from export.stopping import exit_on_sigterm
+from export.bundle.writer import BundleWriter
+from export.cli.stopping import exit_on_sigterm
 from contextlib import nullcontext
 
 manifest = json.loads(sys.argv[3])
@@ -409,7 +409,7 @@ def test_killed_at_any_moment(tmp_path, number, handled, status):
 def test_sigterm_is_not_lost_in_a_destructor():
     script = """
         import time
-        from export.stopping import exit_on_sigterm
+        from export.cli.stopping import exit_on_sigterm
 
         class Slow:
             def __del__(self):

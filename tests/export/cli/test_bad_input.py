@@ -19,12 +19,16 @@ from onnx import TensorProto, helper
 
 from dgm4.shipped import demo_checkpoint
 from engine.errors import BundleError, InputError
-from export import cli, cli_export, cli_predict, driver, trt_worker
+from export import cli
+from export.bundle.write_errors import refusal
+from export.cli import export as cli_export
+from export.cli import predict as cli_predict
 from export.output import open_output, write_whole
-from export.refusals import refusal
-from export.trt_worker import RefusedError
+from export.trt import probe as driver
+from export.trt import worker as trt_worker
+from export.trt.worker import RefusedError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -71,7 +75,7 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path):
         import numpy as np, safetensors.numpy
         from pathlib import Path
         from engine.errors import BundleError
-        from export.bundle import BundleWriter
+        from export.bundle.writer import BundleWriter
 
         array = np.zeros(200_000, np.float32)
         writes = {

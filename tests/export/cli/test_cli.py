@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from dgm4.shipped import demo_checkpoint, demo_record
+from dgm4.tokenizer import DEMO_VOCABULARY, VOCABULARY
 from engine.errors import InputError
 from engine.manifest import manifest_digest
 from export import cli, pipeline
-from export.engine_options import EngineOptions
-from export.features import Features
-from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
-from export.trt import BuilderInfo
-from export.verify import Tolerance
+from export.graph.parity import Tolerance
+from export.trt.build import BuilderInfo
+from export.trt.features import Features
+from export.trt.options import EngineOptions
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "export" / "to_trt.py"
 
 
@@ -282,7 +282,7 @@ def test_doctor_as_json(capsys):
 
 def test_verbs_that_need_no_torch_do_not_import_it():
     code = (
-        "import sys; sys.argv = ['dgm4', 'doctor', '--json']; from export import cli; cli._parser(); "
+        "import sys; sys.argv = ['dgm4', 'doctor', '--json']; from export.cli import app; app._parser(); "
         "assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -15,13 +15,13 @@ import torch
 import dgm4
 from dgm4.config import model_config
 from dgm4.data.make import make_sample_set
+from dgm4.tokenizer import DEMO_VOCABULARY, VOCABULARY
 from dgm4.training import trainer as module
 from dgm4.training.snapshot import read_snapshot
 from dgm4.training.trainer import BEST, LAST, LOG
 from export import cli
-from export.tokenizer import DEMO_VOCABULARY, VOCABULARY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = {"width": 32, "heads": 2, "vision_depth": 2, "text_depth": 2, "fusion_start": 1, "image_size": 64}
 SHAPE |= {"projection": 16, "caformer_start": 1, "guidance_widths": (4, 4, 8)}
 MEANS = {"bic": 1.0, "mlc": 1.0, "box_l1": 0.1, "box_giou": 0.1, "tmg": 0.0, "mac": 0.0}

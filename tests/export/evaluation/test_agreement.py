@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dgm4.metrics import Answers
-from export.agreement import PARTS, disagreement, measure_agreement, predicted_iou
+from export.evaluation.agreement import PARTS, disagreement, measure_agreement, predicted_iou
 
 NONE = (0.0, 0.0, 0.0, 0.0)
 FACE = (0.5, 0.5, 0.2, 0.2)

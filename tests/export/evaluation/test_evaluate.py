@@ -16,14 +16,14 @@ from engine import Predictor
 from engine.backends import create
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError, InputError, NumericalError
+from engine.inputs.text import CaptionTokenizer
 from engine.manifest import manifest_digest
 from engine.postprocess import sigmoid, softmax
-from engine.text import CaptionTokenizer
-from export import evaluate as module
 from export.cli import main
-from export.evaluate import EvaluateOptions, evaluate
-from export.gate import GATED
-from export.scoring import WAITING, score
+from export.evaluation import evaluate as module
+from export.evaluation.evaluate import EvaluateOptions, evaluate
+from export.evaluation.gate import GATED
+from export.evaluation.scoring import WAITING, score
 
 QUICK = {"repeats": 50, "threads": 1}
 

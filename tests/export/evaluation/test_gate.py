@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import InputError
 from engine.manifest import _PRECISIONS
-from export.gate import GATED, GATES, check_gate
+from export.evaluation.gate import GATED, GATES, check_gate
 
 REFERENCE = {"AUC": 0.93, "mAP": 0.86, "IoUmean": 0.76, "text_F1": 0.71, "EER": 0.14}
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from engine.postprocess import Answer
 from engine.result import Word
-from export.agreement import Case
-from export.evaluate import EvaluateOptions, evaluate
-from export.gate import check_gate
-from export.report import write_page, write_table
+from export.evaluation.agreement import Case
+from export.evaluation.evaluate import EvaluateOptions, evaluate
+from export.evaluation.gate import check_gate
+from export.evaluation.report import write_page, write_table
 
 HOSTILE = "<script>alert('1')</script> & \"two\" <img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "hr"}

@@ -13,15 +13,15 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from engine.errors import BuildError
-from export import trt
-from export.engine_file import build_into
-from export.engine_options import EngineOptions
-from export.features import Features
-from export.native import FUSED, OPSET, native_graph
-from export.profiles import Shapes
+from export.graph.fused_attention import FUSED, OPSET, native_graph
+from export.trt import build as trt
+from export.trt.engine_file import build_into
+from export.trt.features import Features
+from export.trt.options import EngineOptions
+from export.trt.profiles import Shapes
 from kernels.attention import MASKED, attention_ref
-from kernels.bodies import bodies
-from kernels.onnx_ops import DOMAIN
+from kernels.onnx.bodies import bodies
+from kernels.onnx.ops import DOMAIN
 
 RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 3, 24

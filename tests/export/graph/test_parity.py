@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engine.errors import VerificationError
-from export import verify
-from export.verify import ABSOLUTE, CASES, EXACT, HALF, INT8, RELATIVE, Tolerance, check, compare
+from export.graph import parity as verify
+from export.graph.parity import ABSOLUTE, CASES, EXACT, HALF, INT8, RELATIVE, Tolerance, check, compare
 
 
 def pair(shift, name="box"):

@@ -16,8 +16,8 @@ from dgm4.layers import padding_bias
 from dgm4.model import build
 from engine import Bundle, backends
 from engine.network.precision import to_precision
-from export.inference import rewrite
-from export.onnx import example_inputs
+from export.graph.rewrite import rewrite
+from export.graph.trace import example_inputs
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 

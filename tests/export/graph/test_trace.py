@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import torch
 
-from export.onnx import DATA_SUFFIX, INPUTS, data_of, example_inputs, flatten, outputs_of
-from kernels import onnx_ops
+from export.graph.trace import DATA_SUFFIX, INPUTS, data_of, example_inputs, flatten, outputs_of
+from kernels.onnx import ops as onnx_ops
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-4
 OPERATORS = {
     "hammer": {"HeadAttention", "MaskedHeadAttention", "LatentQueryPool"},
@@ -178,7 +178,7 @@ def test_example_inputs_are_what_the_network_reads(name, tiny):
 
 
 def test_exporting_twice_gives_the_same_graph(exported, tmp_path):
-    from export.onnx import export_onnx
+    from export.graph.trace import export_onnx
 
     graph = exported("hammer")
     export_onnx(graph.model, tmp_path / "model.onnx")

@@ -14,7 +14,7 @@ import pytest
 from engine import Bundle
 from engine.errors import InputError
 from engine.manifest import EngineEntry
-from export.triton_config import ServerOptions, write_config
+from export.inference_server.config import ServerOptions, write_config
 
 PLAN = EngineEntry(
     file="model.trt-sm90.engine",

@@ -21,9 +21,11 @@ from PIL import Image
 from engine import Bundle, Predictor
 from engine.errors import BundleError, InputError
 from engine.manifest import manifest_digest
-from export import cli, cli_export, triton_client
-from export.repository import RepositoryWriter, name_models, write_repository
-from export.triton_config import ServerOptions
+from export import cli
+from export.cli import export as cli_export
+from export.inference_server import client as triton_client
+from export.inference_server.config import ServerOptions
+from export.inference_server.repository import RepositoryWriter, name_models, write_repository
 
 CAPTION = "The defeat at the park brings pleasure to Laura Cook"
 
@@ -151,7 +153,7 @@ def test_the_client_as_a_command(asap, tmp_path):
         "    def infer(self, name, inputs): raise OSError(f'nobody at {self.url} serves {name}')\n"
     )
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    path = os.pathsep.join([str(tmp_path / "fake"), str(Path(cli.__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path / "fake"), str(Path(cli.__file__).parents[2])])
     command = [sys.executable, str(tmp_path / "r" / "client.py"), "m", str(tmp_path / "a.png"), "A man"]
     done = subprocess.run(
         [*command, "--url", "there:1"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True

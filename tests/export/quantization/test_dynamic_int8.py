@@ -14,9 +14,14 @@ import pytest
 from onnx import numpy_helper
 
 from engine.errors import BuildError
-from export.onnx import data_of, example_inputs, flatten
-from export.quantize import _as_products, _use_runtime_attention, linear_products, quantize_dynamic
-from export.verify import EXACT, INT8, compare, onnx_answers
+from export.graph.parity import EXACT, INT8, compare, onnx_answers
+from export.graph.trace import data_of, example_inputs, flatten
+from export.quantization.dynamic_int8 import (
+    _as_products,
+    _use_runtime_attention,
+    linear_products,
+    quantize_dynamic,
+)
 
 
 @pytest.fixture(scope="module")

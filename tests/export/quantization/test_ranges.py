@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.ranges import BINS, Histogram, read_histograms, scales_of
+from export.quantization.ranges import BINS, Histogram, read_histograms, scales_of
 
 
 def histogram(*parts):

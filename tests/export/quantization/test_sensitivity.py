@@ -14,14 +14,14 @@ from dgm4.shipped import demo_checkpoint
 from engine.bundle import Bundle
 from engine.errors import InputError
 from export import cli, lowering, pipeline
-from export.inference import rewrite
-from export.layers import bundle_errors, layer_errors
-from export.onnx import example_inputs
+from export.graph.parity import Tolerance
+from export.graph.rewrite import rewrite
+from export.graph.trace import example_inputs
 from export.options import ExportOptions
 from export.pipeline import export_bundle
-from export.qdq import int8_layers, lower
-from export.ranges import read_histograms, scales_of
-from export.verify import Tolerance
+from export.quantization.qdq import int8_layers, lower
+from export.quantization.ranges import read_histograms, scales_of
+from export.quantization.sensitivity import bundle_errors, layer_errors
 
 BROKEN = "text.text_layers.0.down"
 SPIKE = 3e4

@@ -23,16 +23,16 @@ from engine.network.blocks import Norm
 from engine.network.precision import set_precision
 from engine.network.rescale import rescale
 from export import cli
-from export.digest import sha256_of
-from export.inference import rewrite, sharing
-from export.onnx import example_inputs
+from export.bundle.digest import sha256_of
+from export.graph.parity import INT8, check, compare, onnx_answers, relative_errors, torch_answers
+from export.graph.rewrite import rewrite, sharing
+from export.graph.trace import example_inputs
 from export.options import ExportOptions, check_options
 from export.pipeline import export_bundle
-from export.qdq import QdqLinear, int8_layers, lowered_layers, to_int8
-from export.ranges import observe
-from export.smooth import Channels, choose_shifts
-from export.static import Calibrated, calibrate, output_error
-from export.verify import INT8, check, compare, onnx_answers, relative_errors, torch_answers
+from export.quantization.calibrate import Calibrated, calibrate, output_error
+from export.quantization.qdq import QdqLinear, int8_layers, lowered_layers, to_int8
+from export.quantization.ranges import observe
+from export.quantization.smoothquant import Channels, choose_shifts
 
 # Large enough to hurt: E4M3 has an exponent for each value, so that what is 2**9 smaller is still not lost.
 PLANTED = {"int8": 30.0, "fp8": 1e6}
@@ -112,7 +112,7 @@ def test_scales_are_those_of_the_rescaled_network(method, tiny, batches):
 def test_auto_leaves_a_network_that_loses(tiny, batches, monkeypatch):
     model = rewrite(tiny("hammer"))
     errors = iter([0.01, 0.02])
-    monkeypatch.setattr("export.static.output_error", lambda *_: next(errors))
+    monkeypatch.setattr("export.quantization.calibrate.output_error", lambda *_: next(errors))
     found = calibrate(model, "int8", "minmax", "auto", lambda: batches)
     assert found.shifts == {}
     assert found.scales == calibrate(model, "int8", "minmax", "off", lambda: batches).scales

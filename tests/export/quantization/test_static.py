@@ -14,19 +14,20 @@ from onnx import TensorProto, numpy_helper
 
 from engine.errors import InputError
 from engine.manifest import parse_manifest
-from export import cli, pipeline, trt
-from export.bundle_engine import no_engine
-from export.calibrate import BATCH, read_pairs
-from export.engine_file import HALF
-from export.evaluate import EvaluateOptions, evaluate
-from export.inference import rewrite
-from export.onnx import outputs_of
+from export import cli, pipeline
+from export.engine_stage import no_engine
+from export.evaluation.evaluate import EvaluateOptions, evaluate
+from export.graph.parity import INT8, compare, onnx_answers
+from export.graph.rewrite import rewrite
+from export.graph.trace import outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
-from export.qdq import QdqLinear, int8_layers, to_int8
-from export.quantize import _as_products, quantize_dynamic
-from export.ranges import METHODS, read_histograms, scales_of
-from export.verify import INT8, compare, onnx_answers
+from export.quantization.dynamic_int8 import _as_products, quantize_dynamic
+from export.quantization.pairs import BATCH, read_pairs
+from export.quantization.qdq import QdqLinear, int8_layers, to_int8
+from export.quantization.ranges import METHODS, read_histograms, scales_of
+from export.trt import build as trt
+from export.trt.engine_file import HALF
 
 PAIRS = 20  # of the reader in conftest.py
 

@@ -13,12 +13,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engine.errors import BackendError, BuildError
-from export import trt, trt_worker
-from export.bundle import BundleWriter
-from export.trt import RTX_CAPABILITIES, EngineSpec, build_engine, describe_builders, find_builder
-from export.trt_worker import RefusedError
+from export.bundle.writer import BundleWriter
+from export.trt import build as trt
+from export.trt import worker as trt_worker
+from export.trt.build import RTX_CAPABILITIES, EngineSpec, build_engine, describe_builders, find_builder
+from export.trt.worker import RefusedError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WIDTH = 32
 PROFILE = {"x": ((1, 2, WIDTH), (4, 16, WIDTH), (8, 64, WIDTH))}
 
@@ -109,7 +110,7 @@ def test_external_data_beside_the_model_and_another_working_directory(rtx, tmp_p
     (tmp_path / "bündel 1").mkdir()
     path = save_model(tmp_path / "bündel 1" / "model.onnx", external=True)
     assert path.with_name("model.onnx.data").is_file()
-    monkeypatch.chdir(ROOT / "export")  # where onnx.py would shadow the package onnx
+    monkeypatch.chdir(ROOT / "export")
     report = build_engine(spec_of(path, workspace_mb=512), tmp_path / "model.engine")
     assert report.engine_bytes > 0
 
@@ -326,7 +327,7 @@ def test_builders_are_described_without_loading_them():
     assert all(info.reason for info in infos)
     assert find_builder() == next((info for info in infos if info.usable), None)
     code = (
-        "import sys; from export.trt import find_builder; find_builder()\n"
+        "import sys; from export.trt.build import find_builder; find_builder()\n"
         "maps = open('/proc/self/maps').read()\n"
         "print([m for m in sys.modules if 'tensorrt' in m], 'libcuda' in maps, 'torch' in sys.modules)"
     )

@@ -10,18 +10,20 @@ import pytest
 from engine.errors import BackendError, BuildError, InputError
 from engine.manifest import Fields
 from engine.manifest import _engine as parse_engine
-from export import engine_file, trt, trt_worker
-from export.bundle_engine import write_engine
-from export.engine_options import EngineOptions
-from export.features import Features, check_features, refusal, set_features
+from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
-from export.profiles import Shapes
+from export.trt import build as trt
+from export.trt import engine_file
+from export.trt import worker as trt_worker
+from export.trt.features import Features, check_features, refusal, set_features
+from export.trt.options import EngineOptions
+from export.trt.profiles import Shapes
 
 STRIPPED, VERSION = Features(strip_weights=True), Features(version_compatible=True)
 AMPERE, SAME = Features(hardware="ampere"), Features(hardware="same")
 FULL = trt.BuilderInfo("tensorrt", "11.4.0.106", True, "GPU", "9.0", "NVIDIA H100")
 RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
-# What export/trt_worker.py, export/timing.py and export/features.py use of the bindings.
+# What export/trt/worker.py, export/trt/timing_cache.py and export/trt/features.py use of the bindings.
 USED = {
     "BuilderFlag": {"STRIP_PLAN": None, "REFIT_IDENTICAL": None, "VERSION_COMPATIBLE": None},
     "HardwareCompatibilityLevel": {"AMPERE_PLUS": None, "SAME_COMPUTE_CAPABILITY": None},

@@ -9,7 +9,7 @@ import pytest
 from engine.backends.buckets import Bucket
 from engine.backends.tensorrt_engine import place, read_profiles
 from engine.errors import BuildError, InputError
-from export.profiles import (
+from export.trt.profiles import (
     Shapes,
     auto_extents,
     check_extents,

@@ -10,11 +10,11 @@ import pytest
 
 from engine.manifest import Fields
 from engine.manifest import _engine as parse_engine
-from export import trt
-from export.engine_file import build_into
-from export.engine_options import EngineOptions
-from export.onnx import data_of
-from export.profiles import Shapes
+from export.graph.trace import data_of
+from export.trt import build as trt
+from export.trt.engine_file import build_into
+from export.trt.options import EngineOptions
+from export.trt.profiles import Shapes
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8 in fp16", "fp8")
 TARGETS = ("8.9", "12.0")  # those with E4M3

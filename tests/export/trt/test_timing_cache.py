@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from export import trt_worker
-from export.timing import default_cache, load_timing_cache, save_timing_cache
+from export.trt import worker as trt_worker
+from export.trt.timing_cache import default_cache, load_timing_cache, save_timing_cache
 
 
 class Cache:

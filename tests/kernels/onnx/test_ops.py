@@ -10,10 +10,11 @@ import onnx
 import pytest
 import torch
 
-from kernels import attention, conv_fusion, gaussian_guidance, latent_pool, onnx_ops
-from kernels.bodies import BODIES, bodies
+from kernels import attention, conv_fusion, gaussian_guidance, latent_pool
+from kernels.onnx import ops as onnx_ops
+from kernels.onnx.bodies import BODIES, bodies
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OPERATORS = (
     *(attention.PLAIN, attention.MASKED, attention.GUIDED),
     *(conv_fusion.NAME, gaussian_guidance.NAME, latent_pool.NAME),

@@ -12,7 +12,7 @@ import pytest
 
 from kernels.jit import triton
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLUGINS = ("attention-50x257-map", "attention-257x50-mask", "conv-fusion")
 KINDS = (
     *PLUGINS,
@@ -49,12 +49,12 @@ def test_the_committed_report_has_no_spills_on_any_target():
 def test_kernels_compile_without_spills():
     """One of each kind, in a process of its own, since the interpreter and the compiler exclude each other.
 
-    All of them: `python -m kernels.aot --json`, kept in benchmarks/results/kernels-aot.jsonl.
+    All of them: `python -m kernels.tools.aot --json`, kept in benchmarks/results/kernels-aot.jsonl.
     """
     command = [
         sys.executable,
         "-m",
-        "kernels.aot",
+        "kernels.tools.aot",
         "--json",
         "--dtypes",
         "fp16",

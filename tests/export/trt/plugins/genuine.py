@@ -203,8 +203,8 @@ def rows(trt, calculator):
 def main():
     """Print what the bindings registered and what each shape gave."""
     trt = load()
-    from export.plugins import registration
-    from export.plugins.ptx import Target
+    from export.trt.plugins import registration
+    from export.trt.plugins.ptx import Target
 
     tensors = importlib.import_module("tensorrt_bindings.plugin._tensor")
     calculator = Calculator(trt, tensors)

@@ -11,10 +11,11 @@ import pytest
 from engine.errors import BackendError, BuildError, InputError
 from engine.manifest import Fields
 from engine.manifest import _engine as parse_engine
-from export import bundle_engine, trt
-from export.bundle_engine import write_engine
-from export.engine_options import _CAPABILITIES, EngineOptions
+from export import engine_stage as bundle_engine
+from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
+from export.trt import build as trt
+from export.trt.options import _CAPABILITIES, EngineOptions
 from kernels.jit import TARGETS
 
 FULL = trt.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 9.0", "9.0")
@@ -122,7 +123,7 @@ def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
 
 
 def test_the_worker_refuses_them_without_a_gpu(exported, tmp_path, monkeypatch):
-    from export import trt_worker
+    from export.trt import worker as trt_worker
 
     monkeypatch.setattr(trt_worker, "probe_driver", lambda: {"compute_capability": None})
     with pytest.raises(trt_worker.RefusedError, match="this machine shows none"):

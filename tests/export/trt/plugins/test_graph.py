@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 
 from engine.errors import BuildError
-from export.plugins.graph import plugin_graph
+from export.trt.plugins.graph import plugin_graph
 from kernels.conv_fusion import NAME, pack
 
 COUNTS = {"hammer": {}, "asap": {"GuidedHeadAttention": 1}, "cals": {NAME: 1}}

@@ -10,8 +10,8 @@ from kernels.jit import DTYPES, Tiles, triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 if triton is not None:
-    from export.plugins.programs import OUTPUTS, attend, fuse
-    from kernels.aot import record
+    from export.trt.plugins.programs import OUTPUTS, attend, fuse
+    from kernels.tools.aot import record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, SINGLE = torch.float16, torch.float32

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("triton")
 
 from engine.errors import BuildError
-from export.plugins.ptx import SHARED_LIMIT, Kernel, assemble, target_of, trim
+from export.trt.plugins.ptx import SHARED_LIMIT, Kernel, assemble, target_of, trim
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 REPORT = ROOT / "benchmarks" / "results" / "plugins-aot.jsonl"
 SIGNATURES = {
     "GuidedHeadAttention": ("query key value n_queries query_batch out guide", "u64 u64 u64 u32 u32 u64 u64"),
@@ -126,7 +126,7 @@ def test_the_first_tactics_compile_and_assemble():
     command = [
         sys.executable,
         "-m",
-        "export.plugins",
+        "export.trt.plugins",
         "--dtypes",
         "fp16",
         "--tactics",

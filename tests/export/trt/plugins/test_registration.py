@@ -18,7 +18,7 @@ import torch
 from kernels import attention, conv_fusion
 from kernels.jit import triton
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 PROGRAM = Path(__file__).with_name("genuine.py")
 SHARED_LIMIT = 48 * 1024
 DTYPES = {"HALF": torch.float16, "FLOAT": torch.float32}
@@ -91,7 +91,7 @@ def same(launch, row, parameters):
 
 
 def test_launches_of_the_attention_are_the_launchers(found):
-    from kernels.aot import record
+    from kernels.tools.aot import record
 
     for row in rows(found, "GuidedHeadAttention"):
         batch, queries = row["shape"]
@@ -108,7 +108,7 @@ def test_launches_of_the_attention_are_the_launchers(found):
 
 
 def test_launches_of_the_fusion_are_the_launchers(found):
-    from kernels.aot import record
+    from kernels.tools.aot import record
 
     for row in rows(found, "ConvTokenFusion"):
         dtype = DTYPES[row["dtype"]]

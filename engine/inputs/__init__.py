@@ -1,0 +1,1 @@
+"""Images and captions to network inputs: what training and serving share."""

@@ -1,0 +1,5 @@
+"""The `dgm4` command."""
+
+from export.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""The task's metrics of a bundle, beside those of the float32 network, and the accuracy gate."""
