@@ -25,11 +25,11 @@ from benchmarks.machine import describe_machine
 from dgm4.config import MODEL_NAMES
 from dgm4.shipped import demo_checkpoint
 from engine.errors import VerificationError
+from engine.layout import HALF_GRAPH
 from export.evaluation.evaluate import EvaluateOptions, evaluate
 from export.evaluation.gate import GATED, check_gate
 from export.options import ExportOptions
 from export.pipeline import export_bundle
-from export.trt.engine_file import HALF
 
 # As the table names it: precision, whether activations are calibrated, the graph where it is no backend's.
 VARIANTS = {
@@ -38,7 +38,7 @@ VARIANTS = {
     "bf16": ("bf16", False, None),
     "int8 dynamic": ("int8", False, None),
     "int8 static": ("int8", True, None),
-    "int8 in fp16": ("int8", True, HALF),
+    "int8 in fp16": ("int8", True, HALF_GRAPH),
     "fp8": ("fp8", False, None),
     "fp8 static": ("fp8", True, None),
 }

@@ -40,8 +40,8 @@ from dgm4.training.answers import collect
 from dgm4.training.options import TrainOptions, read_recipe
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
+from engine.files import sha256_of
 from engine.inputs.text import CaptionTokenizer, clean_caption
-from export.bundle.digest import sha256_of
 from export.evaluation.gate import GATED
 
 RESULT = Path(__file__).resolve().parent / "results" / "demo.json"

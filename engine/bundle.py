@@ -6,8 +6,6 @@ of its own content. This finds damage; it does not tell who wrote a bundle. Load
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
 import os
 import threading
@@ -15,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BundleError
+from engine.files import sha256_of
+from engine.layout import ENGINE_SUFFIX, MANIFEST
 from engine.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
     FileEntry,
     Manifest,
     check_digest,
@@ -88,28 +85,11 @@ class Bundle:
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes."""
-        fields = _plain(dataclasses.asdict(self.manifest))
-        if fields["calibration"] is None:
-            del fields["calibration"]  # as in the manifest of a bundle that was not calibrated
-        elif fields["calibration"]["smoothing"] is None:
-            del fields["calibration"]["smoothing"]
+        fields = self.manifest.to_dict()
+        # As in every release: the key is there for an engine of a single kind of GPU too.
+        fields["engines"] = [{"hardware": None, **engine} for engine in fields["engines"]]
         total = sum(entry.bytes for entry in self.manifest.files.values())
-        return {
-            "path": str(self.path),
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "total_bytes": total,
-            **fields,
-        }
-
-
-def _plain(value: Any) -> Any:
-    """Make lists of tuples, as JSON would."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+        return {"path": str(self.path), "total_bytes": total, **fields}
 
 
 def _read_manifest(root: Path) -> bytes:
@@ -159,7 +139,7 @@ def _check_digest(path: Path, entry: FileEntry) -> None:
     try:
         with path.open("rb") as file:
             _check_size(path, os.fstat(file.fileno()).st_size, entry)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     if digest != entry.sha256:
@@ -170,5 +150,5 @@ def _check_digest(path: Path, entry: FileEntry) -> None:
 
 
 def _remedy(name: str) -> str:
-    rebuild = "build the engine again (dgm4 rebuild), or " if name.endswith(".engine") else ""
+    rebuild = "build the engine again (dgm4 rebuild), or " if name.endswith(ENGINE_SUFFIX) else ""
     return f"{rebuild}export or copy the bundle again"

@@ -22,6 +22,7 @@ from engine.inputs.pairs import Caption, Pair, check_shapes, join_pairs, unpack_
 from engine.inputs.preparation import Item, Preparation, milliseconds
 from engine.inputs.preprocess import ImageInput, ImageOptions
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import TOKENIZER
 from engine.manifest import Manifest, Thresholds
 from engine.postprocess import read_answer
 from engine.result import Prediction
@@ -32,7 +33,6 @@ OnError = Literal["raise", "return"]
 # What stands in a failed item's place with on_error="return".
 ItemError = InputError | NumericalError
 
-TOKENIZER = "tokenizer.json"
 THUMBNAIL_SIDE = 1024
 _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _WARM_UP = (1, 24)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dgm4.config import ModelConfig
 from engine.errors import BackendError
+from engine.manifest import EngineEntry
 from export.bundle.writer import BundleWriter
 from export.manifest_fields import MAX_WORDS, MIN_TOKENS
 from export.options import ExportOptions, asks_for_engine
@@ -13,8 +12,6 @@ from export.trt import build as trt
 from export.trt.engine_file import build_into
 from export.trt.options import default_targets
 from export.trt.profiles import Shapes
-
-MODEL = "model.onnx"
 
 
 def has_graph(options: ExportOptions) -> bool:
@@ -40,14 +37,14 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
 
 def write_engine(
     options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
-) -> tuple[dict[str, Any], str]:
-    """Build the engine of the bundle's graph; the manifest's record of it and a line that says what it is.
+) -> tuple[EngineEntry, str]:
+    """Build the engine of the bundle's graph; return its entry in the manifest and a line on it.
 
     Raises BuildError.
     """
     targets = options.targets or default_targets(builder.library, options.precision)
     tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
     shapes, building = Shapes(options.max_batch, *tokens, config.image_size), options.building
-    record, line = build_into(writer, builder, targets, shapes, building, options.precision)
+    entry, line = build_into(writer, builder, targets, shapes, building, options.precision)
     excluded = building.no_plugins() if building.plugins == "auto" else None
-    return record, line if excluded is None else f"{line}; without our kernels: {excluded}"
+    return entry, line if excluded is None else f"{line}; without our kernels: {excluded}"

@@ -15,12 +15,13 @@ from torch import Tensor
 from engine.backends.torch import SHIFTS
 from engine.errors import InputError
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import FLAT_GRAPH, GRAPH, HALF_GRAPH, SCALES, TOKENIZER
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from engine.network.precision import float_layers, set_precision, to_precision
 from engine.network.rescale import rescale
 from export.bundle.writer import BundleWriter
-from export.engine_stage import MODEL, has_graph
+from export.engine_stage import has_graph
 from export.graph.bf16_emulation import emulate
 from export.graph.parity import (
     BF16,
@@ -46,11 +47,7 @@ from export.quantization.pairs import PairReader, read_pairs
 from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
 from export.quantization.sensitivity import PAIRS, layer_errors
 from export.stages import Open, Run
-from export.trt.engine_file import HALF
 
-TOKENIZER = "tokenizer.json"
-FLAT = "model.flat.onnx"  # the graph for runtimes that know no functions, with the weights of MODEL
-SCALES = "scales.json"  # of calibrated activations
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
 # From and to which case a cast network is compared, and how near: one is enough, since float16 is slow here
 # and its graph answers them all; bf16 and fp8 are judged on the longer one, since a caption of one word has
@@ -72,7 +69,7 @@ def write_graph(
     `reference` are its answers to the cases. It stays as it is where layers may be kept. Raises
     VerificationError where the result is too far from it.
     """
-    options, graph = run.options, writer.path(MODEL)
+    options, graph = run.options, writer.path(GRAPH)
     if options.calibration is not None and run.scales is None:
         _calibrate(run, writer, inference)
     if isinstance(options.keep_layers, int) and options.keep_layers and not run.kept:
@@ -86,7 +83,7 @@ def write_graph(
         if has_graph(options):
             _trace(run, work, graph, reference)
     if has_graph(options) and _is_portable(run):
-        flatten(graph, writer.path(FLAT))
+        flatten(graph, writer.path(FLAT_GRAPH))
 
 
 def keep_more(run: Run, writer: BundleWriter, inference: InferenceModel) -> bool:
@@ -168,7 +165,7 @@ def _graph_text(proto: Any) -> str:
 
 def _write_int8(run: Run, writer: BundleWriter, model: InferenceModel, reference: Sequence[Arrays]) -> None:
     if run.scales is None:
-        _write_dynamic(run, model, writer.path(MODEL), reference)
+        _write_dynamic(run, model, writer.path(GRAPH), reference)
         return
     with run.stage("quantise") as stage:
         # Drawn pictures are noise, beyond the ranges of real ones: scales are judged on what they are for.
@@ -178,13 +175,13 @@ def _write_int8(run: Run, writer: BundleWriter, model: InferenceModel, reference
         count = len(lowered_layers(model, "int8")) - len(run.kept)
         lowered = lower(model, "int8", run.scales, run.kept)
         run.float_layers = float_layers(lowered)
-        proto = export_onnx(lowered, writer.path(MODEL))
-        _check_int8(stage, before, onnx_answers(writer.path(MODEL), model.config, feeds), "rewrite")
+        proto = export_onnx(lowered, writer.path(GRAPH))
+        _check_int8(stage, before, onnx_answers(writer.path(GRAPH), model.config, feeds), "rewrite")
         activations = "calibrated ({method}) on {pairs} pairs of {source}".format(**run.calibration or {})
         stage.text = f"{count} layers in int8, weights per channel, activations {activations}"
         stage.text += f"; {_graph_text(proto)}{_kept_text(run)}"
     if run.options.engine:
-        _write_half(run, model, writer.path(HALF), feeds, before)
+        _write_half(run, model, writer.path(HALF_GRAPH), feeds, before)
 
 
 def _write_half(

@@ -1,88 +1,97 @@
-"""What a bundle says of itself: the fields of its manifest."""
+"""What an export says of itself: the manifest of the bundle that it writes."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from dgm4.config import TYPES, ModelConfig
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
+from engine.manifest import (
+    INPUTS,
+    Accuracy,
+    Calibration,
+    EngineEntry,
+    Limits,
+    Manifest,
+    ModelInfo,
+    Preprocess,
+    TensorSpec,
+    Thresholds,
+    Verification,
+    Weights,
+)
+from engine.packages import version_of
 from export.graph.trace import outputs_of
 from export.stages import Run
 
 MAX_WORDS, MIN_TOKENS = 50, 2
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
 THRESHOLD = 0.5
+_PACKAGES = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
 
 
-def manifest_fields(
+def describe_export(
     run: Run,
     config: ModelConfig,
-    weights: dict[str, Any],
-    engines: Sequence[dict[str, Any]] = (),
-    accuracy: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """Everything of the manifest but the hashes."""
-    options = run.options
-    return {
-        "format": "dgm4-bundle",
-        "format_version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": config.name, "size": config.size, "config": config.to_dict()},
-        "weights": weights,
-        "precision": options.precision,
-        "preprocess": {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "resample": "bicubic",
-            "mean": list(CLIP_MEAN),
-            "std": list(CLIP_STD),
-            "max_words": MAX_WORDS,
-            "max_tokens": min(LONGEST_CAPTION, options.max_tokens),
-            "min_tokens": MIN_TOKENS,
+    weights: Weights,
+    engines: Sequence[EngineEntry] = (),
+    accuracy: Sequence[Accuracy] = (),
+) -> Manifest:
+    """The manifest of the bundle that `run` writes, without the files, which are still to be hashed."""
+    options, calibration = run.options, None
+    if run.calibration is not None:
+        calibration = Calibration.from_dict(run.calibration, "calibration")
+    return Manifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=ModelInfo(config.name, config.size, config.to_dict()),
+        weights=weights,
+        precision=options.precision,
+        preprocess=Preprocess(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            resample="bicubic",
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            max_words=MAX_WORDS,
+            max_tokens=min(LONGEST_CAPTION, options.max_tokens),
+            min_tokens=MIN_TOKENS,
+        ),
+        inputs=_inputs(config),
+        outputs=_outputs(config),
+        limits=Limits(options.max_batch, options.max_tokens),
+        types=TYPES,
+        thresholds=Thresholds(THRESHOLD, THRESHOLD, THRESHOLD),
+        engines=tuple(engines),
+        versions={
+            "python": platform.python_version(),
+            **{name: version_of(name) or "not installed" for name in _PACKAGES},  # dgm4 may run in place
         },
-        **_tensors(config),
-        "limits": {"max_batch": options.max_batch, "max_tokens": options.max_tokens},
-        "types": list(TYPES),
-        "thresholds": {"manipulated": THRESHOLD, "types": THRESHOLD, "words": THRESHOLD},
-        "engines": list(engines),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "verification": [difference.to_dict() for difference in run.verification],
-        "accuracy": list(accuracy),
-        "float32_layers": run.float_layers,
-        "kept_layers": run.kept,
-        **({} if run.calibration is None else {"calibration": run.calibration}),
+        verification=tuple(Verification(**difference.to_dict()) for difference in run.verification),
+        files={},
+        accuracy=tuple(accuracy),
+        float32_layers=tuple(run.float_layers),
+        kept_layers=tuple(run.kept),
+        calibration=calibration,
+    )
+
+
+def _inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    image, *text = INPUTS
+    size = config.image_size
+    return (
+        TensorSpec(image, "float32", ("batch", 3, size, size)),
+        *(TensorSpec(name, "int64", ("batch", "tokens")) for name in text),
+    )
+
+
+def _outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "logits_real_fake": ("batch", 2),
+        "logits_multicls": ("batch", len(TYPES)),
+        "box": ("batch", 4),
+        "logits_tok": ("batch", "tokens - 1", 2),
+        "attention_map": ("batch", "tokens", config.image_tokens),
     }
-
-
-def _tensors(config: ModelConfig) -> dict[str, list[dict[str, Any]]]:
-    """Inputs and outputs as the manifest declares them."""
-    picture = ["batch", 3, config.image_size, config.image_size]
-    shapes: dict[str, list[int | str]] = {
-        "logits_real_fake": ["batch", 2],
-        "logits_multicls": ["batch", len(TYPES)],
-        "box": ["batch", 4],
-        "logits_tok": ["batch", "tokens - 1", 2],
-        "attention_map": ["batch", "tokens", config.image_tokens],
-    }
-    text = [
-        {"name": n, "dtype": "int64", "shape": ["batch", "tokens"]} for n in ("input_ids", "attention_mask")
-    ]
-    return {
-        "inputs": [{"name": "image", "dtype": "float32", "shape": picture}, *text],
-        "outputs": [{"name": n, "dtype": "float32", "shape": shapes[n]} for n in outputs_of(config)],
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"  # the tree is run in place
-    return found
+    return tuple(TensorSpec(name, "float32", shapes[name]) for name in outputs_of(config))

@@ -22,23 +22,23 @@ from dgm4.model import Detector
 from dgm4.shipped import demo_of, demo_record
 from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, vocabulary_of
 from engine.errors import BuildError, InputError, VerificationError
+from engine.files import sha256_of
+from engine.layout import CARD, HALF_GRAPH, TOKENIZER, WEIGHTS
+from engine.manifest import Accuracy, EngineEntry, Manifest, Weights
 from export.bundle.card import model_card
-from export.bundle.digest import sha256_of
 from export.bundle.writer import BundleWriter
 from export.engine_stage import no_engine, write_engine
 from export.evaluation.evaluate import EvaluateOptions, evaluate
 from export.evaluation.gate import GATED, check_gate
 from export.graph.parity import EXACT, check, compare, torch_answers
 from export.graph.rewrite import rewrite
-from export.lowering import TOKENIZER, keep_more, write_graph
-from export.manifest_fields import manifest_fields
+from export.lowering import keep_more, write_graph
+from export.manifest_fields import describe_export
 from export.options import ExportOptions, check_options
 from export.stages import Run, Stage
 from export.trt import build as trt
-from export.trt.engine_file import HALF
 
 SEED = 1
-WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
         known, accuracy = _write_networks(run, writer)
         known["engines"] = _write_engine(run, writer, known["config"])
         with run.stage("bundle") as stage:
-            manifest = manifest_fields(run, **known, accuracy=accuracy)
-            writer.add_text(CARD, model_card(manifest))
-            manifest = writer.commit(manifest)
+            draft = describe_export(run, **known, accuracy=accuracy)
+            writer.add_text(CARD, model_card(draft))
+            manifest = writer.commit(draft.to_dict())
             total = sum(entry["bytes"] for entry in manifest["files"].values())
             stage.text = (
                 f"{options.out}: {len(manifest['files'])} files, {total / 1e6:.0f} MB, hashed and synced"
@@ -66,18 +66,18 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
     return manifest
 
 
-def _judge(run: Run, writer: BundleWriter, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _judge(run: Run, writer: BundleWriter, manifest: Manifest) -> list[Accuracy]:
     """Measure the task's metrics of the unpublished bundle; raise VerificationError outside the gate."""
     options = run.options
     if options.data is None:
         own = run.vocabulary is not None and run.vocabulary.read_bytes() == DEMO_VOCABULARY.read_bytes()
-        return _shipped_accuracy(manifest["weights"]["sha256"]) if own else []
-    preview = writer.preview(manifest)
-    graphs = [None, HALF] if writer.path(HALF).exists() else [None]
+        return _shipped_accuracy(manifest.weights.sha256) if own else []
+    preview = writer.preview(manifest.to_dict())
+    graphs = [None, HALF_GRAPH] if writer.path(HALF_GRAPH).exists() else [None]
     return [_measure(run, preview, options.data, graph) for graph in graphs]
 
 
-def _measure(run: Run, bundle: Path, data: Path, graph: str | None) -> dict[str, Any]:
+def _measure(run: Run, bundle: Path, data: Path, graph: str | None) -> Accuracy:
     """The record of a graph's metrics, None for that of the backends; VerificationError outside the gate."""
     options = run.options
     with run.stage("accuracy") as stage:
@@ -93,25 +93,24 @@ def _measure(run: Run, bundle: Path, data: Path, graph: str | None) -> dict[str,
             f"{found.pairs} pairs of {options.split}{_of(graph)}: {named}; within the gate of float32"
         )
     source = f"{data.name}, split {options.split}{_of(graph)}"
-    return {"source": source, "pairs": found.pairs, "metrics": metrics, "reference": reference}
+    return Accuracy(source, found.pairs, metrics, reference)
 
 
 def _of(graph: str | None) -> str:
     return f", {graph}" if graph else ""
 
 
-def _shipped_accuracy(weights: str | None) -> list[dict[str, Any]]:
+def _shipped_accuracy(weights: str | None) -> list[Accuracy]:
     """What the demo's own record says of its weights (by SHA-256); nothing of any others."""
     name = demo_of(weights)
     if name is None:
         return []
     record = demo_record()
     source = f"the demo's {record['data']}, measured before this export"
-    known = record["networks"][name]["metrics"]
-    return [{"source": source, "pairs": record["pairs"], "metrics": {}, "reference": known}]
+    return [Accuracy(source, record["pairs"], {}, record["networks"][name]["metrics"])]
 
 
-def _write_networks(run: Run, writer: BundleWriter) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _write_networks(run: Run, writer: BundleWriter) -> tuple[dict[str, Any], list[Accuracy]]:
     """Load, rewrite, lower, trace and judge; leave the graph and the weights in the bundle.
 
     Returns the network's configuration and the record of its weights, and that of its accuracy.
@@ -132,7 +131,7 @@ def _write_networks(run: Run, writer: BundleWriter) -> tuple[dict[str, Any], lis
     while True:
         try:
             write_graph(run, writer, inference, answers)
-            accuracy = _judge(run, writer, manifest_fields(run, **known))
+            accuracy = _judge(run, writer, describe_export(run, **known))
             break
         except VerificationError:
             if not keep_more(run, writer, inference):
@@ -156,28 +155,28 @@ def _release(model: torch.nn.Module) -> None:
         library.malloc_trim(0)
 
 
-def _load(run: Run) -> tuple[Detector, dict[str, Any]]:
+def _load(run: Run) -> tuple[Detector, Weights]:
     options = run.options
     with run.stage("load") as stage:
         if options.checkpoint is None:
             model = dgm4.seeded_model(options.model or "asap", options.size or "tiny", SEED)
-            weights: dict[str, Any] = {"trained": False, "source": f"drawn from seed {SEED}", "sha256": None}
+            weights = Weights(trained=False, source=f"drawn from seed {SEED}", sha256=None)
         else:
             model, weights = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
         stage.text = (
-            f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights['source']}"
+            f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights.source}"
         )
     return model, weights
 
 
-def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, dict[str, Any]]:
+def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weights]:
     checkpoint = dgm4.read_checkpoint(path)
     trained = checkpoint.layout != "albef"
     name = options.model or (checkpoint.layout if trained else None)
     config = dgm4.model_config(name, options.size) if name and options.size else None
     source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
-    weights = {"trained": trained, "source": source, "sha256": sha256_of(path)}
+    weights = Weights(trained, source, sha256_of(path))
     return dgm4.load_state(checkpoint, options.model, config), weights
 
 
@@ -205,7 +204,7 @@ def _write_tokenizer(run: Run, writer: BundleWriter, config: ModelConfig) -> Non
         stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces of {path.name}"
 
 
-def _write_engine(run: Run, writer: BundleWriter, config: ModelConfig) -> list[dict[str, Any]]:
+def _write_engine(run: Run, writer: BundleWriter, config: ModelConfig) -> list[EngineEntry]:
     """Build the engine where this machine can; say in one line why not where it cannot."""
     options = run.options
     with run.stage("engine") as stage:
@@ -215,9 +214,9 @@ def _write_engine(run: Run, writer: BundleWriter, config: ModelConfig) -> list[d
             stage.text = f"none: {reason}"
             return []
         try:
-            record, stage.text = write_engine(options, config, builder, writer)
+            entry, stage.text = write_engine(options, config, builder, writer)
         except BuildError as error:
             raise BuildError(
                 f"{error}\nwithout an engine (--target none) the bundle would be whole"
             ) from error
-    return [record]
+    return [entry]

@@ -16,19 +16,18 @@ from typing import Any
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, InputError
-from engine.manifest import MANIFEST, Manifest
+from engine.layout import CARD, GRAPH, MANIFEST
+from engine.manifest import EngineEntry, Manifest
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
 from export.cli.arguments import as_option
 from export.cli.engine_arguments import engine_options
 from export.trt import build as trt
-from export.trt.engine_file import GRAPH, build_into, graph_of
+from export.trt.engine_file import build_into, graph_of
 from export.trt.options import EngineOptions, default_targets
 from export.trt.profiles import Shapes
 
 logger = logging.getLogger(__name__)
-
-CARD = "README.md"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,26 +56,25 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
     spec, limits = manifest.preprocess, manifest.limits
     builder = _builder()
     options.check_builder(builder)
-    fields = json.loads((bundle.path / MANIFEST).read_bytes())
     graph = manifest.files[graph_of(manifest.files)].sha256
-    current = [_modern(record) for record in fields["engines"] if record["onnx_sha256"] == graph]
+    current = [entry for entry in manifest.engines if entry.onnx_sha256 == graph]
     options = _remembering(options, current)
     options.check(limits.max_batch, limits.max_tokens)
     whole = _verified(bundle)
-    current = [record for record in current if record["file"] in whole]
-    dropped = {CARD, *(record["file"] for record in fields["engines"])} - {r["file"] for r in current}
-    kept = [name for name in manifest.files if name not in dropped]
+    current = [entry for entry in current if entry.file in whole]
+    dropped = {CARD, *(entry.file for entry in manifest.engines)} - {entry.file for entry in current}
     with BundleWriter(bundle.path) as writer:
-        for name in kept:
-            _carry(bundle.path / name, writer.path(name))
+        for name in manifest.files:
+            if name not in dropped:
+                _carry(bundle.path / name, writer.path(name))
         tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
         shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
         targets = _targets(builder.library, manifest)
-        record, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
-        fields["engines"] = [*(old for old in current if old["file"] != record["file"]), record]
-        writer.add_text(CARD, model_card(fields))
-        del fields["sha256"]
-        writer.commit(fields)
+        entry, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
+        engines = (*(other for other in current if other.file != entry.file), entry)
+        manifest = replace(manifest, engines=engines)
+        writer.add_text(CARD, model_card(manifest))
+        writer.commit({**_unknown_fields(bundle), **manifest.to_dict()})
     return line
 
 
@@ -93,11 +91,10 @@ def _check_graph(manifest: Manifest) -> None:
         )
 
 
-def _modern(record: dict[str, Any]) -> dict[str, Any]:
-    """An engine's record as it is written today: a list of profiles where there was one."""
-    if "profile" not in record:
-        return record
-    return {"profiles": [record["profile"]], **{k: v for k, v in record.items() if k != "profile"}}
+def _unknown_fields(bundle: Bundle) -> dict[str, Any]:
+    """What a newer release wrote into the manifest and this one does not read; it stays."""
+    fields = json.loads((bundle.path / MANIFEST).read_bytes())
+    return {name: value for name, value in fields.items() if name != "sha256"}
 
 
 def _builder() -> trt.BuilderInfo:
@@ -109,9 +106,9 @@ def _builder() -> trt.BuilderInfo:
     return builder
 
 
-def _remembering(options: EngineOptions, records: Sequence[dict[str, Any]]) -> EngineOptions:
-    """The options with the profiles of an engine in `records` that has several, where none were given."""
-    several = [record["profiles"] for record in records if len(record["profiles"]) > 1]
+def _remembering(options: EngineOptions, engines: Sequence[EngineEntry]) -> EngineOptions:
+    """The options with the profiles of an engine in `engines` that has several, where none were given."""
+    several = [entry.profiles for entry in engines if len(entry.profiles) > 1]
     if options.profiles is not None or not several:
         return options
     most = [profile["input_ids"]["max"] for profile in several[-1]]

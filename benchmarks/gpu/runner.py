@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.files import replacing
+
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 4000  # characters of a failed part's output that its record keeps
 DONE, FAILED, CUT = "done", "failed", "cut"
@@ -62,9 +64,8 @@ class Results:
     def save(self) -> None:
         """Write the file whole, or leave the old one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"calls": self.calls, "parts": self.parts}, indent=1) + "\n")
-        scratch.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps({"calls": self.calls, "parts": self.parts}, indent=1) + "\n")
 
     def pending(self, parts: Iterable[Part], again: bool = False) -> list[Part]:
         """What is still to run, in order; what failed before comes last. `again`: all of them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import read_sidecar
 from engine.errors import InputError
+from engine.files import replacing
 from engine.inputs.preprocess import decode_image
 from engine.inputs.text import clean_caption, read_caption
 
@@ -213,12 +213,5 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]
 
 def _save(path: Path, texts: Mapping[str, str]) -> None:
     """Write a side-car so that `path` holds the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(texts, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")

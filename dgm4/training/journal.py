@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from engine.files import replacing
+
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line; NaN, which JSON lacks, is written as null."""
@@ -25,7 +27,8 @@ def keep_lines(path: Path, update: int) -> None:
                 kept.append(text)
         except ValueError:
             continue  # the run was killed while it wrote
-    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    with replacing(path, only_writer=True) as partial:
+        partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dgm4.checkpoint import read_content
 from dgm4.config import ModelConfig
 from dgm4.training.trainee import Trainee
 from engine.errors import CheckpointError
+from engine.files import replacing
 
 _POSITION_IDS = "bert.embeddings.position_ids"
 _NEEDED = {"model", "optimizer", "lr_scheduler", "scaler", "config", "epoch", "progress", "random"}
@@ -81,12 +81,8 @@ def load_released(trainee: Trainee, state: dict[str, Tensor]) -> None:
 
 def write_snapshot(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that `path` holds the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, only_writer=True) as partial:
+        torch.save(content, partial)
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from engine.errors import BackendError
+from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle
@@ -45,15 +46,15 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
         else f"libonnxruntime_providers_{provider}.so"
     )
     create = f"engine.backends.ort_gpu:{create}"
-    return _Kind(("onnxruntime",), create, "model.flat.onnx", f"capi/{part}", "onnxruntime-gpu", gpu=True)
+    return _Kind(("onnxruntime",), create, FLAT_GRAPH, f"capi/{part}", "onnxruntime-gpu", gpu=True)
 
 
 # The best one first; those for a GPU alone after the others: `create` says what "auto" is. Dynamic int8,
 # which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, _Kind] = {
-    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", "model.onnx"),
-    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", "model.safetensors"),
-    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", "model.flat.onnx", asked=True),
+    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH),
+    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS),
+    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, asked=True),
     "tensorrt": _Kind(
         ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", gpu=True
     ),
@@ -140,7 +141,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
         why = f"reads {_BACKENDS[name].reads}, which this bundle in {precision} has not"
-        if name == "ort" and "model.onnx" in bundle.manifest.files:
+        if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
     cores = usable_cores()

@@ -16,11 +16,9 @@ from engine.backends import usable_cores
 from engine.backends.buckets import check_ids, measure
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
+from engine.layout import FLAT_GRAPH, GRAPH_DATA
 
 logger = logging.getLogger(__name__)
-
-MODEL = "model.flat.onnx"
-MODEL_DATA = "model.onnx.data"
 
 
 def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
@@ -29,9 +27,9 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
         raise BackendError(
             f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
         )
-    path = bundle.verified(MODEL)
-    if MODEL_DATA in bundle.manifest.files:
-        bundle.verified(MODEL_DATA)
+    path = bundle.verified(FLAT_GRAPH)
+    if GRAPH_DATA in bundle.manifest.files:
+        bundle.verified(GRAPH_DATA)
     return OpenVinoBackend(path, bundle, threads or usable_cores())
 
 

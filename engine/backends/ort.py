@@ -11,11 +11,10 @@ import onnxruntime
 from engine.backends import usable_cores
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
+from engine.layout import GRAPH, GRAPH_DATA
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model.onnx"
-MODEL_DATA = "model.onnx.data"
 _LOG_ERRORS = 3
 
 
@@ -25,9 +24,9 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OrtBackend:
         raise BackendError(
             f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
         )
-    path = bundle.verified(MODEL)
-    if MODEL_DATA in bundle.manifest.files:
-        bundle.verified(MODEL_DATA)
+    path = bundle.verified(GRAPH)
+    if GRAPH_DATA in bundle.manifest.files:
+        bundle.verified(GRAPH_DATA)
     return OrtBackend(path, bundle, threads or usable_cores())
 
 

@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from engine import files
 from engine.backends import usable_cores
 from engine.backends.buckets import check_ids, measure
-from engine.backends.ort import MODEL_DATA, check_names, session_options
+from engine.backends.ort import check_names, session_options
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
+from engine.layout import FLAT_GRAPH, GRAPH_DATA
 from engine.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model.flat.onnx"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _DEVICE = re.compile(r"auto|cuda(?::(\d+))?")
 _TYPICAL_BATCH, _TYPICAL_TOKENS = 8, 50
@@ -93,10 +94,9 @@ def cache_folder(bundle: Bundle) -> Path | None:
 
     An engine is a program: nobody else may write there. The provider knows a graph by its structure alone.
     """
-    files = bundle.manifest.files
-    key = "-".join(files[name].sha256[:16] for name in (MODEL, MODEL_DATA) if name in files)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (no RuntimeError)
-    folder = Path(base) / "dgm4" / key
+    entries = bundle.manifest.files
+    key = "-".join(entries[name].sha256[:16] for name in (FLAT_GRAPH, GRAPH_DATA) if name in entries)
+    folder = files.cache_folder() / key
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
@@ -164,9 +164,9 @@ def _index(name: str, device: str) -> int:
 def _create(
     name: str, bundle: Bundle, index: int, threads: int | None, providers: Providers
 ) -> OrtGpuBackend:
-    path = bundle.verified(MODEL)
-    if MODEL_DATA in bundle.manifest.files:
-        bundle.verified(MODEL_DATA)
+    path = bundle.verified(FLAT_GRAPH)
+    if GRAPH_DATA in bundle.manifest.files:
+        bundle.verified(GRAPH_DATA)
     session = _load(name, path, session_options(threads or usable_cores()), providers)
     manifest = bundle.manifest
     check_names(path, "inputs", session.get_inputs(), [spec.name for spec in manifest.inputs])

@@ -25,11 +25,11 @@ from engine.backends.tensorrt_lane import Lane
 from engine.backends.tensorrt_target import choose, find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError
+from engine.layout import DATA_SUFFIX
 from engine.manifest import EngineEntry, Manifest
 
 logger = logging.getLogger(__name__)
 
-DATA_SUFFIX = ".data"
 LANES = 4  # each holds the inputs and activations of the largest batch
 
 

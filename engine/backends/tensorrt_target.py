@@ -8,7 +8,6 @@ the machine first, and the file's SHA-256 with the manifest.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -16,13 +15,13 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from engine.backends.cuda import Gpu, open_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError
 from engine.manifest import EngineEntry
+from engine.packages import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +159,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _check_driver(library: str, gpu: Gpu) -> None:
     """Raise BackendError where the driver is older than the CUDA that the library was built with."""
     for major in _CUDA_MAJORS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(f"{library}_cu{major}")
+        if version_of(f"{library}_cu{major}") is not None:
             if gpu.cuda // 1000 < major:
                 has = f"{gpu.cuda // 1000}.{gpu.cuda % 1000 // 10}"
                 raise BackendError(
@@ -173,9 +171,9 @@ def _check_driver(library: str, gpu: Gpu) -> None:
 
 def _version(library: str) -> str:
     """Version of a library by its package's record, else by importing it; raises BackendError."""
-    for package in (library, *(f"{library}_cu{major}" for major in _CUDA_MAJORS)):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
+    version = version_of(library, *(f"{library}_cu{major}" for major in _CUDA_MAJORS))
+    if version is not None:
+        return version
     try:
         return str(importlib.import_module(library).__version__)
     except (ImportError, OSError) as error:

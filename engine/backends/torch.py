@@ -20,6 +20,7 @@ from engine.backends.buckets import check_ids, measure
 from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
+from engine.layout import SCALES, WEIGHTS
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, Output
@@ -30,8 +31,6 @@ from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
-SCALES = "scales.json"
 SHIFTS = (
     "shifts"  # in that file beside the layers: what channels were rescaled by, see engine.network.rescale
 )

@@ -1,44 +1,48 @@
-"""Shape of a network, as a bundle's manifest records it."""
+"""Shape of a network: what a checkpoint's training and a bundle's manifest record of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from engine.fields import Fields
+from engine.schema import Record, at_least, one_of
 
 NAMES = ("hammer", "asap", "cals")
-
-_LISTS = ("guidance_widths", "caformer_kernels")
 
 BERT_EPS = 1e-12
 VIT_EPS = 1e-6
 TORCH_EPS = 1e-5  # the default of torch, which every other norm of the published code keeps
 
+_Count = Annotated[int, at_least(1)]
 
-@dataclass(frozen=True)
-class NetworkConfig:
-    """What inference reads of a model's configuration.
 
-    Depths are layers, widths are channels, `image_size` and `patch_size` are pixels.
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(Record):
+    """Shape of one network. Depths are layers, widths are channels, `image_size` is pixels.
+
+    `caformer_kernels` are the sides of CAFormer's convolutions, one a branch: 5 as published, (5, 3, 1) for
+    three scales. `size`, `projection` and `dropout` are read in training alone.
     """
 
-    name: str
-    width: int
-    heads: int
-    vision_depth: int
-    text_depth: int
-    fusion_start: int
-    mlp_ratio: int
-    image_size: int
-    patch_size: int
-    vocabulary: int
-    positions: int
-    caformer_start: int
-    caformer_heads: int
-    guidance_widths: tuple[int, int, int]
-    caformer_kernels: tuple[int, ...] = (5,)
+    name: Annotated[str, one_of(*NAMES)]
+    size: str
+    width: _Count
+    heads: _Count
+    vision_depth: _Count
+    text_depth: _Count
+    fusion_start: _Count
+    mlp_ratio: _Count
+    image_size: _Count
+    patch_size: _Count
+    vocabulary: _Count
+    positions: _Count
+    projection: _Count
+    caformer_start: _Count
+    caformer_heads: _Count
+    caformer_kernels: tuple[_Count, ...] = (5,)  # missing in bundles written before there were several
+    guidance_widths: tuple[_Count, _Count, _Count]
+    dropout: float = 0.1  # in the text encoder, as in BERT
 
     @property
     def grid(self) -> int:
@@ -51,45 +55,33 @@ class NetworkConfig:
         return self.grid**2 + 1
 
     @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
     def has_map(self) -> bool:
-        """Whether the network answers with the map of MGCA."""
+        """Whether the map of MGCA is among the outputs."""
         return self.name == "asap"
 
     @classmethod
     def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
-        """Read `model.config` of a manifest; other fields are left alone.
+        """Read `model.config` of a manifest; unknown fields are ignored.
 
         Raises BundleError that names the field at fault.
         """
-        fields = Fields(dict(raw), "model.config")
-        name = fields.choice("name", NAMES)
-        rest = [key for key in cls.__dataclass_fields__ if key not in ("name", *_LISTS)]
-        sizes = {key: fields.integer(key) for key in rest}
-        one, two, three = _integers(fields, "guidance_widths", 3)
-        # Absent before there were several.
-        kernels = _integers(fields, "caformer_kernels") if "caformer_kernels" in raw else (5,)
-        config = cls(name=name, guidance_widths=(one, two, three), caformer_kernels=kernels, **sizes)
-        _check(config, fields)
-        return config
+        return cls.from_dict(dict(raw), "model.config")
 
-
-def _integers(fields: Fields, name: str, count: int | None = None) -> tuple[int, ...]:
-    """A list of integers above 0, `count` of them or at least one."""
-    found = fields.value(name)
-    wrong = not isinstance(found, list) or not all(type(x) is int and x > 0 for x in found)
-    if wrong or not (len(found) == count if count else found):
-        fields.fail(name, f"a list of {'three' if count else 'some'} integers >= 1")
-    return tuple(found)
-
-
-def _check(config: NetworkConfig, fields: Fields) -> None:
-    """Check what one field says about another."""
-    for name in ("heads", "caformer_heads"):
-        if config.width % getattr(config, name):
-            fields.fail(name, f"a divisor of width {config.width}")
-    if config.image_size % config.patch_size:
-        fields.fail("patch_size", f"a divisor of image_size {config.image_size}")
-    if config.fusion_start >= config.text_depth:
-        fields.fail("fusion_start", f"less than text_depth {config.text_depth}")
-    if config.name == "cals" and config.caformer_start >= config.vision_depth:
-        fields.fail("caformer_start", f"less than vision_depth {config.vision_depth}")
+    def problems(self) -> Iterator[tuple[str, str, object]]:
+        """See `Record.problems`."""
+        for name in ("heads", "caformer_heads"):
+            if self.width % getattr(self, name):
+                yield name, f"a divisor of width {self.width}", getattr(self, name)
+        if self.image_size % self.patch_size:
+            yield "patch_size", f"a divisor of image_size {self.image_size}", self.patch_size
+        if self.fusion_start >= self.text_depth:
+            yield "fusion_start", f"less than text_depth {self.text_depth}", self.fusion_start
+        if self.name == "cals" and self.caformer_start >= self.vision_depth:
+            yield "caformer_start", f"less than vision_depth {self.vision_depth}", self.caformer_start
+        if not self.caformer_kernels:
+            yield "caformer_kernels", "at least one integer", []

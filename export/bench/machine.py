@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends import usable_cores
+from engine.packages import version_of
 
 _PACKAGES = (
     "torch",
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
     }
 
 
@@ -60,10 +60,3 @@ def _gpus() -> list[str]:
         done = subprocess.run(_GPU_QUERY, capture_output=True, text=True, check=True, timeout=_GPU_LIMIT_S)
         return [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return []
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -18,7 +18,7 @@ from engine import Bundle
 from engine.backends import known
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
 from engine.inputs.text import CaptionTokenizer
-from engine.predictor import TOKENIZER
+from engine.layout import TOKENIZER
 from export.bench.machine import describe_machine
 from export.bench.process import PICTURE, Call, Server
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from export.trt.profiles import largest_text
+from engine.layout import GRAPH
+from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Smoothing, Verification
 
 _UNTRAINED = (
     "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "
@@ -27,55 +28,51 @@ print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
 ```"""
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Manifest) -> str:
     """Text of README.md (Markdown) for a bundle of format 1.
 
-    manifest: the fields of the manifest; "files" may be absent, for the card is itself one of them.
-    Raises KeyError if another field is.
+    Its `files` are not read: the card is itself one of them.
     """
-    model, weights = manifest["model"], manifest["weights"]
-    title = f"# {model['name'].upper()} ({model['size']}, {manifest['precision']})"
-    types = ", ".join(name.replace("_", " ") for name in manifest["types"])
+    model, weights = manifest.model, manifest.weights
+    title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
+    types = ", ".join(name.replace("_", " ") for name in manifest.types)
     sections = [
         title,
-        "" if weights["trained"] else _UNTRAINED.format(source=weights["source"]),
-        _TASK.format(name=model["name"].upper(), types=types),
+        "" if weights.trained else _UNTRAINED.format(source=weights.source),
+        _TASK.format(name=model.name.upper(), types=types),
         "## Run\n\n" + _RUN,
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),
-        "## Preprocessing\n\n" + _preprocessing(manifest["preprocess"]),
-        "## Verification\n\n" + _verification(manifest["verification"]),
-        "## Accuracy\n\n" + _accuracy(manifest.get("accuracy", ())),
-        "## Engines\n\n" + _engines(manifest["engines"]),
-        "## Limits and intended use\n\n" + _limits(manifest["limits"]) + "\n\n" + _USE,
-        "## Made with\n\n" + _versions(manifest["versions"]),
+        "## Preprocessing\n\n" + _preprocessing(manifest.preprocess),
+        "## Verification\n\n" + _verification(manifest.verification),
+        "## Accuracy\n\n" + _accuracy(manifest.accuracy),
+        "## Engines\n\n" + _engines(manifest.engines),
+        "## Limits and intended use\n\n" + _limits(manifest.limits) + "\n\n" + _USE,
+        "## Made with\n\n" + _versions(manifest.versions),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _network(manifest: Mapping[str, Any]) -> str:
-    weights = manifest["weights"]
-    digest = f", SHA-256 `{weights['sha256']}`" if weights["sha256"] else ""
-    head = f"Weights: {weights['source']}{digest}. Inner precision: {manifest['precision']}."
-    if calibration := manifest.get("calibration"):
+def _network(manifest: Manifest) -> str:
+    weights = manifest.weights
+    digest = f", SHA-256 `{weights.sha256}`" if weights.sha256 else ""
+    head = f"Weights: {weights.source}{digest}. Inner precision: {manifest.precision}."
+    if calibration := manifest.calibration:
         head += (
-            f" Activations have fixed scales, calibrated ({calibration['method']}) on "
-            f"{calibration['pairs']} pairs of {calibration['source']}, drawn with seed {calibration['seed']}."
+            f" Activations have fixed scales, calibrated ({calibration.method}) on "
+            f"{calibration.pairs} pairs of {calibration.source}, drawn with seed {calibration.seed}."
         )
-        head += _smoothing(calibration.get("smoothing"))
+        head += _smoothing(calibration.smoothing)
     head += _exceptions(manifest)
-    config = {
-        name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
-    }
-    return (
-        head + "\n\n" + _table(("field", "value"), ((f"`{name}`", value) for name, value in config.items()))
-    )
+    config = {name: value for name, value in manifest.model.config.items() if name not in ("name", "size")}
+    rows = ((f"`{name}`", value) for name, value in config.items())
+    return head + "\n\n" + _table(("field", "value"), rows)
 
 
-def _exceptions(manifest: Mapping[str, Any]) -> str:
-    floating, kept = manifest.get("float32_layers", ()), manifest.get("kept_layers", ())
+def _exceptions(manifest: Manifest) -> str:
+    floating, higher = manifest.float32_layers, manifest.kept_layers
     text = f" Modules with float32 parameters: {_code(grouped(floating))}." if floating else ""
-    return text + (f" Layers kept a step above the precision: {_code(kept)}." if kept else "")
+    return text + (f" Layers kept a step above the precision: {_code(higher)}." if higher else "")
 
 
 def _code(names: Iterable[str]) -> str:
@@ -87,21 +84,22 @@ def grouped(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"(?<=s\.)\d+", "*", name) for name in names))
 
 
-def _smoothing(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _smoothing(smoothing: Smoothing | None) -> str:
+    if smoothing is None:
         return ""
-    done = f"rescaled between layers in {found['seams']} places" if found["seams"] else "left as they are"
-    errors = f"{_percent(found['plain'])} % without, {_percent(found['smoothed'])} % with it"
-    return f" Channels are {done} (SmoothQuant, alpha {found['alpha']}; error of the outputs {errors})."
+    seams = smoothing.seams
+    done = f"rescaled between layers in {seams} places" if seams else "left as they are"
+    errors = f"{_percent(smoothing.plain)} % without, {_percent(smoothing.smoothed)} % with it"
+    return f" Channels are {done} (SmoothQuant, alpha {smoothing.alpha}; error of the outputs {errors})."
 
 
-def _tensors(manifest: Mapping[str, Any]) -> str:
+def _tensors(manifest: Manifest) -> str:
     rows = [
-        (side, f"`{tensor['name']}`", tensor["dtype"], " x ".join(map(_dimension, tensor["shape"])))
-        for side in ("input", "output")
-        for tensor in manifest[f"{side}s"]
+        (side, f"`{tensor.name}`", tensor.dtype, " x ".join(map(_dimension, tensor.shape)))
+        for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs))
+        for tensor in tensors
     ]
-    order = ", ".join(manifest["types"])
+    order = ", ".join(manifest.types)
     notes = (
         f"`logits_multicls` is in the order {order}. `box` is (center x, center y, width, height) in parts "
         "of the picture. `logits_tok` has no row for the first token, [CLS]; of two logits, the second "
@@ -114,41 +112,41 @@ def _dimension(size: int | str) -> str:
     return f"({size})" if " " in str(size) else str(size)
 
 
-def _preprocessing(spec: Mapping[str, Any]) -> str:
-    size = spec["image_size"]
+def _preprocessing(spec: Preprocess) -> str:
+    size = spec.image_size
     return (
-        f"The picture is made RGB and resized to {size} x {size} pixels ({spec['resample']}, antialiased, "
-        f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec['mean'])}, over the "
-        f"deviation {_numbers(spec['std'])}. The caption is lower-cased and freed of punctuation, cut to its "
-        f"first {spec['max_words']} words and split by `tokenizer.json`; the ids are [CLS] and the words "
-        f"without [SEP], {spec['min_tokens']} to {spec['max_tokens']} tokens, padded at the end with "
+        f"The picture is made RGB and resized to {size} x {size} pixels ({spec.resample}, antialiased, "
+        f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec.mean)}, over the "
+        f"deviation {_numbers(spec.std)}. The caption is lower-cased and freed of punctuation, cut to its "
+        f"first {spec.max_words} words and split by `tokenizer.json`; the ids are [CLS] and the words "
+        f"without [SEP], {spec.min_tokens} to {spec.max_tokens} tokens, padded at the end with "
         "attention mask 0."
     )
 
 
-def _verification(stages: Sequence[Mapping[str, Any]]) -> str:
+def _verification(stages: Sequence[Verification]) -> str:
     if not stages:
         return "No stage was verified."
     rows = [
-        (item["stage"], item["against"], *(f"{item[key]:.3g}" for key in ("max", "rms", "tolerance")))
-        for item in stages
+        (stage.stage, stage.against, *(f"{x:.3g}" for x in (stage.max, stage.rms, stage.tolerance)))
+        for stage in stages
     ]
     return _table(("stage", "against", "max", "rms", "tolerance"), rows) + (
         "\n\nLargest and root-mean-square absolute difference of the outputs on the same inputs."
     )
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy(records: Sequence[Accuracy]) -> str:
     if not records:
         return "Not measured: `dgm4 evaluate` on annotated pairs does it."
     parts = []
     for record in records:
-        sides = {"metrics": "this bundle", "reference": "float32 network"}
-        sides = {side: title for side, title in sides.items() if record[side]}
-        names = record["metrics"] or record["reference"]
-        rows = [(name, *(_percent(record[side].get(name)) for side in sides)) for name in names]
-        head = f"{record['source']}, {record['pairs']} pairs, in percent."
-        parts.append(head + "\n\n" + _table(("metric", *sides.values()), rows))
+        sides = {"this bundle": record.metrics, "float32 network": record.reference}
+        sides = {title: metrics for title, metrics in sides.items() if metrics}
+        names = record.metrics or record.reference
+        rows = [(name, *(_percent(metrics.get(name)) for metrics in sides.values())) for name in names]
+        head = f"{record.source}, {record.pairs} pairs, in percent."
+        parts.append(head + "\n\n" + _table(("metric", *sides), rows))
     return "\n\n".join(parts)
 
 
@@ -156,25 +154,31 @@ def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{100 * value:.2f}"
 
 
-def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
+def _engines(engines: Sequence[EngineEntry]) -> str:
     if not engines:
-        return "No engine is in this bundle; `dgm4 rebuild` builds one of `model.onnx`, where that is there."
+        return f"No engine is in this bundle; `dgm4 rebuild` builds one of `{GRAPH}`, where that is there."
     rows = [
         (
-            f"`{item['file']}`",
-            ", ".join((f"{item['library']} {item['version']}", *item.get("plugins", ()))),
-            ", ".join(item["compute_capabilities"]),
-            largest_text(item["profiles"]),
+            f"`{engine.file}`",
+            ", ".join((f"{engine.library} {engine.version}", *engine.plugins)),
+            ", ".join(engine.compute_capabilities),
+            largest_text(engine.profiles),
         )
-        for item in engines
+        for engine in engines
     ]
     return _table(("file", "library", "compute capabilities", "most pairs x tokens"), rows) + (
         "\n\nAn engine is native code for these GPUs and this library version: load only what you trust."
     )
 
 
-def _limits(limits: Mapping[str, Any]) -> str:
-    return f"One call takes at most {limits['max_batch']} pairs of at most {limits['max_tokens']} tokens."
+def largest_text(profiles: Sequence[Mapping[str, Any]]) -> str:
+    """The most pairs and tokens that each profile of an engine takes: "1x32, 8x64"."""
+    largest = [profile["input_ids"]["max"] for profile in profiles if "input_ids" in profile]
+    return ", ".join(f"{batch}x{tokens}" for batch, tokens in largest)
+
+
+def _limits(limits: Limits) -> str:
+    return f"One call takes at most {limits.max_batch} pairs of at most {limits.max_tokens} tokens."
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -14,12 +14,10 @@ import copy
 import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Mapping
@@ -30,7 +28,9 @@ from types import TracebackType
 from typing import Any
 
 from engine.errors import BundleError
-from engine.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_digest, parse_manifest
+from engine.files import sha256_of, temporary_name
+from engine.layout import MANIFEST
+from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
 from export.bundle.write_errors import as_bundle_error, refusal, write_error
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def _clear_stale(path: Path, out: Path) -> None:
 def _make_locked(out: Path) -> tuple[Path, int]:
     """Create and lock a temporary sibling; a sweep may remove it before it is locked, so look again."""
     while True:
-        path = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        path = temporary_name(out)
         _live[path] = out
         path.mkdir()
         with contextlib.suppress(FileNotFoundError):
@@ -281,7 +281,7 @@ def _seal_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _seal(path: Path, mode: int) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(file)
         os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
         return {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}

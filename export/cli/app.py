@@ -7,7 +7,6 @@ verification failed, 4 the machine lacks something, 130 interrupted, 143 stopped
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import logging
 import os
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import Dgm4Error
+from engine.packages import version_of
 from export.cli import bench as cli_bench
 from export.cli import engine_arguments as cli_engine
 from export.cli import repository as cli_repository
@@ -383,7 +383,4 @@ def _describe_usage(options: argparse.Namespace) -> str | None:
 
 
 def _version() -> str:
-    try:
-        return importlib.metadata.version("dgm4")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return version_of("dgm4") or "not installed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -13,8 +12,8 @@ from typing import Any
 
 from engine.backends import describe, serving, usable_cores
 from engine.bundle import Bundle
-from export.bundle.card import grouped
-from export.trt.profiles import largest_text
+from engine.packages import version_of
+from export.bundle.card import grouped, largest_text
 
 _PACKAGES = (
     "onnxruntime",
@@ -122,7 +121,7 @@ def doctor(options: argparse.Namespace) -> int:
     record = {
         "python": platform.python_version(),
         "cores": usable_cores(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "backends": [name for name, lack in lacking.items() if lack is None],
         "absent_backends": {name: lack for name, lack in lacking.items() if lack is not None},
         "builders": {
@@ -143,10 +142,3 @@ def _checkup(record: dict[str, Any]) -> str:
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
     return "\n".join(lines) + "\n"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -5,7 +5,6 @@ Bundle and reference answer the same batches; differences of metrics come with p
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,16 +22,16 @@ from dgm4.model import Detector
 from engine.backends import Backend, create, usable_cores
 from engine.backends.ort import OrtBackend
 from engine.bundle import Bundle
-from engine.errors import BundleError, InputError, NumericalError
+from engine.errors import InputError, NumericalError
+from engine.files import sha256_of
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import DATA_SUFFIX, TOKENIZER, WEIGHTS
 from engine.manifest import Manifest
-from engine.predictor import TOKENIZER
+from engine.network.config import NetworkConfig
 from export.evaluation.agreement import Agreement, Case, measure_agreement, worst_cases
 from export.evaluation.scoring import Network, Scored, TorchNetwork, score, torch_threads
-from export.graph.trace import DATA_SUFFIX
 
-WEIGHTS = "model.safetensors"
 _OURS, _REFERENCE = "bundle", "reference"
 
 
@@ -200,13 +199,13 @@ def _load_reference(bundle: Bundle, options: EvaluateOptions) -> _Reference:
     if options.reference == "none":
         return _Reference(None, "", "no reference was asked for")
     if options.checkpoint is not None:
-        model = _load_checkpoint(options.checkpoint, _config(manifest))
+        model = _load_checkpoint(options.checkpoint, NetworkConfig.from_fields(manifest.model.config))
         return _Reference(model, options.checkpoint.name, _origin_note(options.checkpoint, manifest))
     if WEIGHTS not in manifest.files:
         if options.reference == "required":
             raise InputError(f"the bundle has no {WEIGHTS} to compare with: give --checkpoint")
         return _Reference(None, "", f"no reference: the bundle has no {WEIGHTS}; give --checkpoint")
-    config = _config(manifest)
+    config = NetworkConfig.from_fields(manifest.model.config)
     model = dgm4.load_checkpoint(bundle.verified(WEIGHTS), config.name, config)
     note = ""
     if manifest.precision != "fp32":
@@ -214,14 +213,7 @@ def _load_reference(bundle: Bundle, options: EvaluateOptions) -> _Reference:
     return _Reference(model, f"{WEIGHTS} of the bundle", note)
 
 
-def _config(manifest: Manifest) -> dgm4.ModelConfig:
-    try:
-        return dgm4.ModelConfig.from_dict(manifest.model.config)
-    except (TypeError, KeyError) as error:
-        raise BundleError(f"model.config: expected the fields of a network's shape: {error}") from error
-
-
-def _load_checkpoint(path: Path, config: dgm4.ModelConfig) -> Detector:
+def _load_checkpoint(path: Path, config: NetworkConfig) -> Detector:
     checkpoint = dgm4.read_checkpoint(path)
     if checkpoint.layout == "albef":
         raise InputError(
@@ -233,9 +225,7 @@ def _load_checkpoint(path: Path, config: dgm4.ModelConfig) -> Detector:
 
 def _origin_note(checkpoint: Path, manifest: Manifest) -> str:
     """What to know about a reference whose file is not the one that the bundle was made of."""
-    with checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest == manifest.weights.sha256:
+    if sha256_of(checkpoint) == manifest.weights.sha256:
         return ""
     return f"{checkpoint.name} is not the file that the bundle was made of ({manifest.weights.source})"
 

@@ -13,7 +13,8 @@ import torch
 from engine.backends import usable_cores
 from engine.backends.ort import load_session
 from engine.errors import VerificationError
-from export.graph.trace import Config, example_inputs, outputs_of
+from engine.network.config import NetworkConfig
+from export.graph.trace import example_inputs, outputs_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -67,14 +68,16 @@ class Difference:
         return asdict(self)
 
 
-def case_inputs(config: Config, cases: Sequence[tuple[int, int]] = CASES) -> list[dict[str, torch.Tensor]]:
+def case_inputs(
+    config: NetworkConfig, cases: Sequence[tuple[int, int]] = CASES
+) -> list[dict[str, torch.Tensor]]:
     """Draw the inputs of every case, the same at each call."""
     return [example_inputs(config, batch, tokens, seed=i) for i, (batch, tokens) in enumerate(cases)]
 
 
 def torch_answers(
     model: torch.nn.Module,
-    config: Config,
+    config: NetworkConfig,
     cases: Sequence[tuple[int, int]] = CASES,
     feeds: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ) -> list[Arrays]:
@@ -87,7 +90,7 @@ def torch_answers(
         ]
 
 
-def onnx_answers(path: Path, config: Config, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
+def onnx_answers(path: Path, config: NetworkConfig, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
     """Let ONNX Runtime answer every case, or `feeds` instead, from the graph at `path`, on the CPU."""
     session = load_session(path, usable_cores())
     names = outputs_of(config)

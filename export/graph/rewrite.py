@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 from dgm4.model import Detector
-from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 
 
@@ -14,7 +13,7 @@ def rewrite(model: Detector, stacked: bool = True) -> InferenceModel:
 
     `stacked` projects the image's keys and values for all fusion layers in one product.
     """
-    config = NetworkConfig.from_fields(model.config.to_dict())
+    config = model.config
     return InferenceModel.from_released(model.state_dict(), config, stacked)
 
 

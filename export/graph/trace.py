@@ -15,8 +15,8 @@ import onnx
 import onnx.inliner
 import torch
 
-from dgm4.config import ModelConfig
 from engine.errors import BuildError
+from engine.layout import DATA_SUFFIX
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from kernels.onnx import ops as onnx_ops
@@ -24,18 +24,16 @@ from kernels.onnx.bodies import bodies
 
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map")
-DATA_SUFFIX = ".data"
-Config = ModelConfig | NetworkConfig  # of the trained network, or of the one that is exported
 _IR_VERSION = 10  # the newest that every supported runtime reads
 _TRACE_BATCH, _TRACE_TOKENS = 2, 12
 
 
-def outputs_of(config: Config) -> tuple[str, ...]:
+def outputs_of(config: NetworkConfig) -> tuple[str, ...]:
     """Names of the outputs of a network; the map is ASAP's alone."""
     return OUTPUTS if config.name == "asap" else OUTPUTS[:-1]
 
 
-def example_inputs(config: Config, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Draw inputs for checks: a smooth random picture, random ids, captions of every length to `tokens`.
 
     image float32 [batch, 3, S, S]; input_ids and attention_mask int64 [batch, tokens].

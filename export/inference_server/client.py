@@ -19,6 +19,7 @@ import numpy as np
 from engine.errors import Dgm4Error
 from engine.inputs.preprocess import ImageInput, preprocess_image
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import TOKENIZER
 from engine.manifest import Manifest, parse_manifest
 from engine.postprocess import Answer, read_answer
 
@@ -34,7 +35,7 @@ class Model:
         self.name = folder.name
         self.manifest: Manifest = parse_manifest((folder / "bundle.json").read_bytes())
         spec = self.manifest.preprocess
-        self._tokenizer = CaptionTokenizer(folder / "tokenizer.json", spec.max_words, spec.max_tokens)
+        self._tokenizer = CaptionTokenizer(folder / TOKENIZER, spec.max_words, spec.max_tokens)
 
     def ask(self, triton: Any, server: Any, image: ImageInput, caption: str) -> Answer:
         """Send one pair; `triton` is the module tritonclient.http, `server` its client.

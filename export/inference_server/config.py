@@ -16,7 +16,7 @@ from engine.manifest import EngineEntry, Manifest, TensorSpec
 
 ONNX, PLAN = "onnxruntime_onnx", "tensorrt_plan"
 KINDS = ("auto", "cpu", "gpu")
-GRAPH, PLAN_FILE = "model.onnx", "model.plan"  # the server's own names for them
+GRAPH_FILE, PLAN_FILE = "model.onnx", "model.plan"  # the names that the server looks for
 ENGINE_CACHE = "/tmp/dgm4-tensorrt"  # on the server
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
@@ -58,7 +58,7 @@ def write_config(name: str, manifest: Manifest, engine: EngineEntry | None, opti
     fields = {
         "name": name,
         "platform": platform,
-        "default_model_filename": GRAPH if engine is None else PLAN_FILE,
+        "default_model_filename": GRAPH_FILE if engine is None else PLAN_FILE,
         "max_batch_size": manifest.limits.max_batch,
         "input": [_tensor(spec) for spec in manifest.inputs],
         "output": [_tensor(spec) for spec in manifest.outputs],

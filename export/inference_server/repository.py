@@ -19,12 +19,12 @@ from typing import Any
 
 from engine import Bundle
 from engine.errors import BundleError, InputError
-from engine.manifest import MANIFEST, EngineEntry, Manifest
-from engine.predictor import TOKENIZER
+from engine.layout import FLAT_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, TOKENIZER
+from engine.manifest import EngineEntry, Manifest
 from export.bundle.writer import BundleWriter
 from export.inference_server.config import (
     ENGINE_CACHE,
-    GRAPH,
+    GRAPH_FILE,
     PLAN_FILE,
     ServerOptions,
     preferred_batches,
@@ -33,7 +33,6 @@ from export.inference_server.config import (
 
 FORMAT = "dgm4-triton-repository"
 CLIENT, CONFIG, RECORD, README = "client.py", "config.pbtxt", "bundle.json", "README.md"
-FLAT, DATA = "model.flat.onnx", "model.onnx.data"
 VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _PLACE = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
@@ -97,7 +96,7 @@ def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: Serve
     writer.add_bytes(f"{name}/{RECORD}", record)
     for place, source in {TOKENIZER: TOKENIZER, **files}.items():
         shutil.copyfile(bundle.verified(source), writer.path(f"{name}/{place}"))
-    served = PLAN_FILE if engine is not None else GRAPH
+    served = PLAN_FILE if engine is not None else GRAPH_FILE
     return {
         "serves": served,
         "of": files[f"{VERSION}/{served}"],
@@ -112,14 +111,14 @@ def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | 
         engine = _plan_of(bundle)
         return {f"{VERSION}/{PLAN_FILE}": engine.file}, engine
     # The server may hand the graph to TensorRT or OpenVINO, which know no functions.
-    graph = FLAT if FLAT in files else GRAPH
+    graph = FLAT_GRAPH if FLAT_GRAPH in files else GRAPH
     if graph not in files or bundle.manifest.precision in ("bf16", "fp8"):
         raise BundleError(
             f"{bundle.path}: a bundle in {bundle.manifest.precision} has no ONNX graph for the server's ONNX "
             "Runtime; export it as fp32, fp16 or int8, or serve its TensorRT engine (--plan)"
         )
-    data = {f"{VERSION}/{DATA}": DATA} if DATA in files else {}
-    return {f"{VERSION}/{GRAPH}": graph, **data}, None
+    data = {f"{VERSION}/{GRAPH_DATA}": GRAPH_DATA} if GRAPH_DATA in files else {}
+    return {f"{VERSION}/{GRAPH_FILE}": graph, **data}, None
 
 
 def _plan_of(bundle: Bundle) -> EngineEntry:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from engine.backends.torch import load_float, read_scales
 from engine.bundle import Bundle
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import TOKENIZER
 from engine.network.model import InferenceModel
-from engine.predictor import TOKENIZER
 from export.graph.parity import case_inputs
 from export.quantization.pairs import read_pairs
 from export.quantization.qdq import lower, lowered_layers

@@ -8,11 +8,9 @@ take very long: `export.trt.worker` runs it apart, and whatever ends it comes ba
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -28,6 +26,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from engine.errors import BackendError, BuildError
+from engine.files import temporary_name
+from engine.packages import version_of
 from export.trt.features import Features
 from export.trt.probe import no_gpu
 from export.trt.profiles import Profile
@@ -147,7 +147,7 @@ def build_engine(
     out = Path(out_path).resolve()
     _check_paths(spec, out)
     library = spec.library or _choose_library()
-    partial = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = temporary_name(out)
     start = time.monotonic()
     try:
         with _Build(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
@@ -266,10 +266,7 @@ def _describe_builder(library: str) -> BuilderInfo:
 
 
 def _library_version(library: str) -> str | None:
-    for distribution in (library, f"{library}-cu13", f"{library}-cu12"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution)
-    return None
+    return version_of(library, f"{library}-cu13", f"{library}-cu12")
 
 
 def _probe_driver() -> dict[str, Any]:

@@ -8,10 +8,12 @@ import re
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from engine.errors import BuildError
-from export.bundle.digest import sha256_of
+from engine.files import sha256_of
+from engine.layout import GRAPH, HALF_GRAPH, engine_name
+from engine.manifest import BuildCost, EngineEntry
 from export.bundle.writer import BundleWriter
 from export.trt import build as trt
 from export.trt.options import EngineOptions
@@ -19,8 +21,7 @@ from export.trt.profiles import Profile, Shapes
 
 logger = logging.getLogger(__name__)
 
-GRAPH, DRAFT = "model.onnx", "draft.engine"
-HALF = "model.fp16.onnx"  # of a calibrated int8 bundle: the same products with float16 around them
+_DRAFT = "draft.engine"  # until its targets, which are part of its name, are known
 _HALVES = ("fp16", "bf16", "fp8")  # precisions whose attention is in half precision
 _DERIVED = ("plugins", "fused")
 _FIRST_FUSED = (10, 14)  # of TensorRT, to read a node Attention
@@ -33,15 +34,15 @@ def build_into(
     shapes: Shapes,
     options: EngineOptions,
     precision: str,
-) -> tuple[dict[str, Any], str]:
-    """Build the engine of the bundle in `writer`'s folder; the manifest's record of it and a line on it.
+) -> tuple[EngineEntry, str]:
+    """Build the engine of the bundle in `writer`'s folder; return its entry in the manifest and a line on it.
 
     Its graph is `graph_of` the folder's files. `targets` are compute capabilities, as "8.6". Attention that
     is not ours is the library's own fused one where the graph has it in half precision, and products and
     softmax where the library refuses that. Raises BuildError, and BackendError for plugins that cannot be.
     """
     plugins = options.takes_plugins(builder)
-    graph, draft = writer.path(HALF), writer.path(DRAFT)
+    graph, draft = writer.path(HALF_GRAPH), writer.path(_DRAFT)
     graph = graph if graph.exists() else writer.path(GRAPH)
     for fuse in (True, False) if _fuses(builder, options, precision, graph) else (False,):
         source = _source(graph, plugins, fuse)
@@ -56,19 +57,19 @@ def build_into(
         finally:
             for label in _DERIVED:
                 _beside(graph, label).unlink(missing_ok=True)
-    record = _record(replace(spec, onnx=graph), built, source)
-    draft.replace(writer.path(record["file"]))
-    return record, _line(record, built)
+    entry = _entry(replace(spec, onnx=graph), built, source)
+    draft.replace(writer.path(entry.file))
+    return entry, _line(entry, built)
 
 
 def graph_of(files: Container[str]) -> str:
     """The name of the graph that engines of a bundle with these files are built from."""
-    return HALF if HALF in files else GRAPH
+    return HALF_GRAPH if HALF_GRAPH in files else GRAPH
 
 
 def _fuses(builder: trt.BuilderInfo, options: EngineOptions, precision: str, graph: Path) -> bool:
     """Whether TensorRT's own attention is tried; a stripped engine is refitted from the graph as it is."""
-    if options.features.strip_weights or not (precision in _HALVES or graph.name == HALF):
+    if options.features.strip_weights or not (precision in _HALVES or graph.name == HALF_GRAPH):
         return False
     if importlib.util.find_spec("onnx") is None:  # a serving machine, which rebuilds
         logger.warning("attention is built of products: pip install onnx for %s's own", builder.library)
@@ -105,23 +106,22 @@ def _beside(graph: Path, label: str) -> Path:
     return graph.with_name(f"{label}.{graph.name}")
 
 
-def _record(spec: trt.EngineSpec, built: trt.EngineReport, source: _Source) -> dict[str, Any]:
-    """The entry in the manifest: `engine.manifest.EngineEntry`."""
+def _entry(spec: trt.EngineSpec, built: trt.EngineReport, source: _Source) -> EngineEntry:
     features = spec.features
-    return {
-        "file": f"model.{_target(built, features.hardware)}.engine",
-        "library": built.library,
-        "version": built.version,
-        "compute_capabilities": list(built.compute_capabilities),
-        "onnx_sha256": sha256_of(spec.onnx),
-        "profiles": [_ranges(profile) for profile in spec.profiles],
-        "plugins": source.ours,
-        "fused_attention": source.fused,
-        "stripped": features.strip_weights,
-        "version_compatible": features.version_compatible,
-        **({} if features.hardware is None else {"hardware": features.hardware}),
-        "build": {"seconds": round(built.seconds, 1), "peak_memory_mb": round(built.peak_memory_mb)},
-    }
+    return EngineEntry(
+        file=engine_name(_target(built, features.hardware)),
+        library=built.library,
+        version=built.version,
+        compute_capabilities=tuple(built.compute_capabilities),
+        onnx_sha256=sha256_of(spec.onnx),
+        profiles=tuple(_ranges(profile) for profile in spec.profiles),
+        plugins=source.ours,
+        fused_attention=source.fused,
+        stripped=features.strip_weights,
+        version_compatible=features.version_compatible,
+        hardware=features.hardware,
+        build=BuildCost(round(built.seconds, 1), round(built.peak_memory_mb)),
+    )
 
 
 def _target(built: trt.EngineReport, hardware: str | None) -> str:
@@ -139,15 +139,14 @@ def _ranges(profile: Profile) -> dict[str, dict[str, list[int]]]:
     }
 
 
-def _line(record: dict[str, Any], built: trt.EngineReport) -> str:
-    count, ours = len(record["profiles"]), sum(record["plugins"].values())
-    fused = record["fused_attention"]
+def _line(entry: EngineEntry, built: trt.EngineReport) -> str:
+    profiles, ours = len(entry.profiles), sum(entry.plugins.values())
     parts = [
-        f"{record['file']}: {built.library} {built.version} for {', '.join(built.compute_capabilities)}",
-        *([f"{count} profiles"] if count > 1 else []),
+        f"{entry.file}: {entry.library} {entry.version} for {', '.join(entry.compute_capabilities)}",
+        *([f"{profiles} profiles"] if profiles > 1 else []),
         *([f"{ours} nodes with our kernels"] if ours else []),
-        *([f"{fused} fused attentions"] if fused else []),
-        *(["weights stripped"] if record["stripped"] else []),
+        *([f"{entry.fused_attention} fused attentions"] if entry.fused_attention else []),
+        *(["weights stripped"] if entry.stripped else []),
         f"{built.engine_bytes / 1e6:.0f} MB",
         f"{built.peak_memory_mb:.0f} MB at its peak",
     ]

@@ -7,7 +7,7 @@ the most pairs and tokens that it takes, as 8x64; each begins at one pair of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from engine.errors import BuildError, InputError
 
@@ -63,12 +63,6 @@ def check_extents(extents: Sequence[Extent], max_batch: int, max_tokens: int) ->
 def extents_text(extents: Sequence[Extent]) -> str:
     """As the command line takes them: 1x32,8x64."""
     return ",".join(f"{batch}x{tokens}" for batch, tokens in extents)
-
-
-def largest_text(profiles: Sequence[Mapping[str, Any]]) -> str:
-    """The extents of the profiles in an engine's record: 1x32, 8x64."""
-    largest = [profile["input_ids"]["max"] for profile in profiles if "input_ids" in profile]
-    return ", ".join(f"{batch}x{tokens}" for batch, tokens in largest)
 
 
 def profiles_of(extents: Sequence[Extent], shapes: Shapes) -> tuple[Profile, ...]:

@@ -5,12 +5,12 @@ A cache belongs to one version of the library and one model of GPU. TensorRT-RTX
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from engine.files import cache_folder, replacing
 
 Complain = Callable[[str], None]
 
@@ -19,9 +19,8 @@ def default_cache(library: str, version: str | None, gpu: str | None) -> Path | 
     """The user's own file for this library and GPU, in the folder XDG_CACHE_HOME; None where none is used."""
     if library == "tensorrt_rtx" or version is None or gpu is None:
         return None
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (no RuntimeError)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{library} {version} {gpu}")
-    return Path(base) / "dgm4" / "timing" / f"{name}.cache"
+    return cache_folder() / "timing" / f"{name}.cache"
 
 
 def load_timing_cache(config: Any, path: Path, complain: Complain) -> Any:
@@ -40,12 +39,9 @@ def load_timing_cache(config: Any, path: Path, complain: Complain) -> Any:
 
 def save_timing_cache(path: Path, cache: Any, complain: Complain) -> None:
     """Replace the file by what is known now; where it cannot be written, the build stands without."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial.write_bytes(cache.serialize())
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(cache.serialize())
     except OSError as error:
         complain(f"the timing cache {path} was not saved: {error.strerror or error}")
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

@@ -135,13 +135,13 @@ def static_graph(tiny, reader, tmp_path_factory):
     def export(name, precision):
         import torch
 
+        from engine.layout import GRAPH, HALF_GRAPH
         from engine.network.linear import E4M3
         from engine.network.precision import to_precision
         from export.graph.rewrite import rewrite
         from export.graph.trace import export_onnx
         from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
         from export.quantization.ranges import read_histograms, scales_of
-        from export.trt.engine_file import GRAPH, HALF
 
         precision, _, around = precision.partition(" in ")
         folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")
@@ -152,7 +152,7 @@ def static_graph(tiny, reader, tmp_path_factory):
         lower(model, precision, scales)
         if around:
             to_precision(model, torch.float16)
-        path = folder / (HALF if around else GRAPH)
+        path = folder / (HALF_GRAPH if around else GRAPH)
         export_onnx(fp8_as_nodes(model), path)
         return path
 

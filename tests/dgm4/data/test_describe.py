@@ -12,7 +12,6 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dgm4.data import describe as module
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import read_sidecar
 from dgm4.data.describe import (
@@ -239,7 +238,7 @@ def test_the_file_is_replaced_whole_every_so_often(data, samples, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_captions(data, samples, lambda pictures: ["new"] * len(pictures), Pace(redo=True))
     assert path.read_bytes() == before

@@ -1,30 +1,35 @@
-"""The configuration of a network from a manifest."""
+"""The configuration of a network, which training and serving share."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
 import dgm4
-from dgm4 import config as trained
 from engine.errors import BundleError
-from engine.network import config
 from engine.network.config import NetworkConfig
 
 
 @pytest.mark.parametrize("size", ["base", "tiny"])
-def test_fields_are_those_of_the_trained_network(name, size):
+def test_a_manifest_gives_the_config_of_the_trained_network(name, size):
     want = dgm4.model_config(name, size)
-    got = NetworkConfig.from_fields(want.to_dict())
-    for field in NetworkConfig.__dataclass_fields__:
-        assert getattr(got, field) == getattr(want, field)
-    assert (got.grid, got.image_tokens) == (want.grid, want.image_tokens) == (16, 257)
+    got = NetworkConfig.from_fields(json.loads(json.dumps(want.to_dict())))
+    assert got == want
+    assert (got.grid, got.image_tokens) == (16, 257)
     assert got.has_map == (name == "asap")
 
 
-def test_constants_are_those_of_the_trained_network():
-    for constant in ("BERT_EPS", "VIT_EPS", "TORCH_EPS"):
-        assert getattr(config, constant) == getattr(trained, constant)
-    assert config.NAMES == trained.MODEL_NAMES
+def test_fields_are_written_in_the_order_that_files_have():
+    """The header of model.safetensors holds them, and with it the file's SHA-256."""
+    first, last = (
+        ["name", "size", "width", "heads", "vision_depth", "text_depth"],
+        ["guidance_widths", "dropout"],
+    )
+    names = list(dgm4.model_config("asap").to_dict())
+    assert names[:4] == first
+    assert names[-2:] == last
+    assert names.index("projection") == names.index("positions") + 1
 
 
 @pytest.mark.parametrize(
@@ -37,8 +42,9 @@ def test_constants_are_those_of_the_trained_network():
         ({"patch_size": 15}, r"model\.config\.patch_size: expected a divisor of image_size 256"),
         ({"fusion_start": 4}, r"model\.config\.fusion_start: expected less than text_depth 4"),
         ({"caformer_start": 4}, r"model\.config\.caformer_start: expected less than vision_depth 4"),
-        ({"guidance_widths": [1, 2]}, r"model\.config\.guidance_widths: expected a list of three integers"),
-        ({"guidance_widths": [1, 2, True]}, r"model\.config\.guidance_widths: expected a list of three"),
+        ({"guidance_widths": [1, 2]}, r"model\.config\.guidance_widths: expected a list of 3"),
+        ({"guidance_widths": [1, 2, True]}, r"model\.config\.guidance_widths\[2\]: expected an integer >= 1"),
+        ({"caformer_kernels": []}, r"model\.config\.caformer_kernels: expected at least one integer"),
     ],
 )
 def test_fields_that_do_not_fit(change, message):

@@ -16,9 +16,7 @@ import pytest
 from engine.bundle import Bundle
 from engine.errors import BundleError
 from export.bundle import writer as bundle
-from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter, sweep_partials
-from export.cli.stopping import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[3]
 MANIFEST = {
@@ -54,14 +52,6 @@ MANIFEST = {
     "verification": [
         {"stage": "onnx", "against": "torch fp32", "max": 2.5e-6, "rms": 1e-7, "tolerance": 1e-4}
     ],
-}
-ENGINE = {
-    "file": "model.rtx.engine",
-    "library": "tensorrt_rtx",
-    "version": "1.7.1.116",
-    "compute_capabilities": ["8.0", "8.6"],
-    "onnx_sha256": "0" * 64,
-    "profiles": [{"input_ids": {"min": [1, 2], "opt": [8, 50], "max": [32, 128]}}],
 }
 
 
@@ -404,69 +394,3 @@ def test_killed_at_any_moment(tmp_path, number, handled, status):
     write(out, "last")
     assert read_whole(out) == "last"
     assert partials(tmp_path) == []
-
-
-def test_sigterm_is_not_lost_in_a_destructor():
-    script = """
-        import time
-        from export.cli.stopping import exit_on_sigterm
-
-        class Slow:
-            def __del__(self):
-                print("ready", flush=True)
-                time.sleep(1)
-
-        with exit_on_sigterm():
-            slow = Slow()
-            del slow
-            time.sleep(60)
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        assert exit_status(process) == 143
-
-
-def test_sigterm_handler_is_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with exit_on_sigterm():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_card_tells_what_the_manifest_holds():
-    card = model_card(manifest_of("one", engines=[ENGINE], files={}))
-    assert card.startswith("# ASAP (tiny, fp16)\n")
-    for part in (
-        "**These weights are not trained**",
-        "| input | `image` | float32 | batch x 3 x 256 x 256 |",
-        "| output | `logits_tok` | float32 | batch x (tokens - 1) x 2 |",
-        "| onnx | torch fp32 | 2.5e-06 | 1e-07 | 0.0001 |",
-        "256 x 256 pixels",
-        "at most 32 pairs",
-        "| `model.rtx.engine` | tensorrt_rtx 1.7.1.116 | 8.0, 8.6 | 32x128 |",
-        "from engine import Predictor",
-    ):
-        assert part in card
-    assert not [line for line in card.splitlines() if line != line.rstrip()]
-
-
-def test_card_of_trained_weights_without_engines():
-    weights = {"trained": True, "source": "checkpoint best.pth", "sha256": "ab" * 32}
-    card = model_card(manifest_of("one", weights=weights, verification=[]))
-    assert "not trained" not in card
-    assert "checkpoint best.pth" in card
-    assert "ab" * 32 in card
-    assert "No engine is in this bundle" in card
-    assert "No stage was verified" in card
-
-
-def test_card_cannot_break_its_tables():
-    odd = [{"stage": "a|b\nc", "against": "torch", "max": 0.0, "rms": 0.0, "tolerance": 1.0}]
-    assert "| a\\|b c | torch |" in model_card(manifest_of("one", verification=odd))

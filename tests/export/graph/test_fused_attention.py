@@ -102,10 +102,10 @@ def building(exported, monkeypatch):
         monkeypatch.setattr(trt, "build_engine", native)
         shapes = Shapes(4, 2, 50, 64, 256)
         chosen = EngineOptions("off", **options)
-        record, line = build_into(writer, builder, ("8.9",), shapes, chosen, precision)
-        (graph.parent / record["file"]).unlink()
+        entry, line = build_into(writer, builder, ("8.9",), shapes, chosen, precision)
+        (graph.parent / entry.file).unlink()
         assert not list(graph.parent.glob("fused.*"))
-        return record["fused_attention"], given, line
+        return entry.fused_attention, given, line
 
     return build
 

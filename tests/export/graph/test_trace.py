@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import torch
 
-from export.graph.trace import DATA_SUFFIX, INPUTS, data_of, example_inputs, flatten, outputs_of
+from engine.layout import DATA_SUFFIX
+from export.graph.trace import INPUTS, data_of, example_inputs, flatten, outputs_of
 from kernels.onnx import ops as onnx_ops
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from export.bundle.digest import sha256_of
 from onnx import numpy_helper
 from torch import nn
 
@@ -23,7 +24,6 @@ from engine.network.blocks import Norm
 from engine.network.precision import set_precision
 from engine.network.rescale import rescale
 from export import cli
-from export.bundle.digest import sha256_of
 from export.graph.parity import INT8, check, compare, onnx_answers, relative_errors, torch_answers
 from export.graph.rewrite import rewrite, sharing
 from export.graph.trace import example_inputs

@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from engine.errors import InputError
+from engine.layout import HALF_GRAPH
 from engine.manifest import parse_manifest
 from export import cli, pipeline
 from export.engine_stage import no_engine
@@ -27,7 +28,6 @@ from export.quantization.pairs import BATCH, read_pairs
 from export.quantization.qdq import QdqLinear, int8_layers, to_int8
 from export.quantization.ranges import METHODS, read_histograms, scales_of
 from export.trt import build as trt
-from export.trt.engine_file import HALF
 
 PAIRS = 20  # of the reader in conftest.py
 
@@ -317,7 +317,7 @@ def test_a_whole_export_records_its_calibration(data, whole):
 
 def test_the_engine_is_built_from_the_same_products_in_float16(whole):
     """Codes to the bit, scales as float16 has them, float32 in the islands alone."""
-    own, half = (onnx.load_model(whole.path / name).graph for name in ("model.onnx", HALF))
+    own, half = (onnx.load_model(whole.path / name).graph for name in ("model.onnx", HALF_GRAPH))
     codes, halved = (
         [numpy_helper.to_array(t) for t in graph.initializer if t.data_type == TensorProto.INT8 and t.dims]
         for graph in (own, half)
@@ -330,14 +330,14 @@ def test_the_engine_is_built_from_the_same_products_in_float16(whole):
     assert "branch.bbox_head.0" in wide
     assert 0 < whole.stages["half"].differences[0].rms < 0.1
     for entry in whole.manifest["engines"]:
-        assert entry["onnx_sha256"] == whole.manifest["files"][HALF]["sha256"]
+        assert entry["onnx_sha256"] == whole.manifest["files"][HALF_GRAPH]["sha256"]
 
 
 def test_the_engines_graph_can_be_evaluated(whole, annotated):
     pairs = annotated(6)
     scores = [
         evaluate(whole.path, pairs, EvaluateOptions(graph=graph, repeats=2)).comparison.agreement
-        for graph in (None, HALF)
+        for graph in (None, HALF_GRAPH)
     ]
     assert scores[0] != scores[1]
     assert max(score.score_change for score in scores) < 0.1

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import BackendError, BuildError, InputError
-from engine.manifest import Fields
-from engine.manifest import _engine as parse_engine
+from engine.manifest import EngineEntry
 from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
 from export.trt import build as trt
@@ -234,11 +233,11 @@ def test_everything_reaches_the_builder_and_the_record(tmp_path, built, monkeypa
     writer = SimpleNamespace(path=lambda name: tmp_path / name)
     options = EngineOptions("auto", ((1, 32), (4, 64)), tmp_path / "t.cache", 60.0, 512, STRIPPED)
     shapes = Shapes(4, 2, 50, 64, 256)
-    record, line = engine_file.build_into(writer, FULL, (), shapes, options, "fp16")
+    entry, line = engine_file.build_into(writer, FULL, (), shapes, options, "fp16")
     (spec,) = built
     assert (spec.timing_cache, spec.time_limit_s, spec.workspace_mb) == (tmp_path / "t.cache", 60.0, 512)
     assert (spec.features, spec.library) == (STRIPPED, "tensorrt")
-    entry = parse_engine(Fields(record, "engines[0]"))
+    assert EngineEntry.from_dict(entry.to_dict(), "engines[0]") == entry
     assert [profile["input_ids"]["max"] for profile in entry.profiles] == [[1, 32], [4, 64]]
     assert entry.profiles[1]["image"] == {
         "min": [1, 3, 256, 256],
@@ -257,9 +256,8 @@ def test_hardware_is_recorded(tmp_path, built, features, file):
     writer = SimpleNamespace(path=lambda name: tmp_path / name)
     shapes = Shapes(4, 2, 50, 64, 256)
     options = EngineOptions("off", features=features)
-    record, _ = engine_file.build_into(writer, FULL, (), shapes, options, "fp32")
-    assert (record["file"], record["hardware"]) == (file, features.hardware)
-    assert parse_engine(Fields(record, "e")).hardware == features.hardware
+    entry, _ = engine_file.build_into(writer, FULL, (), shapes, options, "fp32")
+    assert (entry.file, entry.hardware) == (file, features.hardware)
 
 
 def test_the_timing_cache_is_the_users_own_but_for_none(monkeypatch, tmp_path):
@@ -278,12 +276,12 @@ def test_a_line_says_that_our_kernels_stay_out(tmp_path, built, exported, monkey
     graph = exported("asap")
     writer = SimpleNamespace(path=lambda name: graph.path.parent / name)
     options = ExportOptions(tmp_path / "b", building=EngineOptions(features=STRIPPED))
-    record, line = write_engine(options, graph.model.config, FULL, writer)
+    entry, line = write_engine(options, graph.model.config, FULL, writer)
     assert line.endswith(
         "; without our kernels: weights are refitted from the bundle's own graph, which has no plugins"
     )
-    assert (record["plugins"], built[0].plugins) == ({}, False)
-    (graph.path.parent / record["file"]).unlink()
+    assert (entry.plugins, built[0].plugins) == ({}, False)
+    (graph.path.parent / entry.file).unlink()
 
 
 def test_a_record_of_before():
@@ -297,6 +295,6 @@ def test_a_record_of_before():
         "onnx_sha256": "0" * 64,
         "profile": ranges,
     }
-    entry = parse_engine(Fields(old, "engines[0]"))
+    entry = EngineEntry.from_dict(old, "engines[0]")
     assert entry.profiles == (ranges,)
     assert (entry.stripped, entry.version_compatible, entry.hardware) == (False, False, None)

@@ -15,7 +15,6 @@ from export.trt.profiles import (
     check_extents,
     check_profiles,
     extents_text,
-    largest_text,
     profiles_of,
 )
 
@@ -127,5 +126,3 @@ def test_a_dynamic_network_needs_one():
 
 def test_in_words():
     assert extents_text([(1, 32), (8, 64)]) == "1x32,8x64"
-    assert largest_text([{"input_ids": {"max": [1, 32]}}, {"input_ids": {"max": [8, 64]}}]) == "1x32, 8x64"
-    assert largest_text([{}]) == ""

@@ -46,8 +46,8 @@ def build_one(graph, precision):
     rtx = next(info for info in trt.describe_builders() if info.library == "tensorrt_rtx")
     shapes = Shapes(max_batch=2, min_tokens=2, typical_tokens=16, max_tokens=24, image_size=256)
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
-    record, _ = build_into(writer, rtx, TARGETS, shapes, EngineOptions(), precision)
-    engine = graph.parent / record["file"]
+    entry, _ = build_into(writer, rtx, TARGETS, shapes, EngineOptions(), precision)
+    engine = graph.parent / entry.file
     size = engine.stat().st_size
     engine.unlink()
     return record, size, data_of(graph).stat().st_size
@@ -61,7 +61,7 @@ def test_every_network_in_every_precision(engines, name, precision):
     entry = parse_engine(Fields(record, "engine"))
     assert entry.compute_capabilities == TARGETS
     assert [profile["input_ids"]["max"] for profile in entry.profiles] == [[2, 24]]
-    assert record["build"]["peak_memory_mb"] < MEMORY_MB
+    assert entry.build.peak_memory_mb < MEMORY_MB
     if "fp16" in precision:
         assert entry.fused_attention > 3
     if precision == "fp32":

@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, SHA-256 of files, and the user's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, only_writer: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write; it takes the place of `path` when the block ends.
+
+    After an exception `path` is as it was and the sibling is gone. The bytes are on the disk before the name
+    changes, so that a crash leaves the old file or the whole new one. With `only_writer`, where no other
+    process writes `path`, the sibling's name is fixed: the next write replaces what a killed process left.
+    Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.partial") if only_writer else temporary_name(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden sibling of `path` whose name no other process or thread chooses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def sha256_of(file: Path | BufferedReader) -> str:
+    """Digest of a file's bytes, in hexadecimal; of an open one from where it stands."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of(opened)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The user's folder for caches of this project; it may not exist yet.
+
+    $XDG_CACHE_HOME/dgm4, or ~/.cache/dgm4. Where no home is known, the path begins with a literal "~".
+    """
+    # os.path.expanduser does not raise without a home, as Path.home does in a container.
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(base) / "dgm4"

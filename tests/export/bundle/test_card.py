@@ -1,0 +1,84 @@
+"""The model card, which is made of the manifest alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
+from engine.manifest import (
+    TYPES,
+    EngineEntry,
+    Limits,
+    Manifest,
+    ModelInfo,
+    Preprocess,
+    TensorSpec,
+    Thresholds,
+    Verification,
+    Weights,
+)
+from export.bundle.card import largest_text, model_card
+
+MANIFEST = Manifest(
+    created="2026-11-28T00:00:00+00:00",
+    model=ModelInfo("asap", "tiny", {"width": 64, "heads": 4}),
+    weights=Weights(trained=False, source="drawn from seed 1", sha256=None),
+    precision="fp16",
+    preprocess=Preprocess(
+        256, 16, "bicubic", CLIP_MEAN, CLIP_STD, max_words=50, max_tokens=127, min_tokens=2
+    ),
+    inputs=(TensorSpec("image", "float32", ("batch", 3, 256, 256)),),
+    outputs=(TensorSpec("logits_tok", "float32", ("batch", "tokens - 1", 2)),),
+    limits=Limits(max_batch=32, max_tokens=127),
+    types=TYPES,
+    thresholds=Thresholds(0.5, 0.5, 0.5),
+    engines=(),
+    versions={"dgm4": "0.1.0"},
+    verification=(Verification(stage="onnx", against="torch fp32", max=2.5e-6, rms=1e-7, tolerance=1e-4),),
+    files={},
+)
+ENGINE = EngineEntry(
+    file="model.rtx.engine",
+    library="tensorrt_rtx",
+    version="1.7.1.116",
+    compute_capabilities=("8.0", "8.6"),
+    onnx_sha256="0" * 64,
+    profiles=({"input_ids": {"min": [1, 2], "opt": [8, 50], "max": [32, 128]}},),
+)
+
+
+def test_card_tells_what_the_manifest_holds():
+    card = model_card(replace(MANIFEST, engines=(ENGINE,)))
+    assert card.startswith("# ASAP (tiny, fp16)\n")
+    for part in (
+        "**These weights are not trained**",
+        "| input | `image` | float32 | batch x 3 x 256 x 256 |",
+        "| output | `logits_tok` | float32 | batch x (tokens - 1) x 2 |",
+        "| onnx | torch fp32 | 2.5e-06 | 1e-07 | 0.0001 |",
+        "256 x 256 pixels",
+        "at most 32 pairs",
+        "| `model.rtx.engine` | tensorrt_rtx 1.7.1.116 | 8.0, 8.6 | 32x128 |",
+        "from engine import Predictor",
+    ):
+        assert part in card
+    assert not [line for line in card.splitlines() if line != line.rstrip()]
+
+
+def test_card_of_trained_weights_without_engines():
+    weights = Weights(trained=True, source="checkpoint best.pth", sha256="ab" * 32)
+    card = model_card(replace(MANIFEST, weights=weights, verification=()))
+    assert "not trained" not in card
+    assert "checkpoint best.pth" in card
+    assert "ab" * 32 in card
+    assert "No engine is in this bundle" in card
+    assert "No stage was verified" in card
+
+
+def test_card_cannot_break_its_tables():
+    odd = Verification(stage="a|b\nc", against="torch", max=0.0, rms=0.0, tolerance=1.0)
+    assert "| a\\|b c | torch |" in model_card(replace(MANIFEST, verification=(odd,)))
+
+
+def test_the_largest_shapes_of_profiles():
+    assert largest_text([{"input_ids": {"max": [1, 32]}}, {"input_ids": {"max": [8, 64]}}]) == "1x32, 8x64"
+    assert largest_text([{}]) == ""

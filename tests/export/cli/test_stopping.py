@@ -1,0 +1,49 @@
+"""SIGTERM ends a command as an exception would, so that files are cleaned up."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from export.cli.stopping import exit_on_sigterm
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_sigterm_is_not_lost_in_a_destructor():
+    script = """
+        import time
+        from export.cli.stopping import exit_on_sigterm
+
+        class Slow:
+            def __del__(self):
+                print("ready", flush=True)
+                time.sleep(1)
+
+        with exit_on_sigterm():
+            slow = Slow()
+            del slow
+            time.sleep(60)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=60) == 143
+        finally:
+            process.kill()
+
+
+def test_sigterm_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with exit_on_sigterm():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
