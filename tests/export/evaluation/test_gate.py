@@ -5,14 +5,14 @@ import math
 import pytest
 
 from engine.errors import InputError
-from engine.manifest import _PRECISIONS
+from engine.manifest import PRECISIONS
 from export.evaluation.gate import GATED, GATES, check_gate
 
 REFERENCE = {"AUC": 0.93, "mAP": 0.86, "IoUmean": 0.76, "text_F1": 0.71, "EER": 0.14}
 
 
 def test_every_precision_of_a_bundle_has_a_gate():
-    assert set(GATES) == set(_PRECISIONS)
+    assert set(GATES) == set(PRECISIONS)
     assert {name: 100 * bound for name, bound in GATES.items()} == pytest.approx(
         {"fp32": 0.02, "fp16": 0.2, "bf16": 0.2, "int8": 1.0, "fp8": 1.0}
     )

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.manifest import Fields
-from engine.manifest import _engine as parse_engine
 from export.graph.trace import data_of
 from export.trt import build as trt
 from export.trt.engine_file import build_into
@@ -42,7 +40,7 @@ def engines(bundle, static_graph):
 
 
 def build_one(graph, precision):
-    """The engine's record, its bytes and those of the graph's weights; the file is gone."""
+    """The engine's entry, its bytes and those of the graph's weights; the file is gone."""
     rtx = next(info for info in trt.describe_builders() if info.library == "tensorrt_rtx")
     shapes = Shapes(max_batch=2, min_tokens=2, typical_tokens=16, max_tokens=24, image_size=256)
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
@@ -50,15 +48,14 @@ def build_one(graph, precision):
     engine = graph.parent / entry.file
     size = engine.stat().st_size
     engine.unlink()
-    return record, size, data_of(graph).stat().st_size
+    return entry, size, data_of(graph).stat().st_size
 
 
 @pytest.mark.timeout(900)  # a network's first test exports and builds all of its engines
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_network_in_every_precision(engines, name, precision):
-    record, size, weights = engines(name)[precision].result()
+    entry, size, weights = engines(name)[precision].result()
     assert size > weights, "the weights are inside"
-    entry = parse_engine(Fields(record, "engine"))
     assert entry.compute_capabilities == TARGETS
     assert [profile["input_ids"]["max"] for profile in entry.profiles] == [[2, 24]]
     assert entry.build.peak_memory_mb < MEMORY_MB

@@ -9,8 +9,7 @@ import onnx
 import pytest
 
 from engine.errors import BackendError, BuildError, InputError
-from engine.manifest import Fields
-from engine.manifest import _engine as parse_engine
+from engine.manifest import EngineEntry
 from export import engine_stage as bundle_engine
 from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
@@ -97,21 +96,20 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
 
     monkeypatch.setattr(bundle_engine.trt, "build_engine", build)
     writer = SimpleNamespace(path=lambda name: folder / name)
-    record, line = write_engine(options(plugins), graph.model.config, FULL, writer)
-    (count,) = record["plugins"].values() or (0,)
+    entry, line = write_engine(options(plugins), graph.model.config, FULL, writer)
+    (count,) = entry.plugins.values() or (0,)
     if plugins == "on":
         assert given == [("plugins.model.onnx", True, False)]
-        assert list(record["plugins"]) == ["GuidedHeadAttention"]
+        assert list(entry.plugins) == ["GuidedHeadAttention"]
         assert f"{count} nodes with our kernels" in line
     else:
         assert given == [("model.onnx", False, True)]
-        assert record["plugins"] == {}
+        assert entry.plugins == {}
         assert "our kernels" not in line
     assert not (folder / "plugins.model.onnx").exists()
-    assert parse_engine(Fields(record, "engines[0]")).plugins == record["plugins"]
-    assert (
-        parse_engine(Fields({k: v for k, v in record.items() if k != "plugins"}, "engines[0]")).plugins == {}
-    )
+    written = entry.to_dict()
+    assert EngineEntry.from_dict(written) == entry
+    assert EngineEntry.from_dict({k: v for k, v in written.items() if k != "plugins"}).plugins == {}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
