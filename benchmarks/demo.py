@@ -27,7 +27,7 @@ from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import (
     TOKEN_PADDING,
-    Answers,
+    LabelledOutputs,
     bootstrap,
     bootstrap_difference,
     box_iou,
@@ -36,8 +36,8 @@ from dgm4.metrics import (
 )
 from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE, release
 from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
-from dgm4.training.answers import collect
 from dgm4.training.options import TrainOptions, read_recipe
+from dgm4.training.outputs import collect
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
 from engine.files import sha256_of
@@ -101,15 +101,15 @@ def tokenizer_of(folder: Path) -> CaptionTokenizer:
     return CaptionTokenizer(path)
 
 
-def judge(run: str, out: Path, data: PairDataset) -> Answers:
-    """Answers of a run's best checkpoint to `data`, in float32 with the weights that ship: float16's."""
+def judge(run: str, out: Path, data: PairDataset) -> LabelledOutputs:
+    """Outputs of a run's best checkpoint to `data`, in float32 with the weights that ship: float16's."""
     trainee = make_trainee(recipe(run), model_config("asap", "tiny").vocabulary)
     load_released(trainee, read_snapshot(out / BEST)["model"])
     trainee.half().float().eval()
     return collect(trainee.predict, data, 32, torch.device("cpu"))
 
 
-def scores(answers: Answers) -> dict[str, Any]:
+def scores(answers: LabelledOutputs) -> dict[str, Any]:
     """Metrics with their 95 % intervals, those of every type, and the IoU where there is a box to find."""
     face = (answers.true_box != 0).any(1)
     return {
@@ -128,7 +128,7 @@ def training_record(run: str, out: Path) -> dict[str, Any]:
     return {"recipe": recipe(run).to_dict(), "seconds": seconds, "best_epoch": best, "epochs": len(lines)}
 
 
-def pick_sample(answers: Answers) -> tuple[int, dict[str, Any]]:
+def pick_sample(answers: LabelledOutputs) -> tuple[int, dict[str, Any]]:
     """The first pair of SAMPLE_CLASS that is answered right, and how many of its class are.
 
     Right: the box overlaps the true one by more than GOOD_BOX, every word and the four types are as
@@ -146,7 +146,7 @@ def pick_sample(answers: Answers) -> tuple[int, dict[str, Any]]:
     return int(right[0]), {"answered_right": len(right), "of": int(of_class.sum())}
 
 
-def ship(work: Path, result: dict[str, Any], samples: list[Sample], answers: Answers) -> None:
+def ship(work: Path, result: dict[str, Any], samples: list[Sample], answers: LabelledOutputs) -> None:
     """Write weights, record and sample into the package."""
     record: dict[str, Any] = {"data": "sample set, test split", "pairs": len(samples), "networks": {}}
     for name in MODEL_NAMES:

@@ -26,7 +26,7 @@ import dgm4
 from benchmarks.machine import describe_machine
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset
-from dgm4.metrics import Answers, summarise
+from dgm4.metrics import LabelledOutputs, summarise
 from dgm4.shipped import demo_checkpoint
 from dgm4.tokenizer import build_tokenizer, vocabulary_of
 from engine.inputs.text import CaptionTokenizer
@@ -107,7 +107,7 @@ def measure(network: str, data: Path, limit: int | None) -> list[dict[str, Any]]
     runs: dict[str, Network] = {" ".join(key): _Torch(x) for key, x in lowered.items()}
     samples = read_split(data, "test").samples[:limit]
     dataset = PairDataset(samples, words, model.config.image_size)
-    answers = score({"float32": _Torch(model), **runs}, dataset, BATCH, "raise", progress=True).answers
+    answers = score({"float32": _Torch(model), **runs}, dataset, BATCH, "raise", progress=True).outputs
     return [
         {
             **{"network": network, "precision": key[0], "method": key[1], "smooth": key[2]},
@@ -125,7 +125,7 @@ def _tokenizer(checkpoint: Path, vocabulary: int) -> CaptionTokenizer:
         return CaptionTokenizer(path, MAX_WORDS, LONGEST_CAPTION)
 
 
-def _compare(precision: str, ours: Answers, theirs: Answers) -> dict[str, Any]:
+def _compare(precision: str, ours: LabelledOutputs, theirs: LabelledOutputs) -> dict[str, Any]:
     own, reference = (summarise(*answers) for answers in (ours, theirs))
     sides = [[{name: getattr(answers, name) for name in OUTPUTS}] for answers in (theirs, ours)]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.network.config import BERT_EPS, NAMES, TORCH_EPS, VIT_EPS, NetworkConfig
+from engine.network.config import BERT_EPS, NAMES, TORCH_EPS, TYPES, VIT_EPS, NetworkConfig
 
 __all__ = [
     "BERT_EPS",
@@ -22,8 +22,6 @@ MODEL_NAMES = NAMES
 ModelConfig = NetworkConfig  # training and serving read one record
 
 BERT_MASK = -10000.0  # added to the scores of padded tokens; not -inf, which matters for a fully masked row
-
-TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
 
 _BASE = ModelConfig(
     name="hammer",

@@ -3,8 +3,8 @@
 Every metric is a function of per-pair statistics and of a weight for each pair: the metrics of a set are
 those of weights 1, and a bootstrap draws other weights instead of running anything again. Conventions, found
 to agree with the benchmark's own code: AUC and EER rank by the margin of the two logits; a type counts as
-predicted at logit >= 0; a real/fake or token answer is the larger logit, the first where they are equal; IoU
-thresholds are exceeded strictly. Where a set lacks what a metric speaks of:
+predicted at logit >= 0; of the two logits of a pair or token the larger decides, the first where they are
+equal; IoU thresholds are exceeded strictly. Where a set lacks what a metric speaks of:
 
 - AUC and EER are NaN where all pairs are pristine or all manipulated;
 - mAP, CP, CR and CF1 are means over the types that occur, NaN where none does;
@@ -34,8 +34,8 @@ _CHUNK = 4_000_000
 Interval = tuple[float, float]
 
 
-class Answers(NamedTuple):
-    """A model's raw answers to B pairs beside the truth, as `summarise` takes them.
+class LabelledOutputs(NamedTuple):
+    """A model's raw outputs for B pairs beside the labels, as `summarise` takes them.
 
     labels [B] strings, "orig" or types joined by "&"; logits_real_fake [B, 2] (1 = manipulated);
     logits_multicls [B, 4] in the order of TYPES; pred_box and true_box [B, 4] as (cx, cy, w, h) in [0, 1],
@@ -60,19 +60,21 @@ def summarise(
     logits_tok: np.ndarray,
     token_labels: np.ndarray,
 ) -> dict[str, float]:
-    """Return the benchmark's metrics, fractions in [0, 1]; the arrays are those of `Answers`.
+    """Return the benchmark's metrics, fractions in [0, 1]; the arrays are those of `LabelledOutputs`.
 
     AUC, EER, ACC of real against manipulated; mAP, OP, OR, OF1, CP, CR, CF1 of the four types; IoUmean and
     the shares of pairs above IoU 0.50, 0.75, 0.95; accuracy, precision, recall and F1 over all tokens.
     Raises InputError for shapes, labels or boxes that cannot be, NumericalError for NaN or infinite logits.
     """
-    answers = Answers(labels, logits_real_fake, logits_multicls, pred_box, true_box, logits_tok, token_labels)
-    statistics = _Statistics(answers)
+    outputs = LabelledOutputs(
+        labels, logits_real_fake, logits_multicls, pred_box, true_box, logits_tok, token_labels
+    )
+    statistics = _Statistics(outputs)
     return {key: float(value[0]) for key, value in statistics.metrics(statistics.ones()).items()}
 
 
 def per_type(labels: np.ndarray, logits_multicls: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return positives, AUC, AP, P, R and F1 of each type; labels [B] and logits [B, 4] as in `Answers`.
+    """Return positives, AUC, AP, P, R and F1 of each type; labels [B], logits [B, 4].
 
     AUC, AP and R are NaN for a type that does not occur, AUC also for one that all pairs have.
     """
@@ -83,28 +85,33 @@ def per_type(labels: np.ndarray, logits_multicls: np.ndarray) -> dict[str, dict[
 
 
 def bootstrap(
-    answers: Answers, *, repeats: int = 1000, level: float = 0.95, seed: int = 0
+    outputs: LabelledOutputs, *, repeats: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
     """Return (low, high) of every metric: percentile bootstrap over pairs, central `level`.
 
     Errors as for `summarise`; InputError also for repeats < 1 or a level outside (0, 1). Resamples in which
     a metric is NaN are left out of its interval. Source: Efron, Annals of Statistics 7 (1979).
     """
-    statistics = _Statistics(answers)
+    statistics = _Statistics(outputs)
     return _intervals(statistics.metrics, statistics.count, repeats, level, seed)
 
 
 def bootstrap_difference(
-    answers: Answers, reference: Answers, *, repeats: int = 1000, level: float = 0.95, seed: int = 0
+    outputs: LabelledOutputs,
+    reference: LabelledOutputs,
+    *,
+    repeats: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return (low, high) of metric(answers) - metric(reference), both models on the same resampled pairs.
+    """Return (low, high) of metric(outputs) - metric(reference), both models on the same resampled pairs.
 
     Errors as for `bootstrap`; InputError also where the two do not hold the same truth.
     """
     for name in ("labels", "true_box", "token_labels"):
-        if not np.array_equal(getattr(answers, name), getattr(reference, name)):
+        if not np.array_equal(getattr(outputs, name), getattr(reference, name)):
             raise InputError(f"expected two models on the same pairs, got different {name}")
-    ours, theirs = _Statistics(answers), _Statistics(reference)
+    ours, theirs = _Statistics(outputs), _Statistics(reference)
 
     def difference(weights: np.ndarray) -> dict[str, np.ndarray]:
         first, second = ours.metrics(weights), theirs.metrics(weights)
@@ -134,13 +141,13 @@ def benchmark_iou(pred_box: np.ndarray, true_box: np.ndarray) -> np.ndarray:
 
 
 class _Statistics:
-    """What the metrics need of each pair, so that they are sums over pairs or over sorted pairs."""
+    """Statistics of each pair, so that they are sums over pairs or over sorted pairs."""
 
-    def __init__(self, answers: Answers):
-        types = _read_labels(answers.labels)
+    def __init__(self, outputs: LabelledOutputs):
+        types = _read_labels(outputs.labels)
         count = self.count = len(types)
-        margin = np.diff(_finite("logits_real_fake", answers.logits_real_fake, (count, 2)))[:, 0]
-        logits = _finite("logits_multicls", answers.logits_multicls, (count, len(TYPES)))
+        margin = np.diff(_finite("logits_real_fake", outputs.logits_real_fake, (count, 2)))[:, 0]
+        logits = _finite("logits_multicls", outputs.logits_multicls, (count, len(TYPES)))
         fake = types.sum(axis=1) > 0
         self.verdict = _Ranking(margin, fake)
         self.types = [_Ranking(logits[:, k], types[:, k]) for k in range(len(TYPES))]
@@ -149,11 +156,11 @@ class _Statistics:
         self.columns = np.column_stack(
             [
                 (margin > 0) == fake,
-                _box_columns(answers, count),
+                _box_columns(outputs, count),
                 predicted & types,
                 predicted,
                 types,
-                _token_columns(answers, count),
+                _token_columns(outputs, count),
             ]
         )
 
@@ -269,25 +276,25 @@ def _check_finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _box_columns(answers: Answers, count: int) -> np.ndarray:
+def _box_columns(outputs: LabelledOutputs, count: int) -> np.ndarray:
     """Return IoU and the thresholds passed, [B, 4]."""
-    predicted = _finite("pred_box", answers.pred_box, (count, 4))
-    true = _shaped("true_box", answers.true_box, (count, 4)).astype(np.float64)
+    predicted = _finite("pred_box", outputs.pred_box, (count, 4))
+    true = _shaped("true_box", outputs.true_box, (count, 4)).astype(np.float64)
     if not np.isfinite(true).all() or (true[:, 2:] < 0).any():
         raise InputError("true_box: expected finite (cx, cy, w, h) with w and h >= 0, zeros for no box")
     iou = benchmark_iou(predicted, true)
     return np.column_stack([iou, *(iou > percent / 100 for percent in IOU_THRESHOLDS)])
 
 
-def _token_columns(answers: Answers, count: int) -> np.ndarray:
+def _token_columns(outputs: LabelledOutputs, count: int) -> np.ndarray:
     """Return hits, predicted, true, correct and all tokens of each pair, [B, 5]."""
-    labels = np.asarray(answers.token_labels)
+    labels = np.asarray(outputs.token_labels)
     width = labels.shape[1] if labels.ndim == 2 else 0
     labels = _shaped("token_labels", labels, (count, width))
     if not np.isin(labels, (0, 1, TOKEN_PADDING)).all():
         raise InputError(f"token_labels: expected 0, 1 and {TOKEN_PADDING} for padding, got other values")
     valid = labels != TOKEN_PADDING
-    logits = _shaped("logits_tok", answers.logits_tok, (count, width, 2))
+    logits = _shaped("logits_tok", outputs.logits_tok, (count, width, 2))
     # What the network says of padding is nobody's concern, NaN included.
     _check_finite("logits_tok", np.where(valid[..., None], logits, 0))
     predicted, true = valid & (logits[..., 1] > logits[..., 0]), labels == 1

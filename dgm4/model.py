@@ -18,23 +18,9 @@ from dgm4.config import TORCH_EPS, ModelConfig, model_config
 from dgm4.layers import Head, PackedAttention, padding_bias
 from dgm4.text import TextEncoder
 from dgm4.vision import CAFormer, VisionTransformer
+from engine.network.output import Output
 
 GAUSSIAN_FLOOR = 1e-8  # keeps the exponent finite for an empty box
-
-
-class Output(NamedTuple):
-    """Answers for B pairs with N tokens each, [CLS] included.
-
-    logits_real_fake [B, 2] (index 1 = manipulated); logits_multicls [B, 4] (face swap, face attribute,
-    text swap, text attribute); box [B, 4] as (cx, cy, w, h) in [0, 1]; logits_tok [B, N-1, 2] (index 1 =
-    manipulated token); attention_map [B, N, 1+P], ASAP's MGCA scores before the softmax, else None.
-    """
-
-    logits_real_fake: Tensor
-    logits_multicls: Tensor
-    box: Tensor
-    logits_tok: Tensor
-    attention_map: Tensor | None = None
 
 
 class Branch(NamedTuple):

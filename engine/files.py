@@ -1,14 +1,16 @@
-"""Files that appear whole or not at all, SHA-256 of files, and the user's cache folder."""
+"""Files that appear whole or not at all, their SHA-256, JSON without NaN, and the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -41,6 +43,15 @@ def sha256_of(file: Path | BufferedReader) -> str:
         with file.open("rb") as opened:
             return sha256_of(opened)
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def without_nan(value: Any) -> Any:
+    """JSON data with null in place of NaN, which JSON lacks, and lists in place of tuples."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 from engine.errors import BundleError
 from engine.layout import MANIFEST
+from engine.network.config import TYPES
 from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, within
 
 FORMAT = "dgm4-bundle"
@@ -23,7 +24,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
-TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _Count = Annotated[int, at_least(1)]

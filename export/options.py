@@ -8,12 +8,12 @@ from typing import Literal
 
 import dgm4
 from engine.errors import BackendError, InputError
+from engine.manifest import PRECISIONS
 from export.quantization.ranges import METHODS
 from export.quantization.smoothquant import Smooth
 from export.trt import build as trt
 from export.trt.options import EngineOptions
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
 FEWEST_TOKENS = 2  # [CLS] and a word
 

@@ -1,17 +1,16 @@
-"""Where a verb writes its answer: stdout, or a file that appears whole or not at all."""
+"""Output of a command: stdout or a file that appears whole or not at all, and tables of text."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from engine.errors import InputError
+from engine.files import replacing
 
 Rows = list[tuple[str, ...]]
 
@@ -20,7 +19,7 @@ Rows = list[tuple[str, ...]]
 def open_output(path: Path | None, source: Path | None = None, option: str = "--out") -> Iterator[IO[str]]:
     """stdout, or a file that appears whole or not at all; raises InputError where it cannot be written.
 
-    `source` is a file that it may not be; `option` is what messages call the path.
+    `source` is an input file that must not be overwritten; `option` is what messages call the path.
     """
     if path is None:
         yield sys.stdout
@@ -28,42 +27,35 @@ def open_output(path: Path | None, source: Path | None = None, option: str = "--
     check_output(path, option)
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise InputError(f"{option} {path}: is the list itself; choose another name")
-    partial = _partial(path)
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
-    try:
+    with _full_disk_as_input_error(path, option), replacing(path) as partial:
+        try:
+            file = partial.open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
+
+
+@contextlib.contextmanager
+def _full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # of the caller's block too, so no other kind is taken for ours
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
             f"{option} {path}: cannot be written: {error.strerror}; free space or choose another place"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes, option: str) -> None:
     """Write a file that appears whole or not at all; raises InputError where it cannot be written."""
     check_output(path, option)
-    partial = _partial(path)
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def check_output(path: Path, option: str) -> None:

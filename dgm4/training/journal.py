@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from engine.files import replacing
+from engine.files import replacing, without_nan
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line; NaN, which JSON lacks, is written as null."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(line)) + "\n")
+        file.write(json.dumps(without_nan(line)) + "\n")
 
 
 def keep_lines(path: Path, update: int) -> None:
@@ -29,9 +28,3 @@ def keep_lines(path: Path, update: int) -> None:
             continue  # the run was killed while it wrote
     with replacing(path, only_writer=True) as partial:
         partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

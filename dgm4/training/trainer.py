@@ -22,12 +22,12 @@ from dgm4.data.dataset import Batch, Item, PairDataset, collate, read_sidecar
 from dgm4.losses import WEIGHTS
 from dgm4.losses.contrastive import ALPHA
 from dgm4.metrics import summarise
-from dgm4.training.answers import collect, to_device
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.optimizer import make_optimizer, make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
+from dgm4.training.outputs import collect, to_device
 from dgm4.training.processes import join, pick_device, random_states, set_random_state, wait
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Terms, Trainee

@@ -24,10 +24,10 @@ from dgm4.data.annotations import read_split
 from dgm4.data.dataset import Batch, PairDataset, collate
 from dgm4.losses.boxes import box_giou, box_l1
 from dgm4.losses.maps import patch_mask
-from dgm4.training.answers import to_device
 from dgm4.training.optimizer import make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
+from dgm4.training.outputs import to_device
 from dgm4.training.snapshot import write_snapshot
 from dgm4.training.trainee import initialise
 from dgm4.vision import VisionTransformer

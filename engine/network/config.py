@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from engine.schema import Record, at_least, one_of
 
+TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
 NAMES = ("hammer", "asap", "cals")
 
 BERT_EPS = 1e-12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +10,10 @@ from torch import Tensor, nn
 from engine.errors import CheckpointError
 from engine.network.branch import BRANCHES
 from engine.network.config import NetworkConfig
+from engine.network.output import Output
 from engine.network.released import fold_network
 from engine.network.text import Text
 from engine.network.vision import build_vision
-
-
-class Output(NamedTuple):
-    """Answers for B pairs with N tokens each, [CLS] included.
-
-    logits_real_fake [B, 2] (index 1 = manipulated); logits_multicls [B, 4] (face swap, face attribute,
-    text swap, text attribute); box [B, 4] as (cx, cy, w, h) in [0, 1]; logits_tok [B, N-1, 2] (index 1 =
-    manipulated token); attention_map [B, N, 1+P], ASAP's MGCA scores before the softmax, else None.
-    """
-
-    logits_real_fake: Tensor
-    logits_multicls: Tensor
-    box: Tensor
-    logits_tok: Tensor
-    attention_map: Tensor | None = None
 
 
 class InferenceModel(nn.Module):

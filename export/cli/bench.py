@@ -53,20 +53,17 @@ def add_arguments(verbs: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart: .svg or .png")
     parser.set_defaults(run=verb("export.cli.bench", "run"), parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and write the answer; the exit code is that of the first backend that failed."""
-    from engine import Bundle
-    from export.bench.chart import check_suffix, draw_chart
-    from export.bench.measure import BenchOptions, bench
-    from export.output import check_output, open_output, write_whole
+    from tqdm import tqdm
 
-    if options.plot is not None:
-        check_suffix(options.plot)
-        check_output(options.plot, "--plot")
+    from engine import Bundle
+    from export.bench.measure import BenchOptions, bench
+    from export.output import open_output
+
     settings = BenchOptions(
         backends=tuple(dict.fromkeys(options.backend)),
         batches=options.batch,
@@ -76,25 +73,17 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
     )
     with open_output(options.out) as out:
-        found = bench(Bundle.open(options.bundle), settings, _progress)
-        _show("")
+        with tqdm(unit="turn", leave=False, disable=None) as bar:  # None: only where stderr is a terminal
+
+            def report(name: str, batch: int) -> None:
+                bar.set_description(f"batch {batch}: {name}", refresh=False)
+                bar.update()
+
+            found = bench(Bundle.open(options.bundle), settings, report)
         out.write(json.dumps(found.to_dict(), allow_nan=False) + "\n" if options.json else table(found))
-    if options.plot is not None:
-        write_whole(options.plot, draw_chart(found, options.plot), "--plot")
     for name, error in found.failed.items():
         sys.stderr.write(f"dgm4: {name} was not measured: {error}\n")
     return next((error.exit_code for error in found.failed.values()), 0)
-
-
-def _progress(name: str, batch: int) -> None:
-    _show(f"batch {batch}: {name}")
-
-
-def _show(text: str) -> None:
-    """Replace the last line of a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{text}")
-        sys.stderr.flush()
 
 
 def table(found: Bench) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dgm4.data.annotations import Sample
-from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, Answers, box_iou, says_no_box
+from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, LabelledOutputs, box_iou, says_no_box
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
@@ -74,7 +74,7 @@ class Case:
         }
 
 
-def measure_agreement(ours: Answers, theirs: Answers) -> Agreement:
+def measure_agreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> Agreement:
     """Compare two models' answers to the same pairs."""
     types = _same(ours.logits_multicls >= TYPE_LOGIT, theirs.logits_multicls >= TYPE_LOGIT)
     valid = ours.token_labels != TOKEN_PADDING
@@ -94,7 +94,7 @@ def measure_agreement(ours: Answers, theirs: Answers) -> Agreement:
     )
 
 
-def disagreement(ours: Answers, theirs: Answers) -> np.ndarray:
+def disagreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> np.ndarray:
     """Return how far two models' answers lie apart, [B, 4] in the order of PARTS, each in [0, 1].
 
     The change of the probability of being manipulated, the largest change over the types and over the
@@ -108,7 +108,7 @@ def disagreement(ours: Answers, theirs: Answers) -> np.ndarray:
     return np.column_stack([score, types.max(axis=1), words, 1 - predicted_iou(ours, theirs)])
 
 
-def predicted_iou(ours: Answers, theirs: Answers) -> np.ndarray:
+def predicted_iou(ours: LabelledOutputs, theirs: LabelledOutputs) -> np.ndarray:
     """Return the IoU [B] of the two predicted boxes, 1 where both say that there is no box."""
     neither = says_no_box(ours.pred_box) & says_no_box(theirs.pred_box)
     return np.where(neither, 1.0, box_iou(ours.pred_box, theirs.pred_box))
@@ -116,8 +116,8 @@ def predicted_iou(ours: Answers, theirs: Answers) -> np.ndarray:
 
 def worst_cases(
     samples: Sequence[Sample],
-    ours: Answers,
-    theirs: Answers,
+    ours: LabelledOutputs,
+    theirs: LabelledOutputs,
     count: int,
     manifest: Manifest,
     tokenizer: CaptionTokenizer,
@@ -135,15 +135,15 @@ def worst_cases(
     )
 
 
-def _taken(answers: Answers, row: int) -> Answers:
+def _taken(answers: LabelledOutputs, row: int) -> LabelledOutputs:
     """The answers to one pair, still with the first dimension."""
-    return Answers(*(array[row : row + 1] for array in answers))
+    return LabelledOutputs(*(array[row : row + 1] for array in answers))
 
 
 def _read_case(
     sample: Sample,
-    ours: Answers,
-    theirs: Answers,
+    ours: LabelledOutputs,
+    theirs: LabelledOutputs,
     parts: np.ndarray,
     manifest: Manifest,
     tokenizer: CaptionTokenizer,
@@ -166,8 +166,8 @@ def _read_case(
     )
 
 
-def _outputs(answers: Answers) -> dict[str, np.ndarray]:
-    """Answers by the names of a network's outputs."""
+def _outputs(answers: LabelledOutputs) -> dict[str, np.ndarray]:
+    """Outputs by the names of a network's outputs."""
     names = ("logits_real_fake", "logits_multicls", "logits_tok")
     return {"box": answers.pred_box, **{name: getattr(answers, name) for name in names}}
 

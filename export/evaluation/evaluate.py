@@ -5,7 +5,6 @@ Bundle and reference answer the same batches; differences of metrics come with p
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +16,13 @@ import numpy as np
 import dgm4
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
-from dgm4.metrics import Answers, Interval, bootstrap, bootstrap_difference, per_type, summarise
+from dgm4.metrics import Interval, LabelledOutputs, bootstrap, bootstrap_difference, per_type, summarise
 from dgm4.model import Detector
 from engine.backends import Backend, create, usable_cores
 from engine.backends.ort import OrtBackend
 from engine.bundle import Bundle
 from engine.errors import InputError, NumericalError
-from engine.files import sha256_of
+from engine.files import sha256_of, without_nan
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import DATA_SUFFIX, TOKENIZER, WEIGHTS
@@ -122,7 +121,7 @@ class Evaluation:
         }
         tail = {"problems": self.problems, "seconds": self.seconds}
         compared = None if self.comparison is None else _comparison_dict(self.comparison)
-        plain: dict[str, Any] = _plain({**head, **asdict(self.scores), "reference": compared, **tail})
+        plain: dict[str, Any] = without_nan({**head, **asdict(self.scores), "reference": compared, **tail})
         return plain
 
 
@@ -157,7 +156,7 @@ def evaluate(
         network.close()
     info = manifest.model
     found = {"name": info.name, "size": info.size, "precision": manifest.precision}
-    own = _scores(_OURS, scored.answers[_OURS], options)
+    own = _scores(_OURS, scored.outputs[_OURS], options)
     compared = None
     if reference.model is not None:
         compared = _compare(scored, own, reference.source, (manifest, tokenizer), options)
@@ -254,7 +253,7 @@ def _batch_size(manifest: Manifest, options: EvaluateOptions) -> int:
     return min(options.batch or 32, manifest.limits.max_batch)
 
 
-def _scores(name: str, answers: Answers, options: EvaluateOptions) -> Scores:
+def _scores(name: str, answers: LabelledOutputs, options: EvaluateOptions) -> Scores:
     try:
         metrics = summarise(*answers)
     except NumericalError as error:
@@ -271,7 +270,7 @@ def _compare(
     options: EvaluateOptions,
 ) -> Comparison:
     """Compare the bundle's answers, whose scores are `own`, with the reference's."""
-    ours, theirs = scored.answers[_OURS], scored.answers[_REFERENCE]
+    ours, theirs = scored.outputs[_OURS], scored.outputs[_REFERENCE]
     scores = _scores(_REFERENCE, theirs, options)
     draws: Any = {"repeats": options.repeats, "level": options.level, "seed": options.seed}
     intervals = bootstrap_difference(ours, theirs, **draws)
@@ -290,12 +289,3 @@ def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
         "agreement": comparison.agreement.to_dict(),
         "worst": [case.to_dict() for case in comparison.worst],
     }
-
-
-def _plain(value: Any) -> Any:
-    """Make lists of tuples and None of NaN, as JSON wants it."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,6 +1,6 @@
-"""Runs networks over annotated pairs and keeps their raw answers beside the truth.
+"""Run networks over annotated pairs and keep their raw outputs beside the labels.
 
-Pictures are read in threads while the networks run, two batches ahead, so that a run takes as long as the
+Images are read in threads while the networks run, two batches ahead, so that a run takes as long as the
 networks do.
 """
 
@@ -21,23 +21,23 @@ from tqdm import tqdm
 
 from dgm4.data.annotations import Problem, Sample
 from dgm4.data.dataset import Batch, Item, PairDataset, collate
-from dgm4.metrics import Answers
+from dgm4.metrics import LabelledOutputs
 from dgm4.model import Detector
-from dgm4.training.answers import join_answers
+from dgm4.training.outputs import join_outputs
 from engine.backends import usable_cores
 from engine.errors import InputError
+from engine.manifest import INPUTS
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
-_INPUTS = ("image", "input_ids", "attention_mask")
-WAITING = "waiting for pictures"
+WAITING = "waiting for pictures"  # a key of the JSON report
 
 
 class Network(Protocol):
     """What `score` runs: a backend of the engine, or `TorchNetwork`."""
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch: arrays by input name in, arrays by output name out."""
+        """Run one batch: arrays by input name in, arrays by output name out."""
         ...
 
 
@@ -48,18 +48,18 @@ class TorchNetwork:
         self.model = model.float().eval()
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch, as a backend does."""
+        """Run one batch, as a backend does."""
         with torch.inference_mode():
-            output = self.model(*(torch.from_numpy(feeds[name]) for name in _INPUTS))
+            output = self.model(*(torch.from_numpy(feeds[name]) for name in INPUTS))
         return {name: value.numpy() for name, value in output._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The samples that could be read, every network's answers to them, what failed, and seconds by part."""
+    """The readable samples, every network's outputs for them, what failed, and seconds by part."""
 
     samples: tuple[Sample, ...]
-    answers: dict[str, Answers]
+    outputs: dict[str, LabelledOutputs]
     problems: tuple[Problem, ...]
     seconds: dict[str, float]
 
@@ -73,7 +73,7 @@ def score(
 ) -> Scored:
     """Run every network over the same batches of `dataset`.
 
-    A picture that cannot be read is left out and listed, or raises InputError with on_bad="raise". Raises
+    An image that cannot be read is left out and listed, or raises InputError with on_bad="raise". Raises
     InputError where no pair is left, and what the networks raise. `progress` shows a bar on stderr.
     """
     reader = _Reader(dataset, on_bad)
@@ -89,14 +89,14 @@ def score(
                 outputs[name].append(_run(network, batch))
                 seconds[name] += perf_counter() - started
             bar.update(len(batch.indices))
-            # The picture is the bulk of a batch, and nothing after this reads it.
+            # The image is the bulk of a batch, and nothing after this reads it.
             batches.append(batch._replace(image=batch.image.new_empty(0)))
             started = perf_counter()
     if not batches:
         raise InputError(f"expected at least one usable pair, got none of {len(dataset)}")
     samples = tuple(dataset.samples[i] for batch in batches for i in batch.indices.tolist())
-    answers = {name: join_answers(samples, batches, parts) for name, parts in outputs.items()}
-    return Scored(samples, answers, tuple(reader.problems), seconds)
+    joined = {name: join_outputs(samples, batches, parts) for name, parts in outputs.items()}
+    return Scored(samples, joined, tuple(reader.problems), seconds)
 
 
 @contextmanager
@@ -151,5 +151,5 @@ class _Reader:
 
 
 def _run(network: Network, batch: Batch) -> dict[str, np.ndarray]:
-    outputs = network.run({name: getattr(batch, name).numpy() for name in _INPUTS})
+    outputs = network.run({name: getattr(batch, name).numpy() for name in INPUTS})
     return {name: value for name, value in outputs.items() if name != "attention_map"}

@@ -17,20 +17,19 @@ import torch
 
 from engine.errors import BuildError
 from engine.layout import DATA_SUFFIX
+from engine.manifest import INPUTS, OPTIONAL_OUTPUTS, OUTPUTS
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from kernels.onnx import ops as onnx_ops
 from kernels.onnx.bodies import bodies
 
-INPUTS = ("image", "input_ids", "attention_mask")
-OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok", "attention_map")
 _IR_VERSION = 10  # the newest that every supported runtime reads
 _TRACE_BATCH, _TRACE_TOKENS = 2, 12
 
 
 def outputs_of(config: NetworkConfig) -> tuple[str, ...]:
     """Names of the outputs of a network; the map is ASAP's alone."""
-    return OUTPUTS if config.name == "asap" else OUTPUTS[:-1]
+    return OUTPUTS + OPTIONAL_OUTPUTS if config.has_map else OUTPUTS
 
 
 def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:

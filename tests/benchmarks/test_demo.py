@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.demo import SAMPLE_CLASS, pick_sample
-from dgm4.metrics import TOKEN_PADDING, Answers
+from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 
 
 def answers(changed=None):
@@ -19,7 +19,7 @@ def answers(changed=None):
     boxes[1, 0] = 0.6  # overlap 1/3
     types = np.where([[0, 0, 0, 0]] + [[1, 0, 0, 1]] * 3, 1.0, -1.0)
     types[3] = types[3] if changed is None else changed
-    return Answers(labels, np.zeros((4, 2)), types, boxes, truth, np.eye(2)[said], tokens)
+    return LabelledOutputs(labels, np.zeros((4, 2)), types, boxes, truth, np.eye(2)[said], tokens)
 
 
 def test_the_first_pair_that_is_answered_right():

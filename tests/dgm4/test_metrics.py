@@ -16,7 +16,7 @@ from sklearn import metrics as sklearn_metrics
 
 from dgm4.config import TYPES
 from dgm4.metrics import (
-    Answers,
+    LabelledOutputs,
     benchmark_iou,
     bootstrap,
     bootstrap_difference,
@@ -28,7 +28,7 @@ from dgm4.metrics import (
 from engine.errors import InputError, NumericalError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
-FIELDS = Answers._fields
+FIELDS = LabelledOutputs._fields
 NONE = (0.0, 0.0, 0.0, 0.0)
 FACE = (0.5, 0.5, 0.2, 0.2)
 
@@ -44,7 +44,7 @@ def no_warnings():
 def golden():
     with np.load(GOLDEN) as file:
         expected = json.loads(str(file["expected"].item()))
-        return Answers(*(file[name] for name in FIELDS)), expected
+        return LabelledOutputs(*(file[name] for name in FIELDS)), expected
 
 
 def made(count=40, tokens=7, seed=0, ties=False):
@@ -60,11 +60,11 @@ def made(count=40, tokens=7, seed=0, ties=False):
         logits = [np.rint(2 * x) / 2 for x in logits]
     true_box = np.where(with_face[:, None], random.uniform(0.2, 0.6, (count, 4)), 0)
     pred_box = np.where(random.random((count, 1)) < 0.5, true_box, random.uniform(0.2, 0.6, (count, 4)))
-    return Answers(labels, logits[0], logits[1], pred_box, true_box, logits[2], labels_tok)
+    return LabelledOutputs(labels, logits[0], logits[1], pred_box, true_box, logits[2], labels_tok)
 
 
 def taken(answers, index):
-    return Answers(*(array[index] for array in answers))
+    return LabelledOutputs(*(array[index] for array in answers))
 
 
 def plain(answers):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import cache_folder, replacing, sha256_of
+from engine.files import cache_folder, replacing, sha256_of, without_nan
 from engine.packages import version_of
 
 
@@ -88,3 +88,8 @@ def test_the_cache_folder(tmp_path, monkeypatch):
 def test_versions_of_packages():
     assert version_of("no-such-package-here") is None
     assert version_of("no-such-package-here", "numpy") == version_of("numpy") is not None
+
+
+def test_json_lacks_nan():
+    data = {"a": (1, float("nan")), "b": {"c": [float("nan"), None, "nan"]}}
+    assert without_nan(data) == {"a": [1, None], "b": {"c": [None, None, "nan"]}}

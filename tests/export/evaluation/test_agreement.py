@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dgm4.metrics import Answers
+from dgm4.metrics import LabelledOutputs
 from export.evaluation.agreement import PARTS, disagreement, measure_agreement, predicted_iou
 
 NONE = (0.0, 0.0, 0.0, 0.0)
@@ -23,7 +23,7 @@ def answers(**changes):
         "logits_tok": [[[1.0, -1], [1, -1]], [[1, -1], [0, 0]]],
         "token_labels": [[0, 0], [0, -100]],
     }
-    return Answers(**{name: np.array(value) for name, value in {**fields, **changes}.items()})
+    return LabelledOutputs(**{name: np.array(value) for name, value in {**fields, **changes}.items()})
 
 
 def test_a_model_agrees_with_itself():

@@ -11,7 +11,7 @@ import torch
 
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset, collate
-from dgm4.metrics import Answers, summarise
+from dgm4.metrics import LabelledOutputs, summarise
 from engine import Predictor
 from engine.backends import create
 from engine.bundle import Bundle
@@ -70,7 +70,7 @@ def one_by_one(model, dataset):
     for i, (row, output) in enumerate(zip(rows, outputs, strict=True)):
         logits[i, : output.logits_tok.shape[1]] = output.logits_tok[0]
         labels[i, : row.token_labels.shape[1]] = row.token_labels[0]
-    return Answers(
+    return LabelledOutputs(
         labels=np.array([sample.fake_cls for sample in dataset.samples]),
         logits_real_fake=np.concatenate([x.logits_real_fake for x in outputs]),
         logits_multicls=np.concatenate([x.logits_multicls for x in outputs]),
@@ -111,7 +111,7 @@ def test_answers_are_those_that_production_gives(bundle, data):
     opened = Bundle.open(bundle("asap", "fp32").path)
     dataset = dataset_of(bundle("asap", "fp32"), data)
     scored = score({"it": create("ort", opened, "cpu", 1)}, dataset, 4)
-    answers = scored.answers["it"]
+    answers = scored.outputs["it"]
     tokenizer = CaptionTokenizer(opened.path / "tokenizer.json")
     with Predictor(opened, threads=1) as predictor:
         for row, sample in enumerate(scored.samples):
@@ -191,7 +191,7 @@ def test_what_a_network_says_of_padding_does_not_count(bundle, data):
             tokens = np.where(mask == 1, [1.0, 2.0], np.nan)
             return {**blank_answers(len(mask)), "logits_tok": tokens}
 
-    found = score({"it": Careless()}, dataset, 7).answers["it"]
+    found = score({"it": Careless()}, dataset, 7).outputs["it"]
     valid = found.token_labels != -100
     assert 0 < valid.sum() < valid.size
     assert (found.logits_tok[valid] == [1, 2]).all() and not found.logits_tok[~valid].any()

@@ -1,4 +1,4 @@
-"""A network's answers on a data set, as the arrays that the metrics read."""
+"""Run a network over a data set and join its outputs to the arrays that the metrics read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from dgm4.data.annotations import Sample
 from dgm4.data.dataset import IGNORED, Batch, PairDataset, collate
-from dgm4.metrics import Answers
+from dgm4.metrics import LabelledOutputs
 from dgm4.model import Output
 
 _READ = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
@@ -23,8 +23,8 @@ def collect(
     batch: int,
     device: torch.device,
     workers: int = 0,
-) -> Answers:
-    """Run `predict` over all of `data` and return answers and labels, tokens padded to the longest."""
+) -> LabelledOutputs:
+    """Run `predict` over all of `data` and return outputs and labels, tokens padded to the longest."""
     batches: list[Batch] = []
     outputs: list[dict[str, np.ndarray]] = []
     # A generator of its own, since an iterator draws a number: torch's own stream stays where it was.
@@ -34,13 +34,13 @@ def collect(
             output = predict(to_device(part, device))._asdict()
             outputs.append({name: output[name].float().cpu().numpy() for name in _READ})
             batches.append(part._replace(image=part.image.new_empty(0)))
-    return join_answers(data.samples, batches, outputs)
+    return join_outputs(data.samples, batches, outputs)
 
 
-def join_answers(
+def join_outputs(
     samples: Sequence[Sample], batches: Sequence[Batch], outputs: Sequence[Mapping[str, np.ndarray]]
-) -> Answers:
-    """Join the answers to batches of `samples`, in their order; tokens are padded to the longest of all.
+) -> LabelledOutputs:
+    """Join the outputs of batches of `samples`, in their order; tokens are padded to the longest of all.
 
     `outputs` holds the arrays of `Output` by name, one mapping a batch.
     """
@@ -53,7 +53,7 @@ def join_answers(
         labels[row : row + count, :length] = batch.token_labels.numpy()
         logits[row : row + count, :length] = part["logits_tok"]
         row += count
-    return Answers(
+    return LabelledOutputs(
         labels=np.array([sample.fake_cls for sample in samples]),
         logits_real_fake=np.concatenate([part["logits_real_fake"] for part in outputs]),
         logits_multicls=np.concatenate([part["logits_multicls"] for part in outputs]),
@@ -66,7 +66,7 @@ def join_answers(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch."""
+    """Return the batch on `device`."""
     moved: dict[str, Any] = {
         k: None if v is None else v.to(device, non_blocking=True) for k, v in batch._asdict().items()
     }
