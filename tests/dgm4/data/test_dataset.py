@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import re
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dgm4.data import dataset as module
 from dgm4.data.annotations import Sample, read_annotations
-from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box, label_tokens, read_sidecar
+from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box, label_tokens
 from dgm4.tokenizer import build_tokenizer, find_vocabulary
 from engine.errors import InputError
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, preprocess_image
@@ -357,32 +356,6 @@ def test_a_batch_of_empty_captions_has_a_column(samples, tokenizer):
     assert batch.input_ids.tolist() == [[CLS, 0]]
     assert batch.attention_mask.tolist() == [[1, 0]]
     assert batch.token_labels.tolist() == [[IGNORED]]
-
-
-def test_a_side_car_is_read(tmp_path):
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"DGM4/origin/1.jpg": "zwei Männer"}), encoding="utf-8")
-    assert read_sidecar(path) == read_sidecar(str(path)) == {"DGM4/origin/1.jpg": "zwei Männer"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "expected JSON in UTF-8"),
-        (b'{"a": "\xff"}', "expected JSON in UTF-8"),
-        (b"[" * 100_000, "expected JSON in UTF-8"),
-        (b"[]", "expected an object {image: text}, got list"),
-        (b'{"a": "b", "c": ["d"]}', "expected a text for 'c', got list"),
-    ],
-    ids=range(5),
-)
-def test_a_bad_side_car_is_an_error(tmp_path, content, message):
-    path = tmp_path / "captions.json"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(f"{path}: {message}")):
-        read_sidecar(path)
-    with pytest.raises(InputError, match="cannot read the side-car: No such file"):
-        read_sidecar(tmp_path / "none.json")
 
 
 def test_from_the_annotations_to_a_batch(tmp_path, tokenizer):

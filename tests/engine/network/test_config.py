@@ -22,10 +22,7 @@ def test_a_manifest_gives_the_config_of_the_trained_network(name, size):
 
 def test_fields_are_written_in_the_order_that_files_have():
     """The header of model.safetensors holds them, and with it the file's SHA-256."""
-    first, last = (
-        ["name", "size", "width", "heads", "vision_depth", "text_depth"],
-        ["guidance_widths", "dropout"],
-    )
+    first, last = ["name", "size", "width", "heads"], ["guidance_widths", "dropout"]
     names = list(dgm4.model_config("asap").to_dict())
     assert names[:4] == first
     assert names[-2:] == last
