@@ -204,7 +204,7 @@ class Calibration(Record):
     smoothing: Smoothing | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
     """A whole manifest.json of format 1.
 
@@ -226,11 +226,11 @@ class Manifest(Record):
     engines: tuple[EngineEntry, ...]
     versions: dict[str, str]
     verification: tuple[Verification, ...]
-    files: dict[str, FileEntry]
     accuracy: tuple[Accuracy, ...] = ()
     float32_layers: tuple[str, ...] = ()
     kept_layers: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    files: dict[str, FileEntry]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""

@@ -23,6 +23,7 @@ import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +66,7 @@ class BundleWriter:
         self.overwrite = overwrite
         self._directory: Path | None = None
         self._lock = -1
+        self._sealed: dict[Path, tuple[_State, dict[str, Any]]] = {}
 
     def __enter__(self) -> BundleWriter:
         with as_bundle_error(self.noun, self.out):
@@ -165,11 +167,38 @@ class BundleWriter:
     def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         directory = self._opened()
         (directory / MANIFEST).unlink(missing_ok=True)
-        filled = _fill_manifest({"format": self.format, **manifest}, _seal_files(directory))
+        filled = _fill_manifest({"format": self.format, **manifest}, self._seal_files(directory))
         content = (json.dumps(filled, indent=1) + "\n").encode()
         self._check_manifest(content)
         _write_synced(directory / MANIFEST, content)
         return filled
+
+    def _seal_files(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """Hash, sync and open to its readers every file of the directory; name -> sha256 and bytes."""
+        paths = [directory / name for name in sorted(_entries(directory))]
+        for path in paths:
+            if path.is_symlink() or not path.is_file():
+                raise BundleError(
+                    f"{path.name} is not a regular file; expected nothing else in {directory.name}"
+                )
+        # Writers of temporary files leave 0600: give every file what the umask gave the directory.
+        mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            sealed = list(pool.map(lambda path: self._seal(path, mode), paths))
+        names = (path.relative_to(directory).as_posix() for path in paths)
+        return dict(zip(names, sealed, strict=True))
+
+    def _seal(self, path: Path, mode: int) -> dict[str, Any]:
+        """Hash a file, but for one that nobody has touched since `preview` did."""
+        state, entry = self._sealed.get(path, (None, {}))
+        with path.open("rb") as file:
+            if state != _state(file):
+                digest = sha256_of(file)
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+                entry = {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
+                self._sealed[path] = _state(file), entry
+        return entry
 
     def _check_manifest(self, content: bytes) -> None:
         parse_manifest(content)  # what the reader would refuse is never published
@@ -178,6 +207,15 @@ class BundleWriter:
         if self._directory is None:
             raise BundleError(f"the {self.noun} writer is closed: use it inside its with block")
         return self._directory
+
+
+_State = tuple[int, int, int, int]
+
+
+def _state(file: BufferedReader) -> _State:
+    """What changes with any write to a file: even one of the same size in place sets its ctime."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sweep_partials(out: Path) -> list[Path]:
@@ -263,28 +301,6 @@ def _listed_files(directory: Path, kind: str) -> set[str] | None:
         return None
     files = manifest.get("files")
     return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
-
-
-def _seal_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Hash, sync and open to its readers every file of the directory; name -> sha256 and bytes."""
-    paths = [directory / name for name in sorted(_entries(directory))]
-    for path in paths:
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path.name} is not a regular file; expected nothing else in {directory.name}")
-    # Writers of temporary files leave 0600: give every file what the umask gave the directory.
-    mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        sealed = list(pool.map(lambda path: _seal(path, mode), paths))
-    names = (path.relative_to(directory).as_posix() for path in paths)
-    return dict(zip(names, sealed, strict=True))
-
-
-def _seal(path: Path, mode: int) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = sha256_of(file)
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-        return {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
 
 
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -289,6 +289,23 @@ def test_manifest_that_the_reader_refuses_is_not_published(tmp_path, fields, cau
     assert list(tmp_path.iterdir()) == []
 
 
+def test_commit_hashes_again_only_what_changed_since_the_preview(tmp_path, monkeypatch):
+    hashed = []
+    digest = bundle.sha256_of
+    monkeypatch.setattr(bundle, "sha256_of", lambda file: hashed.append(Path(file.name).name) or digest(file))
+    with BundleWriter(tmp_path / "b") as writer:
+        writer.add_text("same.txt", "same")
+        writer.add_text("other.txt", "old")
+        writer.preview(manifest_of("draft"))
+        assert sorted(hashed) == ["other.txt", "same.txt"]
+        hashed.clear()
+        time.sleep(0.02)  # a clock tick of the file system
+        writer.add_text("other.txt", "new")  # as long, and in place
+        writer.commit(manifest_of("one"))
+    assert hashed == ["other.txt"]
+    assert read_whole(tmp_path / "b") == "one"
+
+
 def test_every_file_is_as_readable_as_the_directory(tmp_path):
     before = os.umask(0o022)
     try:
