@@ -28,7 +28,7 @@ _MAX_MANIFEST_BYTES = 4 * 2**20
 
 
 class Bundle:
-    """A bundle's directory whose manifest was read and whose files are all there, none foreign."""
+    """A bundle's directory whose manifest was read; all of its files are there, and no others."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
@@ -40,7 +40,7 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], engines: bool = True) -> Bundle:
         """Read the manifest of the bundle at `path` and compare the directory with it.
 
-        Without `engines` its prebuilt engines may be missing or damaged: for who builds them anew.
+        Without `engines` its prebuilt engines may be missing or damaged: for a caller that builds them again.
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
         that is missing, foreign, of another size, or a link out of the directory.
         """
@@ -48,28 +48,28 @@ class Bundle:
             raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
         root = Path(path)
         manifest = parse_manifest(check_digest(_read_manifest(root)))
-        found = _list_files(root)
-        spared = set() if engines else {entry.file for entry in manifest.engines}
-        missing = sorted(set(manifest.files) - set(found) - spared)
+        sizes = _list_files(root)
+        optional = set() if engines else {entry.file for entry in manifest.engines}
+        missing = sorted(set(manifest.files) - set(sizes) - optional)
         if missing:
             raise BundleError(f"{root}: missing {', '.join(missing)}; {_remedy(missing[0])}")
-        foreign = sorted(set(found) - set(manifest.files))
+        foreign = sorted(set(sizes) - set(manifest.files))
         if foreign:
             raise BundleError(f"{root}: {', '.join(foreign)} is not in the manifest; remove it")
-        for name in set(manifest.files) - spared:
-            _check_size(root / name, found[name], manifest.files[name])
+        for name in set(manifest.files) - optional:
+            _check_size(root / name, sizes[name], manifest.files[name])
         logger.debug("opened the bundle %s: %s", root, manifest.model.name)
         return cls(root, manifest)
 
     def verified(self, name: str) -> Path:
         """Return the path of the file `name` once its SHA-256 agrees; hashes each file only once.
 
-        Raises BundleError where the manifest lacks `name` or the file was altered.
+        Raises BundleError where the manifest does not list `name` or the file was altered.
         """
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(
-                f"{self.path}: the bundle has no {name}; it has {', '.join(self.manifest.files)}"
+                f"{self.path}: does not contain {name}; it contains {', '.join(self.manifest.files)}"
             )
         path = self.path / name
         with self._lock:
@@ -106,8 +106,8 @@ def _read_manifest(root: Path) -> bytes:
 
 def _why_none(root: Path, error: OSError | ValueError) -> str:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        found = "a file" if root.is_file() else "a directory without one" if root.is_dir() else "nothing"
-        return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {found}"
+        there = "a file" if root.is_file() else "a directory without one" if root.is_dir() else "nothing"
+        return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {there}"
     return f"its {MANIFEST} cannot be read: {error}"
 
 

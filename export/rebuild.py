@@ -1,4 +1,4 @@
-"""Put an engine for this machine into a bundle that exists: `dgm4 rebuild`. Needs neither torch nor onnx."""
+"""Build an engine for this machine from an existing bundle: `dgm4 rebuild`. Needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
     options.check_builder(builder)
     graph = manifest.files[graph_of(manifest.files)].sha256
     current = [entry for entry in manifest.engines if entry.onnx_sha256 == graph]
-    options = _remembering(options, current)
+    options = _with_profiles_of(options, current)
     options.check(limits.max_batch, limits.max_tokens)
     whole = _verified(bundle)
     current = [entry for entry in current if entry.file in whole]
@@ -79,11 +79,11 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
 
 
 def _check_graph(manifest: Manifest) -> None:
-    """Raise BackendError where the bundle has no graph that TensorRT takes."""
+    """Raise BackendError unless the bundle contains a graph that TensorRT reads."""
     if GRAPH not in manifest.files:
         raise BackendError(
-            f"a bundle in {manifest.precision} has no {GRAPH} to build an engine of; the backend 'torch' "
-            "serves it"
+            f"a bundle in {manifest.precision} does not contain the {GRAPH} that an engine is built from; "
+            "serve it with the backend 'torch'"
         )
     if manifest.precision == "int8" and manifest.calibration is None:
         raise BackendError(
@@ -98,7 +98,7 @@ def _unknown_fields(bundle: Bundle) -> dict[str, Any]:
 
 
 def _builder() -> trt.BuilderInfo:
-    """The library that can build here, TensorRT's own before RTX's; raises BackendError."""
+    """The library that can build here, TensorRT before TensorRT-RTX; raises BackendError."""
     builder = trt.find_builder()
     if builder is None:
         reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
@@ -106,8 +106,8 @@ def _builder() -> trt.BuilderInfo:
     return builder
 
 
-def _remembering(options: EngineOptions, engines: Sequence[EngineEntry]) -> EngineOptions:
-    """The options with the profiles of an engine in `engines` that has several, where none were given."""
+def _with_profiles_of(options: EngineOptions, engines: Sequence[EngineEntry]) -> EngineOptions:
+    """Return the options with the profiles of the last engine that has several, unless some were given."""
     several = [entry.profiles for entry in engines if len(entry.profiles) > 1]
     if options.profiles is not None or not several:
         return options
@@ -137,18 +137,18 @@ def _targets(library: str, manifest: Manifest) -> Sequence[str]:
     try:
         return (find_gpu("cuda").capability,)
     except BackendError:
-        own = [
+        capabilities = [
             c for entry in manifest.engines if entry.library == library for c in entry.compute_capabilities
         ]
-        return tuple(dict.fromkeys(own)) or default_targets(library, manifest.precision)
+        return tuple(dict.fromkeys(capabilities)) or default_targets(library, manifest.precision)
 
 
 def _carry(source: Path, target: Path) -> None:
-    """Take a file along without its bytes where the file system can; raises BundleError."""
+    """Hard-link a file into the new bundle, or copy it where that fails; raises BundleError."""
     try:
         try:
             os.link(source, target)
         except OSError:
             shutil.copyfile(source, target)
     except OSError as error:
-        raise BundleError(f"{source}: cannot be taken into the new bundle: {error.strerror}") from error
+        raise BundleError(f"{source}: cannot be copied into the new bundle: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Description of the machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    """Name and driver of every NVIDIA GPU; none where the driver's tool is not there or does not answer."""
+    """Name and driver of every NVIDIA GPU; none where nvidia-smi is missing or does not answer."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(_GPU_QUERY, capture_output=True, text=True, check=True, timeout=_GPU_LIMIT_S)
         return [line.strip() for line in done.stdout.splitlines() if line.strip()]

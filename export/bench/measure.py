@@ -1,8 +1,8 @@
-"""How fast the backends of this machine serve a bundle: `dgm4 bench`.
+"""Measure how fast the backends of this machine serve a bundle: `dgm4 bench`.
 
-A call is `Predictor.predict_batch` of one batch of decoded pictures with their captions, or `predict` of a
-single pair, one call after another, in a process of the backend's own (`export.bench.process`). Backends
-take turns, so that a drift of the machine meets all alike; the first call of a turn finds another one's
+A call is `Predictor.predict_batch` of one batch of decoded images with their captions, or `predict` of a
+single pair, one call after another, in a separate process for each backend (`export.bench.process`). Backends
+take turns, so that a drift of the machine affects all alike; the first call of a turn finds another one's
 data in the caches and is not counted.
 """
 
@@ -102,16 +102,16 @@ def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, b
     batches = _batches(bundle, options.batches)
     info = bundle.manifest.model
     model = {"name": info.name, "size": info.size, "precision": bundle.manifest.precision}
-    found = Bench(str(bundle.path), model, options, describe_machine())
+    result = Bench(str(bundle.path), model, options, describe_machine())
     with ExitStack() as stack:
-        loaded = _load(bundle, found, stack)
+        loaded = _load(bundle, result, stack)
         for batch in batches:
-            found.rows += _measure(loaded, batch, caption, found, report)
-    if not found.rows:
+            result.rows += _measure(loaded, batch, caption, result, report)
+    if not result.rows:
         raise BackendError(
-            "; ".join(["nothing was measured", *(f"{n}: {e}" for n, e in found.failed.items())])
+            "; ".join(["nothing was measured", *(f"{n}: {e}" for n, e in result.failed.items())])
         )
-    return found
+    return result
 
 
 def _batches(bundle: Bundle, asked: Sequence[int]) -> list[int]:
@@ -140,46 +140,46 @@ def make_caption(bundle: Bundle, tokens: int) -> str:
         words.append(lengths.get(pieces, ""))
         left, places = left - pieces, places - 1
     caption = " ".join(words)
-    found = len(tokenizer(caption)[1].ids)
-    if found != tokens:
-        raise InputError(f"tokens: no caption of {tokens} tokens was found for this vocabulary; try {found}")
+    count = len(tokenizer(caption)[1].ids)
+    if count != tokens:
+        raise InputError(f"tokens: no caption of {tokens} tokens exists in this vocabulary; try {count}")
     return caption
 
 
-def _load(bundle: Bundle, found: Bench, stack: ExitStack) -> dict[str, Server]:
-    """A process for each backend that serves the bundle here; the reasons of the others go to `found`."""
-    options, loaded = found.options, {}
+def _load(bundle: Bundle, result: Bench, stack: ExitStack) -> dict[str, Server]:
+    """A process for each backend that serves the bundle here; the reasons of the others go to `result`."""
+    options, loaded = result.options, {}
     for name in options.backends or known():
         try:
             server = Server(bundle.path, name, options.device, options.threads)
         except Dgm4Error as error:
             if options.backends or not isinstance(error, (BackendError, EngineMismatchError)):
-                found.failed[name] = error
+                result.failed[name] = error
             else:
-                found.absent[name] = str(error)
+                result.absent[name] = str(error)
         else:
             stack.callback(server.close)
             loaded[name] = server
     if not loaded:
-        reasons = [*map(str, found.failed.values()), *found.absent.values()]
+        reasons = [*map(str, result.failed.values()), *result.absent.values()]
         raise BackendError("no backend here serves this bundle: " + "; ".join(reasons))
     return loaded
 
 
 def _measure(
-    loaded: dict[str, Server], batch: int, caption: str, found: Bench, report: Report
+    loaded: dict[str, Server], batch: int, caption: str, result: Bench, report: Report
 ) -> Iterator[Row]:
-    """One row a backend for this batch; a backend that fails leaves `loaded`, its error goes to `found`."""
+    """One row a backend for this batch; a backend that fails leaves `loaded`, its error goes to `result`."""
     calls: dict[str, list[Call]] = {name: [] for name in loaded}
     for turn in range(TURNS):
         for name in _rotate(list(loaded), turn):
             report(name, batch)
             try:
                 if turn == 0:
-                    loaded[name].warm_up(batch, found.options.tokens)
-                calls[name] += loaded[name].turn(batch, caption, found.options.seconds / TURNS)
+                    loaded[name].warm_up(batch, result.options.tokens)
+                calls[name] += loaded[name].turn(batch, caption, result.options.seconds / TURNS)
             except Dgm4Error as error:
-                found.failed[name] = type(error)(f"batch {batch}: {error}")
+                result.failed[name] = type(error)(f"batch {batch}: {error}")
                 loaded.pop(name).close()
     for name, server in loaded.items():
         yield _row(server.model, batch, calls[name])

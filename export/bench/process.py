@@ -68,19 +68,19 @@ class Server:
 
     def _receive(self) -> Any:
         try:
-            answer = self._connection.recv()
+            reply = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join(_END_LIMIT_S)
             status = self._process.exitcode or 0
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             raise BackendError(f"its process ended with {how}; run it alone, with --backend") from error
-        if isinstance(answer, Dgm4Error):
-            raise answer
-        return answer
+        if isinstance(reply, Dgm4Error):
+            raise reply
+        return reply
 
 
 def _serve(connection: Connection, bundle: Path, backend: str, device: str, threads: int | None) -> None:
-    """Load, say what was loaded, and answer requests until the other end is closed; errors are answers."""
+    """Load, send what was loaded, then serve requests until the other end closes; errors are sent back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     try:
         predictor = Predictor(bundle, backend, device, threads, thumbnail=0)
@@ -92,21 +92,21 @@ def _serve(connection: Connection, bundle: Path, backend: str, device: str, thre
         while True:
             kind, *arguments = connection.recv()
             try:
-                connection.send(_answer(predictor, kind, *arguments))
+                connection.send(_reply(predictor, kind, *arguments))
             except Dgm4Error as error:
                 connection.send(error)
 
 
-def _answer(predictor: Predictor, kind: str, batch: int, *rest: Any) -> list[Call] | None:
+def _reply(predictor: Predictor, kind: str, batch: int, *rest: Any) -> list[Call] | None:
     if kind == "warm_up":
         predictor.warm_up([(batch, *rest)])
         return None
     caption, seconds = rest
-    return list(take_turn(predictor, [(draw_picture(), caption)] * batch, seconds))
+    return list(take_turn(predictor, [(draw_image(), caption)] * batch, seconds))
 
 
-def draw_picture() -> np.ndarray:
-    """A picture of coarse noise as it was decoded, uint8 [480, 640, 3]."""
+def draw_image() -> np.ndarray:
+    """A decoded image of coarse noise, uint8 [480, 640, 3]."""
     width, height = PICTURE
     coarse = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (height // 20, width // 20, 3))
     return coarse.repeat(20, 0).repeat(20, 1).astype(np.uint8)
@@ -114,7 +114,7 @@ def draw_picture() -> np.ndarray:
 
 def take_turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> Iterator[Call]:
     """As `Server.turn`."""
-    _answers(predictor, pairs)
+    _predict(predictor, pairs)
     end = perf_counter() + seconds
     while True:
         yield _call(predictor, pairs)
@@ -122,15 +122,16 @@ def take_turn(predictor: Predictor, pairs: Sequence[Pair], seconds: float) -> It
             return
 
 
-def _answers(predictor: Predictor, pairs: Sequence[Pair]) -> list[Prediction]:
+def _predict(predictor: Predictor, pairs: Sequence[Pair]) -> list[Prediction]:
     """As a service would ask: one pair by `predict`, which starts no threads to prepare it."""
     return [predictor.predict(*pairs[0])] if len(pairs) == 1 else predictor.predict_batch(pairs)
 
 
 def _call(predictor: Predictor, pairs: Sequence[Pair]) -> Call:
     start = perf_counter()
-    answers = _answers(predictor, pairs)
+    predictions = _predict(predictor, pairs)
     total = 1e3 * (perf_counter() - start)
-    inference = sum(answer.timing["inference"] for answer in answers)  # each names its share of the batch
-    postprocess = sum(answer.timing["postprocess"] for answer in answers)
+    # Each prediction holds its share of the batch.
+    inference = sum(prediction.timing["inference"] for prediction in predictions)
+    postprocess = sum(prediction.timing["postprocess"] for prediction in predictions)
     return Call(total, total - inference - postprocess, inference, postprocess)

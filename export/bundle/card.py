@@ -1,4 +1,4 @@
-"""The model card of a bundle: its README.md, made of the manifest alone."""
+"""The model card of a bundle, README.md, written from its manifest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _UNTRAINED = (
     "its scores mean nothing. Export a trained checkpoint before use."
 )
 _TASK = (
-    "{name} takes a news picture and its caption and says whether the pair is manipulated, in which of "
+    "{name} takes a news image and its caption and says whether the pair is manipulated, in which of "
     "four ways ({types}), where the manipulated face is (a box), and which words of the caption were changed."
 )
-_USE = """It is meant as a help to people who check news pictures with captions, beside other evidence. It is
+_USE = """It is meant as a help to people who check news images with captions, beside other evidence. It is
 not meant to decide alone what is taken down or who is accused. It knows the four manipulations it was
-trained for: wholly generated pictures, other languages than English, other crops and other kinds of faces
+trained for: wholly generated images, other languages than English, other crops and other kinds of faces
 are outside what it has seen, and its scores are no probabilities until calibrated on your own data."""
 _RUN = """```python
 from engine import Predictor
@@ -102,7 +102,7 @@ def _tensors(manifest: Manifest) -> str:
     order = ", ".join(manifest.types)
     notes = (
         f"`logits_multicls` is in the order {order}. `box` is (center x, center y, width, height) in parts "
-        "of the picture. `logits_tok` has no row for the first token, [CLS]; of two logits, the second "
+        "of the image. `logits_tok` has no row for the first token, [CLS]; of two logits, the second "
         "speaks for manipulation."
     )
     return _table(("side", "name", "dtype", "shape"), rows) + "\n\n" + notes
@@ -115,7 +115,7 @@ def _dimension(size: int | str) -> str:
 def _preprocessing(spec: Preprocess) -> str:
     size = spec.image_size
     return (
-        f"The picture is made RGB and resized to {size} x {size} pixels ({spec.resample}, antialiased, "
+        f"The image is made RGB and resized to {size} x {size} pixels ({spec.resample}, antialiased, "
         f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec.mean)}, over the "
         f"deviation {_numbers(spec.std)}. The caption is lower-cased and freed of punctuation, cut to its "
         f"first {spec.max_words} words and split by `tokenizer.json`; the ids are [CLS] and the words "

@@ -1,4 +1,4 @@
-"""What a system that refuses to write says, as one BundleError with what to do."""
+"""Turn an OSError on write into a BundleError with a hint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from engine.errors import BundleError, Dgm4Error
 
-_NO_ROOM = 1 << 20  # bytes: less is a full disk to whoever writes a model
-_TOLD = re.compile(r"\(os error (\d+)\)")
+_NO_ROOM = 1 << 20  # bytes: with less free, a failed write of a model is put down to a full disk
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space or choose another --out",
     errno.EDQUOT: "the disk quota is used up: free space or choose another --out",
@@ -28,9 +28,9 @@ _HINTS = {
 
 
 def refusal(error: BaseException, directory: Path) -> OSError | None:
-    """The system's refusal to write below `directory` that is behind an exception, where it is one.
+    """The OSError of a refused write below `directory` that caused an exception, or None.
 
-    Libraries tell it in words (safetensors, written in Rust), or not at all (NumPy's tofile).
+    Libraries name it in their message (safetensors, written in Rust), or not at all (NumPy's tofile).
     """
     if not isinstance(error, Exception) or isinstance(error, Dgm4Error):
         return None
@@ -38,8 +38,8 @@ def refusal(error: BaseException, directory: Path) -> OSError | None:
         named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]
         ours = not named or any(directory in path.parents for path in named)
         return error if ours and error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-    if (told := _TOLD.search(str(error))) is not None:
-        return OSError(int(told[1]), os.strerror(int(told[1])))
+    if (match := _ERROR_NUMBER.search(str(error))) is not None:
+        return OSError(int(match[1]), os.strerror(int(match[1])))
     room = os.statvfs(directory)
     if room.f_bavail * room.f_frsize < _NO_ROOM:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -48,7 +48,7 @@ def refusal(error: BaseException, directory: Path) -> OSError | None:
 
 @contextlib.contextmanager
 def as_bundle_error(noun: str, out: Path) -> Iterator[None]:
-    """Raise an OSError of the block as BundleError; `noun` is what stands at `out`."""
+    """Raise an OSError of the block as BundleError; `noun` is what is written to `out`."""
     try:
         yield
     except OSError as error:
@@ -56,6 +56,6 @@ def as_bundle_error(noun: str, out: Path) -> Iterator[None]:
 
 
 def write_error(noun: str, out: Path, error: OSError) -> BundleError:
-    """The error to raise where the system refuses to write the `noun` at `out`."""
-    hint = _HINTS.get(error.errno or 0, "look whether the disk is full, or choose another --out")
+    """The error for a `noun` that the system refuses to write to `out`."""
+    hint = _HINTS.get(error.errno or 0, "check whether the disk is full, or choose another --out")
     return BundleError(f"cannot write the {noun} {out}: {error.strerror or error}; {hint}")

@@ -106,12 +106,13 @@ class BundleWriter:
         listed = _listed_files(out, cls.format)
         if listed is None:
             raise BundleError(
-                f"{out} is not empty and no {noun}: nothing there is touched, choose another --out"
+                f"{out} is not empty and not a {noun}: nothing there is touched, choose another --out"
             )
         foreign = sorted(_entries(out) - listed)
         if foreign:
             raise BundleError(
-                f"{out} is a {noun} with files that are not its own: {', '.join(foreign[:5])}; move them away"
+                f"{out} is a {noun} with files that are not in its manifest: {', '.join(foreign[:5])}; "
+                "move them away"
             )
         if not overwrite:
             raise BundleError(f"{out} already holds a {noun}: allow overwriting or choose another --out")
@@ -223,8 +224,8 @@ def sweep_partials(out: Path) -> list[Path]:
 
     A bundle that was set aside by a writer killed between its two renames is put back.
     """
-    own = re.compile(rf"\.{re.escape(out.name)}\.\d+-[0-9a-f]+(\.old)?\.partial")
-    stale = [path for path in sorted(out.parent.glob(".*.partial")) if own.fullmatch(path.name)]
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\d+-[0-9a-f]+(\.old)?\.partial")
+    stale = [path for path in sorted(out.parent.glob(".*.partial")) if pattern.fullmatch(path.name)]
     return [path for path in stale if path.is_dir() and _sweep(path, out)]
 
 
@@ -284,11 +285,11 @@ def _lock_directory(directory: Path) -> int:
 
 def _entries(directory: Path) -> set[str]:
     """Files below a directory by their path in it, and the directories that hold none."""
-    found = set()
+    entries = set()
     for path in directory.rglob("*"):
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
-            found.add(path.relative_to(directory).as_posix())
-    return found
+            entries.add(path.relative_to(directory).as_posix())
+    return entries
 
 
 def _listed_files(directory: Path, kind: str) -> set[str] | None:

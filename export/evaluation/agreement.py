@@ -1,4 +1,4 @@
-"""How two models' answers to the same pairs differ: decisions, boxes, and the pairs where most."""
+"""Agreement of two models on the same pairs: decisions, boxes, and the pairs that differ most."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
 from engine.postprocess import Answer, read_answer, sigmoid, softmax
 
-# Below this mean distance two answers count as the same, and there is nothing to show.
+# Below this mean distance two outputs count as the same, and there is nothing to show.
 _SAME = 1e-3
 PARTS = ("score", "types", "words", "box")
 
@@ -48,8 +48,8 @@ class Agreement:
 class Case:
     """A pair on which bundle and reference disagree.
 
-    `parts` are the distances of `disagreement`, `total` their mean. Boxes are in pixels of the stored picture
-    of `size`. `fake_words` tells of each word of the answers whether it is truly fake.
+    `parts` are the distances of `disagreement`, `total` their mean. Boxes are in pixels of the stored image
+    of `size`. `fake_words` says of each word whether it is labelled fake.
     """
 
     sample: Sample
@@ -75,7 +75,7 @@ class Case:
 
 
 def measure_agreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> Agreement:
-    """Compare two models' answers to the same pairs."""
+    """Compare two models' outputs for the same pairs."""
     types = _same(ours.logits_multicls >= TYPE_LOGIT, theirs.logits_multicls >= TYPE_LOGIT)
     valid = ours.token_labels != TOKEN_PADDING
     tokens = _same(_second_wins(ours.logits_tok), _second_wins(theirs.logits_tok))[valid]
@@ -95,7 +95,7 @@ def measure_agreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> Agreeme
 
 
 def disagreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> np.ndarray:
-    """Return how far two models' answers lie apart, [B, 4] in the order of PARTS, each in [0, 1].
+    """Return how far two models' outputs are apart, [B, 4] in the order of PARTS, each in [0, 1].
 
     The change of the probability of being manipulated, the largest change over the types and over the
     tokens, and 1 - IoU of the two predicted boxes.
@@ -122,22 +122,22 @@ def worst_cases(
     manifest: Manifest,
     tokenizer: CaptionTokenizer,
 ) -> tuple[Case, ...]:
-    """Return the pairs, `count` at most, whose answers lie apart most, the worst first.
+    """Return the pairs, `count` at most, whose outputs are furthest apart, the worst first.
 
-    Raises InputError where a picture has gone since it was answered.
+    Raises InputError where an image has gone since it was read.
     """
     parts = disagreement(ours, theirs)
     total = parts.mean(axis=1)
     rows = [int(i) for i in np.argsort(-total, kind="stable")[:count] if total[i] > _SAME]
     return tuple(
-        _read_case(samples[row], _taken(ours, row), _taken(theirs, row), parts[row], manifest, tokenizer)
+        _read_case(samples[row], _row_of(ours, row), _row_of(theirs, row), parts[row], manifest, tokenizer)
         for row in rows
     )
 
 
-def _taken(answers: LabelledOutputs, row: int) -> LabelledOutputs:
-    """The answers to one pair, still with the first dimension."""
-    return LabelledOutputs(*(array[row : row + 1] for array in answers))
+def _row_of(outputs: LabelledOutputs, row: int) -> LabelledOutputs:
+    """The outputs for one pair, still with the first dimension."""
+    return LabelledOutputs(*(array[row : row + 1] for array in outputs))
 
 
 def _read_case(
@@ -148,7 +148,7 @@ def _read_case(
     manifest: Manifest,
     tokenizer: CaptionTokenizer,
 ) -> Case:
-    """Read both answers to one pair as production would."""
+    """Postprocess both outputs for one pair as the Predictor does."""
     caption, tokens = tokenizer(sample.text)
     size = read_size(sample.picture)
     labels = ours.token_labels[0, : len(tokens.ids) - 1]
@@ -161,15 +161,15 @@ def _read_case(
         size=size,
         caption=caption,
         fake_words=tuple(fake.tolist()),
-        ours=read_answer(_outputs(ours), 0, tokens, size, manifest, sample.id),
-        theirs=read_answer(_outputs(theirs), 0, tokens, size, manifest, sample.id),
+        ours=read_answer(_by_name(ours), 0, tokens, size, manifest, sample.id),
+        theirs=read_answer(_by_name(theirs), 0, tokens, size, manifest, sample.id),
     )
 
 
-def _outputs(answers: LabelledOutputs) -> dict[str, np.ndarray]:
+def _by_name(outputs: LabelledOutputs) -> dict[str, np.ndarray]:
     """Outputs by the names of a network's outputs."""
     names = ("logits_real_fake", "logits_multicls", "logits_tok")
-    return {"box": answers.pred_box, **{name: getattr(answers, name) for name in names}}
+    return {"box": outputs.pred_box, **{name: getattr(outputs, name) for name in names}}
 
 
 def _answer_dict(answer: Answer) -> dict[str, Any]:

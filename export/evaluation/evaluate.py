@@ -1,6 +1,6 @@
 """The task's metrics of a bundle on annotated pairs, beside the float32 network on the same pairs.
 
-Bundle and reference answer the same batches; differences of metrics come with paired bootstrap intervals.
+Bundle and reference run on the same batches; differences of metrics come with paired bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OURS, _REFERENCE = "bundle", "reference"
 class EvaluateOptions:
     """What to evaluate and how.
 
-    `graph` names an ONNX file of the bundle that answers, in ONNX Runtime, in place of what a backend takes.
+    `graph` names an ONNX file of the bundle to run in ONNX Runtime, in place of a backend's choice.
     `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
     largest, 32 at most. `reference` "auto" compares with the float32 network of `checkpoint`, or of the
     bundle's own weights, "required" raises InputError where there is neither, "none" does not compare.
@@ -93,10 +93,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
-    `model` is name, size, precision, backend and device; `pairs` how many were answered; `problems` counts
-    what was left out, by kind; `seconds` by network and of waiting for pictures; `note` says why there is no
+    `model` is name, size, precision, backend and device; `pairs` how many were evaluated; `problems` counts
+    what was left out, by kind; `seconds` by network and of waiting for images; `note` says why there is no
     comparison, or what to know about it.
     """
 
@@ -134,7 +134,7 @@ def evaluate(
     """Evaluate a bundle on a split of the data folder `data`, in the published layout.
 
     Raises BundleError, BackendError and CheckpointError for what does not load, InputError for data that
-    cannot be used, NumericalError where a network answers NaN or infinity. `progress` shows a bar on stderr.
+    cannot be used, NumericalError where a network outputs NaN or infinity. `progress` shows a bar on stderr.
     """
     options = options or EvaluateOptions()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -146,34 +146,49 @@ def evaluate(
     dataset = PairDataset(_draw(annotations.samples, options), tokenizer, _image_size(manifest))
     reference = _load_reference(opened, options)
     network = _load_network(opened, options)
-    networks: dict[str, Network] = {_OURS: network}
-    if reference.model is not None:
-        networks[_REFERENCE] = TorchNetwork(reference.model)
     try:
-        with torch_threads(options.threads):
-            scored = score(networks, dataset, _batch_size(manifest, options), options.on_bad, progress)
+        scored = _run_both(
+            network, reference.model, dataset, _batch_size(manifest, options), options, progress
+        )
     finally:
         network.close()
-    info = manifest.model
-    found = {"name": info.name, "size": info.size, "precision": manifest.precision}
-    own = _scores(_OURS, scored.outputs[_OURS], options)
-    compared = None
+    scores = _scores(_OURS, scored.outputs[_OURS], options)
+    comparison = None
     if reference.model is not None:
-        compared = _compare(scored, own, reference.source, (manifest, tokenizer), options)
+        comparison = _compare(scored, scores, reference.source, (manifest, tokenizer), options)
+    info = manifest.model
     return Evaluation(
         bundle=str(opened.path),
-        model={**found, "backend": network.name, "device": network.device},
+        model={
+            **{"name": info.name, "size": info.size, "precision": manifest.precision},
+            **{"backend": network.name, "device": network.device},
+        },
         trained=manifest.weights.trained,
         data=str(data),
         split=options.split,
         pairs=len(scored.samples),
         level=options.level,
-        scores=own,
-        comparison=compared,
+        scores=scores,
+        comparison=comparison,
         note=reference.note,
         problems=dict(Counter(p.kind for p in (*annotations.problems, *scored.problems)).most_common()),
         seconds=scored.seconds,
     )
+
+
+def _run_both(
+    network: Backend,
+    reference: Detector | None,
+    dataset: PairDataset,
+    batch: int,
+    options: EvaluateOptions,
+    progress: bool,
+) -> Scored:
+    networks: dict[str, Network] = {_OURS: network}
+    if reference is not None:
+        networks[_REFERENCE] = TorchNetwork(reference)
+    with torch_threads(options.threads):
+        return score(networks, dataset, batch, options.on_bad, progress)
 
 
 def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend:
@@ -202,8 +217,8 @@ def _load_reference(bundle: Bundle, options: EvaluateOptions) -> _Reference:
         return _Reference(model, options.checkpoint.name, _origin_note(options.checkpoint, manifest))
     if WEIGHTS not in manifest.files:
         if options.reference == "required":
-            raise InputError(f"the bundle has no {WEIGHTS} to compare with: give --checkpoint")
-        return _Reference(None, "", f"no reference: the bundle has no {WEIGHTS}; give --checkpoint")
+            raise InputError(f"the bundle does not contain {WEIGHTS} to compare with: give --checkpoint")
+        return _Reference(None, "", f"no reference: the bundle does not contain {WEIGHTS}; give --checkpoint")
     config = NetworkConfig.from_fields(manifest.model.config)
     model = dgm4.load_checkpoint(bundle.verified(WEIGHTS), config.name, config)
     note = ""
@@ -230,7 +245,7 @@ def _origin_note(checkpoint: Path, manifest: Manifest) -> str:
 
 
 def _draw(samples: Sequence[Sample], options: EvaluateOptions) -> Sequence[Sample]:
-    """Return all samples, or `limit` of them drawn with the seed and kept in their order."""
+    """Return all samples, or `limit` of them drawn with the seed, in their order."""
     if options.limit is None or options.limit >= len(samples):
         return samples
     if options.limit < 1:
@@ -240,7 +255,7 @@ def _draw(samples: Sequence[Sample], options: EvaluateOptions) -> Sequence[Sampl
 
 
 def _image_size(manifest: Manifest) -> int:
-    """The picture's side; raises InputError for a normalisation that the data set does not do."""
+    """The image's side in pixels; raises InputError for a normalisation that the data set does not do."""
     spec = manifest.preprocess
     if (spec.mean, spec.std) != (CLIP_MEAN, CLIP_STD):
         raise InputError(f"expected a bundle with mean {CLIP_MEAN} and std {CLIP_STD}, got {spec}")
@@ -253,29 +268,30 @@ def _batch_size(manifest: Manifest, options: EvaluateOptions) -> int:
     return min(options.batch or 32, manifest.limits.max_batch)
 
 
-def _scores(name: str, answers: LabelledOutputs, options: EvaluateOptions) -> Scores:
+def _scores(name: str, outputs: LabelledOutputs, options: EvaluateOptions) -> Scores:
     try:
-        metrics = summarise(*answers)
+        metrics = summarise(*outputs)
     except NumericalError as error:
         raise NumericalError(f"the {name}'s {error}") from error
-    intervals = bootstrap(answers, repeats=options.repeats, level=options.level, seed=options.seed)
-    return Scores(metrics, intervals, per_type(answers.labels, answers.logits_multicls))
+    intervals = bootstrap(outputs, repeats=options.repeats, level=options.level, seed=options.seed)
+    return Scores(metrics, intervals, per_type(outputs.labels, outputs.logits_multicls))
 
 
 def _compare(
     scored: Scored,
-    own: Scores,
+    bundle_scores: Scores,
     source: str,
     context: tuple[Manifest, CaptionTokenizer],
     options: EvaluateOptions,
 ) -> Comparison:
-    """Compare the bundle's answers, whose scores are `own`, with the reference's."""
+    """Compare the bundle's outputs, whose scores are `bundle_scores`, with the reference's."""
     ours, theirs = scored.outputs[_OURS], scored.outputs[_REFERENCE]
     scores = _scores(_REFERENCE, theirs, options)
     draws: Any = {"repeats": options.repeats, "level": options.level, "seed": options.seed}
     intervals = bootstrap_difference(ours, theirs, **draws)
     changes = {
-        name: Change(value - scores.metrics[name], *intervals[name]) for name, value in own.metrics.items()
+        name: Change(value - scores.metrics[name], *intervals[name])
+        for name, value in bundle_scores.metrics.items()
     }
     worst = worst_cases(scored.samples, ours, theirs, options.worst, *context)
     return Comparison(source, scores, changes, measure_agreement(ours, theirs), worst)

@@ -35,36 +35,36 @@ _AGREEMENT = {
 }
 
 
-def write_table(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+def write_table(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
     """Return the evaluation as lines of text, metrics in percent; `failures` as of `check_gate`, or None."""
-    lines = [*_head(found), "", *align(_metric_rows(found)), "", *align(_type_rows(found))]
-    compared = found.comparison
+    lines = [*_head(evaluation), "", *align(_metric_rows(evaluation)), "", *align(_type_rows(evaluation))]
+    compared = evaluation.comparison
     if compared is not None:
         lines += ["", *align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
         if compared.worst:
             lines += ["", "largest disagreements, bundle / float32", *align(_worst_rows(compared), left=4)]
     if failures is not None:
-        lines += ["", *_gate_lines(found, failures)]
+        lines += ["", *_gate_lines(evaluation, failures)]
     return "\n".join(lines) + "\n"
 
 
-def write_page(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+def write_page(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
     """Return the evaluation as a whole HTML document, the worst disagreements drawn."""
-    compared = found.comparison
+    compared = evaluation.comparison
     parts = [
         "<h1>Evaluation</h1>",
-        *(f"<p>{escape(line)}</p>" for line in _head(found)),
-        _gate_part(found, failures),
+        *(f"<p>{escape(line)}</p>" for line in _head(evaluation)),
+        _gate_part(evaluation, failures),
         "<h2>Metrics</h2>",
-        _html_table(_metric_rows(found)),
+        _html_table(_metric_rows(evaluation)),
         "<h2>Types</h2>",
-        _html_table(_type_rows(found)),
+        _html_table(_type_rows(evaluation)),
     ]
     if compared is not None:
         parts += ["<h2>Agreement with float32</h2>", _html_table([("", ""), *_agreement_rows(compared)])]
         parts += ["<h2>Largest disagreements</h2>", _legend(), *map(_case_part, compared.worst)]
     if compared is not None and not compared.worst:
-        parts.append("<p>None: every answer is the same.</p>")
+        parts.append("<p>None: all predictions are the same.</p>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>dgm4 evaluate</title></head>\n'
         f'<body style="font-family:system-ui,sans-serif;color:{css(INK)};max-width:1060px;margin:auto">\n'
@@ -73,45 +73,45 @@ def write_page(found: Evaluation, failures: Sequence[GateFailure] | None) -> str
     )
 
 
-def _head(found: Evaluation) -> Iterator[str]:
+def _head(evaluation: Evaluation) -> Iterator[str]:
     """What was evaluated, on what, how fast, and what to know about it."""
-    model = found.model
+    model = evaluation.model
     yield (
         f"{model['name']} {model['size']} {model['precision']}, {model['backend']} on {model['device']}: "
-        f"{found.pairs} pairs of {found.split} in {found.data}"
+        f"{evaluation.pairs} pairs of {evaluation.split} in {evaluation.data}"
     )
-    if found.comparison is not None:
-        yield f"reference: float32 torch, {found.comparison.source}"
-    if found.note:
-        yield f"note: {found.note}"
-    if not found.trained:
+    if evaluation.comparison is not None:
+        yield f"reference: float32 torch, {evaluation.comparison.source}"
+    if evaluation.note:
+        yield f"note: {evaluation.note}"
+    if not evaluation.trained:
         yield "note: the weights are untrained; the metrics mean nothing"
-    if found.problems:
-        yield "left out: " + ", ".join(f"{kind} {count}" for kind, count in found.problems.items())
-    yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items())
+    if evaluation.problems:
+        yield "left out: " + ", ".join(f"{kind} {count}" for kind, count in evaluation.problems.items())
+    yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation.seconds.items())
 
 
-def _metric_rows(found: Evaluation) -> Rows:
+def _metric_rows(evaluation: Evaluation) -> Rows:
     """Metrics in percent with intervals, and where there is a reference its own and the change."""
-    width = 3 if found.comparison is None else 6
-    name = f"{100 * found.level:g} %"
+    width = 3 if evaluation.comparison is None else 6
+    name = f"{100 * evaluation.level:g} %"
     heads = [head if head != "interval" else name for head in _HEADS]
     rows = [tuple(heads[:width])]
-    for key, value in found.scores.metrics.items():
-        row = [key, _percent(value), _interval(found.scores.intervals[key])]
-        if found.comparison is not None:
-            change = found.comparison.changes[key]
-            row += [_percent(found.comparison.scores.metrics[key]), _percent(change.value, "+")]
+    for key, value in evaluation.scores.metrics.items():
+        row = [key, _percent(value), _interval(evaluation.scores.intervals[key])]
+        if evaluation.comparison is not None:
+            change = evaluation.comparison.changes[key]
+            row += [_percent(evaluation.comparison.scores.metrics[key]), _percent(change.value, "+")]
             row.append(_interval((change.low, change.high), "+"))
         rows.append(tuple(row))
     return rows
 
 
-def _type_rows(found: Evaluation) -> Rows:
+def _type_rows(evaluation: Evaluation) -> Rows:
     """Metrics of each type, beside float32's in brackets."""
     rows: Rows = [("type", "pairs", *_TYPE_SCORES)]
-    theirs = None if found.comparison is None else found.comparison.scores.types
-    for name, scores in found.scores.types.items():
+    theirs = None if evaluation.comparison is None else evaluation.comparison.scores.types
+    for name, scores in evaluation.scores.types.items():
         cells = [_percent(scores[key]) for key in _TYPE_SCORES]
         if theirs is not None:
             cells = [
@@ -139,8 +139,8 @@ def _worst_rows(compared: Comparison) -> Rows:
     return rows
 
 
-def _gate_lines(found: Evaluation, failures: Sequence[GateFailure]) -> list[str]:
-    precision = found.model["precision"]
+def _gate_lines(evaluation: Evaluation, failures: Sequence[GateFailure]) -> list[str]:
+    precision = evaluation.model["precision"]
     bound = f"{', '.join(GATED)} within {100 * GATES[precision]:g} % points of float32"
     if not failures:
         return [f"gate of {precision}: passed ({bound})"]
@@ -182,11 +182,11 @@ def _html_row(cells: Iterable[str], tag: str) -> str:
     )
 
 
-def _gate_part(found: Evaluation, failures: Sequence[GateFailure] | None) -> str:
+def _gate_part(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
     if failures is None:
         return ""
     color = MANIPULATED if failures else PRISTINE
-    lines = "<br>".join(escape(line) for line in _gate_lines(found, failures))
+    lines = "<br>".join(escape(line) for line in _gate_lines(evaluation, failures))
     return f'<p style="color:{css(color)};font-weight:600">{lines}</p>'
 
 
@@ -200,7 +200,7 @@ def _legend() -> str:
 
 
 def _case_part(case: Case) -> str:
-    """One pair: the picture with all boxes, both answers, and the caption."""
+    """One pair: the image with all boxes, both predictions, and the caption."""
     sample = case.sample
     rows: Rows = [("", "bundle", "float32", "truth")]
     truth = "manipulated" if sample.manipulated else "pristine"
@@ -214,7 +214,7 @@ def _case_part(case: Case) -> str:
         f'<div style="border-top:2px solid {css(TRACK)};margin-top:18px;padding-top:12px">'
         f"<h3>{escape(sample.id)} <small>{escape(sample.image)}</small></h3>"
         '<div style="display:flex;flex-wrap:wrap;gap:28px">'
-        f'<div style="flex:1 1 320px">{_picture(case)}</div><div>{_html_table(rows)}</div></div>'
+        f'<div style="flex:1 1 320px">{_image(case)}</div><div>{_html_table(rows)}</div></div>'
         f'<p dir="auto" style="line-height:2;overflow-wrap:anywhere">{_caption(case)}</p></div>'
     )
 
@@ -223,8 +223,8 @@ def _pixels(box: Sequence[float] | None) -> str:
     return "none" if box is None else ", ".join(f"{value:.0f}" for value in box)
 
 
-def _picture(case: Case) -> str:
-    """The stored picture with the true box and both predicted ones, where they are."""
+def _image(case: Case) -> str:
+    """The stored image with the true box and both predicted ones, where there are any."""
     try:
         # As stored: the boxes are annotated and predicted without the EXIF orientation.
         decoded = decode_image(case.sample.picture, options=ImageOptions(apply_orientation=False))

@@ -1,11 +1,11 @@
-"""A model repository for NVIDIA Triton Inference Server, made of bundles.
+"""Write a model repository for NVIDIA Triton Inference Server from bundles.
 
     DIR/README.md, client.py, manifest.json (hashes of all)
     DIR/<model>/config.pbtxt, bundle.json (the bundle's manifest), tokenizer.json
     DIR/<model>/1/model.onnx and model.onnx.data, or model.plan
 
 The directory appears whole or not at all, as a bundle does (`export.bundle.writer`): the server takes every
-directory in a repository for a model, so that half of one may not stand there even for a moment.
+directory in a repository for a model, so half of one must never be there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,48 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _PLACE = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
 
 
+_README = """# Model repository for NVIDIA Triton Inference Server
+
+{models}
+
+```sh
+tritonserver --model-repository=/path/to/this/directory
+python client.py {first} photo.jpg "Caption of the photo" --url localhost:8000
+```
+
+{note}
+The server answers requests of the same shape together: {preferred} at once, and whatever has arrived after
+{delay_us} microseconds otherwise. So pad captions to a few lengths, as `client.py` does to
+multiples of 16.
+
+## What a client sends
+
+`client.py` does all of this with the package `dgm4` (no extras) and `tritonclient[http]`. In other languages:
+
+- `image`, FP32 [batch, 3, {spec.image_size}, {spec.image_size}]: the image upright (EXIF orientation
+  applied), on white where it is transparent, RGB, resized to {spec.image_size} x {spec.image_size} without
+  keeping its aspect, bicubic with antialiasing as Pillow does it, rows before columns; then
+  (pixel / 255 - mean) / std with mean {mean} and std {std}, channels first.
+- `input_ids`, INT64 [batch, tokens]: the caption in lower case, without the characters `,.'!?"()*#:;~`, with
+  `-` and `/` as spaces, its first {spec.max_words} words; by `tokenizer.json` without special tokens; [CLS]
+  in front, no [SEP]; {spec.min_tokens} to {spec.max_tokens} tokens, padded with 0.
+- `attention_mask`, INT64 [batch, tokens]: 1 for a token, 0 for padding.
+
+## What comes back
+
+- `logits_real_fake` [batch, 2]: softmax; the second is the probability that the pair is manipulated.
+- `logits_multicls` [batch, 4]: sigmoid each; {types}.
+- `box` [batch, 4]: centre x, centre y, width, height in shares of the image; means something where a face
+  type is detected.
+- `logits_tok` [batch, tokens - 1, 2]: of every token after [CLS]; softmax, the second is manipulated. Drop
+  the rows of padding.
+- `attention_map` [batch, tokens, patches + 1]: of ASAP alone; sigmoid, without the first column, averaged
+  over the tokens after [CLS].
+
+Thresholds, types and the record of every check of the export are in `<model>/bundle.json`.
+"""
+
+
 class RepositoryWriter(BundleWriter):
     """As `BundleWriter`, for a directory of models with files in folders."""
 
@@ -52,7 +94,7 @@ class RepositoryWriter(BundleWriter):
         return path
 
     def _check_manifest(self, content: bytes) -> None:
-        """No other reader than `check_replaceable`, which asks for the format and the files alone."""
+        """Nothing to check: only `check_replaceable` reads it, and only the format and the files."""
 
 
 def write_repository(
@@ -61,7 +103,7 @@ def write_repository(
     """Write a repository that serves each bundle under its name; return its manifest.
 
     Raises InputError for a name or options that do not fit, BundleError for a bundle that is altered or
-    holds nothing that the server runs, and where `out` is a stranger's or cannot be written.
+    holds nothing that the server runs, and where `out` holds something else or cannot be written.
     """
     options = options or ServerOptions()
     for name in bundles:
@@ -89,7 +131,7 @@ def name_models(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
 
 
 def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: ServerOptions) -> dict[str, Any]:
-    """Copy what the server runs and the client reads, each file verified; the model's record."""
+    """Copy the files of one model, each verified; return its entry in the manifest."""
     files, engine = _sources(bundle, options.plan)
     writer.add_text(f"{name}/{CONFIG}", write_config(name, bundle.manifest, engine, options))
     record = (bundle.path / MANIFEST).read_bytes()
@@ -105,12 +147,12 @@ def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: Serve
 
 
 def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | None]:
-    """Which file of the bundle goes where in the model's folder; with the engine if that is served."""
+    """Return place in the model's folder -> file of the bundle, and the engine if that is served."""
     files = bundle.manifest.files
     if plan:
         engine = _plan_of(bundle)
         return {f"{VERSION}/{PLAN_FILE}": engine.file}, engine
-    # The server may hand the graph to TensorRT or OpenVINO, which know no functions.
+    # The server may hand the graph to TensorRT or OpenVINO, which do not read functions.
     graph = FLAT_GRAPH if FLAT_GRAPH in files else GRAPH
     if graph not in files or bundle.manifest.precision in ("bf16", "fp8"):
         raise BundleError(
@@ -140,56 +182,25 @@ def _plan_of(bundle: Bundle) -> EngineEntry:
 
 
 def _readme(manifests: Mapping[str, Manifest], options: ServerOptions) -> str:
-    """What the repository is, how a server is started on it, and what a client has to send."""
-    first = next(iter(manifests.values()))
-    spec = first.preprocess
-    mean, std = (", ".join(map(str, values)) for values in (spec.mean, spec.std))
-    models = "\n".join(
+    """Text of README.md: the models, how to start a server on them, and what a client sends and gets."""
+    first, manifest = next(iter(manifests.items()))
+    spec = manifest.preprocess
+    models = (
         f"- `{name}`: {m.model.name} {m.model.size}, {m.precision}, up to {m.limits.max_batch} pairs of "
         f"{m.preprocess.min_tokens} to {m.preprocess.max_tokens} tokens"
         for name, m in manifests.items()
     )
-    preferred = " or ".join(map(str, preferred_batches(first, options)))
-    return f"""# Model repository for NVIDIA Triton Inference Server
-
-{models}
-
-```sh
-tritonserver --model-repository=/path/to/this/directory
-python client.py {next(iter(manifests))} photo.jpg "Caption of the photo" --url localhost:8000
-```
-
-{_serving_note(options)}
-The server answers requests of the same shape together: {preferred} at once, and whatever has come after
-{options.queue_delay_us} microseconds otherwise. So pad captions to a few lengths, as `client.py` does to
-multiples of 16.
-
-## What a client sends
-
-`client.py` does all of this with the package `dgm4` (no extras) and `tritonclient[http]`. In other languages:
-
-- `image`, FP32 [batch, 3, {spec.image_size}, {spec.image_size}]: the picture upright (EXIF orientation
-  applied), on white where it is transparent, RGB, resized to {spec.image_size} x {spec.image_size} without
-  keeping its aspect, bicubic with antialiasing as Pillow does it, rows before columns; then
-  (pixel / 255 - mean) / std with mean {mean} and std {std}, channels first.
-- `input_ids`, INT64 [batch, tokens]: the caption in lower case, without the characters `,.'!?"()*#:;~`, with
-  `-` and `/` as spaces, its first {spec.max_words} words; by `tokenizer.json` without special tokens; [CLS]
-  in front, no [SEP]; {spec.min_tokens} to {spec.max_tokens} tokens, padded with 0.
-- `attention_mask`, INT64 [batch, tokens]: 1 for a token, 0 for padding.
-
-## What comes back
-
-- `logits_real_fake` [batch, 2]: softmax; the second is the probability that the pair is manipulated.
-- `logits_multicls` [batch, 4]: sigmoid each; {", ".join(first.types)}.
-- `box` [batch, 4]: centre x, centre y, width, height in shares of the picture; means something where a face
-  type is detected.
-- `logits_tok` [batch, tokens - 1, 2]: of every token after [CLS]; softmax, the second is manipulated. Drop
-  the rows of padding.
-- `attention_map` [batch, tokens, patches + 1]: of ASAP alone; sigmoid, without the first column, averaged
-  over the tokens after [CLS].
-
-Thresholds, types and the record of every check of the export are in `<model>/bundle.json`.
-"""
+    return _README.format(
+        models="\n".join(models),
+        first=first,
+        note=_serving_note(options),
+        preferred=" or ".join(map(str, preferred_batches(manifest, options))),
+        delay_us=options.queue_delay_us,
+        spec=spec,
+        mean=", ".join(map(str, spec.mean)),
+        std=", ".join(map(str, spec.std)),
+        types=", ".join(manifest.types),
+    )
 
 
 def _serving_note(options: ServerOptions) -> str:

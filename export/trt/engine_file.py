@@ -1,4 +1,4 @@
-"""An engine as a file of a bundle, and its record in the manifest."""
+"""Build the engine file of a bundle and describe it as an entry of the manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _DRAFT = "draft.engine"  # until its targets, which are part of its name, are known
 _HALVES = ("fp16", "bf16", "fp8")  # precisions whose attention is in half precision
 _DERIVED = ("plugins", "fused")
-_FIRST_FUSED = (10, 14)  # of TensorRT, to read a node Attention
+_FIRST_FUSED = (10, 14)  # version of TensorRT that reads a node Attention
 
 
 def build_into(
@@ -37,9 +37,10 @@ def build_into(
 ) -> tuple[EngineEntry, str]:
     """Build the engine of the bundle in `writer`'s folder; return its entry in the manifest and a line on it.
 
-    Its graph is `graph_of` the folder's files. `targets` are compute capabilities, as "8.6". Attention that
-    is not ours is the library's own fused one where the graph has it in half precision, and products and
-    softmax where the library refuses that. Raises BuildError, and BackendError for plugins that cannot be.
+    It is built from the graph that `graph_of` names. `targets` are compute capabilities, as "8.6". Attention
+    that our kernels do not run is fused by the library where it is in half precision; where the library
+    refuses, it stays products and softmax. Raises BuildError, and BackendError for plugins that are asked
+    for and cannot be built.
     """
     plugins = options.takes_plugins(builder)
     graph, draft = writer.path(HALF_GRAPH), writer.path(_DRAFT)
@@ -53,7 +54,9 @@ def build_into(
         except BuildError as error:
             if not source.fused or isinstance(error, trt.BuildLimitError):
                 raise
-            logger.warning("no engine with %s's own attention, so one without: %s", builder.library, error)
+            logger.warning(
+                "%s cannot build with its fused attention, so one without: %s", builder.library, error
+            )
         finally:
             for label in _DERIVED:
                 _beside(graph, label).unlink(missing_ok=True)
@@ -68,11 +71,11 @@ def graph_of(files: Container[str]) -> str:
 
 
 def _fuses(builder: trt.BuilderInfo, options: EngineOptions, precision: str, graph: Path) -> bool:
-    """Whether TensorRT's own attention is tried; a stripped engine is refitted from the graph as it is."""
+    """Whether to try TensorRT's fused attention; a stripped engine is refitted from the graph as it is."""
     if options.features.strip_weights or not (precision in _HALVES or graph.name == HALF_GRAPH):
         return False
     if importlib.util.find_spec("onnx") is None:  # a serving machine, which rebuilds
-        logger.warning("attention is built of products: pip install onnx for %s's own", builder.library)
+        logger.warning("attention is built of products: pip install onnx for %s's fused one", builder.library)
         return False
     version = tuple(map(int, re.findall(r"\d+", builder.version or "")))
     return builder.library == "tensorrt_rtx" or version >= _FIRST_FUSED
@@ -87,7 +90,7 @@ class _Source(NamedTuple):
 
 
 def _source(graph: Path, plugins: bool, fuse: bool) -> _Source:
-    """Make what an engine is built from, beside the graph, whose weights it shares."""
+    """Write the graph to build from beside the given one, whose weights it shares."""
     path, ours, fused = graph, dict[str, int](), 0
     if plugins:
         from export.trt.plugins.graph import plugin_graph

@@ -218,7 +218,10 @@ def weightless(bundle, tmp_path):
 def test_a_bundle_without_weights(weightless, bundle, data, capsys):
     arguments = ["evaluate", str(weightless), "--data", str(data), "--limit", "4"]
     assert main(arguments) == 0
-    assert "no reference: the bundle has no model.safetensors; give --checkpoint" in capsys.readouterr().out
+    assert (
+        "no reference: the bundle does not contain model.safetensors; give --checkpoint"
+        in capsys.readouterr().out
+    )
     assert main([*arguments, "--gate"]) == 1
     assert "give --checkpoint" in capsys.readouterr().err
     checkpoint = bundle("asap", "fp32").path / "model.safetensors"

@@ -164,7 +164,7 @@ def test_without_a_reference(found):
 
 
 def test_equal_answers_are_said_to_be(found):
-    assert "every answer is the same" in Page(write_page(with_cases(found), [])).text
+    assert "all predictions are the same" in Page(write_page(with_cases(found), [])).text
 
 
 def test_what_is_undefined_is_a_dash(found):

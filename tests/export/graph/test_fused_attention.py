@@ -121,7 +121,7 @@ def test_where_the_library_refuses_it_attention_is_composed(building, caplog):
     count, given, line = building("bf16", refused=("fused.model.onnx",))
     assert (count, given) == (0, ["fused.model.onnx", "model.onnx"])
     assert "fused" not in line
-    assert "no engine with tensorrt_rtx's own attention, so one without: no kernel for it" in caplog.text
+    assert "tensorrt_rtx cannot fuse attention, building without: no kernel for it" in caplog.text
     with pytest.raises(BuildError, match="no kernel for it"):
         building("bf16", refused=("fused.model.onnx", "model.onnx"))
 

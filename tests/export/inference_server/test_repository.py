@@ -241,7 +241,7 @@ def test_files_of_strangers_are_never_touched(asap, tmp_path, place):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir() if place.endswith("/") else path.write_text("mine")
     before = files_of(tmp_path / "r")
-    with pytest.raises(BundleError, match=f"not its own: {place.rstrip('/')}; move them away"):
+    with pytest.raises(BundleError, match=f"not in its manifest: {place.rstrip('/')}; move them away"):
         write_repository({"m": asap}, tmp_path / "r")
     assert files_of(tmp_path / "r") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["r"]
@@ -249,10 +249,10 @@ def test_files_of_strangers_are_never_touched(asap, tmp_path, place):
 
 def test_a_strangers_repository_or_a_bundle_in_the_place(asap, bundle, tmp_path):
     (tmp_path / "r/resnet/1").mkdir(parents=True)
-    with pytest.raises(BundleError, match="is not empty and no model repository"):
+    with pytest.raises(BundleError, match="is not empty and not a model repository"):
         write_repository({"m": asap}, tmp_path / "r")
     shutil.copytree(asap.path, tmp_path / "b")
-    with pytest.raises(BundleError, match="is not empty and no model repository"):
+    with pytest.raises(BundleError, match="is not empty and not a model repository"):
         write_repository({"m": asap}, tmp_path / "b")
     Bundle.open(tmp_path / "b").verify_all()
 
