@@ -248,9 +248,7 @@ def test_each_file_is_hashed_once(bundle_dir, monkeypatch):
 
 
 def test_an_unknown_file_is_refused(bundle_dir):
-    with pytest.raises(
-        BundleError, match=r"does not contain model\.trt; it contains README\.md, model\.onnx"
-    ):
+    with pytest.raises(BundleError, match=r"does not contain model\.trt; it contains README\.md, "):
         Bundle.open(bundle_dir).verified("model.trt")
 
 
