@@ -86,8 +86,9 @@ class GraphRunner:
     640 x 480 are 59 MB, about 1 ms at the 55 GB/s of pinned memory, where the network takes 6 to 8 ms.
 
     The graphs share their inputs and one pool of memory, which is as large as the largest needs where that
-    is captured first. A replay overwrites what another left in the pool, its answers too: so all replays
-    are on one stream, and the copy of a replay's answers stands there before the next replay.
+    is captured first. A replay overwrites what another left in the pool, its outputs too: so all replays
+    are on one stream, and the copy of a replay's outputs stands there before the next replay. On one stream
+    graphs of one pool may be replayed in any order (pytorch/pytorch #166975).
     """
 
     def __init__(self, model: InferenceModel, limits: Limits, spec: Preprocess, device: torch.device) -> None:
@@ -176,8 +177,8 @@ class GraphRunner:
             try:
                 captured = self._capture(self._inputs.named(bucket))
             except RuntimeError as error:
-                # Where memory is short, an allocation of another thread of the host can break a capture: torch's
-                # allocator gives back no memory while one is under way. It does so now.
+                # Where memory is short, an allocation in another thread can break a capture: the allocator
+                # gives back no memory while one is under way. It does so now.
                 logger.warning("the graph of %s is captured again: %s", bucket, error)
                 torch.cuda.empty_cache()
                 captured = self._capture(self._inputs.named(bucket))
