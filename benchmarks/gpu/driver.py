@@ -1,4 +1,4 @@
-"""PTX on the GPU through the CUDA driver alone, which is how TensorRT launches a plugin's code."""
+"""Loads PTX and launches it through the CUDA driver alone, which is how TensorRT launches a plugin's code."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-LIBRARY = "libcuda.so.1"
+from engine.backends import cuda
 
 
 class Driver:
-    """The driver's calls that load and launch a kernel, in the context that torch has made current.
+    """Loads and launches kernels in the context that torch has made current.
 
-    `library` is what the driver's functions are looked up in. Raises OSError where there is no driver.
+    `library` is the driver's, by default this machine's. Raises OSError where there is none.
     """
 
     def __init__(self, library: Any = None) -> None:
-        self._cuda = library or ctypes.CDLL(LIBRARY)
+        self._driver = cuda.Driver(library or cuda.load_library(), cuda.LAUNCHING)
 
     def version(self) -> int:
         """The newest CUDA that the driver serves, 13000 for 13.0."""
-        found = ctypes.c_int()
-        self._call("cuDriverGetVersion", ctypes.byref(found))
-        return found.value
+        return self._driver.version()
 
     def load(self, ptx: str, entry: str) -> ctypes.c_void_p:
-        """Compile PTX for this GPU; the function `entry`. Its module stays loaded.
+        """Compile PTX for this GPU and return its function `entry`; the module stays loaded.
 
-        Raises RuntimeError with the driver's reason where it refuses the code or knows no such function.
+        Raises BackendError with the driver's reason where it refuses the code or lacks the function.
         """
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(ptx.encode()))
-        self._call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(entry.encode()))
-        return function
+        module = self._driver.handle("cuModuleLoadData", ctypes.c_char_p(ptx.encode()))
+        return self._driver.handle("cuModuleGetFunction", module, entry.encode())
 
     def launch(
         self,
@@ -45,19 +41,12 @@ class Driver:
     ) -> None:
         """Launch on `stream`; arguments are tensors, passed as pointers, and int32 numbers.
 
-        Raises RuntimeError with the driver's reason.
+        Raises BackendError with the driver's reason.
         """
         values = [_argument(value) for value in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        sizes = (*map(ctypes.c_uint, (*grid, threads, 1, 1, shared)),)
-        self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._cuda, name)(*arguments)
-        if status != 0:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(status, ctypes.byref(text))
-            raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} (status {status})")
+        sizes = (*grid, threads, 1, 1, shared)
+        self._driver.call("cuLaunchKernel", function, *sizes, stream, pointers, None)
 
 
 def _argument(value: Any) -> ctypes.c_void_p | ctypes.c_int32:

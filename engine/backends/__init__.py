@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fnmatch
 import importlib
 import importlib.util
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from engine.backends.cuda import load_library
 from engine.errors import BackendError
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 
@@ -214,9 +214,9 @@ def _suited(bundle: Bundle) -> list[str]:
 
 
 def _has_driver() -> bool:
-    """Whether NVIDIA's driver is installed, looked for as torch does; nothing is initialised."""
+    """Whether NVIDIA's driver is installed; initialises nothing."""
     try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        load_library()
     except OSError:
         return False
     return True

@@ -1,8 +1,8 @@
-"""NVIDIA's driver through ctypes: memory, streams and graphs for a backend that has no torch.
+"""NVIDIA's CUDA driver through ctypes: functions, devices, memory, streams and graphs, without torch.
 
-The driver is the one library that every machine with a GPU has, and its ABI stays; the runtime library would
-have to be found in one of several places and versions. The context is the device's primary one, which the
-runtime library inside TensorRT uses too, so that streams and addresses mean the same on both sides.
+The driver is the one library that every machine with a GPU has, and its ABI is stable; the runtime library
+would have to be found in one of several places and versions. The context is the device's primary one, which
+the runtime library inside TensorRT uses too, so streams and addresses mean the same on both sides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
 from typing import Any
@@ -20,7 +20,9 @@ import numpy as np
 
 from engine.errors import BackendError
 
-# Exported names with the types of their arguments, as cuda.h has them; each returns a CUresult.
+Prototypes = Mapping[str, tuple[Any, ...]]
+
+# Exported names with the types of their arguments, as in cuda.h; each function returns a CUresult.
 PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuDriverGetVersion": (POINTER(c_int),),
@@ -48,6 +50,14 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGraphDestroy": (c_void_p,),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
+# What launches code of one's own; no backend does.
+LAUNCHING: dict[str, tuple[Any, ...]] = {
+    "cuDriverGetVersion": PROTOTYPES["cuDriverGetVersion"],
+    "cuGetErrorString": PROTOTYPES["cuGetErrorString"],
+    "cuModuleLoadData": (POINTER(c_void_p), c_void_p),
+    "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
+    "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+}
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream of others
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
@@ -58,13 +68,14 @@ _NAME_BYTES = 256
 class Driver:
     """The driver's functions; `call` turns their status into a BackendError."""
 
-    def __init__(self, library: Any) -> None:
-        self._functions = {name: getattr(library, name) for name in PROTOTYPES}
-        for name, types in PROTOTYPES.items():
+    def __init__(self, library: Any, prototypes: Prototypes = PROTOTYPES) -> None:
+        """Bind the functions of `prototypes`; raises AttributeError where `library` lacks one."""
+        self._functions = {name: getattr(library, name) for name in prototypes}
+        for name, types in prototypes.items():
             self._functions[name].argtypes, self._functions[name].restype = types, c_int
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call one function; raises BackendError with the driver's own words where it fails."""
+        """Call one function; raises BackendError with the driver's reason where it fails."""
         status = self.attempt(name, *arguments)
         if status == 0:
             return
@@ -75,30 +86,44 @@ class Driver:
         raise BackendError(f"the NVIDIA driver failed in {name}: {reason} (error {status}){hint}")
 
     def attempt(self, name: str, *arguments: Any) -> int:
-        """Call one function and return its status, 0 where it did what it should."""
+        """Call one function and return its status, 0 for success."""
         return int(self._functions[name](*arguments))
 
     def number(self, name: str, *arguments: Any) -> int:
-        """What a function writes to its first argument, an int."""
-        found = c_int()
-        self.call(name, byref(found), *arguments)
-        return found.value
+        """Return what a function writes to its first argument, an int."""
+        value = c_int()
+        self.call(name, byref(value), *arguments)
+        return value.value
 
     def handle(self, name: str, *arguments: Any) -> c_void_p:
-        """What a function writes to its first argument, a pointer to something of the driver's."""
-        found = c_void_p()
-        self.call(name, byref(found), *arguments)
-        return found
+        """Return what a function writes to its first argument, a pointer to an object of the driver."""
+        pointer = c_void_p()
+        self.call(name, byref(pointer), *arguments)
+        return pointer
+
+    def version(self) -> int:
+        """The newest CUDA that the driver serves, 13000 for 13.0; known before the driver is initialised."""
+        return self.number("cuDriverGetVersion")
+
+    def device_name(self, device: int) -> str:
+        """Name of a device, such as "NVIDIA H200"."""
+        text = ctypes.create_string_buffer(_NAME_BYTES)
+        self.call("cuDeviceGetName", text, _NAME_BYTES, device)
+        return text.value.decode(errors="replace")
+
+    def capability(self, device: int) -> str:
+        """Compute capability of a device, such as "9.0"."""
+        return ".".join(str(self.number("cuDeviceGetAttribute", key, device)) for key in (_MAJOR, _MINOR))
 
 
 def load_library() -> ctypes.CDLL:
-    """The driver's library, nothing of it initialised; raises OSError where there is none."""
+    """Load the driver's library, without initialising it; raises OSError where there is none."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 @functools.cache
 def open_gpu(index: int) -> Gpu:
-    """GPU number `index` of those that the process may see; raises BackendError where there is none.
+    """GPU number `index` of those visible to the process; raises BackendError where there is none.
 
     Its context stays for the life of the process, as torch's does: TensorRT keeps pointers into it.
     """
@@ -124,22 +149,17 @@ class Gpu:
 
     def __init__(self, driver: Driver, index: int) -> None:
         self.driver, self.index = driver, index
-        device = driver.number("cuDeviceGet", index)
-        text = ctypes.create_string_buffer(_NAME_BYTES)
-        driver.call("cuDeviceGetName", text, _NAME_BYTES, device)
-        self.name = text.value.decode(errors="replace")
-        major, minor = (driver.number("cuDeviceGetAttribute", key, device) for key in (_MAJOR, _MINOR))
-        self.capability = f"{major}.{minor}"
-        self.cuda = driver.number("cuDriverGetVersion")
-        self._device = device
+        self._device = driver.number("cuDeviceGet", index)
+        self.name, self.capability = driver.device_name(self._device), driver.capability(self._device)
+        self.cuda = driver.version()
         self._context: c_void_p | None = None
         self._lock = threading.Lock()
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this GPU the calling thread's, and give it back the one it had."""
+        """Make this GPU the calling thread's in the block; its previous one comes back afterwards."""
         with self._lock:
-            if self._context is None:  # made when it is needed: it takes some 0.3 GB of GPU memory
+            if self._context is None:  # created when needed: it takes some 0.3 GB of GPU memory
                 self._context = self.driver.handle("cuDevicePrimaryCtxRetain", self._device)
         self.driver.call("cuCtxPushCurrent_v2", self._context)
         try:
@@ -153,12 +173,12 @@ class Memory:
 
     def __init__(self, driver: Driver, size: int) -> None:
         self._driver, self.size = driver, size
-        found = c_uint64()
-        driver.call("cuMemAlloc_v2", byref(found), max(size, 1))
-        self.address = found.value
+        address = c_uint64()
+        driver.call("cuMemAlloc_v2", byref(address), max(size, 1))
+        self.address = address.value
 
     def close(self) -> None:
-        """Give the memory back; no stream may use it any more."""
+        """Free the memory; no stream may use it any more."""
         self._driver.call("cuMemFree_v2", self.address)
 
 
@@ -176,7 +196,7 @@ class Pinned:
         return np.frombuffer(raw, dtype, count).reshape(shape)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._driver.call("cuMemFreeHost", self.address)
 
 
@@ -196,12 +216,12 @@ class Stream:
         self._driver.call("cuMemcpyDtoHAsync_v2", target.address, source.address, size, self.handle)
 
     def wait(self) -> None:
-        """Return when everything that was queued is done; raises BackendError where it failed."""
+        """Wait until all queued work is done; raises BackendError where it failed."""
         self._driver.call("cuStreamSynchronize", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
-        """Record what the block queues, in place of running it; raises BackendError where that cannot be.
+        """Record what the block queues, without running it; raises BackendError where that fails.
 
         The graph can be launched after the block.
         """
@@ -220,7 +240,7 @@ class Stream:
             self._driver.call("cuGraphDestroy", recorded)
 
     def close(self) -> None:
-        """Give the stream back."""
+        """Destroy the stream."""
         self._driver.call("cuStreamDestroy_v2", self.handle)
 
 
@@ -236,7 +256,7 @@ class Graph:
         self._driver.call("cuGraphLaunch", self.executable, stream.handle)
 
     def close(self) -> None:
-        """Give the graph back."""
+        """Destroy the graph."""
         self._driver.call("cuGraphExecDestroy", self.executable)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from engine.backends.buckets import Arrays, Bucket, bucket_of, cut, fill
+from engine.backends.float32 import full_float32
 from engine.manifest import Limits, Preprocess
 from engine.network.model import InferenceModel
 from kernels.resize import pack, resize_into
 from kernels.resize_tables import Tables, make_tables
+
+logger = logging.getLogger(__name__)
 
 _WARM_UPS = 3  # as torch's documentation of CUDA graphs does: compilation, workspaces, lazy set-up
 _CAPTURE = threading.Lock()  # torch allows one capture at a time in a process
@@ -39,7 +43,7 @@ class EagerRunner:
         # torch keeps the number by process, but a thread that has run before keeps its own.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32("cpu"):
             inputs = {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
             return {name: x.numpy() for name, x in answers_of(self._model, inputs).items()}
 
@@ -48,7 +52,9 @@ class Inputs:
     """The input buffers of all buckets: each bucket's are the beginning of the largest's."""
 
     def __init__(self, limits: Limits, image_size: int, device: torch.device) -> None:
-        self._image = torch.zeros((limits.max_batch, 3, image_size, image_size), device=device)
+        self._image = torch.zeros(
+            (limits.max_batch, 3, image_size, image_size), dtype=torch.float32, device=device
+        )
         self._text = torch.zeros(2 * limits.max_batch * limits.max_tokens, dtype=torch.int64, device=device)
 
     def image(self, bucket: Bucket) -> Tensor:
@@ -80,8 +86,9 @@ class GraphRunner:
     640 x 480 are 59 MB, about 1 ms at the 55 GB/s of pinned memory, where the network takes 6 to 8 ms.
 
     The graphs share their inputs and one pool of memory, which is as large as the largest needs where that
-    is captured first. A replay overwrites what another left in the pool, its answers too: so all replays
-    are on one stream, and the copy of a replay's answers stands there before the next replay.
+    is captured first. A replay overwrites what another left in the pool, its outputs too: so all replays
+    are on one stream, and the copy of a replay's outputs stands there before the next replay. On one stream
+    graphs of one pool may be replayed in any order (pytorch/pytorch #166975).
     """
 
     def __init__(self, model: InferenceModel, limits: Limits, spec: Preprocess, device: torch.device) -> None:
@@ -137,7 +144,7 @@ class GraphRunner:
     def _send_image(self, image: np.ndarray | Pictures) -> Callable[[Tensor], object]:
         """Copy pictures to the device; what is returned writes them, normalised, into a buffer."""
         if isinstance(image, np.ndarray):
-            host = torch.empty(image.shape, pin_memory=self._pinned)
+            host = torch.empty(image.shape, dtype=torch.float32, pin_memory=self._pinned)
             np.copyto(host.numpy(), image)
             pixels = self._send(host)
             return lambda buffer: buffer.copy_(pixels)
@@ -167,14 +174,22 @@ class GraphRunner:
 
     def _captured(self, bucket: Bucket) -> Captured:
         if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(self._inputs.named(bucket))
+            try:
+                captured = self._capture(self._inputs.named(bucket))
+            except RuntimeError as error:
+                # Where memory is short, an allocation in another thread can break a capture: the allocator
+                # gives back no memory while one is under way. It does so now.
+                logger.warning("the graph of %s is captured again: %s", bucket, error)
+                torch.cuda.empty_cache()
+                captured = self._capture(self._inputs.named(bucket))
+            self._graphs[bucket] = captured
         return self._graphs[bucket]
 
     def _capture(self, inputs: Mapping[str, Tensor]) -> Captured:
         """Warm up, so that whatever a pass keeps for later ones lies outside the pool, and record a pass."""
         graph = torch.cuda.CUDAGraph()
-        # cuDNN would round float32 convolutions to TF32; its flags are the process's, hence inside the lock.
-        with _CAPTURE, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        # By default cuDNN rounds float32 convolutions to TF32. A replay repeats the kernels chosen here.
+        with _CAPTURE, full_float32("cuda"):
             for _ in range(_WARM_UPS):
                 answers_of(self._model, inputs)
             self._runs.synchronize()

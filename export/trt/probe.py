@@ -1,12 +1,20 @@
-"""What the CUDA driver of this machine says, by ctypes; for a process of its own, since drivers crash too."""
+"""The CUDA driver of this machine and its first GPU. For a child process: drivers can crash too."""
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
-_CC_MAJOR, _CC_MINOR = 75, 76  # CUdevice_attribute
-_LONGEST_NAME = 256
+from engine.backends.cuda import PROTOTYPES, Driver, load_library
+from engine.errors import BackendError
+
+_ASKED = (
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetName",
+    "cuGetErrorString",
+)
 _START_HINTS = {  # CUresult of cuInit
     100: "it shows no GPU",
     803: "its library and its kernel module are of different versions, so restart the machine",
@@ -14,34 +22,32 @@ _START_HINTS = {  # CUresult of cuInit
 }
 
 
+def open_driver() -> Driver:
+    """Bind what is asked here, which drivers of any age have; raises OSError where there is no driver."""
+    return Driver(load_library(), {name: PROTOTYPES[name] for name in _ASKED})
+
+
 def probe_driver() -> dict[str, Any]:
-    """Of the first GPU its `compute_capability` ("9.0") and `gpu`, its name, None without one; a `reason`."""
+    """Return `compute_capability` ("9.0") and name, `gpu`, of the first GPU or None, and a `reason`."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        driver = open_driver()
     except OSError as error:
         return no_gpu(f"no CUDA driver: {error}")
-    newest = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(newest))  # which works before the driver is started
-    driver = f"driver for CUDA up to {newest.value // 1000}.{newest.value % 1000 // 10}"
-    status = cuda.cuInit(0)
+    newest = driver.version()
+    version = f"driver for CUDA up to {newest // 1000}.{newest % 1000 // 10}"
+    status = driver.attempt("cuInit", 0)
     if status != 0:
         why = f"refuses to start (status {status}): {_START_HINTS.get(status, 'nvidia-smi may tell why')}"
-        return no_gpu(f"the {driver} {why}")
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name = ctypes.create_string_buffer(_LONGEST_NAME)
-    statuses = (
-        cuda.cuDeviceGet(ctypes.byref(device), 0),
-        cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device),
-        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device),
-        cuda.cuDeviceGetName(name, _LONGEST_NAME, device),
-    )
-    if any(statuses):
-        return no_gpu(f"the CUDA driver shows no GPU (status {statuses})")
-    capability = f"{major.value}.{minor.value}"
-    reason = f"GPU of compute capability {capability}, {driver}"
-    return {"compute_capability": capability, "gpu": name.value.decode(), "reason": reason}
+        return no_gpu(f"the {version} {why}")
+    try:
+        device = driver.number("cuDeviceGet", 0)
+        capability, name = driver.capability(device), driver.device_name(device)
+    except BackendError as error:
+        return no_gpu(f"the CUDA driver shows no GPU: {error}")
+    reason = f"GPU of compute capability {capability}, {version}"
+    return {"compute_capability": capability, "gpu": name, "reason": reason}
 
 
 def no_gpu(reason: str) -> dict[str, Any]:
-    """The answer of a machine without one."""
+    """The result on a machine without a GPU."""
     return {"compute_capability": None, "gpu": None, "reason": reason}

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from engine.errors import BuildError
 from export.trt.features import Features, refusal, set_features
-from export.trt.probe import probe_driver
+from export.trt.probe import open_driver, probe_driver
 from export.trt.profiles import Profile, check_profiles
 from export.trt.timing_cache import load_timing_cache, save_timing_cache
 
@@ -152,13 +152,11 @@ def _use_plugins(library: str) -> None:
     if library != "tensorrt":
         raise RefusedError(f"{library} has no plugins; export with --plugins off")
     capability = int(_own_capability(())[0].replace(".", ""))
-    cuda = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda))
     try:
         plugins, ptx = map(
             importlib.import_module, ("export.trt.plugins.registration", "export.trt.plugins.ptx")
         )
-        plugins.use(ptx.target_of(capability, cuda.value))
+        plugins.use(ptx.target_of(capability, open_driver().version()))
     except (ImportError, BuildError) as error:
         raise RefusedError(f"the plugins cannot be used here: {error}; export with --plugins off") from error
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.gpu.driver import Driver
+from engine.errors import BackendError
 from kernels.jit import Tiles, triton
 
 STREAM = 4711
@@ -19,6 +21,8 @@ class Cuda:
 
     def __init__(self, fails="", fill=None):
         self.calls, self._fails, self._fill = [], fails, fill
+        for name in [name for name in dir(self) if name.startswith("cu")]:
+            setattr(self, name, functools.partial(getattr(self, name)))  # which can have `argtypes`
 
     def cuDriverGetVersion(self, version):  # noqa: N802
         version._obj.value = 13000
@@ -31,12 +35,12 @@ class Cuda:
 
     def cuModuleGetFunction(self, function, module, name):  # noqa: N802
         function._obj.value = 22
-        self.calls.append(("function", module.value, name.value))
+        self.calls.append(("function", module.value, name))
         return self._status("cuModuleGetFunction")
 
     def cuLaunchKernel(self, function, *arguments):  # noqa: N802
         *sizes, stream, parameters, extra = arguments
-        self.calls.append(("launch", function.value, [x.value for x in sizes], stream.value, extra))
+        self.calls.append(("launch", function.value, list(sizes), stream, extra))
         if self._fill:
             self._fill(parameters)
         return self._status("cuLaunchKernel")
@@ -81,7 +85,7 @@ def test_a_launch_passes_pointers_and_numbers_in_order():
 @pytest.mark.parametrize("name", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
 def test_a_refusal_is_the_drivers_own_words(name):
     driver = Driver(Cuda(fails=name))
-    with pytest.raises(RuntimeError, match=rf"{name}: invalid argument \(status 1\)"):
+    with pytest.raises(BackendError, match=rf"{name}: invalid argument \(error 1\)"):
         driver.launch(driver.load("", "twice"), (1, 1, 1), 32, 0, 0, ())
 
 

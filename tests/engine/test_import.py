@@ -49,7 +49,7 @@ def test_torch_stays_where_it_runs():
             if {name.split(".")[0] for name in names} & {"torch", "kernels"}:
                 importing.add(path.relative_to(ROOT).as_posix())
     network = {name for name in importing if name.startswith("network/")}
-    assert importing - network == {"backends/torch.py", "backends/graphs.py"}
+    assert importing - network == {"backends/torch.py", "backends/graphs.py", "backends/float32.py"}
 
 
 def test_an_engine_is_served_without_torch(bundle_dir):

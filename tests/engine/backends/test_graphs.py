@@ -73,7 +73,8 @@ class FakeCuda:
         assert (pool, stream.name, self.current) == ("the pool", "runs", "runs")
         assert capture_error_mode == "thread_local"
         assert torch.is_inference_mode_enabled()
-        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision in ("ieee", "none")
+        assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
         if self.failures:
             self.failures -= 1
             raise torch.OutOfMemoryError("no room")
@@ -249,6 +250,31 @@ def test_a_bucket_is_captured_once_after_warming_up_on_its_own_inputs(make_runne
     assert torch.backends.cudnn.allow_tf32 == flag
 
 
+@pytest.fixture
+def host_settings():
+    """A function that sets the precision of float32 products as a host program may; undone afterwards."""
+    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+
+    def set_precision(interface):
+        if interface == "older":
+            torch.set_float32_matmul_precision("high")
+        else:  # which alone makes torch.backends.cudnn.flags raise
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+    yield set_precision
+    torch.backends.cudnn.conv.fp32_precision = conv
+    torch.set_float32_matmul_precision(matmul)
+
+
+@pytest.mark.parametrize("interface", ["older", "newer"])
+def test_a_graph_does_not_freeze_the_hosts_precision(make_runner, cuda, host_settings, interface):
+    """`FakeCuda.graph` asserts that products are exact while it captures."""
+    host_settings(interface)
+    runner, feeds = make_runner(), draw(2, 20)
+    check_same(runner.run(feeds, 2, 20), eager(runner._model, feeds))
+    assert cuda.log.count("capture") == 1
+
+
 def test_all_buckets_share_their_buffers(make_runner):
     runner = make_runner()
     largest, small = (runner._inputs.named(bucket) for bucket in (LARGEST, Bucket(1, 16)))
@@ -258,9 +284,16 @@ def test_all_buckets_share_their_buffers(make_runner):
     assert all(x.is_contiguous() for x in (*largest.values(), *small.values()))
 
 
-def test_a_failed_capture_is_tried_again(make_runner, cuda):
+def test_a_failed_capture_is_repeated_once(make_runner, cuda, caplog):
     runner, feeds = make_runner(), draw(2, 20)
     cuda.failures = 1
+    check_same(runner.run(feeds, 2, 20), eager(runner._model, feeds))
+    assert caplog.text.count("the graph of Bucket(batch=2, tokens=32) is captured again: no room") == 1
+
+
+def test_what_failed_twice_is_captured_by_the_next_batch(make_runner, cuda):
+    runner, feeds = make_runner(), draw(2, 20)
+    cuda.failures = 2
     with pytest.raises(torch.OutOfMemoryError):
         runner.run(feeds, 2, 20)
     check_same(runner.run(feeds, 2, 20), eager(runner._model, feeds))

@@ -166,6 +166,25 @@ def test_the_number_of_threads_is_the_one_given(loaded):
     assert torch.get_num_threads() == 1
 
 
+def test_a_hosts_precision_does_not_reach_the_network(loaded, monkeypatch):
+    """Neither autocast, which torch keeps by thread, nor what it keeps for the process."""
+    backend, inputs = loaded("asap"), feeds(2, 9)
+    want, seen = backend.run(inputs), []
+    network = graphs.answers_of
+    matmul = torch.backends.mkldnn.matmul
+    monkeypatch.setattr(graphs, "answers_of", lambda *x: seen.append(matmul.fp32_precision) or network(*x))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = backend.run(inputs)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee"]
+    check_same(got, want, 0, 0)
+
+
 def test_predictor_serves_it(name, bundle):
     picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     caption = "A man speaks in front of the flag"

@@ -30,7 +30,7 @@ C_TYPES = {
     "CUstreamCaptureMode": ctypes.c_int,
     "CUresult": ctypes.c_int,
 }
-HANDLES = ("CUcontext", "CUstream", "CUgraph", "CUgraphExec", "void *")
+HANDLES = ("CUcontext", "CUstream", "CUgraph", "CUgraphExec", "CUmodule", "CUfunction", "void *")
 
 
 RTX_ONLY = ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeConfig")
@@ -134,7 +134,7 @@ def test_a_real_engine_without_a_driver_or_cut_short(built, bundle_dir, tmp_path
 
 def test_the_drivers_functions_are_those_of_its_header():
     declared = header()
-    for name, types in cuda.PROTOTYPES.items():
+    for name, types in (cuda.PROTOTYPES | cuda.LAUNCHING).items():
         plain = declared.aliases.get(name, name)
         ours = [kind.__name__ for kind in types]
         assert ours == [c_type(text).__name__ for text in declared.arguments[plain]], name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
@@ -201,6 +202,8 @@ class Driver:
 
     def __init__(self, status):
         self.status = status
+        for name in [name for name in dir(self) if name.startswith("cu")]:
+            setattr(self, name, functools.partial(getattr(self, name)))  # which can have `argtypes`
 
     def cuDriverGetVersion(self, version):  # noqa: N802
         version._obj.value = 12040
@@ -218,6 +221,9 @@ class Driver:
 
     def cuDeviceGetName(self, text, size, device):  # noqa: N802
         text.value = b"NVIDIA H200"
+        return 0
+
+    def cuGetErrorString(self, status, text):  # noqa: N802
         return 0
 
 
