@@ -23,7 +23,6 @@ from benchmarks.results import ResultFile
 from dgm4.config import SIZES
 
 BASELINE = "published"
-NETWORK_SIZE = pytest.StashKey[str]()
 _TESTS = Path(__file__).with_name("test_networks.py")
 
 Case = tuple[str, int, int]
@@ -39,7 +38,7 @@ class Failures:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Tell the tests the size."""
-        config.stash[NETWORK_SIZE] = self.size
+        config.option.network_size = self.size
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:

@@ -17,7 +17,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import dgm4
-from benchmarks.networks import NETWORK_SIZE
 from benchmarks.published import Published
 from engine.backends import openvino as openvino_backend
 from engine.backends import usable_cores
@@ -109,7 +108,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """One network at a time; its size is what `python -m benchmarks.networks` was given."""
     torch.set_num_threads(usable_cores())
     torch.compiler.reset()
-    size = request.config.stash.get(NETWORK_SIZE, "base")
+    size = request.config.getoption("network_size", "base")
     yield Variants(request.param, tmp_path_factory.mktemp(request.param), size)
     Variants.call.cache_clear()
     Variants.graph.cache_clear()
