@@ -1,4 +1,4 @@
-"""A Predictor on this GPU: its stream, its warm-up and its threads, by a backend and against the CPU's answers."""
+"""A Predictor on this GPU: its stream, warm-up and threads, compared with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
