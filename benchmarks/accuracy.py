@@ -21,7 +21,7 @@ from typing import Any
 import safetensors.torch
 
 import dgm4
-from benchmarks.machine import describe_machine
+from benchmarks.results import ResultFile
 from dgm4.config import MODEL_NAMES
 from dgm4.shipped import demo_checkpoint
 from engine.errors import VerificationError
@@ -143,8 +143,8 @@ def _moved(record: Record) -> float:
     return max(abs(100 * record["reference"]["changes"][name]["value"]) for name in GATED)
 
 
-def main() -> None:
-    """Measure every network at every precision."""
+def main() -> int:
+    """Measure every network at every precision; 1 if a variant failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the sample set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file")
@@ -153,8 +153,8 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES)
     parser.epilog = "What is not chosen stays as FILE has it."
     options = parser.parse_args()
-    kept = json.loads(options.out.read_text())["bundles"] if options.out.exists() else []
-    found = {key_of(record): record for record in kept}
+    result = ResultFile(options.out)
+    measured = {key_of(record): record for record in result.load("bundles")}
     order = [(w, n, v) for w in (DEMO, DRAWN) for n in MODEL_NAMES for v in VARIANTS]
     for weights in options.weights:
         pairs = DRAWN_PAIRS if weights == DRAWN else None
@@ -162,12 +162,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 for variant in options.variants:
                     key = weights, network, variant
-                    found[key] = measure(key, options.data, Path(folder), pairs)
-                    records = [found[key] for key in order if key in found]
-                    result = {"machine": describe_machine(), "bundles": records}
-                    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(table([found[key] for key in order if key in found]))
+                    measured.pop(key, None)
+                    with result.case(*key):
+                        measured[key] = measure(key, options.data, Path(folder), pairs)
+                    result.save({"bundles": [measured[key] for key in order if key in measured]})
+    sys.stdout.write(table([measured[key] for key in order if key in measured]))
+    return result.exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

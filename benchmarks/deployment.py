@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.results import ResultFile
+from dgm4.config import MODEL_NAMES, SIZES
 from engine.errors import BackendError
 from export.cli.sample import SAMPLE_CAPTION, sample_picture
 
@@ -67,9 +68,9 @@ def measure(command: list[str]) -> dict[str, Any]:
     return {"seconds": round(seconds, 2), "peak_mb": round(peak / 1e6), "stdout": output[0].decode()}
 
 
-def export(network: str, precision: str, out: Path) -> dict[str, Any]:
-    """Export a base network; time, peak memory and the stages' own seconds."""
-    command = [sys.executable, "-m", "export.cli", "export", "--model", network, "--size", "base"]
+def export(network: str, precision: str, out: Path, size: str = "base") -> dict[str, Any]:
+    """Export a network; time, peak memory and the seconds of every stage."""
+    command = [sys.executable, "-m", "export.cli", "export", "--model", network, "--size", size, "--drawn"]
     done = measure([*command, "--precision", precision, "--out", str(out), "--json"])
     report = json.loads(done.pop("stdout"))
     engines = [e["file"] for e in report["manifest"]["engines"]]
@@ -93,33 +94,35 @@ def serve(bundle: Path, picture: Path, pairs: int, runs: int) -> dict[str, Any]:
     }
 
 
-def run(network: str, folder: Path) -> dict[str, Any]:
-    """Measure one base network."""
-    picture = sample_picture()
-    if picture is None:
+def run(result: ResultFile, network: str, folder: Path, size: str = "base") -> dict[str, Any]:
+    """Measure one network, writing after every precision."""
+    image = sample_picture()
+    if image is None:
         raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
     record: dict[str, Any] = {"network": network}
     for precision in ("fp16", "int8", "fp32"):
         bundle = folder / precision
-        record[precision] = {"export": export(network, precision, bundle)}
-        if precision != "fp16":
-            record[precision]["first_answer"] = serve(bundle, picture, pairs=1, runs=STARTS)
-            record[precision]["ten_answers"] = serve(bundle, picture, pairs=10, runs=1)
+        with result.case(precision):
+            record[precision] = {"export": export(network, precision, bundle, size)}
+            if precision != "fp16":
+                record[precision]["first_answer"] = serve(bundle, image, pairs=1, runs=STARTS)
+                record[precision]["ten_answers"] = serve(bundle, image, pairs=10, runs=1)
+        result.save(record)
     return record
 
 
 def main() -> int:
-    """Measure, write the data, print it."""
+    """Measure, write the data, print it; 1 if a precision failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deployment", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--network", default="asap", choices=("hammer", "asap", "cals"))
+    parser.add_argument("--network", default="asap", choices=MODEL_NAMES)
+    parser.add_argument("--size", default="base", choices=SIZES, help="%(default)s")
     options = parser.parse_args()
+    result = ResultFile(options.out)
     with tempfile.TemporaryDirectory() as folder:
-        record = {"machine": describe_machine(), **run(options.network, Path(folder))}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        record = run(result, options.network, Path(folder), options.size)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
-    return 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +23,8 @@ import onnx
 from onnx import helper
 
 from benchmarks.deployment import measure
-from benchmarks.machine import describe_machine
-from dgm4.config import MODEL_NAMES
+from benchmarks.results import ResultFile
+from dgm4.config import MODEL_NAMES, SIZES
 from engine import Bundle
 from engine.errors import BackendError
 from export.bench.measure import BenchOptions, bench
@@ -103,8 +102,8 @@ def speed(bundle: Bundle, seconds: float = 3.0) -> Row:
     }
 
 
-def rows(networks: Iterable[str], precisions: Iterable[str], data: Path | None) -> Iterator[Row]:
-    """Measure every network at every precision, with and without plugins where there can be any.
+def cases(networks: Iterable[str], precisions: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Network, precision and plugins ("on" or "off") of every engine; with plugins where there can be any.
 
     Raises BackendError where nothing here builds engines.
     """
@@ -112,20 +111,34 @@ def rows(networks: Iterable[str], precisions: Iterable[str], data: Path | None) 
     if builder is None:
         raise BackendError(f"nothing here builds engines ({_reasons()})")
     forms = ("on", "off") if builder.library == "tensorrt" else ("off",)
-    cases = [(name, precision, form) for name in networks for precision in precisions for form in forms]
-    for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            bundle, row = cost(*case, data, Path(folder))
-            yield {**row, **speed(bundle), "load": round(os.getloadavg()[0], 2)}
-            shutil.rmtree(bundle.path)
+    return [(name, precision, form) for name in networks for precision in precisions for form in forms]
+
+
+def measure_engine(
+    network: str, precision: str, plugins: str, data: Path | None = None, size: str = "base"
+) -> Row:
+    """Export, build and time one engine; see `cost` and `speed`."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, row = cost(network, precision, plugins, data, Path(folder), size)
+        return {**row, **speed(bundle), "load": round(os.getloadavg()[0], 2)}
 
 
 def part(network: str) -> Iterator[Row]:
-    """A part of `python -m benchmarks.gpu`: full TensorRT's engines, with our kernels and with its own."""
+    """A part of `python -m benchmarks.gpu`: full TensorRT's engines, with our kernels and with its own.
+
+    Raises RuntimeError at the end if one failed.
+    """
     if not any(info.usable and info.library == "tensorrt" for info in trt.describe_builders()):
         yield {"missing": _reasons()}
         return
-    yield from rows([network], ("fp16", "bf16"), None)
+    failed = []
+    for case in cases([network], ("fp16", "bf16")):
+        try:
+            yield measure_engine(*case)
+        except BackendError as error:  # the other engines are still measured
+            failed.append(f"{' '.join(case)}: {error}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _reasons() -> str:
@@ -165,24 +178,28 @@ def table(found: Sequence[Row]) -> str:
 
 
 def main() -> int:
-    """Measure, write the data after every engine, print the table."""
+    """Measure, write the data after every engine, print the table; 1 if an engine failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the sample set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file")
     parser.add_argument("--network", nargs="+", default=MODEL_NAMES, choices=MODEL_NAMES)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--size", default="base", choices=SIZES, help="%(default)s")
     parser.epilog = "What is not chosen stays as FILE has it."
     options = parser.parse_args()
-    kept = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    found = {key_of(row): row for row in kept}
-    for row in rows(options.network, options.precision, options.data):
-        found[key_of(row)] = row
-        record = {"machine": describe_machine(), "rows": [found[key] for key in sorted(found, key=_place)]}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        sys.stderr.write(json.dumps(row) + "\n")
-    ordered = [found[key] for key in sorted(found, key=_place)]
+    result = ResultFile(options.out)
+    measured = {key_of(row): row for row in result.load("rows")}
+    ordered = list(measured.values())
+    for network, precision, plugins in cases(options.network, options.precision):
+        measured.pop((network, precision, plugins == "on"), None)
+        with result.case(network, precision, f"plugins {plugins}"):
+            row = measure_engine(network, precision, plugins, options.data, options.size)
+            measured[key_of(row)] = row
+            sys.stderr.write(json.dumps(row) + "\n")
+        ordered = [measured[key] for key in sorted(measured, key=_place)]
+        result.save({"rows": ordered})
     sys.stdout.write(table(ordered) + asked(ordered))
-    return 0
+    return result.exit_code
 
 
 def key_of(row: Row) -> Key:

@@ -7,6 +7,7 @@ layers for the token logits, CAFormer's fusion at the picture's resolution, both
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 from torch import Tensor, nn
@@ -84,12 +85,15 @@ def _spell_out(module: nn.Module) -> None:
 
 
 class Published(nn.Module):
-    """A detector as published. It takes the given model over; use that no longer."""
+    """A detector as published, over the same weights; the given model stays as it is."""
 
     def __init__(self, model: Detector) -> None:
         super().__init__()
-        _spell_out(model)
-        self.model = model.eval()
+        # Parameters of its own, without a copy of their values: casting this form must not cast the model.
+        shared: dict[int, Tensor] = {id(x): nn.Parameter(x.detach(), False) for x in model.parameters()}
+        shared |= {id(x): x for x in model.buffers()}
+        self.model = copy.deepcopy(model, shared).eval()
+        _spell_out(self.model)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
         """As `dgm4.Detector.forward`."""

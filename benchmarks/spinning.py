@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import dgm4
-from benchmarks.machine import describe_machine
+from benchmarks.results import ResultFile
+from dgm4.config import SIZES
 from export.graph.rewrite import rewrite
 from export.graph.trace import export_onnx
 from export.quantization.dynamic_int8 import quantize_dynamic
@@ -59,38 +60,45 @@ def _neighbour(busy: bool) -> Iterator[None]:
             process.wait()
 
 
-def measure(graph: Path) -> list[dict[str, Any]]:
-    """Time the graph in all four situations; rows with the medians of every process, in ms."""
-    rows = []
-    for busy in (False, True):
-        medians: dict[str, list[float]] = {"1": [], "0": []}
-        with _neighbour(busy):
-            for _ in range(TURNS):
-                for spinning, found in medians.items():
-                    command = [sys.executable, "-c", _TIME, str(graph), spinning]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    found.append(round(1e3 * statistics.median(json.loads(done.stdout)), 1))
-        for spinning, found in medians.items():
-            row = {"beside": "one busy process" if busy else "nothing", "spinning": spinning == "1"}
-            rows.append({**row, "median_ms": statistics.median(found), "processes_ms": found})
-    return rows
+def measure(graph: Path, busy: bool) -> list[dict[str, Any]]:
+    """Time the graph with spinning and without; rows with the medians of every process, in ms."""
+    medians: dict[str, list[float]] = {"1": [], "0": []}
+    with _neighbour(busy):
+        for _ in range(TURNS):
+            for spinning, times in medians.items():
+                command = [sys.executable, "-c", _TIME, str(graph), spinning]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                times.append(round(1e3 * statistics.median(json.loads(done.stdout)), 1))
+    beside = "one busy process" if busy else "nothing"
+    return [
+        {
+            "beside": beside,
+            "spinning": spinning == "1",
+            "median_ms": statistics.median(times),
+            "processes_ms": times,
+        }
+        for spinning, times in medians.items()
+    ]
 
 
 def main() -> int:
-    """Export, measure, write and print."""
+    """Export, measure, write and print; 1 if a situation failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spinning", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--size", default="base", choices=SIZES, help="%(default)s")
     options = parser.parse_args()
+    result, rows = ResultFile(options.out), []
     with tempfile.TemporaryDirectory() as folder:
         source, graph = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        export_onnx(rewrite(dgm4.seeded_model("asap", "base")), source)
+        export_onnx(rewrite(dgm4.seeded_model("asap", options.size)), source)
         quantize_dynamic(source, graph)
-        rows = measure(graph)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": describe_machine(), "network": "asap base int8, one pair, 50 tokens", "rows": rows}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        for busy in (False, True):
+            with result.case("one busy process" if busy else "nothing"):
+                rows += measure(graph, busy)
+            network = f"asap {options.size} int8, one pair, {TOKENS} tokens"
+            result.save({"network": network, "rows": rows})
     sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

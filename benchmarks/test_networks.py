@@ -50,8 +50,8 @@ Call = Callable[[dict[str, torch.Tensor]], Any]
 class Variants:
     """The variants of one network, all on the same drawn weights; files lie in `folder`."""
 
-    def __init__(self, name: str, folder: Path):
-        self.model = dgm4.seeded_model(name, "base")
+    def __init__(self, name: str, folder: Path, size: str = "base"):
+        self.model = dgm4.seeded_model(name, size)
         self.inference = rewrite(self.model)
         self.folder = folder
 
@@ -105,10 +105,11 @@ def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", params=dgm4.MODEL_NAMES)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Variants]:
-    """One network at a time."""
+    """One network at a time; its size is what `python -m benchmarks.networks` was given."""
     torch.set_num_threads(usable_cores())
     torch.compiler.reset()
-    yield Variants(request.param, tmp_path_factory.mktemp(request.param))
+    size = request.config.getoption("network_size", "base")
+    yield Variants(request.param, tmp_path_factory.mktemp(request.param), size)
     Variants.call.cache_clear()
     Variants.graph.cache_clear()
 

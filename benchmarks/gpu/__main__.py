@@ -1,11 +1,14 @@
 """The proof on a GPU, in one command: `python -m benchmarks.gpu --out DIR [--resume FILE] [--minutes 9]`.
 
-Runs the parts that DIR/gpu.json (or FILE, taken over first) does not hold yet, the most telling first, each
-in a process of its own, and joins DIR/gpu.json after every one: machine and rates; every kernel's answer;
-every kernel beside torch's forms; the networks beside the published ones; where the time goes; the tests on
-this GPU; schedules; memcheck; torch.compile. What failed runs again at the next call, after what has not run
-yet. Where the tree is no repository, DGM4_COMMIT names its commit. `python -m benchmarks.gpu.report FILE`
-makes the tables.
+Runs the parts that DIR/gpu.json (or FILE, read first) does not hold yet, the most telling first, each in a
+process of its own, and adds each to DIR/gpu.json as it ends: machine and rates; every kernel's output; every
+kernel beside torch's forms; hard inputs, masks, a second GPU, tensors past 2^31 elements; the networks beside
+the published ones; where the time goes; a Predictor by torch and by TensorRT; the tests on this GPU;
+schedules; compute-sanitizer's four tools; torch.compile. No part takes more than nine minutes. What failed
+runs again at the next call, after what has not run yet. Where the tree is no repository, DGM4_COMMIT names
+its commit. `python -m benchmarks.gpu.report FILE` makes the tables.
+
+This proof is owed: it has not run on a GPU yet.
 
 Exit code 1 where a part failed, 2 for a wrong argument, 4 without a GPU.
 """

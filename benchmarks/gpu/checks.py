@@ -1,4 +1,4 @@
-"""What is checked on the GPU itself: the machine's rates, every kernel once, the tests, memcheck."""
+"""What is checked on the GPU itself: the machine's rates, every kernel once, the tests, the sanitizers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = tuple(
     sorted(p.stem for p in (ROOT / "benchmarks/kernels").glob("*.py") if p.stem not in ("__init__", "bench"))
 )
-CHECKED = "float16 and not bfloat16 and not base and not long"  # tests that memcheck runs: small shapes
+CHECKED = "float16 and not bfloat16 and not base and not long"  # tests under a sanitizer: small shapes
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 COMPILERS = 12
 WORKERS, NOTHING_SELECTED = "6", 5  # of pytest: processes, and an exit code
+SANITIZER_ERROR = "9"  # exit code, unlike any of pytest's
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
@@ -140,12 +142,16 @@ def _echo(command: list[str]) -> tuple[int, str]:
     return child.returncode, "".join(lines)
 
 
-def memcheck() -> Iterator[Row]:
-    """The small cases under compute-sanitizer, where it is installed."""
-    tool = next(filter(None, map(shutil.which, SANITIZERS)), None)
-    if tool is None:
+def sanitize(tool: str, *files: str) -> Iterator[Row]:
+    """The small cases of test files under one of compute-sanitizer's `TOOLS`, where it is installed.
+
+    Every tensor is an allocation of its own: in torch's cache of memory a kernel that leaves one tensor
+    would only meet the next, and memory once written would count as initialised for ever.
+    """
+    program = next(filter(None, map(shutil.which, SANITIZERS)), None)
+    if program is None:
         yield {"missing": "compute-sanitizer is not installed"}
         return
-    prefix = (tool, "--tool", "memcheck", "--error-exitcode", "9")
-    files = [f"tests/kernels/{name}.py" for name in ("test_launch", "test_launch_codes")]
+    uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+    prefix = (*uncached, program, "--tool", tool, "--error-exitcode", SANITIZER_ERROR)
     yield from tests("-k", CHECKED, *files, prefix=prefix)

@@ -49,7 +49,7 @@ def inputs(batch: int, tokens: int, device: str, vocabulary: int, seed: int = 0)
 
 
 def published(model: Detector, precision: str, mode: str | None = None) -> Network:
-    """The published form, cast whole as its users do; `mode` is torch.compile's. It takes the model over."""
+    """The published form, cast whole as its users do; `mode` is torch.compile's."""
     dtype = HALVES.get(precision, torch.float32)
     form = Published(model).to(dtype)
     run = torch.compile(form, mode=mode, dynamic=False) if mode else form

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu.checks import OPERATORS
+from pathlib import Path
+
+from benchmarks.gpu.checks import OPERATORS, TOOLS
+from benchmarks.gpu.edges import OWN
 from benchmarks.gpu.runner import Part
 
 NETWORK, PICTURES = "benchmarks.gpu.networks:measure", "benchmarks.gpu.networks:pictures"
 CHECKS, HOTSPOTS = "benchmarks.gpu.checks", "benchmarks.gpu.hotspots:measure"
+EDGES, SERVING = "benchmarks.gpu.edges", "benchmarks.gpu.serving:check"
 TUNED = ("attention", "conv_fusion")
-LAUNCHES = ("test_launch", "test_launch_codes")
-NO_GPU = ("test_aot", "test_onnx_ops")  # compilers and graphs
+LAUNCHES = ("tests/kernels/test_launch.py", "tests/kernels/test_launch_codes.py")
+NO_GPU = ("tests/kernels/tools", "tests/kernels/onnx")  # compilers and graphs
 ENGINE = (
     "tests/engine/backends/test_torch.py",
     "tests/engine/backends/test_graphs.py",
@@ -31,12 +35,39 @@ def _compiled(name: str, mode: str, *shapes: str) -> Part:
 
 def _tests() -> list[Part]:
     """What runs kernels on the GPU, and what runs around them."""
-    kernels = tuple(f"--ignore=tests/kernels/{name}.py" for name in (*LAUNCHES, *NO_GPU))
-    launches = tuple(f"tests/kernels/{name}.py" for name in LAUNCHES)
+    kernels = tuple(f"--ignore={path}" for path in (*LAUNCHES, *NO_GPU))
     return [
-        Part("tests-launch", f"{CHECKS}:tests", launches, limit_s=400, needs_s=60),
+        Part("tests-launch", f"{CHECKS}:tests", LAUNCHES, limit_s=400, needs_s=60),
         Part("tests-kernels", f"{CHECKS}:tests", ("tests/kernels", *kernels), limit_s=300, needs_s=60),
         Part("tests-engine", f"{CHECKS}:tests", ("-m", "not base", *ENGINE), limit_s=300, needs_s=60),
+    ]
+
+
+def _edges() -> list[Part]:
+    """Inputs that the benchmarks' are not."""
+    return [
+        Part("edges-inputs", f"{EDGES}:hard", limit_s=200, needs_s=30),
+        Part("edges-masks", f"{EDGES}:masks", limit_s=100),
+        Part("edges-second-device", f"{EDGES}:second_device", limit_s=200, needs_s=30),
+        *(Part(f"large-{name}", f"{EDGES}:large", (name,), limit_s=200, needs_s=40) for name in OWN),
+    ]
+
+
+def _serving() -> list[Part]:
+    """A Predictor by torch in every precision that a GPU has, and by TensorRT where it is installed."""
+    ways = [("torch", precision) for precision in ("fp32", "fp16", "bf16", "fp8")] + [("tensorrt", "fp16")]
+    return [
+        Part(f"serving-{backend}-{precision}", SERVING, (precision, backend), limit_s=400, needs_s=90)
+        for backend, precision in ways
+    ]
+
+
+def _sanitizers() -> list[Part]:
+    """A part a tool and file, of which each takes minutes under it."""
+    return [
+        Part(f"{tool}-{Path(file).stem}", f"{CHECKS}:sanitize", (tool, file), limit_s=530, needs_s=120)
+        for tool in TOOLS
+        for file in LAUNCHES
     ]
 
 
@@ -48,6 +79,7 @@ def parts() -> list[Part]:
         Part("machine", f"{CHECKS}:machine", limit_s=90),
         Part("smoke", f"{CHECKS}:smoke", limit_s=200),
         *(Part(f"kernel-{name}", f"{CHECKS}:operator", (name,)) for name in OPERATORS),
+        *_edges(),
         Part("plugins", "benchmarks.gpu.plugins:check", limit_s=300, needs_s=60),
         Part("rtx", "benchmarks.gpu.rtx:check", limit_s=200, needs_s=60),
         *(_network("asap", variant) for variant in ("ours-bf16", "published-fp32", "ours-fp8")),
@@ -60,10 +92,11 @@ def parts() -> list[Part]:
             for variant in PRECISIONS[:2]
         ),
         *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16", "ours-fp8-rows")),
+        *_serving(),
         *rest,
         *_tests(),
         *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=250, needs_s=90) for name in TUNED),
-        Part("memcheck", f"{CHECKS}:memcheck", limit_s=400, needs_s=90),
+        *_sanitizers(),
         *(
             Part(f"engine-{name}", "benchmarks.engines:part", (name,), limit_s=530, needs_s=30)
             for name in ("asap", "cals", "hammer")

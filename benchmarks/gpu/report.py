@@ -119,11 +119,12 @@ def hotspots(found: Measured) -> str:
 def tests(found: Measured) -> str:
     """What the tests on the GPU found."""
     rows = []
-    for row in [*found.rows("tests-"), *found.rows("memcheck")]:
-        if "counts" in row:
-            counts = ", ".join(f"{count} {word}" for word, count in row["counts"].items())
-            rows.append((" ".join(row["arguments"]), counts, "; ".join(row["failed"][:5])))
-    return markdown(("tests", "found", "failed"), rows)
+    for name, part in found.parts.items():
+        for row in part["rows"]:
+            if "counts" in row:
+                counts = ", ".join(f"{count} {word}" for word, count in row["counts"].items())
+                rows.append((name, " ".join(row["arguments"]), counts, "; ".join(row["failed"][:5])))
+    return markdown(("part", "tests", "found", "failed"), rows)
 
 
 def source(found: Measured) -> str:

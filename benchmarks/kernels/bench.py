@@ -84,14 +84,15 @@ def grid(
     return [Tiles(m, n, w, s) for m in rows for n in columns for w in warps for s in stages]
 
 
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors that an operator returns, one or several."""
+    return tuple(output) if isinstance(output, tuple) else (output,)
+
+
 def error(bench: Bench, form: Form) -> float:
     """The largest of RMS error over RMS, of all answers; NaN where one is not finite."""
-
-    def tensors(answer: Any) -> tuple[Tensor, ...]:
-        return answer if isinstance(answer, tuple) else (answer,)
-
     wide = (x.double() if x.is_floating_point() else x for x in bench.inputs)
-    exact, found = tensors(bench.reference(*wide)), tensors(bench.values(form(*bench.inputs)))
+    exact, found = tensors_of(bench.reference(*wide)), tensors_of(bench.values(form(*bench.inputs)))
     pairs = list(zip(found, exact, strict=True))
     errors = [float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs]
     return max(errors, key=lambda e: e if e == e else float("inf"))

@@ -152,6 +152,11 @@ def test_parts_are_found_and_named_once():
     assert names[:2] == ["machine", "smoke"]
     assert "compile" in names[-1]
     assert all(part.needs_s < part.limit_s <= 540 for part in found)
+    paths = [x.removeprefix("--ignore=") for part in found for x in part.arguments if "tests/" in x]
+    assert len(paths) > 15
+    assert [path for path in paths if not (checks.ROOT / path).exists()] == []
+    tools = [part.arguments[0] for part in found if part.call.endswith(":sanitize")]
+    assert sorted(set(tools)) == sorted(checks.TOOLS)
     for part in found:
         module, _, function = part.call.partition(":")
         if triton is not None or module != PLUGINS:
@@ -246,7 +251,23 @@ def test_a_machine_without_tools_is_described(monkeypatch):
     assert len(record["source"]) == 16
     assert "failed" in checks.gpu_state()
     monkeypatch.setattr(checks, "SANITIZERS", ("none",))
-    assert list(checks.memcheck()) == [{"missing": "compute-sanitizer is not installed"}]
+    missing = {"missing": "compute-sanitizer is not installed"}
+    assert [list(checks.sanitize(tool, "a.py")) for tool in checks.TOOLS] == [[missing]] * 4
+
+
+def test_a_sanitizer_runs_the_small_cases_of_its_files(tmp_path, monkeypatch):
+    """A double that prints what it is given, and fails as the tool does."""
+    program = tmp_path / "sanitizer"
+    program.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@"\nexit 9\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(checks, "SANITIZERS", ("none", str(program)))
+    found = checks.sanitize("racecheck", "a.py", "b.py")
+    row = next(found)
+    assert row["code"] == 9
+    assert row["tail"].startswith(f"1 --tool racecheck --error-exitcode 9 {sys.executable} -m pytest ")
+    assert row["tail"].endswith(f"-k {checks.CHECKED} a.py b.py\n")
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        next(found)
 
 
 def test_numbers_that_json_lacks_are_none():

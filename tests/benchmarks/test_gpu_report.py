@@ -75,7 +75,7 @@ RECORD = {
             {"arguments": ["a.py"], "counts": {"passed": 3, "failed": 1}, "failed": ["a.py::t"]},
             state="failed",
         ),
-        "memcheck": part({"missing": "no tool"}),
+        "memcheck-test_launch": part({"missing": "no tool"}),
         "engine-cals": part({"missing": "tensorrt: not installed"}),
         "engine-asap": part(
             {
@@ -149,7 +149,7 @@ def test_the_whole_report(tmp_path, monkeypatch, capsys):
     )
     assert "| asap | 64 | 50 | ours-bf16 | 8 | 8 | 8,000 | 2.5 | 400 | 50 % |" in text
     assert "| profile-asap-ours-bf16 | gemm | 123 | 50 % |" in text
-    assert "| a.py | 3 passed, 1 failed | a.py::t |" in text
+    assert "| tests-launch | a.py | 3 passed, 1 failed | a.py::t |" in text
     assert "| ASAP | bf16 | 25 | 31 | 61.0 | 3,000 | 490 | 465 | 1.054 | 0.50 |" in text
 
 
