@@ -1,4 +1,4 @@
-"""HAMMER, ASAP and CALS: forward pass of a picture and its caption.
+"""HAMMER, ASAP and CALS: forward pass of an image and its caption.
 
 Sources: HAMMER, "Detecting and Grounding Multi-Modal Media Manipulation" (CVPR 2023); ASAP,
 arXiv:2412.12718; CALS, "Multimodal Deepfake Detection via Coarse-Aware Localization Refinement and
@@ -27,7 +27,7 @@ class Branch(NamedTuple):
     """What the image branch makes of B pairs.
 
     box [B, 4], real_fake [B, 2] and classes [B, 4] are the answers as in `Output`; crossed [B, 1+P, D] the
-    picture that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
+    image that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
     coarse [B, 4] the box before refinement, which only CALS has.
     """
 
@@ -42,7 +42,7 @@ class Branch(NamedTuple):
 class Trace(NamedTuple):
     """Everything that an objective reads: tokens of both encoders, the fusion's, and the answers.
 
-    for_text and for_image [B, 1+P, D] are the picture as the two branches read it (one stream but in
+    for_text and for_image [B, 1+P, D] are the image as the two branches read it (one stream but in
     CALS), text and fused [B, N, D] the caption before and after fusion.
     """
 
@@ -80,7 +80,7 @@ class Detector(nn.Module):
         return VisionTransformer(config)
 
     def cross(self, attend: nn.Module, image: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-        """Normalise both streams with the one shared norm and let the picture read the caption."""
+        """Normalise both streams with the one shared norm and let the image read the caption."""
         norm = self.norm_layer_it_cross_atten
         crossed: Tensor = attend(norm(image), norm(text), bias)
         return crossed
@@ -96,7 +96,7 @@ class Detector(nn.Module):
         return self.bbox_head(feature).sigmoid()
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        """Judge normalised pictures [B, 3, S, S] with token ids and mask [B, N] (int64, no [SEP])."""
+        """Judge normalised images [B, 3, S, S] with token ids and mask [B, N] (int64, no [SEP])."""
         return self.trace(image, input_ids, attention_mask).output
 
     def trace(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Trace:
@@ -123,21 +123,21 @@ class Detector(nn.Module):
 
 
 class Hammer(Detector):
-    """HAMMER: the cross-attended picture keeps the raw residual."""
+    """HAMMER: the cross-attended image keeps the raw residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.it_cross_attn = PackedAttention(config.width, config.heads)
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Box from the picture; both logits from the fused [CLS]."""
+        """Box from the image; both logits from the fused [CLS]."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         feature = self.aggregate(self.cls_token_local, crossed)
         return Branch(self.locate(feature), self.itm_head(fused), self.cls_head(fused), crossed, feature)
 
 
 class SelfCrossAttention(nn.Module):
-    """ASAP's image branch: s = self(x); cross(s, text) + x, where x is the normalised picture."""
+    """ASAP's image branch: s = self(x); cross(s, text) + x, where x is the normalised image."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Asap(Detector):
         self.UtilsC = nn.Parameter(torch.zeros(()))
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Box from the picture; the logits from the fused [CLS] plus a learnt share of the box feature."""
+        """Box from the image; the logits from the fused [CLS] plus a learnt share of the box feature."""
         crossed = self.cross(self.it_cross_attn, image, text, bias)
         feature = self.aggregate(self.cls_token_local, crossed)
         real_fake = self.itm_head(fused + self.UtilsB * feature)
@@ -248,7 +248,7 @@ class Cals(Detector):
         return torch.cat([image[:, :1], image[:, 1:] + guidance], dim=1)
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Coarse box, refined box from the guided picture, and the logits."""
+        """Coarse box, refined box from the guided image, and the logits."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         coarse = self.locate(self.aggregate(self.cls_token_local, crossed))
         guided = self.guide(image, coarse)

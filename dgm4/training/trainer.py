@@ -48,7 +48,7 @@ class Place:
 
     `data` is a folder in the published layout, `out` takes checkpoints and log. `save_every` adds a
     checkpoint every so many updates, 0 only at the end of each epoch; `stop_after` ends the run after so
-    many updates in all, to be taken up later. `cache` keeps decoded pictures in memory.
+    many updates in all, to be taken up later. `cache` keeps decoded images in memory.
     """
 
     data: Path
@@ -174,7 +174,7 @@ class Trainer:
         )
 
     def _loader(self) -> DataLoader[Item]:
-        """Batches of the epoch that `order` is at; workers outlive it, with the pictures they keep."""
+        """Batches of the epoch that `order` is at; workers outlive it, with the images they keep."""
         workers = self.place.workers
         return DataLoader(
             self.train,

@@ -4,7 +4,7 @@ The published networks start from encoders pretrained on ImageNet; the tiny size
 each patch token says whether the patch overlaps the box of a swapped face, and of a changed one: the
 binary cross-entropy teaches the encoder to see local traces. A second one tells, in the patches of such a
 face, its box, so that a patch knows where it lies. A third one tells the patch's mean colour and the whole
-picture's: without it the encoder loses the light that captions speak of. All three layers are thrown away.
+image's: without it the encoder loses the light that captions speak of. All three layers are thrown away.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def patch_targets(batch: Batch, grid: int) -> Tensor:
 
 
 def colour_targets(image: Tensor, grid: int) -> Tensor:
-    """Mean colour of each patch, then of the whole picture, as normalised; [B, grid^2, 6] float32."""
+    """Mean colour of each patch, then of the whole image, as normalised; [B, grid^2, 6] float32."""
     patches = F.adaptive_avg_pool2d(image, grid).flatten(2).transpose(1, 2)
     return torch.cat([patches, patches.mean(1, keepdim=True).expand_as(patches)], dim=-1)
 
