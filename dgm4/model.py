@@ -26,7 +26,7 @@ GAUSSIAN_FLOOR = 1e-8  # keeps the exponent finite for an empty box
 class Branch(NamedTuple):
     """What the image branch makes of B pairs.
 
-    box [B, 4], real_fake [B, 2] and classes [B, 4] are the answers as in `Output`; crossed [B, 1+P, D] the
+    box [B, 4], real_fake [B, 2] and classes [B, 4] are as in `Output`; crossed [B, 1+P, D] the
     image that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
     coarse [B, 4] the box before refinement, which only CALS has.
     """
@@ -40,7 +40,7 @@ class Branch(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Everything that an objective reads: tokens of both encoders, the fusion's, and the answers.
+    """Everything that an objective reads: tokens of both encoders, the fusion's, and the outputs.
 
     for_text and for_image [B, 1+P, D] are the image as the two branches read it (one stream but in
     CALS), text and fused [B, N, D] the caption before and after fusion.
@@ -55,7 +55,7 @@ class Trace(NamedTuple):
 
 
 class Detector(nn.Module):
-    """What the three networks have in common; `cross_classes` is the number of types `cls_head` answers."""
+    """What the three networks have in common; `cross_classes` is the number of types that `cls_head` has."""
 
     cross_classes = 4
     has_map = False
@@ -86,7 +86,7 @@ class Detector(nn.Module):
         return crossed
 
     def aggregate(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """Let the learnt query [1, 1, D] read the patches of tokens [B, 1+P, D]; answer [B, D]."""
+        """Let the learnt query [1, 1, D] read the patches of tokens [B, 1+P, D]; returns [B, D]."""
         norm = self.norm_layer_aggr
         query = norm(query).expand(len(tokens), -1, -1)
         return self.aggregator(query, norm(tokens[:, 1:]))[:, 0]

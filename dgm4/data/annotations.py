@@ -162,16 +162,16 @@ class _Reader:
 
     def finish(self) -> Annotations:
         """Log what was left out and return everything."""
-        answer = Annotations(tuple(self.samples), tuple(self.problems))
-        if answer.problems:
-            counts = ", ".join(f"{kind} {n}" for kind, n in answer.counts().items())
+        annotations = Annotations(tuple(self.samples), tuple(self.problems))
+        if annotations.problems:
+            counts = ", ".join(f"{kind} {n}" for kind, n in annotations.counts().items())
             log.warning(
                 "left out %d bad records or files, kept %d records (%s)",
-                len(answer.problems),
-                len(answer.samples),
+                len(annotations.problems),
+                len(annotations.samples),
                 counts,
             )
-        return answer
+        return annotations
 
     def _add(self, record: Any) -> None:
         sample = _parse(record, self.root)
@@ -242,8 +242,8 @@ def _check_fields(record: Any) -> None:
             raise _Unusable("field_missing", f"expected the field {name!r}, which is missing")
         if type(record[name]) not in kinds:  # not isinstance: true and false are no ids
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            found = type(record[name]).__name__
-            raise _Unusable("field_type", f"expected the field {name!r} as {wanted}, got {found}")
+            actual = type(record[name]).__name__
+            raise _Unusable("field_type", f"expected the field {name!r} as {wanted}, got {actual}")
 
 
 def _read_types(fake_cls: str) -> tuple[str, ...]:

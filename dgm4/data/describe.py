@@ -178,15 +178,15 @@ def _fill(
     """Add the texts of the samples to a side-car; None is for an unreadable image."""
     texts = read_sidecar(path) if path.exists() else {}
     todo = [sample for sample in samples if pace.redo or sample.image not in texts]
-    found: dict[str, str | None] = {}
+    results: dict[str, str | None] = {}
     unsaved = 0
     advance = progress or (lambda done: None)
     advance(len(samples) - len(todo))
     try:
         for batch in _batches(todo, pace.batch):
-            answer = describe(batch)
-            found |= answer
-            texts |= {image: text for image, text in answer.items() if text}
+            described = describe(batch)
+            results |= described
+            texts |= {image: text for image, text in described.items() if text}
             unsaved += len(batch)
             if unsaved >= pace.save_every:
                 _save(path, texts)
@@ -196,10 +196,10 @@ def _fill(
         if unsaved and texts:
             _save(path, texts)
     counts = Described(
-        written=sum(bool(text) for text in found.values()),
+        written=sum(bool(text) for text in results.values()),
         kept=len(samples) - len(todo),
-        unreadable=sum(text is None for text in found.values()),
-        empty=sum(text == "" for text in found.values()),
+        unreadable=sum(text is None for text in results.values()),
+        empty=sum(text == "" for text in results.values()),
     )
     if counts.unreadable or counts.empty:
         log.warning("%s: %d unreadable pictures, %d empty texts", path, counts.unreadable, counts.empty)

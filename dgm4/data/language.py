@@ -219,8 +219,8 @@ def _model_class(kinds: Mapping[Any, Any], config: Any, folder: str | Path, want
     kind = kinds.get(type(config), None)
     names = getattr(config, "architectures", None) or []
     if kind is None or (names and kind.__name__ not in names):
-        found = f"{names[0]} of type {config.model_type}" if names else f"type {config.model_type}"
-        raise InputError(f"{folder}: expected {wanted}, got {found}")
+        actual = f"{names[0]} of type {config.model_type}" if names else f"type {config.model_type}"
+        raise InputError(f"{folder}: expected {wanted}, got {actual}")
     return kind
 
 

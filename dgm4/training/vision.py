@@ -65,7 +65,7 @@ def wave_positions(grid: int, width: int) -> Tensor:
 
 
 class PatchTrainee(nn.Module):
-    """A visual encoder and the layer that judges its patches."""
+    """A visual encoder and the linear layers that its patches are trained through."""
 
     def __init__(self, options: TrainOptions) -> None:
         super().__init__()
@@ -131,20 +131,28 @@ def pretrain(
             order.seek(epoch)
             total = 0.0
             for batch in DataLoader(dataset, batch_sampler=order, collate_fn=collate):
-                with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
-                    loss = trainee(to_device(batch, torch.device(device)))
-                optimizer.zero_grad()
-                loss.backward()
-                if options.clip:
-                    nn.utils.clip_grad_norm_(trainee.parameters(), options.clip)
-                optimizer.step()
+                loss = _update(trainee, batch, optimizer, options, device)
                 schedule.step()
-                total += float(loss.detach())
+                total += loss
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             mean = total / order.whole
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
             if not math.isfinite(mean):
                 raise NumericalError(f"epoch {epoch + 1}: the loss is {mean}; lower lr_vision or set clip")
     write_snapshot(out, {"model": trainee.visual_encoder.cpu().state_dict()})
     return mean
+
+
+def _update(
+    trainee: PatchTrainee, batch: Batch, optimizer: torch.optim.Optimizer, options: TrainOptions, device: str
+) -> float:
+    """Take one step on a batch; return its loss."""
+    with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
+        loss = trainee(to_device(batch, torch.device(device)))
+    optimizer.zero_grad()
+    loss.backward()
+    if options.clip:
+        nn.utils.clip_grad_norm_(trainee.parameters(), options.clip)
+    optimizer.step()
+    return float(loss.detach())
