@@ -111,14 +111,8 @@ class Detector(nn.Module):
         output = Output(branch.real_fake, branch.classes, branch.box, tokens, scores)
         return Trace(for_text, for_image, text, fused, branch, output)
 
-    def answer(
-        self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return box, real/fake logits and type logits; `fused` is the [CLS] row [B, D] of the fusion."""
-        return self.branch(image, text, bias, fused)[:3]
-
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """The image branch of this network; arguments as for `answer`."""
+        """The image branch of this network; `fused` is the [CLS] row [B, D] of the fusion."""
         raise NotImplementedError
 
 
