@@ -103,7 +103,7 @@ class Published(nn.Module):
         text, bias = bert.encode_text(input_ids, attention_mask)
         fused, scores = bert.fuse(text, bias, for_text, model.has_map)
         key_bias = padding_bias(attention_mask, float("-inf"), text.dtype)
-        box, real_fake, classes = model.answer(for_image, text, key_bias, fused[:, 0])
+        box, real_fake, classes = model.branch(for_image, text, key_bias, fused[:, 0])[:3]
         again, bias = bert.encode_text(input_ids, attention_mask)
         again, _ = bert.fuse(again, bias, for_text, model.has_map)
         return Output(real_fake, classes, box, model.text_encoder.classifier(again[:, 1:]), scores)

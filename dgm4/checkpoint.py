@@ -218,11 +218,11 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     if _WIDTH_KEY not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.path}: expected the key {_WIDTH_KEY}, which is missing")
     width = checkpoint.state[_WIDTH_KEY].shape[-1]
-    known = {model_config(name, size).width: model_config(name, size) for size in SIZES}
-    if width not in known:
-        sizes = ", ".join(f"{w} ({c.size})" for w, c in known.items())
+    configs = {model_config(name, size).width: model_config(name, size) for size in SIZES}
+    if width not in configs:
+        sizes = ", ".join(f"{w} ({c.size})" for w, c in configs.items())
         raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {_WIDTH_KEY}")
-    config, words = known[width], checkpoint.state.get(_WORDS_KEY)
+    config, words = configs[width], checkpoint.state.get(_WORDS_KEY)
     if config.size == "tiny" and words is not None:
         config = replace(config, vocabulary=words.shape[0])
     branches = sorted(key for key in checkpoint.state if _BRANCH_KEY.fullmatch(key))

@@ -40,7 +40,7 @@ def padding_bias(attention_mask: Tensor, value: float, dtype: torch.dtype) -> Te
 class PackedAttention(nn.Module):
     """Multi-head attention with the parameter names of torch's nn.MultiheadAttention.
 
-    `bias` is added to the scores, [B, 1, 1, M] or None. The answer is [B, N, D].
+    `bias` is added to the scores, [B, 1, 1, M] or None. Returns [B, N, D].
     """
 
     def __init__(self, width: int, heads: int) -> None:

@@ -386,8 +386,8 @@ def _intervals(
 
 
 def _interval(values: np.ndarray, level: float) -> Interval:
-    known = values[~np.isnan(values)]
-    if not known.size:
+    defined = values[~np.isnan(values)]
+    if not defined.size:
         return float("nan"), float("nan")
-    low, high = np.quantile(known, ((1 - level) / 2, (1 + level) / 2))
+    low, high = np.quantile(defined, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""HAMMER, ASAP and CALS: forward pass of a picture and its caption.
+"""HAMMER, ASAP and CALS: forward pass of an image and its caption.
 
 Sources: HAMMER, "Detecting and Grounding Multi-Modal Media Manipulation" (CVPR 2023); ASAP,
 arXiv:2412.12718; CALS, "Multimodal Deepfake Detection via Coarse-Aware Localization Refinement and
@@ -26,8 +26,8 @@ GAUSSIAN_FLOOR = 1e-8  # keeps the exponent finite for an empty box
 class Branch(NamedTuple):
     """What the image branch makes of B pairs.
 
-    box [B, 4], real_fake [B, 2] and classes [B, 4] are the answers as in `Output`; crossed [B, 1+P, D] the
-    picture that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
+    box [B, 4], real_fake [B, 2] and classes [B, 4] are as in `Output`; crossed [B, 1+P, D] the
+    image that has read the caption (the first pass in CALS); feature [B, D] what the box was read from;
     coarse [B, 4] the box before refinement, which only CALS has.
     """
 
@@ -40,9 +40,9 @@ class Branch(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Everything that an objective reads: tokens of both encoders, the fusion's, and the answers.
+    """Everything that an objective reads: tokens of both encoders, the fusion's, and the outputs.
 
-    for_text and for_image [B, 1+P, D] are the picture as the two branches read it (one stream but in
+    for_text and for_image [B, 1+P, D] are the image as the two branches read it (one stream but in
     CALS), text and fused [B, N, D] the caption before and after fusion.
     """
 
@@ -55,7 +55,7 @@ class Trace(NamedTuple):
 
 
 class Detector(nn.Module):
-    """What the three networks have in common; `cross_classes` is the number of types `cls_head` answers."""
+    """What the three networks have in common; `cross_classes` is the number of types that `cls_head` has."""
 
     cross_classes = 4
     has_map = False
@@ -80,13 +80,13 @@ class Detector(nn.Module):
         return VisionTransformer(config)
 
     def cross(self, attend: nn.Module, image: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-        """Normalise both streams with the one shared norm and let the picture read the caption."""
+        """Normalise both streams with the one shared norm and let the image read the caption."""
         norm = self.norm_layer_it_cross_atten
         crossed: Tensor = attend(norm(image), norm(text), bias)
         return crossed
 
     def aggregate(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """Let the learnt query [1, 1, D] read the patches of tokens [B, 1+P, D]; answer [B, D]."""
+        """Let the learnt query [1, 1, D] read the patches of tokens [B, 1+P, D]; returns [B, D]."""
         norm = self.norm_layer_aggr
         query = norm(query).expand(len(tokens), -1, -1)
         return self.aggregator(query, norm(tokens[:, 1:]))[:, 0]
@@ -96,7 +96,7 @@ class Detector(nn.Module):
         return self.bbox_head(feature).sigmoid()
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        """Judge normalised pictures [B, 3, S, S] with token ids and mask [B, N] (int64, no [SEP])."""
+        """Judge normalised images [B, 3, S, S] with token ids and mask [B, N] (int64, no [SEP])."""
         return self.trace(image, input_ids, attention_mask).output
 
     def trace(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Trace:
@@ -111,33 +111,27 @@ class Detector(nn.Module):
         output = Output(branch.real_fake, branch.classes, branch.box, tokens, scores)
         return Trace(for_text, for_image, text, fused, branch, output)
 
-    def answer(
-        self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return box, real/fake logits and type logits; `fused` is the [CLS] row [B, D] of the fusion."""
-        return self.branch(image, text, bias, fused)[:3]
-
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """The image branch of this network; arguments as for `answer`."""
+        """The image branch of this network; `fused` is the [CLS] row [B, D] of the fusion."""
         raise NotImplementedError
 
 
 class Hammer(Detector):
-    """HAMMER: the cross-attended picture keeps the raw residual."""
+    """HAMMER: the cross-attended image keeps the raw residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.it_cross_attn = PackedAttention(config.width, config.heads)
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Box from the picture; both logits from the fused [CLS]."""
+        """Box from the image; both logits from the fused [CLS]."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         feature = self.aggregate(self.cls_token_local, crossed)
         return Branch(self.locate(feature), self.itm_head(fused), self.cls_head(fused), crossed, feature)
 
 
 class SelfCrossAttention(nn.Module):
-    """ASAP's image branch: s = self(x); cross(s, text) + x, where x is the normalised picture."""
+    """ASAP's image branch: s = self(x); cross(s, text) + x, where x is the normalised image."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,7 +155,7 @@ class Asap(Detector):
         self.UtilsC = nn.Parameter(torch.zeros(()))
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Box from the picture; the logits from the fused [CLS] plus a learnt share of the box feature."""
+        """Box from the image; the logits from the fused [CLS] plus a learnt share of the box feature."""
         crossed = self.cross(self.it_cross_attn, image, text, bias)
         feature = self.aggregate(self.cls_token_local, crossed)
         real_fake = self.itm_head(fused + self.UtilsB * feature)
@@ -248,7 +242,7 @@ class Cals(Detector):
         return torch.cat([image[:, :1], image[:, 1:] + guidance], dim=1)
 
     def branch(self, image: Tensor, text: Tensor, bias: Tensor, fused: Tensor) -> Branch:
-        """Coarse box, refined box from the guided picture, and the logits."""
+        """Coarse box, refined box from the guided image, and the logits."""
         crossed = image + self.cross(self.it_cross_attn, image, text, bias)
         coarse = self.locate(self.aggregate(self.cls_token_local, crossed))
         guided = self.guide(image, coarse)

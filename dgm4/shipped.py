@@ -55,7 +55,7 @@ def demo_of(weights: str | None) -> str | None:
 
 
 def demo_sample() -> tuple[Path, str]:
-    """Return a picture of the sample set's test split and its caption; both are manipulated."""
+    """Return an image of the sample set's test split and its caption; both are manipulated."""
     return SAMPLE, str(demo_record()["sample"]["text"])
 
 

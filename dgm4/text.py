@@ -77,7 +77,7 @@ class Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention to the picture in fusion layers, feed-forward."""
+    """Self-attention, cross-attention to the image in fusion layers, feed-forward."""
 
     def __init__(self, config: ModelConfig, fusion: bool) -> None:
         super().__init__()

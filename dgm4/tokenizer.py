@@ -31,10 +31,10 @@ def find_vocabulary(size: int = BERT_PIECES) -> Path:
         files = importlib.metadata.files(_CARRIER) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise BackendError(f"the vocabulary of bert-base-uncased was not found: {hint}") from error
-    found = [Path(str(f.locate())) for f in files if f.name == _CARRIED]
-    if not found or not found[0].is_file():
+    paths = [Path(str(f.locate())) for f in files if f.name == _CARRIED]
+    if not paths or not paths[0].is_file():
         raise BackendError(f"the package {_CARRIER} holds no {_CARRIED}: {hint}")
-    return found[0]
+    return paths[0]
 
 
 def vocabulary_of(checkpoint: Path | None, size: int) -> Path:

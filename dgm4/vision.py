@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed the patches of a normalised picture."""
+        """Embed the patches of a normalised image."""
         return self.proj(image).flatten(2).transpose(1, 2)
 
 
@@ -140,7 +140,7 @@ class PostNormBlock(nn.Module):
 class CAFormer(VisionTransformer):
     """The visual encoder of CALS: a convolution branch fused into the tokens after `caformer_start` blocks.
 
-    The fusion happens at the picture's own resolution, as published: tokens up, local features added,
+    The fusion happens at the image's own resolution, as published: tokens up, local features added,
     the sum down again, [B, D, S, S] floats each time. With `sampled` only the four pixels of each patch
     that the way down reads are computed: the same values, 64 times less work; while training, the batch
     norm then takes its statistics over these pixels alone.

@@ -2,7 +2,7 @@
 
 A record is {"id", "image", "text", "fake_cls", "fake_image_box", "fake_text_pos"}; what else it holds is
 not read. Its id is that of the news item, which several manipulations of one item share, so a record is
-known by its picture and text. A record that cannot be used is reported and left out, or stops the reading.
+known by its image and text. A record that cannot be used is reported and left out, or stops the reading.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sample:
     """One pair. `image` is the path as annotated, `picture` the file that it names, `text` the raw caption.
 
     `types` is a subset of TYPES in its order, empty for a pristine pair. `box` is (x1, y1, x2, y2) in
-    pixels of the stored picture. `fake_words` are indices into the cleaned caption's words, split on ' '.
+    pixels of the stored image. `fake_words` are indices into the cleaned caption's words, split on ' '.
     """
 
     id: str
@@ -66,7 +66,7 @@ class Sample:
 
     @property
     def manipulated(self) -> bool:
-        """Whether picture or text was manipulated."""
+        """Whether image or text was manipulated."""
         return bool(self.types)
 
     @property
@@ -120,12 +120,12 @@ def read_annotations(
     on_error: OnError = "skip",
     check_pictures: bool = True,
 ) -> Annotations:
-    """Read annotation files whose pictures lie under the data folder `root`.
+    """Read annotation files whose images lie under the data folder `root`.
 
     `on_error` says what a bad record or file does: "skip" lists it in `problems`, names the first 20 in the
     log (all at its level DEBUG) and counts them at the end; "raise" raises InputError. With `check_pictures`
-    every picture's header is read; without, nothing but the files is, and a box may still reach past its
-    picture. Raises InputError where `root` is no folder and where a file cannot be opened.
+    every image's header is read; without, nothing but the files is, and a box may still reach past its
+    image. Raises InputError where `root` is no folder and where a file cannot be opened.
     """
     if on_error not in _CHOICES:
         raise InputError(f"on_error: expected one of {', '.join(_CHOICES)}, got {on_error!r}")
@@ -162,16 +162,16 @@ class _Reader:
 
     def finish(self) -> Annotations:
         """Log what was left out and return everything."""
-        answer = Annotations(tuple(self.samples), tuple(self.problems))
-        if answer.problems:
-            counts = ", ".join(f"{kind} {n}" for kind, n in answer.counts().items())
+        annotations = Annotations(tuple(self.samples), tuple(self.problems))
+        if annotations.problems:
+            counts = ", ".join(f"{kind} {n}" for kind, n in annotations.counts().items())
             log.warning(
                 "left out %d bad records or files, kept %d records (%s)",
-                len(answer.problems),
-                len(answer.samples),
+                len(annotations.problems),
+                len(annotations.samples),
                 counts,
             )
-        return answer
+        return annotations
 
     def _add(self, record: Any) -> None:
         sample = _parse(record, self.root)
@@ -218,7 +218,7 @@ def _load(file: Path) -> list[Any]:
 
 
 def _parse(record: Any, root: Path) -> Sample:
-    """Read one record without looking at its picture."""
+    """Read one record without looking at its image."""
     _check_fields(record)
     types = _read_types(record["fake_cls"])
     return Sample(
@@ -242,8 +242,8 @@ def _check_fields(record: Any) -> None:
             raise _Unusable("field_missing", f"expected the field {name!r}, which is missing")
         if type(record[name]) not in kinds:  # not isinstance: true and false are no ids
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            found = type(record[name]).__name__
-            raise _Unusable("field_type", f"expected the field {name!r} as {wanted}, got {found}")
+            actual = type(record[name]).__name__
+            raise _Unusable("field_type", f"expected the field {name!r} as {wanted}, got {actual}")
 
 
 def _read_types(fake_cls: str) -> tuple[str, ...]:
@@ -288,7 +288,7 @@ def _read_box(values: list[Any], claimed: bool) -> Box | None:
 
 
 def clip_box(box: Box, width: float, height: float) -> Box | None:
-    """Clip a box (x1, y1, x2, y2) to a picture of `width` x `height` pixels.
+    """Clip a box (x1, y1, x2, y2) to an image of `width` x `height` pixels.
 
     None where it sticks out by more than the pixel that rounding explains, or nothing is left of it.
     """
@@ -353,7 +353,7 @@ def _exists(path: Path) -> bool:
 
 
 def _check_picture(sample: Sample) -> Sample:
-    """Return the sample with its box clipped to the stored picture, whose header is read."""
+    """Return the sample with its box clipped to the stored image, whose header is read."""
     if not _exists(sample.picture):
         raise _Unusable("picture_missing", f"expected the picture {str(sample.picture)!r}, which is missing")
     try:

@@ -1,6 +1,6 @@
 """Pairs as the networks read them: a torch data set over annotated samples, and its batches.
 
-Pictures and captions go through the engine's own preprocessing, so that what is trained on and what is
+Images and captions go through the engine's own preprocessing, so that what is trained on and what is
 served agree bit for bit. The one augmentation is the published horizontal flip.
 """
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 IGNORED = -100  # the label of padding; torch's cross-entropy leaves it out
 MIN_TOKENS = 2  # [CLS] and one more, so that every batch has a word's column
 _FLIP_PROBABILITY = 0.5
-# Boxes refer to the picture as it is stored: the published loader knows no EXIF orientation.
+# Boxes refer to the image as it is stored: the published loader knows no EXIF orientation.
 _AS_STORED = ImageOptions(apply_orientation=False)
 
 
@@ -77,9 +77,9 @@ class Batch(NamedTuple):
 class PairDataset(Dataset[Item]):
     """Annotated samples as network inputs and labels.
 
-    With `flip`, half of the pictures are mirrored, drawn from (seed, epoch, index) alone. With `cache`, the
-    process that reads a picture keeps it resized, `image_size`**2 * 3 bytes each: without workers every
-    picture is decoded once, with workers once in each. `captions` and `explanations` map a sample's `image`
+    With `flip`, half of the images are mirrored, drawn from (seed, epoch, index) alone. With `cache`, the
+    process that reads an image keeps it resized, `image_size`**2 * 3 bytes each: without workers every
+    image is decoded once, with workers once in each. `captions` and `explanations` map a sample's `image`
     to a text; the caption stands in for a missing entry, as published, and `missing` counts these.
     """
 
@@ -115,7 +115,7 @@ class PairDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        """Return one sample; raises InputError, naming id and file, where its picture or box is unusable."""
+        """Return one sample; raises InputError, naming id and file, where its image or box is unusable."""
         sample = self.samples[index]
         index %= len(self.samples)
         rgb, (width, height) = self._picture(sample)
@@ -140,7 +140,7 @@ class PairDataset(Dataset[Item]):
         return bool(random.random() < _FLIP_PROBABILITY)
 
     def _picture(self, sample: Sample) -> tuple[np.ndarray, tuple[int, int]]:
-        """The resized picture, uint8 [S, S, 3], and the stored one's (width, height)."""
+        """The resized image, uint8 [S, S, 3], and the stored one's (width, height)."""
         if self._pictures is None:
             return _read_picture(sample, self.image_size)
         if sample.picture not in self._pictures:
@@ -155,9 +155,9 @@ class PairDataset(Dataset[Item]):
 
 
 def normalize_box(sample: Sample, width: int, height: int) -> Box | None:
-    """Return a sample's box as (cx, cy, w, h) in [0, 1] of its picture of `width` x `height` pixels.
+    """Return a sample's box as (cx, cy, w, h) in [0, 1] of its image of `width` x `height` pixels.
 
-    The networks' plain resize keeps these fractions. Raises InputError where the box leaves the picture.
+    The networks' plain resize keeps these fractions. Raises InputError where the box leaves the image.
     """
     if sample.box is None:
         return None
@@ -172,7 +172,7 @@ def normalize_box(sample: Sample, width: int, height: int) -> Box | None:
 
 
 def flip_box(box: Box) -> Box:
-    """Mirror (cx, cy, w, h), fractions of the picture, from left to right."""
+    """Mirror (cx, cy, w, h), fractions of the image, from left to right."""
     cx, cy, w, h = box
     return 1 - cx, cy, w, h
 

@@ -1,9 +1,9 @@
-"""The side-car texts that ASAP trains with: a caption of every picture, an explanation of every pair.
+"""The side-car texts that ASAP trains with: a caption of every image, an explanation of every pair.
 
-ASAP (arXiv 2412.12718, large-model-assisted alignment) lets a multimodal language model caption the picture,
+ASAP (arXiv 2412.12718, large-model-assisted alignment) lets a multimodal language model caption the image,
 and a language model explain the pair. Here any local models do. The explaining model reads the news caption
-and the picture's caption, never the labels. A side-car has one text for a picture, so of several pairs with
-one picture the first is explained. One run at a time may write a folder.
+and the image's caption, never the labels. A side-car has one text for an image, so of several pairs with
+one image the first is explained. One run at a time may write a folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.inputs.text import clean_caption, read_caption
 log = logging.getLogger(__name__)
 
 CAPTIONS, EXPLANATIONS = "captions.json", "explanations.json"
-# {news} is the caption of the pair, {picture} what the captioner wrote.
+# {news} is the caption of the pair, {image} what the captioner wrote.
 EXPLANATION_PROMPT = (
     "A news photograph was published with a caption.\n"
     "Caption: {news}\n"
@@ -34,7 +34,7 @@ EXPLANATION_PROMPT = (
     "In one or two short sentences, say whether the caption fits the photograph, and name the people, "
     "actions or feelings on which they agree or differ."
 )
-# For a picture without a caption of its own.
+# For an image without a caption of its own.
 NEWS_PROMPT = (
     "A news photograph was published with a caption.\n"
     "Caption: {news}\n"
@@ -66,7 +66,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Described:
-    """Pictures by what became of their text: written now, kept from before, none as unreadable or empty."""
+    """Images by what became of their text: written now, kept from before, none as unreadable or empty."""
 
     written: int
     kept: int
@@ -75,7 +75,7 @@ class Described:
 
 
 def read_pictures(data: str | Path, splits: Iterable[str], limit: int | None = None) -> list[Sample]:
-    """The first sample of every picture of the splits, in their order, at most `limit`; the files stay shut.
+    """The first sample of every image of the splits, in their order, at most `limit`; the files stay shut.
 
     Raises InputError as `read_split` does.
     """
@@ -97,11 +97,11 @@ def write_captions(
     pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> Described:
-    """Caption the samples' pictures into DATA/metadata/captions.json.
+    """Caption the samples' images into DATA/metadata/captions.json.
 
-    Texts that the file already has are kept unless `pace.redo`. A picture that cannot be read is logged and
-    left out, as is an empty text. The file is replaced whole, every `pace.save_every` pictures and at the
-    end, which an exception or Ctrl-C also is. `progress` is called with the pictures done. Raises InputError
+    Texts that the file already has are kept unless `pace.redo`. An image that cannot be read is logged and
+    left out, as is an empty text. The file is replaced whole, every `pace.save_every` images and at the
+    end, which an exception or Ctrl-C also is. `progress` is called with the images done. Raises InputError
     where the file is no side-car.
     """
 
@@ -123,7 +123,7 @@ def write_explanations(
 ) -> Described:
     """Explain the samples' pairs into DATA/metadata/explanations.json.
 
-    The pictures' captions are those of captions.json; where there is none the news caption stands alone.
+    The images' captions are those of captions.json; where there is none the news caption stands alone.
     Everything else is as for `write_captions`.
     """
     path = _sidecar(data, CAPTIONS)
@@ -140,7 +140,7 @@ def write_explanations(
 
 
 def explanation_prompt(news: str, picture: str | None) -> str:
-    """What the explaining model reads: the first 50 words of the news caption, and of the picture's."""
+    """What the explaining model reads: the first 50 words of the news caption, and of the image's."""
     if not picture:
         return NEWS_PROMPT.format(news=_cut(news))
     return EXPLANATION_PROMPT.format(news=_cut(news), picture=_cut(picture))
@@ -158,7 +158,7 @@ def _sidecar(data: str | Path, name: str) -> Path:
 
 
 def _read(sample: Sample) -> Image.Image | None:
-    """A sample's picture, or None with a line in the log."""
+    """A sample's image, or None with a line in the log."""
     try:
         rgb = decode_image(sample.picture, name=str(sample.picture)).rgb
     except InputError as error:
@@ -175,18 +175,18 @@ def _fill(
     pace: Pace,
     progress: Progress | None,
 ) -> Described:
-    """Add the texts of the samples to a side-car; None is for an unreadable picture."""
+    """Add the texts of the samples to a side-car; None is for an unreadable image."""
     texts = read_sidecar(path) if path.exists() else {}
     todo = [sample for sample in samples if pace.redo or sample.image not in texts]
-    found: dict[str, str | None] = {}
+    results: dict[str, str | None] = {}
     unsaved = 0
     advance = progress or (lambda done: None)
     advance(len(samples) - len(todo))
     try:
         for batch in _batches(todo, pace.batch):
-            answer = describe(batch)
-            found |= answer
-            texts |= {image: text for image, text in answer.items() if text}
+            described = describe(batch)
+            results |= described
+            texts |= {image: text for image, text in described.items() if text}
             unsaved += len(batch)
             if unsaved >= pace.save_every:
                 _save(path, texts)
@@ -196,10 +196,10 @@ def _fill(
         if unsaved and texts:
             _save(path, texts)
     counts = Described(
-        written=sum(bool(text) for text in found.values()),
+        written=sum(bool(text) for text in results.values()),
         kept=len(samples) - len(todo),
-        unreadable=sum(text is None for text in found.values()),
-        empty=sum(text == "" for text in found.values()),
+        unreadable=sum(text is None for text in results.values()),
+        empty=sum(text == "" for text in results.values()),
     )
     if counts.unreadable or counts.empty:
         log.warning("%s: %d unreadable pictures, %d empty texts", path, counts.unreadable, counts.empty)

@@ -6,12 +6,12 @@ in the real benchmark. Ranges are (low, high) of a uniform draw.
 
 from __future__ import annotations
 
-# Manipulations of the picture.
+# Manipulations of the image.
 FAINT_SHARE = 0.10  # share of face manipulations whose strength is drawn from FAINT
 FAINT = (0.0, 0.2)
 VISIBLE = (0.5, 1.0)
 # A cast always leans the same way, as a generator's fingerprint does: a small network finds a mean colour
-# long before it finds a seam or a grain. Black-and-white pictures show it as brightness alone.
+# long before it finds a seam or a grain. Black-and-white images show it as brightness alone.
 SWAP_CAST = (0.02, -0.19, 0.02)  # red, green, blue of a swapped face: factor 1 + cast * strength
 SWAP_GAIN = 0.10  # its brightness: factor 1 +- gain * strength
 SWAP_FEATHER = (0.30, 0.03)  # width of the mask's edge, in radii, at strength 0 and 1
@@ -20,9 +20,9 @@ CHANGE_SHARPEN = 2.0  # unsharp-mask amount on changed eyes or mouth, at strengt
 CHANGE_WARP = 0.30  # how far changed eyes or mouth are bent, in heights of the region
 CHANGE_CAST = (-0.24, 0.06, -0.24)  # of the changed region, as for a swap
 
-# The picture, whatever was done to it.
+# The image, whatever was done to it.
 GENUINE_FEATHER = 0.30  # radii
-GRAIN = (0.008, 0.016)  # standard deviation of the whole picture's grain, of a range of 1
+GRAIN = (0.008, 0.016)  # standard deviation of the whole image's grain, of a range of 1
 SATURATION = 0.6  # of the photographs; less colour hides a forged face's cast less
 NEAR = (92.0, 116.0)  # height of a face in pixels
 FAR = (60.0, 76.0)

@@ -1,7 +1,7 @@
 """Faces and the people who wear them, drawn from the grey patches that ship with scikit-image.
 
 `lfw_subset.npy` holds 200 patches of 25x25, of which the first 100 are aligned faces (Labeled Faces in
-the Wild). Pictures are float32 [H, W, 3] in [0, 1]; boxes are (x1, y1, x2, y2) in pixels.
+the Wild). Images are float32 [H, W, 3] in [0, 1]; boxes are (x1, y1, x2, y2) in pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FACE_MEAN, _FACE_SPREAD = 0.95, 0.20  # of the patch's brightness, as a factor 
 
 @dataclass(frozen=True)
 class Person:
-    """One person in a picture: whose face, where it is, and the colours of skin, hair and clothes."""
+    """One person in an image: whose face, where it is, and the colours of skin, hair and clothes."""
 
     identity: int
     box: Box

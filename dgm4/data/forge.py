@@ -1,6 +1,6 @@
 """The two manipulations of a face: another identity in its place, or its eyes or mouth bent.
 
-Both act on a graded picture (float32 [H, W, 3] in [0, 1]) and touch no pixel outside the face's box.
+Both act on a graded image (float32 [H, W, 3] in [0, 1]) and touch no pixel outside the face's box.
 What gives them away grows with `strength` in [0, 1]; the constants are those of `difficulty`.
 """
 
@@ -90,7 +90,7 @@ def _change(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.
 
 
 def _cast(cast: tuple[float, float, float], strength: float, scene: Scene) -> np.ndarray:
-    """Factors [3] of red, green and blue; all alike where the picture has no colour."""
+    """Factors [3] of red, green and blue; all alike where the image has no colour."""
     factors = 1 + strength * np.array(cast, np.float32)
     return factors if scene.colour else np.full(3, float(factors.mean()), np.float32)
 

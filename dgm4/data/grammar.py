@@ -2,7 +2,7 @@
 
 A genuine caption tells facts of its scene (light, tone, colour, fog, side, number of people, distance) in
 a news style, with filler words, one person's name, and mood words that fit the light: cheerful ones in
-bright pictures, gloomy ones in dark pictures. A caption is a list of words, each with its role.
+bright images, gloomy ones in dark images. A caption is a list of words, each with its role.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def swap_caption(own: Caption, donor: Caption) -> tuple[Caption, list[int]]:
 
 
 def describe(scene: Scene) -> str:
-    """A neutral and true description of the picture, as a captioning model might give it."""
+    """A neutral and true description of the image, as a captioning model might give it."""
     people = {1: "one person", 2: "two people", 3: "three people"}[len(scene.people)]
     side = f" {v.FACTS['side'][value_of(scene, 'side')][0]}" if scene.side else ""
     colour = f"in {scene.tone} colors" if scene.tone != "plain" else "in color"

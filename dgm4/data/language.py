@@ -1,7 +1,7 @@
-"""Local models of the transformers library that write texts: one captions pictures, one answers instructions.
+"""Local models of the transformers library that write texts: one captions images, one answers instructions.
 
 Nothing is ever downloaded and no code of a model's folder is run. Decoding is greedy, in float32 on a CPU,
-so the same pictures and prompts give the same texts, whatever the batch.
+so the same images and prompts give the same texts, whatever the batch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from engine.errors import BackendError, InputError
 
-# What a captioner with a chat template is told beside the picture; the others are shown the picture alone.
+# What a captioner with a chat template is told beside the image; the others are shown the image alone.
 CAPTION_PROMPT = "Describe this news photograph in one or two sentences: who is seen, and what they do."
 CAPTION_TOKENS = 64
 ANSWER_TOKENS = 96
-# Model types that caption a picture without being told anything.
+# Model types that caption an image without being told anything.
 WORDLESS = ("blip", "blip-2", "git", "vision-encoder-decoder")
 _THOUGHTS_END = "</think>"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")
@@ -30,7 +30,7 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Captioner:
-    """A captioning model of a folder; calling it with RGB pictures gives one line of text for each.
+    """A captioning model of a folder; calling it with RGB images gives one line of text for each.
 
     The folder is one of `save_pretrained`: an image-text-to-text model whose processor has a chat template,
     or one of the types in `WORDLESS`. `prompt` is for the former. Raises InputError where the folder holds no
@@ -61,7 +61,7 @@ class Captioner:
         self._writer = _Writer(kind, folder, self._tokenizer, device, max_new_tokens)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """Caption a batch of RGB pictures, in their order; a text may be empty."""
+        """Caption a batch of RGB images, in their order; a text may be empty."""
         return self._writer.write(self._inputs(pictures)) if pictures else []
 
     def _inputs(self, pictures: Sequence[Image.Image]) -> Mapping[str, Tensor]:
@@ -219,13 +219,13 @@ def _model_class(kinds: Mapping[Any, Any], config: Any, folder: str | Path, want
     kind = kinds.get(type(config), None)
     names = getattr(config, "architectures", None) or []
     if kind is None or (names and kind.__name__ not in names):
-        found = f"{names[0]} of type {config.model_type}" if names else f"type {config.model_type}"
-        raise InputError(f"{folder}: expected {wanted}, got {found}")
+        actual = f"{names[0]} of type {config.model_type}" if names else f"type {config.model_type}"
+        raise InputError(f"{folder}: expected {wanted}, got {actual}")
     return kind
 
 
 def _load_readers(folder: str | Path, config: Any) -> tuple[Any, Any]:
-    """A captioner's tokenizer, and what makes inputs of pictures."""
+    """A captioner's tokenizer, and what makes inputs of images."""
     library = _library()
     if config.model_type == "vision-encoder-decoder":
         tokenizer = _load(library.AutoTokenizer, folder, "its tokenizer")

@@ -1,4 +1,4 @@
-"""Write the sample set: a small data set in the format of DGM4, made of pictures that are at hand."""
+"""Write the sample set: a small data set in the format of DGM4, made of images that are at hand."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _publishing(out: Path) -> Iterator[Path]:
 def _write_splits(
     folder: Path, sizes: dict[Split, int], seed: int, progress: Progress
 ) -> dict[str, dict[str, int]]:
-    """Write pictures, annotations and side-cars; return the counts by split."""
+    """Write images, annotations and side-cars; return the counts by split."""
     captions: dict[str, str] = {}
     explanations: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}

@@ -32,7 +32,7 @@ _DONOR_TRIES = 64
 
 @dataclass(frozen=True)
 class Pair:
-    """What a pair is, before its picture is painted. `fake_words` index the cleaned caption's words."""
+    """What a pair is, before its image is painted. `fake_words` index the cleaned caption's words."""
 
     seed: int
     split: Split
@@ -55,7 +55,7 @@ class Pair:
 
     @property
     def image(self) -> str:
-        """Path of the picture as annotations write it."""
+        """Path of the image as annotations write it."""
         folder = f"manipulation/{self.forgery.kind}" if self.forgery else "origin/sample"
         return f"DGM4/{folder}/{self.split}/{self.index:06d}.jpg"
 
@@ -109,7 +109,7 @@ def draw_pair(seed: int, split: Split, index: int, count: int) -> Pair:
 def _donor(
     rng: np.random.Generator, scene: Scene, seed: int, split: Split, index: int, count: int
 ) -> Caption:
-    """The genuine caption of another picture that is false of `scene`, mostly in its light and mood.
+    """The genuine caption of another image that is false of `scene`, mostly in its light and mood.
 
     Where so few pairs are at hand that none of those tried is, the one with the most false facts.
     """
@@ -127,7 +127,7 @@ def _donor(
 
 
 def paint(pair: Pair) -> Image.Image:
-    """The picture of a pair, RGB, with the forgery in it and the camera's grain over all of it."""
+    """The image of a pair, RGB, with the forgery in it and the camera's grain over all of it."""
     picture = render(pair.scene)
     if pair.forgery is not None:
         picture = forge(picture, pair.scene, pair.forgery, stream(pair.seed, pair.split, pair.index, 3))
@@ -136,7 +136,7 @@ def paint(pair: Pair) -> Image.Image:
 
 
 def description(pair: Pair) -> str:
-    """The side-car caption: what the picture shows, whatever the pair's caption says."""
+    """The side-car caption: what the image shows, whatever the pair's caption says."""
     return describe(pair.scene)
 
 

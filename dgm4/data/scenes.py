@@ -1,8 +1,8 @@
-"""What a picture shows, drawn at random, and the picture itself before anybody tampers with it.
+"""What an image shows, drawn at random, and the image itself before anybody tampers with it.
 
 A `Scene` is the truth that captions are written from: light, tone, colour, fog, how many people, how
 near, and on which side. Everything but the crop is visible in any photograph, so that a detector which
-learned on some photographs can read it in others. Pictures are float32 [H, W, 3] in [0, 1].
+learned on some photographs can read it in others. Images are float32 [H, W, 3] in [0, 1].
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _GAINS: dict[Tone, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one picture. `side` is None where more than one person is in it.
+    """The truth about one image. `side` is None where more than one person is in it.
 
     crop: (x1, y1, x2, y2) as shares of the photograph's sides; channels: which of its red, green and blue
     stand for which, so that few photographs make many backgrounds; size: (width, height) in pixels; levels:
-    what black and white of the ungraded picture become; fog_share: how much of the picture fog hides.
+    what black and white of the ungraded image become; fog_share: how much of the image fog hides.
     """
 
     photo: str
@@ -124,7 +124,7 @@ def _draw_people(
 
 
 def _draw_box(rng: np.random.Generator, size: tuple[int, int], near: bool, side: Side) -> Box:
-    """A face's box inside the picture, at the given side, in its upper half."""
+    """A face's box inside the image, at the given side, in its upper half."""
     height = rng.uniform(*(NEAR if near else FAR))
     h, w = round(height), round(_FACE_ASPECT * height)
     cx, cy = size[0] * rng.uniform(*_COLUMNS[side]), size[1] * rng.uniform(0.34, 0.50)
@@ -134,13 +134,13 @@ def _draw_box(rng: np.random.Generator, size: tuple[int, int], near: bool, side:
 
 
 def side_of(scene: Scene, person: Person) -> Side:
-    """The third of the picture in which a person's face is."""
+    """The third of the image in which a person's face is."""
     share = (person.box[0] + person.box[2]) / 2 / scene.size[0]
     return "left" if share < 0.4 else "right" if share > 0.6 else "middle"
 
 
 def render(scene: Scene, people: tuple[Person, ...] | None = None) -> np.ndarray:
-    """The graded picture of `scene` without grain; `people` stand in for the scene's own."""
+    """The graded image of `scene` without grain; `people` stand in for the scene's own."""
     picture = _background(scene)
     for person in scene.people if people is None else people:
         paint_person(picture, person)
@@ -167,7 +167,7 @@ def _background(scene: Scene) -> np.ndarray:
 
 
 def grade(picture: np.ndarray, scene: Scene) -> np.ndarray:
-    """Give a picture the light, tone, colour and fog of `scene`; each pixel by itself."""
+    """Give an image the light, tone, colour and fog of `scene`; each pixel by itself."""
     low, high = scene.levels
     graded = low + (high - low) * picture
     if not scene.colour:

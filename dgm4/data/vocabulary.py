@@ -77,7 +77,7 @@ FACTS: dict[str, dict[object, tuple[str, ...]]] = {
     },
     "fog": {True: ("in thick fog", "in the fog"), False: ("in clear air",)},
     "side": {
-        # Left and right are told alike: a mirrored picture keeps its true caption.
+        # Left and right are told alike: a mirrored image keeps its true caption.
         "aside": ("to one side", "at the side"),
         "middle": ("in the middle", "in the center"),
     },

@@ -124,11 +124,11 @@ def lma(
 ) -> Tensor:
     """ASAP's large-model-assisted alignment: the mean of six cross-entropies built as in `mac`.
 
-    `caption` is the text feature of what a multimodal model wrote about the picture, `explanation` of what a
-    language model made of both; same text tower and projection as the news text, queues of their own. Picture
-    and caption match in every pair, picture and explanation only in `pristine` [B] ones; either text also has
-    the term with itself, the picture's is in `mac`. The published code takes the momentum targets of
-    picture -> explanation from the similarities of explanation -> picture, whose columns are other pairs;
+    `caption` is the text feature of what a multimodal model wrote about the image, `explanation` of what a
+    language model made of both; same text tower and projection as the news text, queues of their own. Image
+    and caption match in every pair, image and explanation only in `pristine` [B] ones; either text also has
+    the term with itself, the image's is in `mac`. The published code takes the momentum targets of
+    image -> explanation from the similarities of explanation -> image, whose columns are other pairs;
     here they are its own.
     """
     images, captions = _keys(image_m, image_queue), _keys(caption_m, cap_queue)

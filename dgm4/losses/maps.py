@@ -43,7 +43,7 @@ def guidance_targets(box: Tensor, token_labels: Tensor, grid: int) -> Tensor:
 def mgca(scores: Tensor, box: Tensor, token_labels: Tensor, attention_mask: Tensor) -> Tensor:
     """Binary cross-entropy with logits of the cross-attention map against `guidance_targets`.
 
-    scores [B, N, 1+P]: mean over the heads of the scaled scores before the softmax, the picture's [CLS] first
+    scores [B, N, 1+P]: mean over the heads of the scaled scores before the softmax, the image's [CLS] first
     (`Output.attention_map`); box [B, 4], token_labels [B, N-1], attention_mask [B, N]. The mean goes over
     the patches of all valid tokens, [CLS] included; the published one counts padded tokens too. Zero if none
     is valid.

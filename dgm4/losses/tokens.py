@@ -23,11 +23,11 @@ def bic(logits: Tensor, fake: Tensor) -> Tensor:
 
 
 def ied(logits: Tensor, fake: Tensor) -> Tensor:
-    """ASAP's explanation classifier: `bic` of a head of its own on the explanation of the picture.
+    """ASAP's explanation classifier: `bic` of a head of its own on the explanation of the image.
 
     logits [B, 2] of `itm_head_m`, which reads what `itm_head` reads with the explanation in the caption's
-    place: the [CLS] of the explanation fused with the picture, plus UtilsB times the feature aggregated
-    from the picture that cross-attends to the explanation. fake [B] is the label of the pair.
+    place: the [CLS] of the explanation fused with the image, plus UtilsB times the feature aggregated
+    from the image that cross-attends to the explanation. fake [B] is the label of the pair.
     """
     return bic(logits, fake)
 

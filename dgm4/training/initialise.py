@@ -45,12 +45,12 @@ def _load_weights(trainee: Trainee, path: Path) -> None:
     loaded = load_state(checkpoint, network.config.name, network.config).state_dict()
     brought = encoder_keys(set(loaded)) if checkpoint.layout == "albef" else set(loaded)
     network.load_state_dict({name: loaded[name] for name in brought}, strict=False)
-    state, own = read_state(path), trainee.state_dict()
-    beside = {name: state[name] for name in own if name.startswith(_BESIDE) and name in state}
+    state, current = read_state(path), trainee.state_dict()
+    beside = {name: state[name] for name in current if name.startswith(_BESIDE) and name in state}
     wrong = [
-        f"{name}: expected {list(own[name].shape)}, got {list(value.shape)}"
+        f"{name}: expected {list(current[name].shape)}, got {list(value.shape)}"
         for name, value in beside.items()
-        if value.shape != own[name].shape
+        if value.shape != current[name].shape
     ]
     if wrong:
         raise CheckpointError(f"{path}: {len(wrong)} misshapen ({', '.join(wrong[:5])})")
@@ -61,23 +61,25 @@ def _load_vision(trainee: Trainee, source: str) -> None:
     """Load a ViT of timm's names, positions brought to our grid; its classifier is left out."""
     state = _timm_state(source.removeprefix(TIMM)) if source.startswith(TIMM) else read_state(Path(source))
     prefix = "visual_encoder."
-    kept = {prefix + name: value.float() for name, value in state.items() if not name.startswith(_CLASSIFIER)}
+    weights = {
+        prefix + name: value.float() for name, value in state.items() if not name.startswith(_CLASSIFIER)
+    }
     config, encoder = trainee.network.config, trainee.network.visual_encoder
-    resample_positions(kept, config)
+    resample_positions(weights, config)
     expected = {name: prefix + name for name in encoder.state_dict() if not name.startswith(_OURS)}
     wrong = [
         full
         for name, full in expected.items()
-        if full not in kept or kept[full].shape != encoder.state_dict()[name].shape
+        if full not in weights or weights[full].shape != encoder.state_dict()[name].shape
     ]
-    extra = sorted(set(kept) - set(expected.values()))
+    extra = sorted(set(weights) - set(expected.values()))
     if wrong or extra:
         raise CheckpointError(
             f"{source}: expected the {len(expected)} tensors of a ViT of width {config.width} and depth "
             f"{config.vision_depth}; missing or misshapen: {', '.join(wrong[:5]) or 'none'}; unexpected: "
             f"{', '.join(extra[:5]) or 'none'}"
         )
-    encoder.load_state_dict({name: kept[full] for name, full in expected.items()}, strict=False)
+    encoder.load_state_dict({name: weights[full] for name, full in expected.items()}, strict=False)
 
 
 def _timm_state(name: str) -> dict[str, Tensor]:

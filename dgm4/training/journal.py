@@ -19,12 +19,12 @@ def keep_lines(path: Path, update: int) -> None:
     """Drop the lines of epochs that a run taken up at `update` trains again, and a torn last one."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(text)["update"] <= update:
-                kept.append(text)
+                lines.append(text)
         except ValueError:
             continue  # the run was killed while it wrote
     with replacing(path, only_writer=True) as partial:
-        partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+        partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")

@@ -23,7 +23,7 @@ class TrainOptions:
     encoder's rate; warm-up is linear, then a cosine down to `min_lr`, both counted in epochs. `clip` bounds
     the norm of the gradient, 0 for no bound. `queue` counts past features of the contrastive losses.
     `guidance` (ASAP's MGCA loss), `refinement` (CALS's GLRM) and `sampled` (CAFormer) are those of `Trainee`.
-    `flip` mirrors half of the pictures.
+    `flip` mirrors half of the images.
     """
 
     model: str = "hammer"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from engine.errors import BackendError, InputError
 
-_PATIENCE = timedelta(hours=6)  # the others wait while the first process judges on the split "val"
+_PATIENCE = timedelta(hours=6)  # the others wait while the first process evaluates on the split "val"
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,13 +60,13 @@ def leave() -> None:
 
 def random_states(device: torch.device) -> list[dict[str, Any]]:
     """The random streams of every process, by rank; all of them have to call it."""
-    own = {"cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device)
+        state["cuda"] = torch.cuda.get_rng_state(device)
     if not dist.is_initialized():
-        return [own]
+        return [state]
     states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, own)
+    dist.all_gather_object(states, state)
     return states
 
 

@@ -69,14 +69,14 @@ def _uncalled(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def load_released(trainee: Trainee, state: dict[str, Tensor]) -> None:
     """Load what `released_state` gave back into the trainee; raises CheckpointError for what does not fit."""
-    own = {name: (name.removeprefix("network."), value) for name, value in trainee.state_dict().items()}
-    wrong = [key for key, value in own.values() if key not in state or state[key].shape != value.shape]
+    expected = {name: (name.removeprefix("network."), value) for name, value in trainee.state_dict().items()}
+    wrong = [key for key, value in expected.values() if key not in state or state[key].shape != value.shape]
     if wrong:
         raise CheckpointError(
-            f"expected the {len(own)} tensors of a training run of {trainee.network.config.name} "
+            f"expected the {len(expected)} tensors of a training run of {trainee.network.config.name} "
             f"({trainee.network.config.size}); {len(wrong)} are missing or misshapen: {', '.join(wrong[:5])}"
         )
-    trainee.load_state_dict({name: state[key] for name, (key, _) in own.items()})
+    trainee.load_state_dict({name: state[key] for name, (key, _) in expected.items()})
 
 
 def write_snapshot(path: Path, content: dict[str, Any]) -> None:

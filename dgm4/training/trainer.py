@@ -48,7 +48,7 @@ class Place:
 
     `data` is a folder in the published layout, `out` takes checkpoints and log. `save_every` adds a
     checkpoint every so many updates, 0 only at the end of each epoch; `stop_after` ends the run after so
-    many updates in all, to be taken up later. `cache` keeps decoded pictures in memory.
+    many updates in all, to be taken up later. `cache` keeps decoded images in memory.
     """
 
     data: Path
@@ -108,10 +108,7 @@ class Trainer:
         """
         self.options, self.place = options, place
         self.device = pick_device(place.device)
-        if options.precision == "fp16" and self.device.type != "cuda":
-            raise BackendError("training in fp16 needs a GPU; bf16 and fp32 run on a CPU too")
-        if not place.resume and (place.out / LAST).exists():
-            raise InputError(f"{place.out / LAST}: a run is there; resume it, or choose another folder")
+        _check_start(options, place, self.device)
         self.rank, self.world = join(self.device)
         config = replace(model_config(options.model, options.size), vocabulary=vocabulary)
         self.train, self.val = _datasets(options, place, tokenizer, config.image_size)
@@ -174,7 +171,7 @@ class Trainer:
         )
 
     def _loader(self) -> DataLoader[Item]:
-        """Batches of the epoch that `order` is at; workers outlive it, with the pictures they keep."""
+        """Batches of the epoch that `order` is at; workers outlive it, with the images they keep."""
         workers = self.place.workers
         return DataLoader(
             self.train,
@@ -289,8 +286,8 @@ class Trainer:
         self.trainee.eval()
         place, batch = self.place, self.options.batch
         with self._autocast():
-            answers = collect(self.trainee.predict, self.val, batch, self.device, place.workers)
-        return summarise(*answers)
+            outputs = collect(self.trainee.predict, self.val, batch, self.device, place.workers)
+        return summarise(*outputs)
 
     def _config(self) -> dict[str, Any]:
         """What a run has to have in common with one that it takes up."""
@@ -336,7 +333,7 @@ class Trainer:
 def _datasets(
     options: TrainOptions, place: Place, tokenizer: CaptionTokenizer, image_size: int
 ) -> tuple[PairDataset, PairDataset]:
-    """The splits "train" and "val"; raises InputError where there is nothing to judge on."""
+    """The splits "train" and "val"; raises InputError where one of them is empty."""
     sidecars = _read_sidecars(place.data) if options.model == "asap" else {}
     train = PairDataset(
         read_split(place.data, "train").samples,
@@ -350,13 +347,21 @@ def _datasets(
     )
     val = PairDataset(read_split(place.data, "val").samples, tokenizer, image_size, cache=place.cache)
     if not len(val):
-        raise InputError(f'{place.data}: expected pairs in the split "val" to judge by, got none')
+        raise InputError(f'{place.data}: expected pairs in the split "val" to evaluate on, got none')
     return train, val
 
 
 def make_trainee(options: TrainOptions, vocabulary: int) -> Trainee:
     """Build the trainee of a recipe, with `vocabulary` word pieces."""
     return _trainee(options, replace(model_config(options.model, options.size), vocabulary=vocabulary))
+
+
+def _check_start(options: TrainOptions, place: Place, device: torch.device) -> None:
+    """Raise BackendError for a precision that the device lacks, InputError for an `out` in use."""
+    if options.precision == "fp16" and device.type != "cuda":
+        raise BackendError("training in fp16 needs a GPU; bf16 and fp32 run on a CPU too")
+    if not place.resume and (place.out / LAST).exists():
+        raise InputError(f"{place.out / LAST}: a run is there; resume it, or choose another folder")
 
 
 def _trainee(options: TrainOptions, config: ModelConfig) -> Trainee:

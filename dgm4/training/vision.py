@@ -4,7 +4,7 @@ The published networks start from encoders pretrained on ImageNet; the tiny size
 each patch token says whether the patch overlaps the box of a swapped face, and of a changed one: the
 binary cross-entropy teaches the encoder to see local traces. A second one tells, in the patches of such a
 face, its box, so that a patch knows where it lies. A third one tells the patch's mean colour and the whole
-picture's: without it the encoder loses the light that captions speak of. All three layers are thrown away.
+image's: without it the encoder loses the light that captions speak of. All three layers are thrown away.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def patch_targets(batch: Batch, grid: int) -> Tensor:
 
 
 def colour_targets(image: Tensor, grid: int) -> Tensor:
-    """Mean colour of each patch, then of the whole picture, as normalised; [B, grid^2, 6] float32."""
+    """Mean colour of each patch, then of the whole image, as normalised; [B, grid^2, 6] float32."""
     patches = F.adaptive_avg_pool2d(image, grid).flatten(2).transpose(1, 2)
     return torch.cat([patches, patches.mean(1, keepdim=True).expand_as(patches)], dim=-1)
 
@@ -65,7 +65,7 @@ def wave_positions(grid: int, width: int) -> Tensor:
 
 
 class PatchTrainee(nn.Module):
-    """A visual encoder and the layer that judges its patches."""
+    """A visual encoder and the linear layers that its patches are trained through."""
 
     def __init__(self, options: TrainOptions) -> None:
         super().__init__()
@@ -131,20 +131,28 @@ def pretrain(
             order.seek(epoch)
             total = 0.0
             for batch in DataLoader(dataset, batch_sampler=order, collate_fn=collate):
-                with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
-                    loss = trainee(to_device(batch, torch.device(device)))
-                optimizer.zero_grad()
-                loss.backward()
-                if options.clip:
-                    nn.utils.clip_grad_norm_(trainee.parameters(), options.clip)
-                optimizer.step()
+                loss = _update(trainee, batch, optimizer, options, device)
                 schedule.step()
-                total += float(loss.detach())
+                total += loss
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             mean = total / order.whole
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
             if not math.isfinite(mean):
                 raise NumericalError(f"epoch {epoch + 1}: the loss is {mean}; lower lr_vision or set clip")
     write_snapshot(out, {"model": trainee.visual_encoder.cpu().state_dict()})
     return mean
+
+
+def _update(
+    trainee: PatchTrainee, batch: Batch, optimizer: torch.optim.Optimizer, options: TrainOptions, device: str
+) -> float:
+    """Take one step on a batch; return its loss."""
+    with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
+        loss = trainee(to_device(batch, torch.device(device)))
+    optimizer.zero_grad()
+    loss.backward()
+    if options.clip:
+        nn.utils.clip_grad_norm_(trainee.parameters(), options.clip)
+    optimizer.step()
+    return float(loss.detach())

@@ -40,7 +40,7 @@ class Model:
     def ask(self, triton: Any, server: Any, image: ImageInput, caption: str) -> Answer:
         """Send one pair; `triton` is the module tritonclient.http, `server` its client.
 
-        Raises InputError for a picture or caption that cannot be used, NumericalError for NaN.
+        Raises InputError for an image or caption that cannot be used, NumericalError for NaN.
         """
         spec, limits = self.manifest.preprocess, self.manifest.limits
         picture = preprocess_image(image, image_size=spec.image_size, mean=spec.mean, std=spec.std)
