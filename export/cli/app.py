@@ -254,7 +254,6 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     verb.add_argument("--cache", action="store_true", help="keep decoded pictures in memory, 0.2 MB each")
     verb.add_argument("--save-every", type=_whole, default=0, metavar="N", help="save every N updates too")
     verb.add_argument("--stop-after", type=_whole, default=0, metavar="N", help="end after N updates in all")
-    cli_engine.add_arguments(verb)
     verb.add_argument("--vocab", type=Path, metavar="FILE", help="vocabulary, one word piece a line")
     verb.set_defaults(run=_verb("export.cli.train", "run"))
 
