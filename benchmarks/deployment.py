@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from engine.errors import BackendError
-from export.cli.sample import SAMPLE_CAPTION, sample_picture
+from export.sample import SAMPLE_CAPTION, sample_photograph
 
 STARTS = 5
 _SAMPLING_S = 0.02
@@ -95,7 +95,7 @@ def serve(bundle: Path, picture: Path, pairs: int, runs: int) -> dict[str, Any]:
 
 def run(network: str, folder: Path) -> dict[str, Any]:
     """Measure one base network."""
-    picture = sample_picture()
+    picture = sample_photograph()
     if picture is None:
         raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
     record: dict[str, Any] = {"network": network}

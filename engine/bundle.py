@@ -91,8 +91,6 @@ class Bundle:
         fields = _plain(dataclasses.asdict(self.manifest))
         if fields["calibration"] is None:
             del fields["calibration"]  # as in the manifest of a bundle that was not calibrated
-        elif fields["calibration"]["smoothing"] is None:
-            del fields["calibration"]["smoothing"]
         total = sum(entry.bytes for entry in self.manifest.files.values())
         return {
             "path": str(self.path),

@@ -142,19 +142,6 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """Channels rescaled between layers by `alpha`: in how many `seams`, none where it did not help.
-
-    `plain` and `smoothed` are errors of the outputs without and with it, on pairs of the calibration.
-    """
-
-    alpha: str
-    seams: int
-    plain: float
-    smoothed: float
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What the scales of a static graph come from: `method`, `pairs` of `source`, drawn with `seed`."""
 
@@ -162,7 +149,6 @@ class Calibration:
     pairs: int
     source: str
     seed: int
-    smoothing: Smoothing | None = None
 
 
 @dataclass(frozen=True)
@@ -349,13 +335,12 @@ def _accuracy(fields: Fields) -> Accuracy:
 
 def _calibration(fields: Fields) -> Calibration:
     method, source = fields.text("method"), fields.text("source")
-    smoothing = _smoothing(fields.child("smoothing")) if "smoothing" in fields.raw else None
-    return Calibration(method, fields.integer("pairs"), source, fields.integer("seed", low=0), smoothing)
-
-
-def _smoothing(fields: Fields) -> Smoothing:
-    plain, smoothed = (fields.number(name, 0) for name in ("plain", "smoothed"))
-    return Smoothing(fields.text("alpha"), fields.integer("seams", low=0), plain, smoothed)
+    if "smoothing" in fields.raw:
+        raise BundleError(
+            f"{MANIFEST}: calibration: written with --smooth, which is no longer supported; "
+            "export the bundle again"
+        )
+    return Calibration(method, fields.integer("pairs"), source, fields.integer("seed", low=0))
 
 
 def _check_consistency(manifest: Manifest) -> None:

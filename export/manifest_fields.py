@@ -54,7 +54,7 @@ def manifest_fields(
         "accuracy": list(accuracy),
         "float32_layers": run.float_layers,
         "kept_layers": run.kept,
-        **({} if run.calibration is None else {"calibration": run.calibration}),
+        **({} if run.calibration is None else {"calibration": dict(run.calibration)}),
     }
 
 

@@ -1,13 +1,11 @@
-"""Put an engine for this machine into a bundle that exists: `dgm4 rebuild`. Needs neither torch nor onnx."""
+"""Put an engine for this machine into a bundle that exists. Needs neither torch nor onnx."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +13,10 @@ from typing import Any
 
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, InputError
+from engine.errors import BackendError, BundleError
 from engine.manifest import MANIFEST, Manifest
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
-from export.cli.arguments import as_option
-from export.cli.engine_arguments import engine_options
 from export.trt import build as trt
 from export.trt.engine_file import GRAPH, build_into, graph_of
 from export.trt.options import EngineOptions, default_targets
@@ -29,17 +25,6 @@ from export.trt.profiles import Shapes
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-
-
-def run(options: argparse.Namespace) -> int:
-    """Rebuild, and say on stderr what was built."""
-    chosen = engine_options(options)
-    try:
-        chosen.check_alone()
-    except InputError as error:
-        options.parser.error(as_option(str(error)))
-    sys.stderr.write(rebuild(options.bundle, chosen) + "\n")
-    return 0
 
 
 def rebuild(path: Path, options: EngineOptions | None = None) -> str:

@@ -62,7 +62,6 @@ def _network(manifest: Mapping[str, Any]) -> str:
             f" Activations have fixed scales, calibrated ({calibration['method']}) on "
             f"{calibration['pairs']} pairs of {calibration['source']}, drawn with seed {calibration['seed']}."
         )
-        head += _smoothing(calibration.get("smoothing"))
     head += _exceptions(manifest)
     config = {
         name: value for name, value in manifest["model"]["config"].items() if name not in ("name", "size")
@@ -85,14 +84,6 @@ def _code(names: Iterable[str]) -> str:
 def grouped(names: Iterable[str]) -> list[str]:
     """Names of modules, each once, with a star for every number in a list of layers."""
     return list(dict.fromkeys(re.sub(r"(?<=s\.)\d+", "*", name) for name in names))
-
-
-def _smoothing(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    done = f"rescaled between layers in {found['seams']} places" if found["seams"] else "left as they are"
-    errors = f"{_percent(found['plain'])} % without, {_percent(found['smoothed'])} % with it"
-    return f" Channels are {done} (SmoothQuant, alpha {found['alpha']}; error of the outputs {errors})."
 
 
 def _tensors(manifest: Mapping[str, Any]) -> str:
