@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.results import ResultFile
 from dgm4.config import MODEL_NAMES, SIZES
 from engine.errors import BackendError
-from export.cli.sample import SAMPLE_CAPTION, sample_picture
+from export.sample import SAMPLE_CAPTION, sample_photograph
 
 STARTS = 5
 _SAMPLING_S = 0.02
@@ -96,7 +96,7 @@ def serve(bundle: Path, picture: Path, pairs: int, runs: int) -> dict[str, Any]:
 
 def run(result: ResultFile, network: str, folder: Path, size: str = "base") -> dict[str, Any]:
     """Measure one network, writing after every precision."""
-    image = sample_picture()
+    image = sample_photograph()
     if image is None:
         raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
     record: dict[str, Any] = {"network": network}

@@ -24,9 +24,9 @@ from engine.backends.ort import load_session
 from engine.network.model import InferenceModel
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs, export_onnx, flatten
+from export.quantization.calibrate import calibrate
 from export.quantization.dynamic_int8 import quantize_dynamic
 from export.quantization.qdq import int8_layers, to_int8
-from export.quantization.ranges import read_histograms, scales_of
 
 # int8 is dynamic, qdq calibrated.
 VARIANTS = (
@@ -87,8 +87,7 @@ class Variants:
         """The network in static int8; drawn pairs do: a product takes as long at one scale as at another."""
         model = rewrite(self.model)
         batches = [example_inputs(model.config, 8, 50, seed) for seed in range(2)]
-        found = read_histograms(model, int8_layers(model), batches)
-        return to_int8(model, scales_of(found, torch.int8))
+        return to_int8(model, calibrate(model, int8_layers(model), batches, torch.int8))
 
 
 def _torch_call(model: Callable[..., Any]) -> Call:

@@ -181,19 +181,6 @@ class Accuracy(Record):
 
 
 @dataclass(frozen=True)
-class Smoothing(Record):
-    """Channels rescaled between layers by `alpha`: in how many `seams`, none where it did not help.
-
-    `plain` and `smoothed` are errors of the outputs without and with it, on pairs of the calibration.
-    """
-
-    alpha: str
-    seams: _CountOrNone
-    plain: _Difference
-    smoothed: _Difference
-
-
-@dataclass(frozen=True)
 class Calibration(Record):
     """What the scales of a static graph come from: `method`, `pairs` of `source`, drawn with `seed`."""
 
@@ -201,7 +188,16 @@ class Calibration(Record):
     pairs: _Count
     source: str
     seed: _CountOrNone
-    smoothing: Smoothing | None = None
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a bundle whose channels were rescaled; its weights do not fit its scales any more."""
+        if "smoothing" in raw:
+            raise BundleError(
+                f"{MANIFEST}: calibration: written with --smooth, which is no longer supported; "
+                "export the bundle again"
+            )
+        return raw
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from engine.manifest import EngineEntry
 from export.bundle.writer import BundleWriter
 from export.manifest_fields import MAX_WORDS, MIN_TOKENS
 from export.options import ExportOptions, asks_for_engine
-from export.trt import build as trt
+from export.trt import build
 from export.trt.engine_file import build_into
 from export.trt.options import default_targets
 from export.trt.profiles import Shapes
@@ -19,7 +19,7 @@ def has_graph(options: ExportOptions) -> bool:
     return options.precision != "fp8" or options.calibration is not None
 
 
-def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | None:
+def no_engine(options: ExportOptions, builder: build.BuilderInfo | None) -> str | None:
     """Why no engine is built, or None; raises BackendError where one was asked for and nothing builds it."""
     if not options.engine:
         return "not asked for"
@@ -28,15 +28,14 @@ def no_engine(options: ExportOptions, builder: trt.BuilderInfo | None) -> str | 
     if options.precision == "int8" and options.calibration is None:
         return "TensorRT takes int8 from calibrated Q/DQ nodes (--calibration), not from dynamic quantisation"
     if builder is None:
-        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
         if asks_for_engine(options):
-            raise BackendError(f"an engine was asked for, and nothing here builds one ({reasons})")
-        return f"nothing here builds one ({reasons})"
+            raise BackendError(f"an engine was asked for, and nothing here builds one ({build.reasons()})")
+        return f"nothing here builds one ({build.reasons()})"
     return None
 
 
 def write_engine(
-    options: ExportOptions, config: ModelConfig, builder: trt.BuilderInfo, writer: BundleWriter
+    options: ExportOptions, config: ModelConfig, builder: build.BuilderInfo, writer: BundleWriter
 ) -> tuple[EngineEntry, str]:
     """Build the engine of the bundle's graph; return its entry in the manifest and a line on it.
 

@@ -11,7 +11,6 @@ from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.manifest import (
     INPUTS,
     Accuracy,
-    Calibration,
     EngineEntry,
     Limits,
     Manifest,
@@ -20,11 +19,11 @@ from engine.manifest import (
     TensorSpec,
     Thresholds,
     Verification,
-    Weights,
 )
 from engine.packages import version_of
 from export.graph.trace import outputs_of
-from export.stages import Run
+from export.options import ExportOptions
+from export.stages import Calibrated, Lowered, Source
 
 MAX_WORDS, MIN_TOKENS = 50, 2
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
@@ -33,20 +32,19 @@ _PACKAGES = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
 
 
 def describe_export(
-    run: Run,
-    config: ModelConfig,
-    weights: Weights,
+    options: ExportOptions,
+    source: Source,
+    calibrated: Calibrated | None,
+    lowered: Lowered,
     engines: Sequence[EngineEntry] = (),
     accuracy: Sequence[Accuracy] = (),
 ) -> Manifest:
-    """The manifest of the bundle that `run` writes, without the files, which are still to be hashed."""
-    options, calibration = run.options, None
-    if run.calibration is not None:
-        calibration = Calibration.from_dict(run.calibration, "calibration")
+    """The manifest of the bundle, without the files, which are still to be hashed."""
+    config, checks = source.config, (source.rewrite, *lowered.checks)
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=ModelInfo(config.name, config.size, config.to_dict()),
-        weights=weights,
+        weights=source.weights,
         precision=options.precision,
         preprocess=Preprocess(
             image_size=config.image_size,
@@ -68,12 +66,12 @@ def describe_export(
             "python": platform.python_version(),
             **{name: version_of(name) or "not installed" for name in _PACKAGES},  # dgm4 may run in place
         },
-        verification=tuple(Verification(**difference.to_dict()) for difference in run.verification),
+        verification=tuple(Verification(**difference.to_dict()) for difference in checks),
         files={},
         accuracy=tuple(accuracy),
-        float32_layers=tuple(run.float_layers),
-        kept_layers=tuple(run.kept),
-        calibration=calibration,
+        float32_layers=lowered.float_layers,
+        kept_layers=lowered.keep,
+        calibration=None if calibrated is None else calibrated.record,
     )
 
 

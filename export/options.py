@@ -1,21 +1,41 @@
-"""What to export."""
+"""The options of an export: what is exported, in which precision, for which shapes and engines.
+
+Their flags are the options of `dgm4 export`. Imports no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import dgm4
 from engine.errors import BackendError, InputError
 from engine.manifest import PRECISIONS
-from export.quantization.ranges import METHODS
-from export.quantization.smoothquant import Smooth
-from export.trt import build as trt
+from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
+from export.trt import build
 from export.trt.options import EngineOptions
 
-CALIBRATED = ("int8", "fp8")  # precisions whose scales of activations may be
+MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
+CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
+SPLITS = ("train", "val", "test")
 FEWEST_TOKENS = 2  # [CLS] and a word
+TOKENS = Number("2 to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
+
+
+def _parse_targets(text: str) -> tuple[str, ...] | None:
+    """Compute capabilities, or None for no engine."""
+    targets = tuple(part.strip() for part in text.split(","))
+    if targets == ("none",):
+        return None
+    if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
+        raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+    return targets
+
+
+def _parse_keep_layers(text: str) -> int | str:
+    return text if text == "auto" else int(WHOLE(text))
 
 
 @dataclass(frozen=True)
@@ -25,50 +45,69 @@ class ExportOptions:
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out; `building` is how it is built.
     `vocabulary` is a file with one word piece a line. `data` is a folder in DGM4's layout: the bundle is
-    judged on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
+    evaluated on its `split`, and refused outside the accuracy gate. `calibration` is such a folder too: int8
     and fp8 are static then, with scales of activations calibrated on `calibration_pairs` pairs of its
-    training split by `calibration_method` (entropy: int8 alone). `smooth`, with calibration, rescales
-    channels between layers as `export.quantization.smoothquant` tells: by its alpha, 0 to 1, or "auto", where
-    that lessens the error on the pairs. `keep_layers` of the Linear layers, the worst by their own error,
-    stay a step above the precision; "auto": as few as the checks and the gate on `data` ask for.
+    training split. `keep_layers` of the Linear layers, the worst by their own error, stay a step above the
+    precision; "auto": as few as the checks and the gate on `data` ask for.
     """
 
     out: Path
-    model: str | None = None
-    checkpoint: Path | None = None
-    size: str | None = None
-    precision: str = "fp32"
-    max_batch: int = 32
-    max_tokens: int = 128
-    targets: tuple[str, ...] = ()
+    model: str | None = flag(None, "network; read off a checkpoint", choices=MODELS)
+    checkpoint: Path | None = flag(
+        None, ".pth or .safetensors; else the trained demo", metavar="FILE", type=Path
+    )
+    size: str | None = flag(None, "read off a checkpoint; tiny without one", choices=SIZES)
+    precision: str = flag(
+        "fp32",
+        "of the products (%(default)s); bf16 and fp8 are for GPUs: on a CPU torch alone serves them",
+        choices=PRECISIONS,
+    )
+    max_batch: int = flag(32, "largest batch (%(default)s)", metavar="N", type=POSITIVE)
+    max_tokens: int = flag(128, "longest caption (%(default)s)", metavar="N", type=TOKENS)
+    targets: tuple[str, ...] = flag(
+        (),
+        "compute capabilities of the engine, as 8.6,8.9; 'none' for no engine; all by default",
+        name="target",
+        metavar="CC[,CC]",
+        type=_parse_targets,
+    )
     engine: bool = True
-    building: EngineOptions = EngineOptions()
-    vocabulary: Path | None = None
-    data: Path | None = None
-    split: str = "test"
-    calibration: Path | None = None
-    calibration_pairs: int = 512
-    calibration_method: str = METHODS[0]
-    keep_layers: int | Literal["auto"] = 0
-    smooth: Smooth = "off"
+    building: EngineOptions = group(EngineOptions(), "how the engine is built")
+    vocabulary: Path | None = flag(
+        None, "vocabulary, one word piece a line", name="vocab", metavar="FILE", type=Path
+    )
+    data: Path | None = flag(None, "evaluate it on this data: the accuracy gate", metavar="DIR", type=Path)
+    split: str = flag("test", "of --data (%(default)s)", choices=SPLITS)
+    calibration: Path | None = flag(
+        None, "data whose training split calibrates int8 or fp8", metavar="DIR", type=Path
+    )
+    calibration_pairs: int = flag(512, "drawn from it (%(default)s)", metavar="N", type=POSITIVE)
+    keep_layers: int | Literal["auto"] = flag(
+        0,
+        "Linear layers, the worst first, that stay a step above the precision; auto: until the gate on "
+        "--data passes",
+        metavar="N|auto",
+        type=_parse_keep_layers,
+    )
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raise InputError for options that do not fit."""
-    if options.precision not in PRECISIONS:
-        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {options.precision!r}")
-    if options.max_batch < 1:
-        raise InputError(f"max_batch: expected at least 1, got {options.max_batch}")
-    if not FEWEST_TOKENS <= options.max_tokens <= 512:
-        raise InputError(f"max_tokens: expected {FEWEST_TOKENS} to 512, got {options.max_tokens}")
-    _check_calibration(options)
-    _check_kept(options)
-    if options.size is not None and options.size not in dgm4.SIZES:
-        raise InputError(f"size: expected one of {', '.join(dgm4.SIZES)}, got {options.size!r}")
+    """Raise InputError for options that do not fit.
+
+    Raises BackendError where the builder of this machine lacks what is asked for.
+    """
+    check_values(options)
+    if options.calibration is not None and options.precision not in CALIBRATED:
+        raise InputError(
+            f"calibration: expected precision {' or '.join(CALIBRATED)} with it, got {options.precision}"
+        )
+    _check_keep(options)
     if options.engine:
         _check_engine(options)
-    if options.model is not None and options.model not in dgm4.MODEL_NAMES:
-        raise InputError(f"model: expected one of {', '.join(dgm4.MODEL_NAMES)}, got {options.model!r}")
+    elif _describes_engine(options.building):
+        raise InputError(
+            "options say how the engine is built, and --target none builds none: leave out one of them"
+        )
 
 
 def asks_for_engine(options: ExportOptions) -> bool:
@@ -76,8 +115,16 @@ def asks_for_engine(options: ExportOptions) -> bool:
     return options.engine and (bool(options.targets) or options.building != EngineOptions())
 
 
+def _describes_engine(building: EngineOptions) -> bool:
+    """Whether the options are about the engine itself, not only about how and when it is made."""
+    neutral = EngineOptions()
+    made = replace(
+        building, plugins=neutral.plugins, timing_cache=neutral.timing_cache, limit_s=neutral.limit_s
+    )
+    return made != neutral
+
+
 def _check_engine(options: ExportOptions) -> None:
-    """Also raises BackendError where the builder of this machine lacks what is asked for."""
     options.building.check(options.max_batch, options.max_tokens)
     if not asks_for_engine(options):
         return
@@ -85,48 +132,27 @@ def _check_engine(options: ExportOptions) -> None:
         raise InputError(
             "calibration: expected with an engine in int8 or fp8, whose Q/DQ nodes have its scales"
         )
-    builder = trt.find_builder()
+    builder = build.find_builder()
     if builder is None:
-        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
-        raise BackendError(f"an engine was asked for, and nothing here builds one ({reasons})")
+        raise BackendError(f"an engine was asked for, and nothing here builds one ({build.reasons()})")
     options.building.check_builder(builder)
     options.building.takes_plugins(builder)
-    unknown = [target for target in options.targets if target not in trt.RTX_KNOWN]
+    unknown = [target for target in options.targets if target not in build.RTX_KNOWN]
     if unknown and builder.library == "tensorrt_rtx":
         raise InputError(
-            f"target: tensorrt_rtx builds for compute capability {', '.join(trt.RTX_KNOWN)}, got "
+            f"targets: tensorrt_rtx builds for compute capability {', '.join(build.RTX_KNOWN)}, got "
             f"{', '.join(unknown)}"
         )
 
 
-def _check_calibration(options: ExportOptions) -> None:
-    if options.calibration is not None and options.precision not in CALIBRATED:
-        raise InputError(
-            f"calibration: expected precision {' or '.join(CALIBRATED)} with it, got {options.precision}"
-        )
-    if options.calibration_pairs < 1:
-        raise InputError(f"calibration_pairs: expected at least 1, got {options.calibration_pairs}")
-    if options.calibration_method not in METHODS:
-        expected = ", ".join(METHODS)
-        raise InputError(
-            f"calibration_method: expected one of {expected}, got {options.calibration_method!r}"
-        )
-    _check_smooth(options.smooth, options.calibration is not None)
-    if options.calibration_method == "entropy" and options.precision != "int8":
-        raise InputError("calibration_method: entropy counts the levels of int8; use minmax or percentile")
-
-
-def _check_smooth(smooth: Smooth, calibrated: bool) -> None:
-    if smooth not in ("off", "auto") and (isinstance(smooth, str) or not 0 <= smooth <= 1):
-        raise InputError(f"smooth: expected off, auto or a number from 0 to 1, got {smooth!r}")
-    if smooth != "off" and not calibrated:
-        raise InputError("smooth: expected calibration with it, on whose pairs channels are seen")
-
-
-def _check_kept(options: ExportOptions) -> None:
+def _check_keep(options: ExportOptions) -> None:
     if not options.keep_layers:
         return
+    if options.keep_layers != "auto" and options.keep_layers < 0:
+        raise InputError(f"keep_layers: expected {WHOLE.text} or auto, got {options.keep_layers}")
     if options.precision == "fp32":
         raise InputError("keep_layers: expected a precision below fp32 with it")
     if options.data is None and (options.calibration is None or options.keep_layers == "auto"):
-        raise InputError("keep_layers: expected data with it, on whose pairs layers are compared and judged")
+        raise InputError(
+            "keep_layers: expected data with it, on whose pairs layers are compared and evaluated"
+        )

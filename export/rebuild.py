@@ -1,13 +1,11 @@
-"""Build an engine for this machine from an existing bundle: `dgm4 rebuild`. Needs neither torch nor onnx."""
+"""Build an engine for this machine from an existing bundle. Needs neither torch nor onnx."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,30 +13,17 @@ from typing import Any
 
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, InputError
+from engine.errors import BackendError, BundleError
 from engine.layout import CARD, GRAPH, MANIFEST
 from engine.manifest import EngineEntry, Manifest
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
-from export.cli.arguments import as_option
-from export.cli.engine_arguments import engine_options
-from export.trt import build as trt
+from export.trt import build
 from export.trt.engine_file import build_into, graph_of
 from export.trt.options import EngineOptions, default_targets
 from export.trt.profiles import Shapes
 
 logger = logging.getLogger(__name__)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Rebuild, and say on stderr what was built."""
-    chosen = engine_options(options)
-    try:
-        chosen.check_alone()
-    except InputError as error:
-        options.parser.error(as_option(str(error)))
-    sys.stderr.write(rebuild(options.bundle, chosen) + "\n")
-    return 0
 
 
 def rebuild(path: Path, options: EngineOptions | None = None) -> str:
@@ -97,11 +82,11 @@ def _unknown_fields(bundle: Bundle) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "sha256"}
 
 
-def _builder() -> trt.BuilderInfo:
+def _builder() -> build.BuilderInfo:
     """The library that can build here, TensorRT before TensorRT-RTX; raises BackendError."""
-    builder = trt.find_builder()
+    builder = build.find_builder()
     if builder is None:
-        reasons = "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
+        reasons = "; ".join(f"{info.library}: {info.reason}" for info in build.describe_builders())
         raise BackendError(f"nothing here can build an engine ({reasons})")
     return builder
 

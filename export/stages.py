@@ -1,17 +1,20 @@
-"""The stages of an export: what each did, and the state that goes from one to the next."""
+"""The stages of an export, and the immutable records that go from one to the next."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.graph.parity import Difference
+from dgm4.config import ModelConfig
+from engine.manifest import Calibration, Weights
+from engine.network.model import InferenceModel
+from export.bundle.writer import BundleWriter
+from export.graph.parity import Arrays, Difference, Tolerance, compare
 from export.options import ExportOptions
-from export.quantization.calibrate import Calibrated
 
 
 @dataclass(frozen=True)
@@ -34,42 +37,87 @@ class Stage:
 
 
 @dataclass
-class Run:
-    """The state of one export: options, what was said so far, and the records for the manifest.
-
-    `calibrated` holds the scales of activations and the shifts they are for; `ranking` names the layers that
-    a precision rounds, the one that loses most first, once it was needed, and `kept` those of them that stay
-    higher; `float_layers` are the float32 islands.
-    """
-
-    options: ExportOptions
-    report: Callable[[Stage], None]
-    verification: list[Difference] = field(default_factory=list)
-    calibration: dict[str, Any] | None = None
-    vocabulary: Path | None = None
-    calibrated: Calibrated | None = None
-    ranking: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    float_layers: list[str] = field(default_factory=list)
-
-    @property
-    def scales(self) -> dict[str, float] | None:
-        """Scales of calibrated activations by layer, or None."""
-        return None if self.calibrated is None else self.calibrated.scales
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Open]:
-        """Time a stage and report it once it went well."""
-        start = time.perf_counter()
-        current = Open()
-        yield current
-        self.verification += current.differences
-        self.report(Stage(name, current.text, time.perf_counter() - start, tuple(current.differences)))
-
-
-@dataclass
-class Open:
-    """What a stage that runs has to say of itself, and the differences it has checked."""
+class OpenStage:
+    """A running stage: the line that will describe it, its comparisons, and whether it failed besides."""
 
     text: str = ""
     differences: list[Difference] = field(default_factory=list)
+    failed: bool = False
+
+    def compare(
+        self,
+        name: str,
+        against: str,
+        reference: Sequence[Arrays],
+        candidate: Sequence[Arrays],
+        tolerance: Tolerance,
+    ) -> Difference:
+        """Record how far `candidate` is from `reference`; see `export.graph.parity.compare`."""
+        self.differences.append(compare(name, against, reference, candidate, tolerance))
+        return self.differences[-1]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed and every comparison is within its tolerance."""
+        return not self.failed and all(difference.passed for difference in self.differences)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same throughout an export: options, the bundle being written, who hears of stages."""
+
+    options: ExportOptions
+    writer: BundleWriter
+    report: Callable[[Stage], None]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[OpenStage]:
+        """Time a stage and report it; a stage that raises or fails a comparison is not reported."""
+        start = time.perf_counter()
+        current = OpenStage()
+        yield current
+        if current.passed:
+            self.report(Stage(name, current.text, time.perf_counter() - start, tuple(current.differences)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The float32 network to export.
+
+    `weights` is their record in the manifest, `vocabulary` the file the tokenizer was made of, `outputs` the
+    network's for `export.graph.parity.CASES`, `rewrite` their distance from the trained network's.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    vocabulary: Path
+    network: InferenceModel
+    outputs: Sequence[Arrays]
+    rewrite: Difference
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Scales of activations by layer, and the manifest's record of the pairs they come from."""
+
+    scales: Mapping[str, float]
+    record: Calibration
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A network brought to its precision, its graph written: one attempt.
+
+    `keep` names the Linear layers left a step above the precision, `float_layers` the modules with float32
+    parameters. `checks` are the comparisons made; the last one may have failed, and then nothing followed it.
+    """
+
+    network: InferenceModel
+    keep: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    checks: tuple[Difference, ...]
+
+    @property
+    def failure(self) -> str | None:
+        """Why this attempt is no use, or None."""
+        return next((check.failure for check in self.checks if not check.passed), None)

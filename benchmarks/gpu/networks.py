@@ -23,7 +23,7 @@ from engine.network.linear import E4M3
 from engine.network.model import Output
 from engine.network.precision import fp8_layers, set_precision
 from export.graph.rewrite import rewrite
-from export.quantization.ranges import read_histograms, scales_of
+from export.quantization.calibrate import calibrate
 
 NETWORKS = ("asap", "cals", "hammer")
 SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))
@@ -63,7 +63,7 @@ def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
     if calibrated:
         image, ids, mask = inputs(**JUDGED, device=str(device), vocabulary=model.config.vocabulary, seed=1)
         batch = {"image": image, "input_ids": ids, "attention_mask": mask}
-        scales = scales_of(read_histograms(network, fp8_layers(network), [batch]), E4M3)
+        scales = calibrate(network, fp8_layers(network), [batch], E4M3)
     return set_precision(network, precision, scales).to(device)
 
 

@@ -25,15 +25,12 @@ from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, Output
 from engine.network.precision import DTYPES, fp8_layers, set_precision
-from engine.network.rescale import MOST, rescale
 from kernels import jit
 from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
-SHIFTS = (
-    "shifts"  # in that file beside the layers: what channels were rescaled by, see engine.network.rescale
-)
+SHIFTS = "shifts"  # in the scales.json of an old bundle with rescaled channels
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
 Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 
@@ -114,7 +111,7 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
 
 
 def load_float(bundle: Bundle) -> InferenceModel:
-    """Build the bundle's network in float32 from its verified weights, rescaled; raises BundleError."""
+    """Build the bundle's network in float32 from its verified weights; raises BundleError."""
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
     _check_outputs(config, manifest)
@@ -122,13 +119,9 @@ def load_float(bundle: Bundle) -> InferenceModel:
     # Folds are computed from what is stored, and cast afterwards.
     state = {name: x.float() if x.is_floating_point() else x for name, x in _read(path).items()}
     try:
-        model = InferenceModel.from_released(state, config)
+        return InferenceModel.from_released(state, config)
     except CheckpointError as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
-    try:
-        return rescale(model, _read_shifts(bundle))
-    except ValueError as error:
-        raise BundleError(f"{SCALES}: {SHIFTS}: {error}; export the bundle again") from error
 
 
 def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None:
@@ -138,7 +131,10 @@ def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None
             raise BundleError(f"the bundle was calibrated but has no {SCALES}; export it again")
         return None
     path, scales = bundle.verified(SCALES), _read_calibrated(bundle)
-    scales.pop(SHIFTS, None)
+    if SHIFTS in scales:  # they are for a network whose channels were rescaled
+        raise BundleError(
+            f"{path}: written with --smooth, which is no longer supported; export the bundle again"
+        )
     if sorted(scales) != sorted(names):
         raise BundleError(
             f"{path}: expected the scales of {len(names)} layers by name; export the bundle again"
@@ -147,16 +143,6 @@ def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None
     if wrong:
         raise BundleError(f"{path}: {wrong[0]}: expected a finite number above 0, got {scales[wrong[0]]!r}")
     return scales
-
-
-def _read_shifts(bundle: Bundle) -> dict[str, list[int]]:
-    """The shifts of rescaled channels, by seam; empty where nothing was rescaled."""
-    shifts = _read_calibrated(bundle).get(SHIFTS, {}) if SCALES in bundle.manifest.files else {}
-    if not isinstance(shifts, dict) or not all(isinstance(x, list) for x in shifts.values()):
-        raise ValueError("expected a list of shifts by layer")
-    if any(type(x) is not int or abs(x) > MOST for values in shifts.values() for x in values):
-        raise ValueError(f"expected whole numbers from -{MOST} to {MOST}")
-    return shifts
 
 
 def _read_calibrated(bundle: Bundle) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.layout import GRAPH
-from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Smoothing, Verification
+from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Verification
 
 _UNTRAINED = (
     "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "
@@ -62,7 +62,6 @@ def _network(manifest: Manifest) -> str:
             f" Activations have fixed scales, calibrated ({calibration.method}) on "
             f"{calibration.pairs} pairs of {calibration.source}, drawn with seed {calibration.seed}."
         )
-        head += _smoothing(calibration.smoothing)
     head += _exceptions(manifest)
     config = {name: value for name, value in manifest.model.config.items() if name not in ("name", "size")}
     rows = ((f"`{name}`", value) for name, value in config.items())
@@ -82,15 +81,6 @@ def _code(names: Iterable[str]) -> str:
 def grouped(names: Iterable[str]) -> list[str]:
     """Names of modules, each once, with a star for every number in a list of layers."""
     return list(dict.fromkeys(re.sub(r"(?<=s\.)\d+", "*", name) for name in names))
-
-
-def _smoothing(smoothing: Smoothing | None) -> str:
-    if smoothing is None:
-        return ""
-    seams = smoothing.seams
-    done = f"rescaled between layers in {seams} places" if seams else "left as they are"
-    errors = f"{_percent(smoothing.plain)} % without, {_percent(smoothing.smoothed)} % with it"
-    return f" Channels are {done} (SmoothQuant, alpha {smoothing.alpha}; error of the outputs {errors})."
 
 
 def _tensors(manifest: Manifest) -> str:

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from export.cli.arguments import counts, device, positive, seconds, verb
+from export.cli.arguments import Verbs, add_device, add_threads, counts
+from export.flags import POSITIVE, SECONDS, read_options
 
 if TYPE_CHECKING:
     from export.bench.measure import Bench
@@ -20,13 +21,13 @@ _HEAD = (
 )
 
 
-def add_arguments(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
     parser = verbs.add_parser(
         "bench",
         help="measure how fast a bundle is served here",
         description="Latency percentiles and throughput of every backend that serves the bundle, end to end "
-        "(decoded picture and caption in, answer out) and of the model alone, one call after another.",
+        "(decoded image and caption in, prediction out) and of the model alone, one call after another.",
         epilog="The backends take turns. Columns after 'model' are the time of inference alone, then the "
         "medians of what comes before and after it. With torch on a GPU the resize counts as inference.",
     )
@@ -42,35 +43,28 @@ def add_arguments(verbs: Any) -> None:
         "--batch", type=counts, default=(), metavar="N[,N]", help="batch sizes; 1,8,32 within its limit"
     )
     parser.add_argument(
-        "--tokens", type=positive, default=24, metavar="N", help="tokens of a caption (%(default)s)"
+        "--tokens", type=POSITIVE, default=24, metavar="N", help="tokens of a caption (%(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=seconds, default=3.0, metavar="S", help="for a backend at a batch (%(default)g)"
+        "--seconds", type=SECONDS, default=3.0, metavar="S", help="for a backend at a batch (%(default)g)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; all cores by default")
-    parser.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
-    )
+    add_threads(parser)
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
-    parser.set_defaults(run=verb("export.cli.bench", "run"), parser=parser)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write the answer; the exit code is that of the first backend that failed."""
+    """Measure and write the figures; the exit code is that of the first backend that failed."""
     from tqdm import tqdm
 
     from engine import Bundle
     from export.bench.measure import BenchOptions, bench
     from export.output import open_output
 
-    settings = BenchOptions(
-        backends=tuple(dict.fromkeys(options.backend)),
-        batches=options.batch,
-        tokens=options.tokens,
-        seconds=options.seconds,
-        threads=options.threads,
-        device=options.device,
+    settings = read_options(
+        BenchOptions, options, backends=tuple(dict.fromkeys(options.backend)), batches=options.batch
     )
     with open_output(options.out) as out:
         with tqdm(unit="turn", leave=False, disable=None) as bar:  # None: only where stderr is a terminal
@@ -79,35 +73,35 @@ def run(options: argparse.Namespace) -> int:
                 bar.set_description(f"batch {batch}: {name}", refresh=False)
                 bar.update()
 
-            found = bench(Bundle.open(options.bundle), settings, report)
-        out.write(json.dumps(found.to_dict(), allow_nan=False) + "\n" if options.json else table(found))
-    for name, error in found.failed.items():
+            result = bench(Bundle.open(options.bundle), settings, report)
+        out.write(json.dumps(result.to_dict(), allow_nan=False) + "\n" if options.json else table(result))
+    for name, error in result.failed.items():
         sys.stderr.write(f"dgm4: {name} was not measured: {error}\n")
-    return next((error.exit_code for error in found.failed.values()), 0)
+    return next((error.exit_code for error in result.failed.values()), 0)
 
 
-def table(found: Bench) -> str:
+def table(result: Bench) -> str:
     """The measurements as lines of text, milliseconds a call."""
     from export.bench.process import PICTURE
     from export.output import align
 
-    machine, options = found.machine, found.options
+    machine, options = result.machine, result.options
     processor = machine["processor"].get("model name", machine["system"])
     threads = options.threads or machine["cores"]
     lines = [
-        f"{' '.join(found.model.values())}: {options.tokens} tokens, pictures of {PICTURE[0]} x {PICTURE[1]}",
+        f"{' '.join(result.model.values())}: {options.tokens} tokens, images of {PICTURE[0]} x {PICTURE[1]}",
         f"{processor}, {threads} of {machine['cores']} cores, load {machine['load']:g} at the start",
         *machine["gpus"],
         "",
-        *align(_rows(found), left=2),
+        *align(_rows(result), left=2),
     ]
-    lines += [f"{name}: not measured: {reason}" for name, reason in found.absent.items()]
+    lines += [f"{name}: not measured: {reason}" for name, reason in result.absent.items()]
     return "\n".join(lines) + "\n"
 
 
-def _rows(found: Bench) -> Rows:
+def _rows(result: Bench) -> Rows:
     rows: Rows = [_HEAD]
-    for row in found.rows:
+    for row in result.rows:
         head = (row.backend, row.device, str(row.batch), str(row.calls))
         end_to_end, model = (
             [*(f"{part[name]:.1f}" for name in ("p50", "p95", "p99")), f"{rate:.1f}"]

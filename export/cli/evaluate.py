@@ -7,9 +7,12 @@ import contextlib
 import importlib.util
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import BackendError, NumericalError, VerificationError
+from export.cli.arguments import Verbs, add_backend, add_data
+from export.flags import POSITIVE, read_options
 from export.output import open_output
 
 if TYPE_CHECKING:
@@ -19,8 +22,46 @@ if TYPE_CHECKING:
 _NEEDED = ("torch", "safetensors")
 
 
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "evaluate",
+        help="measure a bundle on annotated pairs",
+        description="The task's metrics of a bundle, beside those of the float32 network on the same pairs.",
+        epilog="With --gate, exit code 3 where AUC, mAP, IoUmean or text_F1 lies further from float32 than "
+        "the precision may: 1 point for int8 and fp8, 0.2 for fp16 and bf16, 0.02 for fp32.",
+    )
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add_data(parser)
+    add("--split", choices=("train", "val", "test"), default="test")
+    add("--limit", type=POSITIVE, metavar="N", help="draw N pairs of the split")
+    add_backend(parser)
+    add("--batch", type=POSITIVE, metavar="N", help="pairs a run; 32 or the bundle's largest")
+    add(
+        "--reference",
+        choices=("auto", "none"),
+        default="auto",
+        help="compare with float32 torch, or not (%(default)s)",
+    )
+    add("--checkpoint", type=Path, metavar="FILE", help="the reference's weights; else the bundle's own")
+    add("--gate", action="store_true", help="fail where accuracy is lost")
+    add(
+        "--on-bad",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what an unusable record does (%(default)s)",
+    )
+    add("--json", action="store_true", help="print one JSON report instead of a table")
+    add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    add("--html", type=Path, metavar="FILE", help="write a page with images too")
+    parser.set_defaults(run=run, parser=parser)
+
+
 def run(options: argparse.Namespace) -> int:
-    """Evaluate and write the answer; raises VerificationError where --gate was given and the gate failed."""
+    """Evaluate and write the report; raises VerificationError where --gate was given and the gate failed."""
+    if (wrong := _usage_error(options)) is not None:
+        options.parser.error(wrong)
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         raise BackendError(
@@ -32,34 +73,34 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open_output(options.out))
         page = stack.enter_context(open_output(options.html, None, "--html")) if options.html else None
-        found = _evaluate(options)
-        _report_problems(found)
+        result = _evaluate(options)
+        _report_problems(result)
         failures = None
-        if found.comparison is not None:
-            reference = found.comparison.scores.metrics
-            failures = check_gate(found.model["precision"], found.scores.metrics, reference)
-        out.write(_json(found, failures) if options.json else write_table(found, failures))
+        if result.comparison is not None:
+            reference = result.comparison.scores.metrics
+            failures = check_gate(result.model["precision"], result.scores.metrics, reference)
+        out.write(_json(result, failures) if options.json else write_table(result, failures))
         if page is not None:
-            page.write(write_page(found, failures))
+            page.write(write_page(result, failures))
     if options.gate and failures:
         raise VerificationError(f"the accuracy gate failed: {'; '.join(map(str, failures))}")
     return 0
 
 
+def _usage_error(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments taken together, or None."""
+    if options.reference == "none" and (options.gate or options.checkpoint):
+        return "--gate and --checkpoint need the reference that --reference none leaves out"
+    if options.out and options.html and options.out.absolute() == options.html.absolute():
+        return "--out and --html name the same file"
+    return None
+
+
 def _evaluate(options: argparse.Namespace) -> Evaluation:
     from export.evaluation.evaluate import EvaluateOptions, evaluate
 
-    settings = EvaluateOptions(
-        split=options.split,
-        limit=options.limit,
-        backend=options.backend,
-        device=options.device,
-        threads=options.threads,
-        batch=options.batch,
-        reference="required" if options.gate and options.reference == "auto" else options.reference,
-        checkpoint=options.checkpoint,
-        on_bad=options.on_bad,
-    )
+    reference = "required" if options.gate and options.reference == "auto" else options.reference
+    settings = read_options(EvaluateOptions, options, reference=reference)
     try:
         return evaluate(options.bundle, options.data, settings, progress=sys.stderr.isatty())
     except NumericalError as error:
@@ -68,16 +109,16 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
         raise
 
 
-def _json(found: Evaluation, failures: list[GateFailure] | None) -> str:
+def _json(result: Evaluation, failures: list[GateFailure] | None) -> str:
     gate = None if failures is None else {"passed": not failures, "failures": [str(f) for f in failures]}
-    return json.dumps({**found.to_dict(), "gate": gate}, allow_nan=False) + "\n"
+    return json.dumps({**result.to_dict(), "gate": gate}, allow_nan=False) + "\n"
 
 
-def _report_problems(found: Evaluation) -> None:
+def _report_problems(result: Evaluation) -> None:
     """Count on stderr what was left out."""
-    if found.problems:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in found.problems.items())
-        left_out = sum(found.problems.values())
+    if result.problems:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in result.problems.items())
+        left_out = sum(result.problems.values())
         sys.stderr.write(
-            f"dgm4: {left_out} bad records were left out ({kinds}); {found.pairs} pairs answered\n"
+            f"dgm4: {left_out} bad records were left out ({kinds}); {result.pairs} pairs answered\n"
         )

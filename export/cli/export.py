@@ -1,4 +1,4 @@
-"""`dgm4 export`, which is `python export/to_trt.py` too."""
+"""`dgm4 export`, which is `python export/to_trt.py` too: export, then try the bundle on a sample."""
 
 from __future__ import annotations
 
@@ -7,24 +7,47 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from engine import Bundle, Predictor
 from engine.errors import BackendError, InputError
-from export.cli.engine_arguments import engine_options
+from export.cli.arguments import Verbs
+from export.cli.repository import summary
+from export.flags import add_flags, as_option, read_options
+from export.options import ExportOptions, check_options
 
-_NEEDED = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
+if TYPE_CHECKING:
+    from export.stages import Stage
+
+_NEEDED = ("torch", "onnx", "onnxscript", "safetensors")
+_GRAPHS = ("fp32", "fp16", "int8")  # precisions whose ONNX graph Triton Inference Server can run
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser("export", help="make a bundle of a checkpoint", description="Make a bundle.")
+    add_flags(parser, ExportOptions)
+    parser.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="bundle-<model>-<size>-<precision> by default"
+    )
+    parser.add_argument(
+        "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export, then let the bundle answer for a sample picture; see `export.pipeline`."""
-    missing = [package for package, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    """Export, then run the bundle on a sample pair; see `export.pipeline`."""
+    if (wrong := _usage_error(options)) is not None:
+        options.parser.error(wrong)
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         raise BackendError(
             f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
         )
-    from export.cli.arguments import as_option
-    from export.options import ExportOptions, check_options
-    from export.pipeline import Stage, export_bundle
+    from export.pipeline import export_bundle
 
     stages: list[Stage] = []
 
@@ -33,43 +56,42 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write(_line(stage))
 
     out = options.out or _default_out(options)
-    drawn = _check_drawing(out)
+    image = _check_sample_place(out)
     if options.triton_repository is not None:
         _check_repository(options.triton_repository, out)
-    chosen = ExportOptions(
-        out=out,
-        model=options.model,
-        checkpoint=_checkpoint(options),
-        size=options.size,
-        precision=options.precision,
-        max_batch=options.max_batch,
-        max_tokens=options.max_tokens,
-        targets=options.target or (),
-        engine=options.target is not None,
-        building=engine_options(options),
-        vocabulary=options.vocab,
-        data=options.data,
-        split=options.split,
-        calibration=options.calibration,
-        calibration_pairs=options.calibration_pairs,
-        calibration_method=options.calibration_method,
-        keep_layers=options.keep_layers,
-        smooth=options.smooth,
-    )
+    chosen = _export_options(options, out)
     try:
         check_options(chosen)
     except InputError as error:
-        options.parser.error(as_option(str(error)))
+        options.parser.error(as_option(str(error), ExportOptions))
     manifest = export_bundle(chosen, report)
-    answer = _try(out, drawn, manifest["weights"]["sha256"])
+    result = _try(out, image, manifest["weights"]["sha256"])
     if options.triton_repository is not None:
         sys.stderr.write(_write_repository(out, options.triton_repository))
     if options.json:
         record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
-        sys.stdout.write(json.dumps({**record, "sample": answer}, allow_nan=False) + "\n")
-    elif answer is not None:
-        sys.stdout.write(_summary(answer))
+        sys.stdout.write(json.dumps({**record, "sample": result}, allow_nan=False) + "\n")
+    elif result is not None:
+        sys.stdout.write(_summary(result))
     return 0
+
+
+def _usage_error(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments taken together, or None."""
+    default = options.parser.get_default
+    if options.calibration is None and options.calibration_pairs != default("calibration_pairs"):
+        return "--calibration-pairs says how --calibration DIR is read: give that too"
+    if options.data is None and options.split != default("split"):
+        return "--split is of the data to evaluate on: give --data DIR too"
+    if options.triton_repository and options.precision not in _GRAPHS:
+        return f"--triton-repository is for a precision with an ONNX graph: {', '.join(_GRAPHS)}"
+    return None
+
+
+def _export_options(options: argparse.Namespace, out: Path) -> ExportOptions:
+    """The options of the command line; no engine where --target is none."""
+    engine = {"targets": options.targets or (), "engine": options.targets is not None}
+    return read_options(ExportOptions, options, out=out, checkpoint=_checkpoint(options), **engine)
 
 
 def _checkpoint(options: argparse.Namespace) -> Path | None:
@@ -80,22 +102,19 @@ def _checkpoint(options: argparse.Namespace) -> Path | None:
     if options.checkpoint is not None and options.drawn:
         raise InputError("--drawn takes no checkpoint: leave out one of --drawn and --checkpoint")
     if options.checkpoint is not None or options.drawn or options.size == "base":
-        return options.checkpoint
+        path: Path | None = options.checkpoint
+        return path
     from dgm4.shipped import demo_checkpoint
 
     return demo_checkpoint(options.model or "asap")
 
 
 def _default_out(options: argparse.Namespace) -> Path:
-    name = (
-        options.checkpoint.stem
-        if options.checkpoint
-        else f"{options.model or 'asap'}-{options.size or 'tiny'}"
-    )
-    return Path(f"bundle-{name}-{options.precision}")
+    name = f"{options.model or 'asap'}-{options.size or 'tiny'}"
+    return Path(f"bundle-{options.checkpoint.stem if options.checkpoint else name}-{options.precision}")
 
 
-def _line(stage: Any) -> str:
+def _line(stage: Stage) -> str:
     """One line a stage: name, seconds, what it did, and its distance from the stage before."""
     distances = "".join(
         f" | from the {d.against}: max {d.max:.1e}, RMS {d.rms:.1e} (allowed: {d.kind} {d.tolerance:g})"
@@ -104,14 +123,12 @@ def _line(stage: Any) -> str:
     return f"{stage.name:<10}{stage.seconds:7.1f} s  {stage.text}{distances}\n"
 
 
-def _check_drawing(bundle: Path) -> Path:
-    """Where the sample's picture goes; raises InputError for a file there that no earlier export made."""
-    drawn = bundle.with_name(f"{bundle.name}-sample.png")
-    if drawn.exists() and not (drawn.is_file() and bundle.is_dir()):
-        raise InputError(
-            f"{drawn}: the sample's picture goes there; move what is there, or choose another --out"
-        )
-    return drawn
+def _check_sample_place(bundle: Path) -> Path:
+    """Where the sample is drawn; raises InputError for a file there that no earlier export made."""
+    image = bundle.with_name(f"{bundle.name}-sample.png")
+    if image.exists() and not (image.is_file() and bundle.is_dir()):
+        raise InputError(f"{image}: the sample is drawn there; move what is there, or choose another --out")
+    return image
 
 
 def _check_repository(repository: Path, bundle: Path) -> None:
@@ -127,17 +144,14 @@ def _check_repository(repository: Path, bundle: Path) -> None:
 
 def _write_repository(bundle: Path, repository: Path) -> str:
     """Make a model repository of the finished bundle; what it serves, in lines."""
-    from engine import Bundle
-    from export.cli.repository import summary
     from export.inference_server.repository import name_models, write_repository
 
     return summary(repository, write_repository(name_models([Bundle.open(bundle)]), repository))
 
 
-def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | None:
+def _try(bundle: Path, image: Path, weights: str | None) -> dict[str, Any] | None:
     """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
-    from engine import Predictor
-    from export.cli.sample import choose_sample
+    from export.sample import choose_sample
 
     sample = choose_sample(weights)
     if sample is None:
@@ -147,31 +161,31 @@ def _try(bundle: Path, drawn: Path, weights: str | None) -> dict[str, Any] | Non
         return None
     with Predictor(bundle) as predictor:
         predictor.warm_up()
-        answer = predictor.predict(sample.picture, sample.caption)
+        prediction = predictor.predict(sample.image, sample.caption)
     try:
-        answer.plot(drawn)
+        prediction.plot(image)
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{drawn}: cannot be written: {reason}; the bundle itself is whole") from error
-    known = {"picture": sample.picture.name, "truth": sample.truth, "drawn": str(drawn)}
-    return {**known, **answer.to_dict(heatmap=False)}
+        raise InputError(f"{image}: cannot be written: {reason}; the bundle itself is whole") from error
+    head = {"picture": sample.image.name, "truth": sample.truth, "drawn": str(image)}
+    return {**head, **prediction.to_dict(heatmap=False)}
 
 
-def _summary(answer: dict[str, Any]) -> str:
-    """The answer for the sample picture in a few lines."""
-    verdict = "manipulated" if answer["manipulated"] else "pristine"
-    types = ", ".join(f"{name} {score:.2f}" for name, score in answer["types"].items())
-    box = "none" if answer["box"] is None else ", ".join(f"{x:.0f}" for x in answer["box"])
-    marked = " ".join(f"[{w['text']}]" if w["manipulated"] else w["text"] for w in answer["words"])
-    timing = ", ".join(f"{name} {ms:.1f}" for name, ms in answer["timing"].items())
+def _summary(result: dict[str, Any]) -> str:
+    """The prediction for the sample in a few lines."""
+    verdict = "manipulated" if result["manipulated"] else "pristine"
+    types = ", ".join(f"{name} {score:.2f}" for name, score in result["types"].items())
+    box = "none" if result["box"] is None else ", ".join(f"{x:.0f}" for x in result["box"])
+    marked = " ".join(f"[{w['text']}]" if w["manipulated"] else w["text"] for w in result["words"])
+    timing = ", ".join(f"{name} {ms:.1f}" for name, ms in result["timing"].items())
     lines = [
-        f"{answer['picture']}: {verdict} (score {answer['score']:.3f})",
+        f"{result['picture']}: {verdict} (score {result['score']:.3f})",
         f"  types    {types}",
-        f"  box      {box} (pixels of the picture: x1, y1, x2, y2)",
+        f"  box      {box} (pixels of the image: x1, y1, x2, y2)",
         f"  words    {marked}",
-        *([f"  truth    {answer['truth']}"] if answer["truth"] else []),
+        *([f"  truth    {result['truth']}"] if result["truth"] else []),
         f"  timing   {timing} (ms)",
-        f"  drawn    {answer['drawn']}",
-        *(f"  warning  {warning}" for warning in answer["warnings"]),
+        f"  drawn    {result['drawn']}",
+        *(f"  warning  {warning}" for warning in result["warnings"]),
     ]
     return "\n".join(lines) + "\n"

@@ -1,37 +1,33 @@
-"""`dgm4 inspect` and `dgm4 doctor`."""
+"""`dgm4 inspect`: verify a bundle and show what it is."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from engine.backends import describe, serving, usable_cores
+from engine.backends import serving
 from engine.bundle import Bundle
-from engine.packages import version_of
 from export.bundle.card import grouped, largest_text
-
-_PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
-    "torch",
-    "triton",
-    "safetensors",
-    "onnx",
-    "tokenizers",
-    "pillow",
-    "numpy",
-)
+from export.cli.arguments import Verbs
 
 
-def inspect(options: argparse.Namespace) -> int:
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser("inspect", help="verify a bundle and show what it is")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--layers", action="store_true", help="each Linear layer's error against float32 too")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Verify every file of a bundle and print what it is."""
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
@@ -90,9 +86,6 @@ def _precision_lines(record: dict[str, Any]) -> list[str]:
     lines = []
     if calibration := record.get("calibration"):
         lines.append("calibrated {method}, {pairs} pairs of {source}".format(**calibration))
-        if smoothing := calibration.get("smoothing"):
-            text = "rescaled   channels in {seams} places (alpha {alpha}): outputs off by {smoothed:.2%}, "
-            lines.append((text + "{plain:.2%} without").format(**smoothing))
     if floating := record["float32_layers"]:
         lines.append(f"float32    {len(floating)} modules: {', '.join(grouped(floating))}")
     if kept := record["kept_layers"]:
@@ -101,7 +94,7 @@ def _precision_lines(record: dict[str, Any]) -> list[str]:
 
 
 def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of errors in percent of float32's answer (RMS), the worst layer first."""
+    """A table of errors in percent of float32's output (RMS), the worst layer first."""
     if not layers:
         return []
     width = max(len(layer["name"]) for layer in layers)
@@ -111,34 +104,3 @@ def _layer_lines(layers: Sequence[dict[str, Any]]) -> list[str]:
         f"{'  kept' if x['kept'] else ''}"
         for x in layers
     ]
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Print what this machine has for exporting and serving."""
-    from export.trt.build import describe_builders
-
-    lacking = describe()
-    record = {
-        "python": platform.python_version(),
-        "cores": usable_cores(),
-        "packages": {name: version_of(name) for name in _PACKAGES},
-        "backends": [name for name, lack in lacking.items() if lack is None],
-        "absent_backends": {name: lack for name, lack in lacking.items() if lack is not None},
-        "builders": {
-            info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
-            for info in describe_builders()
-        },
-    }
-    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _checkup(record))
-    return 0
-
-
-def _checkup(record: dict[str, Any]) -> str:
-    lines = [f"python     {record['python']}, {record['cores']} cores"]
-    lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
-    lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
-    lines += [f"absent     {name} needs {lack}" for name, lack in record["absent_backends"].items()]
-    for name, builder in record["builders"].items():
-        state = "can build" if builder["usable"] else "cannot build"
-        lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
-    return "\n".join(lines) + "\n"

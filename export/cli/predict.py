@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tqdm import tqdm
-
 from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
 from engine.predictor import THUMBNAIL_SIDE
 from engine.render import check_plot_path
+from export.cli.arguments import Verbs, add_backend
+from export.flags import POSITIVE
 from export.output import open_output
 
 Record = dict[str, Any]
@@ -32,8 +32,45 @@ _PAGE_HEAD = """<!doctype html>
 _PAGE_TAIL = "</body></html>\n"
 
 
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "predict",
+        help="classify images with captions",
+        description="Classify one pair (IMAGE CAPTION), or the pairs of a JSON-lines list.",
+        epilog='A line of the list: {"image": "photo.jpg", "caption": "..."} ("text" does for "caption"; '
+        "paths are relative to the list). A failed item gives a line with its error, and exit code 1.",
+    )
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("image", nargs="?", help="image file (JPEG, PNG, WebP, BMP, GIF)")
+    add("caption", nargs="?")
+    add("--list", type=Path, metavar="FILE", help="JSON-lines list of pairs; - for stdin")
+    add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    add("--html", action="store_true", help="write a page instead of JSON lines")
+    add("--plot", type=Path, metavar="FILE", help="draw the prediction of a single pair")
+    add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
+    add("--batch", type=POSITIVE, default=8, metavar="N", help="pairs a run (%(default)s)")
+    add_backend(parser)
+    add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
+    add("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def _usage_error(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments taken together, or None."""
+    given = options.image is not None, options.caption is not None, options.list is not None
+    if given not in ((True, True, False), (False, False, True)):
+        return "expected IMAGE and CAPTION, or --list FILE"
+    if options.plot and options.list:
+        return "--plot draws a single pair; use --html for a list"
+    return None
+
+
 def run(options: argparse.Namespace) -> int:
-    """Judge the pairs; exit code 1 if any of them failed."""
+    """Predict the pairs; exit code 1 if any of them failed."""
+    if (wrong := _usage_error(options)) is not None:
+        options.parser.error(wrong)
     if options.plot:
         check_plot_path(options.plot)
     with contextlib.ExitStack() as stack:
@@ -41,19 +78,19 @@ def run(options: argparse.Namespace) -> int:
         out = stack.enter_context(open_output(options.out, options.list))
         predictor = stack.enter_context(_predictor(options))
         if lines is not None:
-            return _judge_list(predictor, lines, out, options)
+            return _predict_list(predictor, lines, out, options)
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
-        answer = predictor.predict(options.image, os.fsencode(options.caption))
-        _write(out, options, [({"image": options.image}, answer)])
+        prediction = predictor.predict(options.image, os.fsencode(options.caption))
+        _write(out, options, [({"image": options.image}, prediction)])
         if options.plot:
-            _plot(answer, options.plot)
+            _plot(prediction, options.plot)
         return 0
 
 
-def _plot(answer: Prediction, path: Path) -> None:
-    """Draw the answer; raises InputError where the picture cannot be written."""
+def _plot(prediction: Prediction, path: Path) -> None:
+    """Draw the prediction; raises InputError where it cannot be written."""
     try:
-        answer.plot(path)
+        prediction.plot(path)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"--plot {path}: cannot be written: {reason}; choose another place") from error
@@ -72,9 +109,9 @@ def _predictor(options: argparse.Namespace) -> Predictor:
 
 
 class _Reader:
-    """Pairs of a list for `Predictor.stream`; keeps what each answer's record starts with.
+    """Pairs of a list for `Predictor.stream`; keeps what the record of each prediction starts with.
 
-    `pending` holds, for every pair that was handed over and not yet answered, the line's number, picture
+    `pending` holds, for every pair that was handed over and has no prediction yet, the line's number, image
     and id, and what was wrong with the line.
     """
 
@@ -92,32 +129,33 @@ class _Reader:
                 record = _parse(line, number)
             except InputError as error:
                 self.pending.append(({"line": number, "image": None}, error))
-                yield None  # no pair: the predictor answers with an error, in its place
+                yield None  # no pair: the predictor returns an error in its place
             else:
                 head: Record = {name: record[name] for name in ("image", "id") if name in record}
                 self.pending.append(({"line": number, **head}, None))
                 yield self.base / record["image"], record["caption"]
 
 
-def _judge_list(
+def _predict_list(
     predictor: Predictor, lines: Iterable[bytes], out: IO[str], options: argparse.Namespace
 ) -> int:
     """Stream the list through the predictor, one record a line, in order."""
     reader = _Reader(lines, Path.cwd() if str(options.list) == "-" else options.list.parent)
     failed = done = 0
 
-    def answers() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
+    from tqdm import tqdm
+
+    def predictions() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
         nonlocal failed, done
         pairs = cast(Iterable[Any], reader)
         stream = predictor.stream(pairs, batch_size=options.batch, on_error="return")
-        for answer in tqdm(stream, unit="pair", disable=not sys.stderr.isatty()):
+        for result in tqdm(stream, unit="pair", disable=not sys.stderr.isatty()):
             head, wrong = reader.pending.popleft()
-            found = wrong or answer
-            failed += isinstance(found, Dgm4Error)
+            failed += isinstance(wrong or result, Dgm4Error)
             done += 1
-            yield head, found
+            yield head, wrong or result
 
-    _write(out, options, answers())
+    _write(out, options, predictions())
     if failed:
         sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error\n")
     return _BAD_INPUT if failed else 0
@@ -140,31 +178,31 @@ def _parse(line: bytes, number: int) -> Record:
 
 
 def _write(
-    out: IO[str], options: argparse.Namespace, answers: Iterable[tuple[Record, Prediction | Dgm4Error]]
+    out: IO[str], options: argparse.Namespace, results: Iterable[tuple[Record, Prediction | Dgm4Error]]
 ) -> None:
-    """Write each answer as it comes."""
+    """Write each prediction as it comes."""
     if options.html:
         out.write(_PAGE_HEAD)
-    for head, answer in answers:
-        out.write(_fragment(head, answer) if options.html else _json_line(head, answer, options.heatmap))
+    for head, result in results:
+        out.write(_fragment(head, result) if options.html else _json_line(head, result, options.heatmap))
     if options.html:
         out.write(_PAGE_TAIL)
 
 
-def _json_line(head: Record, answer: Prediction | Dgm4Error, heatmap: bool) -> str:
-    if isinstance(answer, Prediction):
-        body = answer.to_dict(heatmap)
+def _json_line(head: Record, result: Prediction | Dgm4Error, heatmap: bool) -> str:
+    if isinstance(result, Prediction):
+        body = result.to_dict(heatmap)
     else:
-        body = {"error": str(answer), "kind": type(answer).__name__}
+        body = {"error": str(result), "kind": type(result).__name__}
     return json.dumps({**head, **body}, allow_nan=False) + "\n"
 
 
-def _fragment(head: Record, answer: Prediction | Dgm4Error) -> str:
+def _fragment(head: Record, result: Prediction | Dgm4Error) -> str:
     name = head["image"] or f"line {head['line']}"
     heading = f"<h2>{html.escape(name)}</h2>\n"
-    if isinstance(answer, Prediction):
-        return heading + answer.to_html()
-    return f"{heading}<p>{html.escape(str(answer))}</p>\n"
+    if isinstance(result, Prediction):
+        return heading + result.to_html()
+    return f"{heading}<p>{html.escape(str(result))}</p>\n"
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.cli.arguments import counts, positive, verb, whole
+from export.cli.arguments import Verbs, add_threads, counts
+from export.flags import POSITIVE, WHOLE, read_options
 
 
-def add_arguments(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
     parser = verbs.add_parser(
         "repository",
@@ -26,11 +27,11 @@ def add_arguments(verbs: Any) -> None:
         "--kind", choices=("auto", "cpu", "gpu"), default="auto", help="where instances run (%(default)s)"
     )
     parser.add_argument(
-        "--instances", type=positive, default=1, metavar="N", help="copies on each device (%(default)s)"
+        "--instances", type=POSITIVE, default=1, metavar="N", help="copies on each device (%(default)s)"
     )
     parser.add_argument(
         "--queue-delay",
-        type=whole,
+        type=WHOLE,
         default=500,
         metavar="US",
         help="microseconds to wait for a batch (%(default)s)",
@@ -42,35 +43,22 @@ def add_arguments(verbs: Any) -> None:
         metavar="N[,N]",
         help="batches sent at once; 8 and the largest",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of an instance; all cores")
+    add_threads(parser)
     parser.add_argument(
         "--accelerate", action="store_true", help="let ONNX Runtime build TensorRT engines on the server"
     )
-    parser.set_defaults(run=verb("export.cli.repository", "run"), usage_error=_usage, parser=parser)
-
-
-def _usage(options: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments taken together, or None."""
-    if options.name is not None and len(options.bundle) > 1:
-        return "--name is for a single bundle"
-    return None
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the repository and print what it serves."""
+    if options.name is not None and len(options.bundle) > 1:
+        options.parser.error("--name is for a single bundle")
     from engine import Bundle
     from export.inference_server.config import ServerOptions
     from export.inference_server.repository import name_models, write_repository
 
-    settings = ServerOptions(
-        plan=options.plan,
-        kind=options.kind,
-        instances=options.instances,
-        queue_delay_us=options.queue_delay,
-        preferred=options.preferred,
-        accelerate=options.accelerate,
-        threads=options.threads,
-    )
+    settings = read_options(ServerOptions, options, queue_delay_us=options.queue_delay)
     bundles = [Bundle.open(path) for path in options.bundle]
     named = name_models(bundles) if options.name is None else {options.name: bundles[0]}
     manifest = write_repository(named, options.out, settings)

@@ -124,6 +124,11 @@ def find_builder() -> BuilderInfo | None:
     return next((info for info in describe_builders() if info.usable), None)
 
 
+def reasons() -> str:
+    """Why none of the libraries builds here, in one line."""
+    return "; ".join(f"{info.library}: {info.reason}" for info in describe_builders())
+
+
 def gpu_capability() -> str | None:
     """Compute capability of this machine's first GPU, asked in a process of its own; None without one."""
     capability: str | None = _probe_driver()["compute_capability"]

@@ -1,4 +1,4 @@
-"""What an engine may be besides fast: without its weights, for later versions, for other GPUs.
+"""Special engines: without their weights, for later versions of the library, for other GPUs.
 
 Sources: docs.nvidia.com/deeplearning/tensorrt, "Engine Compatibility" and "Refitting an Engine", and of
 TensorRT-RTX "Engine Compatibility"; what RTX says of each was tried with 1.7.1.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import BuildError, InputError
+from export.flags import check_values, flag
 
 LEVELS = {"ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
 _STRIPPED = ("STRIP_PLAN", "REFIT_IDENTICAL")
@@ -25,17 +26,25 @@ class Features:
     own; None for the builder's GPU.
     """
 
-    strip_weights: bool = False
-    version_compatible: bool = False
-    hardware: str | None = None
+    strip_weights: bool = flag(
+        False,
+        "leave the weights out of the engine: they enter from model.onnx when it is loaded; needs a GPU",
+    )
+    version_compatible: bool = flag(
+        False, "for later releases of the same major version of TensorRT too, somewhat slower; not RTX"
+    )
+    hardware: str | None = flag(
+        None,
+        "ampere: for every GPU from compute capability 8.0, slower; same: for every model of this GPU's "
+        "compute capability; not RTX, which has --target",
+        name="hardware-compatible",
+        choices=tuple(LEVELS),
+    )
 
 
 def check_features(features: Features) -> None:
-    """Raise InputError for features that no library has together."""
-    if features.hardware not in (None, *LEVELS):
-        raise InputError(
-            f"hardware-compatible: expected one of {', '.join(LEVELS)}, got {features.hardware!r}"
-        )
+    """Raise InputError for features that no library offers together."""
+    check_values(features)
     if features.strip_weights and features.version_compatible:
         raise InputError(
             "strip-weights and version-compatible: the lean runtime, which a version-compatible engine is "

@@ -1,24 +1,48 @@
-"""How an engine is built, whatever its network."""
+"""The options of how an engine is built, whatever its network.
+
+Their flags are options of `dgm4 export` and `dgm4 rebuild`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from engine.errors import BackendError, InputError
-from export.trt import build as trt
+from export.flags import SECONDS, Number, check_values, flag
+from export.trt import build
 from export.trt.features import Features, check_features, no_plugins, refusal
 from export.trt.profiles import Extent, Profile, Shapes, auto_extents, check_extents, profiles_of
 from export.trt.timing_cache import default_cache
 
 PLUGINS = ("auto", "on", "off")
-_MOST_WORKSPACE_MB = 1 << 20  # a TiB
+WORKSPACE = Number("1 to 1048576 MiB", int, 1, 1 << 20)  # at most a TiB
+_EXTENT = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 _FIRST_E4M3 = 8.9  # kernels.rows.E4M3_CAPABILITY, which needs torch
 _COMPILERS = ("triton", "torch", "onnx")
 _CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # kernels.jit.TARGETS, which needs torch
+
+
+def _parse_extents(text: str) -> tuple[Extent, ...] | None:
+    """Pairs x tokens with commas between them, or None for auto."""
+    if text == "auto":
+        return None
+    matches = [_EXTENT.fullmatch(part.strip()) for part in text.split(",")]
+    if None in matches:
+        raise argparse.ArgumentTypeError(f"expected auto or pairs x tokens as 1x32,32x128, got {text!r}")
+    return tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
+
+
+def _parse_cache(text: str) -> Path | Literal["auto"] | None:
+    """A file; None for none."""
+    if text == "auto":
+        return "auto"
+    return None if text == "none" else Path(text)
 
 
 @dataclass(frozen=True)
@@ -31,11 +55,30 @@ class EngineOptions:
     layer in MiB; None for the library's own limit. features: what the engine may be besides.
     """
 
-    plugins: str = PLUGINS[0]
-    profiles: tuple[Extent, ...] | None = None
-    timing_cache: Path | Literal["auto"] | None = "auto"
-    limit_s: float = 3600.0
-    workspace_mb: int | None = None
+    plugins: str = flag(
+        PLUGINS[0],
+        "our kernels inside the engine (full TensorRT alone); auto: where they can be (%(default)s)",
+        choices=PLUGINS,
+    )
+    profiles: tuple[Extent, ...] | None = flag(
+        None,
+        "most pairs and tokens of each, as 1x32,8x64,32x128, the last for the bundle's limits; auto: that "
+        "one, and with tensorrt one more for single pairs (auto)",
+        metavar="auto|BxT[,BxT]",
+        type=_parse_extents,
+    )
+    timing_cache: Path | Literal["auto"] | None = flag(
+        "auto",
+        "what TensorRT timed, kept for the next build; by default in the user's cache folder",
+        metavar="FILE|none",
+        type=_parse_cache,
+    )
+    limit_s: float = flag(
+        3600.0, "give up then (%(default)g)", name="build-limit", metavar="SECONDS", type=SECONDS
+    )
+    workspace_mb: int | None = flag(
+        None, "scratch memory of a layer at most", name="workspace", metavar="MIB", type=WORKSPACE
+    )
     features: Features = Features()
 
     def check(self, max_batch: int, max_tokens: int) -> None:
@@ -46,36 +89,30 @@ class EngineOptions:
 
     def check_alone(self) -> None:
         """Raise InputError where they do not fit each other, whatever the bundle."""
-        if self.plugins not in PLUGINS:
-            raise InputError(f"plugins: expected one of {', '.join(PLUGINS)}, got {self.plugins!r}")
+        check_values(self)
         cache = self.timing_cache
         if isinstance(cache, Path) and (cache.is_dir() or not cache.absolute().parent.is_dir()):
             raise InputError(f"timing_cache: expected a file in a folder that exists, got {cache}")
-        if self.limit_s <= 0:
-            raise InputError(f"build limit: expected seconds above 0, got {self.limit_s:g}")
-        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST_WORKSPACE_MB:
-            most = f"1 to {_MOST_WORKSPACE_MB} MiB"
-            raise InputError(f"workspace: expected {most}, got {self.workspace_mb}")
         check_features(self.features)
         if self.plugins == "on" and (excluded := no_plugins(self.features)) is not None:
             raise InputError(f"plugins: 'on' does not go with such an engine: {excluded}")
 
-    def check_builder(self, builder: trt.BuilderInfo) -> None:
+    def check_builder(self, builder: build.BuilderInfo) -> None:
         """Raise BackendError where this library on this machine has no such features."""
         if self.features != Features():
-            capability = builder.compute_capability or trt.gpu_capability()
+            capability = builder.compute_capability or build.gpu_capability()
             reason = refusal(self.features, builder.library, capability)
             if reason is not None:
                 raise BackendError(reason)
 
     def spec(
-        self, graph: Path, builder: trt.BuilderInfo, targets: Sequence[str], shapes: Shapes, plugins: bool
-    ) -> trt.EngineSpec:
-        """What `builder` is to build of `graph`."""
+        self, graph: Path, builder: build.BuilderInfo, targets: Sequence[str], shapes: Shapes, plugins: bool
+    ) -> build.EngineSpec:
+        """The specification of an engine that `builder` builds from `graph`."""
         cache = self.timing_cache
         if cache == "auto":
             cache = default_cache(builder.library, builder.version, builder.gpu)
-        return trt.EngineSpec(
+        return build.EngineSpec(
             graph,
             self.profiles_for(builder.library, shapes),
             compute_capabilities=tuple(targets),
@@ -92,7 +129,7 @@ class EngineOptions:
         extents = self.profiles or auto_extents(library, shapes.max_batch, shapes.max_tokens)
         return profiles_of(extents, shapes)
 
-    def takes_plugins(self, builder: trt.BuilderInfo) -> bool:
+    def takes_plugins(self, builder: build.BuilderInfo) -> bool:
         """Whether our kernels go into the engine; BackendError where they were asked for and cannot."""
         reasons = [*_lacks(builder), *filter(None, [self.no_plugins()])]
         if self.plugins == "on" and reasons:
@@ -108,10 +145,10 @@ def default_targets(library: str, precision: str) -> tuple[str, ...]:
     """All that the library knows without a GPU, less those without E4M3 for fp8; none with `tensorrt`."""
     if library != "tensorrt_rtx":
         return ()
-    return tuple(c for c in trt.RTX_CAPABILITIES if precision != "fp8" or float(c) >= _FIRST_E4M3)
+    return tuple(c for c in build.RTX_CAPABILITIES if precision != "fp8" or float(c) >= _FIRST_E4M3)
 
 
-def _lacks(builder: trt.BuilderInfo) -> Iterator[str]:
+def _lacks(builder: build.BuilderInfo) -> Iterator[str]:
     """What keeps our kernels out of an engine of this builder."""
     missing = [name for name in _COMPILERS if importlib.util.find_spec(name) is None]
     if builder.library != "tensorrt":

@@ -280,12 +280,9 @@ def test_the_calibration_of_static_int8_is_read_where_it_is_recorded(bundle_dir)
     manifest["calibration"] = {"method": "minmax", "pairs": 8, "source": "set, split train", "seed": 0}
     found = parse_manifest(json.dumps(manifest).encode()).calibration
     assert (found.method, found.pairs, found.source, found.seed) == ("minmax", 8, "set, split train", 0)
-    assert found.smoothing is None
     record = {"alpha": "auto", "seams": 0, "plain": 0.01, "smoothed": 0.02}
-    with_smoothing = changed(manifest, "calibration/smoothing", record)
-    assert vars(parse_manifest(json.dumps(with_smoothing).encode()).calibration.smoothing) == record
-    with pytest.raises(BundleError, match=r"calibration\.smoothing\.seams: expected an integer"):
-        parse_manifest(json.dumps(changed(manifest, "calibration/smoothing/seams", "all")).encode())
+    with pytest.raises(BundleError, match="written with --smooth, which is no longer supported; export the"):
+        parse_manifest(json.dumps(changed(manifest, "calibration/smoothing", record)).encode())
     del manifest["calibration"]["smoothing"]
     for path, value, message in (
         ("calibration/pairs", 0, "calibration.pairs: expected an integer >= 1"),

@@ -140,15 +140,15 @@ def static_graph(tiny, reader, tmp_path_factory):
         from engine.network.precision import to_precision
         from export.graph.rewrite import rewrite
         from export.graph.trace import export_onnx
+        from export.quantization.calibrate import calibrate
         from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
-        from export.quantization.ranges import read_histograms, scales_of
 
         precision, _, around = precision.partition(" in ")
         folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")
         model = rewrite(tiny(name))
         batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
-        found = read_histograms(model, lowered_layers(model, precision), batches)
-        scales = scales_of(found, E4M3 if precision == "fp8" else torch.int8, "minmax")
+        codes = E4M3 if precision == "fp8" else torch.int8
+        scales = calibrate(model, lowered_layers(model, precision), batches, codes)
         lower(model, precision, scales)
         if around:
             to_precision(model, torch.float16)

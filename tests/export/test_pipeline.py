@@ -17,14 +17,13 @@ from engine import Predictor, backends
 from engine.bundle import Bundle
 from engine.errors import BackendError, CheckpointError, InputError, VerificationError
 from engine.network import released
-from export import lowering, pipeline
-from export.cli import sample
-from export.cli.sample import sample_picture
+from export import lowering, sample, source
 from export.engine_stage import no_engine
 from export.graph.parity import Tolerance
 from export.graph.trace import example_inputs, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
+from export.trt import build
 
 STAGES = {
     "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "bundle"],
@@ -192,13 +191,13 @@ ZERO = Tolerance("max", 0.0)
     ("precision", "bound", "stage"),
     [
         ("fp32", "EXACT", "rewrite"),
-        ("fp16", "HALF", "cast"),
+        ("fp16", "FP16", "cast"),
         ("fp8", "FP8", "cast"),
         ("int8", "INT8", "int8"),
     ],
 )
 def test_a_failed_check_leaves_nothing(precision, bound, stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline if stage == "rewrite" else lowering, bound, ZERO)
+    monkeypatch.setattr(source if stage == "rewrite" else lowering, bound, ZERO)
     monkeypatch.setitem(lowering._CHECKS, precision, ((0, 1), ZERO))
     with pytest.raises(VerificationError, match=f"stage '{stage}' differs"):
         export_bundle(options(tmp_path / "bundle", precision=precision), quietly)
@@ -222,7 +221,7 @@ def test_a_wrong_rewrite_leaves_nothing(tmp_path, monkeypatch):
 def test_a_failed_check_keeps_the_bundle_of_before(bundle, tmp_path, monkeypatch):
     out = shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle")
     before = (out / "manifest.json").read_bytes()
-    monkeypatch.setattr(pipeline, "EXACT", ZERO)
+    monkeypatch.setattr(source, "EXACT", ZERO)
     with pytest.raises(VerificationError):
         export_bundle(options(out), quietly)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -234,9 +233,9 @@ def test_a_failed_check_keeps_the_bundle_of_before(bundle, tmp_path, monkeypatch
     ("fields", "message"),
     [
         ({"precision": "fp4"}, "precision: expected one of fp32, fp16, bf16, int8, fp8, got 'fp4'"),
-        ({"max_batch": 0}, "max_batch: expected at least 1, got 0"),
-        ({"max_tokens": 1}, "max_tokens: expected 2 to 512, got 1"),
-        ({"max_tokens": 513}, "max_tokens: expected 2 to 512, got 513"),
+        ({"max_batch": 0}, "max_batch: expected a whole number from 1, got 0"),
+        ({"max_tokens": 1}, "max_tokens: expected 2 to 512 tokens, got 1"),
+        ({"max_tokens": 513}, "max_tokens: expected 2 to 512 tokens, got 513"),
         ({"size": "large"}, "size: expected one of base, tiny, got 'large'"),
         ({"model": "resnet"}, "model: expected one of hammer, asap, cals, got 'resnet'"),
     ],
@@ -249,7 +248,7 @@ def test_options_that_do_not_fit(fields, message, tmp_path):
 
 def test_targets_without_a_builder(tmp_path, monkeypatch):
     """Asked for, an engine is not left out in silence."""
-    monkeypatch.setattr(pipeline.trt, "describe_builders", list)
+    monkeypatch.setattr(build, "describe_builders", list)
     with pytest.raises(BackendError, match="an engine was asked for, and nothing here builds one"):
         no_engine(options(tmp_path, engine=True, targets=("8.6",)), None)
     assert "nothing here builds one" in no_engine(options(tmp_path, engine=True), None)
@@ -274,12 +273,12 @@ def test_a_real_engine(tmp_path):
     opened.verify_all()
 
 
-def test_the_sample_picture_is_a_file():
-    picture = sample_picture()
-    assert picture is not None
-    assert picture.is_file()
+def test_the_sample_photograph_is_a_file():
+    photograph = sample.sample_photograph()
+    assert photograph is not None
+    assert photograph.is_file()
 
 
-def test_without_the_package_there_is_no_sample_picture(monkeypatch):
+def test_without_the_package_there_is_no_photograph(monkeypatch):
     monkeypatch.setattr(sample, "_SAMPLE_PACKAGE", "no-such-package-here")
-    assert sample_picture() is None
+    assert sample.sample_photograph() is None

@@ -14,11 +14,11 @@ import torch
 
 from engine import Bundle, Predictor, backends
 from engine.errors import BackendError, BundleError
-from export.graph.parity import HALF, INT8
+from export.graph.parity import FP16, INT8
 from export.graph.rewrite import rewrite
 from export.graph.trace import export_onnx, flatten
+from export.quantization.calibrate import calibrate
 from export.quantization.qdq import int8_layers, to_int8
-from export.quantization.ranges import read_histograms, scales_of
 
 pytest.importorskip("openvino")
 from engine.backends import openvino as openvino_backend  # noqa: E402
@@ -72,7 +72,7 @@ def calibrated(bundle, tiny, tmp_path, write_manifest):
     shutil.copyfile(source / "tokenizer.json", path / "tokenizer.json")
     model = rewrite(tiny("cals"))
     batches = [{k: torch.from_numpy(v) for k, v in feeds(4, 17, seed).items()} for seed in range(2)]
-    scales = scales_of(read_histograms(model, int8_layers(model), batches), torch.int8)
+    scales = calibrate(model, int8_layers(model), batches, torch.int8)
     export_onnx(to_int8(model, scales), path / "model.onnx")
     flatten(path / "model.onnx", path / FLAT)
     manifest = json.loads((source / "manifest.json").read_text()) | {"precision": "int8", "files": {}}
@@ -94,7 +94,7 @@ def test_answers_are_those_of_onnx_runtime(loaded, name, batch, tokens):
 def test_half_weights_are_near_float32(loaded, name):
     inputs = feeds(3, 17)
     got, want = loaded(name, "fp16", "openvino").run(inputs), loaded(name, "fp32", "ort").run(inputs)
-    assert max(relative(got[key], want[key]) for key in want) <= HALF.value
+    assert max(relative(got[key], want[key]) for key in want) <= FP16.value
 
 
 def test_calibrated_int8_is_near_float32(loaded, calibrated):

@@ -20,7 +20,7 @@ from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
 from engine.inputs.preprocess import preprocess_image
 from engine.manifest import manifest_digest
-from export.graph.parity import HALF
+from export.graph.parity import FP16
 
 # Float32 rounding, of answers around 1 and of the map's scores, which no softmax has bounded.
 EXACT, EXACT_MAP = 1e-5, 2e-5
@@ -63,7 +63,7 @@ def check_near(got, want):
     for name, array in got.items():
         assert array.dtype == np.float32
         ratio = np.sqrt(np.square(array - want[name]).mean() / np.square(want[name]).mean())
-        assert ratio <= HALF.value, name
+        assert ratio <= FP16.value, name
 
 
 @pytest.fixture(scope="module")

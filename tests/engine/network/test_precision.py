@@ -11,7 +11,7 @@ from engine.network.linear import E4M3, Fp8Linear, reading
 from engine.network.precision import float_layers, fp8_layers, half_layers, set_precision
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs
-from export.quantization.ranges import read_histograms, scales_of
+from export.quantization.calibrate import calibrate
 from kernels.rows import RowAnswer
 
 
@@ -93,7 +93,7 @@ def test_calibrated_scales_are_the_largest_that_was_read(tiny):
     seen = []
     model.vision.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, read: seen.append(read[0].abs().max()))
     batches = [example_inputs(model.config, 2, 9, seed=seed) for seed in (1, 2)]
-    scales = scales_of(read_histograms(model, fp8_layers(model), batches), E4M3)
+    scales = calibrate(model, fp8_layers(model), batches, E4M3)
     assert len(seen) == 2
     assert scales.keys() == {x for x, _ in fp8_layers(model)}
     assert scales["vision.blocks.1.mlp.fc2"] == pytest.approx(float(max(seen)) / 448, rel=1e-6)

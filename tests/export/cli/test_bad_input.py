@@ -163,7 +163,7 @@ def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("engine.Predictor", Double)
+    monkeypatch.setattr(cli_export, "Predictor", Double)
     with pytest.raises(
         InputError, match="cannot be written: No space left on device; the bundle itself is whole"
     ):

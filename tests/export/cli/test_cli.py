@@ -18,7 +18,7 @@ from dgm4.shipped import demo_checkpoint, demo_record
 from dgm4.tokenizer import DEMO_VOCABULARY, VOCABULARY
 from engine.errors import InputError
 from engine.manifest import manifest_digest
-from export import cli, pipeline
+from export import cli, pipeline, source
 from export.graph.parity import Tolerance
 from export.trt.build import BuilderInfo
 from export.trt.features import Features
@@ -72,7 +72,7 @@ def test_export_prints_the_answer_for_the_sample(bundle, capsys, monkeypatch):
 
 
 def test_a_failed_verification_exits_with_3(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "EXACT", Tolerance("max", 0.0))
+    monkeypatch.setattr(source, "EXACT", Tolerance("max", 0.0))
     line = failed(capsys, export(tmp_path / "bundle"), 3)
     assert "stage 'rewrite'" in line
     assert not list(tmp_path.iterdir())
@@ -108,10 +108,10 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
         (["--max-tokens", "1000"], "expected 2 to 512 tokens, got '1000'"),
         (["--profiles", "1x32,8"], "expected auto or pairs x tokens as 1x32,32x128, got '1x32,8'"),
         (["--profiles", "0x32"], "expected auto or pairs x tokens"),
-        (["--profiles", "1x32,32x128"], "how the engine is built need one: leave out --target none"),
-        (["--strip-weights"], "how the engine is built need one: leave out --target none"),
+        (["--profiles", "1x32,32x128"], "options say how the engine is built, and --target none builds none"),
+        (["--strip-weights"], "options say how the engine is built, and --target none builds none"),
         (["--build-limit", "0"], "expected seconds above 0, a day at most, got '0'"),
-        (["--workspace", "0"], "expected a whole number from 1, got '0'"),
+        (["--workspace", "0"], "expected 1 to 1048576 MiB, got '0'"),
         (["--hardware-compatible", "hopper"], "invalid choice: 'hopper'"),
     ],
 )
@@ -229,7 +229,9 @@ def test_how_an_engine_is_built_reaches_the_export(tmp_path, monkeypatch):
     out = ["--drawn", "--out", str(tmp_path / "b")]
     flags = ["--profiles", "1x32, 32x128", "--timing-cache", "t.cache", "--build-limit", "90", "--workspace"]
     flags += ["512", "--strip-weights", "--hardware-compatible", "same"]
-    monkeypatch.setattr("export.options.trt.find_builder", lambda: BuilderInfo("tensorrt", "11.4", True, ""))
+    monkeypatch.setattr(
+        "export.options.build.find_builder", lambda: BuilderInfo("tensorrt", "11.4", True, "")
+    )
     assert cli.main(["export", *out, *flags]) == 1
     assert cli.main(["export", *out, "--profiles", "auto", "--timing-cache", "none"]) == 1
     assert cli.main(["export", *out]) == 1
@@ -282,7 +284,7 @@ def test_doctor_as_json(capsys):
 
 def test_verbs_that_need_no_torch_do_not_import_it():
     code = (
-        "import sys; sys.argv = ['dgm4', 'doctor', '--json']; from export.cli import app; app._parser(); "
+        "import sys; sys.argv = ['dgm4', 'doctor', '--json']; from export.cli import app; app.make_parser(); "
         "assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
@@ -397,7 +399,7 @@ def test_a_stranger_in_the_place_of_the_picture(form, tmp_path, capsys):
     drawn = tmp_path / "bundle-sample.png"
     drawn.mkdir() if form == "folder" else drawn.write_text("mine")
     line = failed(capsys, export(tmp_path / "bundle"), 1)
-    assert "bundle-sample.png: the sample's picture goes there; move what is there" in line
+    assert "bundle-sample.png: the sample is drawn there; move what is there" in line
     assert [path.name for path in tmp_path.iterdir()] == ["bundle-sample.png"]
 
 

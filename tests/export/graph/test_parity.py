@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import VerificationError
 from export.graph import parity as verify
-from export.graph.parity import ABSOLUTE, CASES, EXACT, HALF, INT8, RELATIVE, Tolerance, check, compare
+from export.graph.parity import ABSOLUTE, CASES, EXACT, FP16, INT8, RELATIVE, Tolerance, check, compare
 
 
 def pair(shift, name="box"):
@@ -55,7 +55,7 @@ def test_a_value_that_is_not_finite_never_passes(value, kind, output):
 
 def test_a_reference_of_zeros_passes_only_for_zeros():
     zeros = [{"box": np.zeros((1, 4))}]
-    assert not compare("s", "r", zeros, [{"box": np.full((1, 4), 1e-9)}], HALF).passed
+    assert not compare("s", "r", zeros, [{"box": np.full((1, 4), 1e-9)}], FP16).passed
 
 
 def test_the_message_has_both_sides():
@@ -77,7 +77,7 @@ def test_a_missing_output_is_an_error():
 def test_bounds():
     """Changing one is a decision, not a repair."""
     assert (EXACT.kind, EXACT.value) == (ABSOLUTE, 1e-4)
-    assert (HALF.kind, HALF.value) == (RELATIVE, 2e-2)
+    assert (FP16.kind, FP16.value) == (RELATIVE, 2e-2)
     assert (INT8.kind, INT8.value) == (RELATIVE, 1.5e-1)
 
 
@@ -95,8 +95,8 @@ def test_both_runners_agree(exported):
     difference = compare(
         "onnx",
         "torch",
-        verify.torch_answers(graph.model, config),
-        verify.onnx_answers(graph.path, config),
+        verify.torch_outputs(graph.model, config),
+        verify.onnx_outputs(graph.path, config),
         EXACT,
     )
     assert difference.passed

@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from engine.errors import BuildError
-from export.graph.parity import EXACT, INT8, compare, onnx_answers
+from export.graph.parity import EXACT, INT8, compare, onnx_outputs
 from export.graph.trace import data_of, example_inputs, flatten
 from export.quantization.dynamic_int8 import (
     _as_products,
@@ -109,7 +109,7 @@ def test_the_runtimes_attention_gives_what_our_body_gives(name, exported, sessio
 
 def test_answers_stay_within_the_tolerance(name, exported, quantized):
     config = exported(name).model.config
-    before, after = (onnx_answers(path, config) for path in (exported(name).path, quantized(name).path))
+    before, after = (onnx_outputs(path, config) for path in (exported(name).path, quantized(name).path))
     difference = compare("int8", "onnx", before, after, INT8)
     assert difference.passed, difference
     assert difference.max > 0, "nothing was quantised"
@@ -192,8 +192,8 @@ def test_the_quantised_form_before_quantising_is_exact(name, exported, tmp_path)
     model = onnx.load_model(graph.path)
     _as_products(model.graph)
     onnx.save_model(model, tmp_path / "model.onnx")
-    got = onnx_answers(tmp_path / "model.onnx", graph.model.config)
-    want = onnx_answers(graph.path, graph.model.config)
+    got = onnx_outputs(tmp_path / "model.onnx", graph.model.config)
+    want = onnx_outputs(graph.path, graph.model.config)
     assert compare("products", "onnx", want, got, EXACT).max <= 1e-5
 
 

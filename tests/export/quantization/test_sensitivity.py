@@ -13,14 +13,14 @@ from dgm4.data.make import make_sample_set
 from dgm4.shipped import demo_checkpoint
 from engine.bundle import Bundle
 from engine.errors import InputError
-from export import cli, lowering, pipeline
+from export import cli, lowering, source
 from export.graph.parity import Tolerance
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs
 from export.options import ExportOptions
 from export.pipeline import export_bundle
+from export.quantization.calibrate import calibrate
 from export.quantization.qdq import int8_layers, lower
-from export.quantization.ranges import read_histograms, scales_of
 from export.quantization.sensitivity import bundle_errors, layer_errors
 
 BROKEN = "text.text_layers.0.down"
@@ -47,7 +47,7 @@ def test_the_broken_layer_is_found(precision, tiny, inputs):
     reference = break_layer(rewrite(tiny("hammer")))
     scales = None
     if precision == "int8":
-        scales = scales_of(read_histograms(reference, int8_layers(reference), [inputs]), torch.int8)
+        scales = calibrate(reference, int8_layers(reference), [inputs], torch.int8)
     lowered = lower(break_layer(rewrite(tiny("hammer"))), precision, scales)
     errors = layer_errors(reference, lowered, precision, [inputs])
     assert errors[0].name == BROKEN
@@ -100,9 +100,9 @@ def sample(tmp_path_factory):
 @pytest.fixture
 def broken(tmp_path, monkeypatch, sample):
     """Options of an int8 export of the demo, whose box suffers as one layer is broken."""
-    right = pipeline.rewrite
-    monkeypatch.setattr(pipeline, "rewrite", lambda model: break_layer(right(model), HARMED, MILD))
-    for module in (pipeline, lowering):  # float32 too loses digits beside the spike
+    right = source.rewrite
+    monkeypatch.setattr(source, "rewrite", lambda model: break_layer(right(model), HARMED, MILD))
+    for module in (source, lowering):  # float32 too loses digits beside the spike
         monkeypatch.setattr(module, "EXACT", Tolerance("max", 0.1))
 
     fields = {"checkpoint": demo_checkpoint("hammer"), "engine": False, "data": sample, "split": "train"}

@@ -179,9 +179,9 @@ def test_what_does_not_go_together(features, message):
         ({"profiles": ((1, 128),)}, "expected one for the bundle's limits, 32x128"),
         ({"timing_cache": Path("/")}, "timing_cache: expected a file in a folder that exists, got /"),
         ({"timing_cache": Path("/nowhere/t.cache")}, "in a folder that exists, got /nowhere/t.cache"),
-        ({"limit_s": 0.0}, "build limit: expected seconds above 0, got 0"),
-        ({"workspace_mb": 0}, "workspace: expected 1 to 1048576 MiB, got 0"),
-        ({"workspace_mb": 10**14}, "workspace: expected 1 to 1048576 MiB"),
+        ({"limit_s": 0.0}, "limit_s: expected seconds above 0, a day at most, got 0"),
+        ({"workspace_mb": 0}, "workspace_mb: expected 1 to 1048576 MiB, got 0"),
+        ({"workspace_mb": 10**14}, "workspace_mb: expected 1 to 1048576 MiB"),
         ({"features": Features(hardware="")}, "expected one of ampere, same, got ''"),
     ],
 )

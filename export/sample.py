@@ -1,4 +1,4 @@
-"""The picture and caption that a finished export is tried on."""
+"""The image and caption that a finished export is tried on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE_CAPTION = "Astronaut Eileen Collins smiles in front of the flag and a mod
 class Sample:
     """A pair to try a bundle on; `truth` says in one line what was done to it, where that is known."""
 
-    picture: Path
+    image: Path
     caption: str
     truth: str | None = None
 
@@ -24,19 +24,19 @@ class Sample:
 def choose_sample(weights: str | None) -> Sample | None:
     """The demo's pair for the demo's weights (by SHA-256), else a photograph, or None without it."""
     if demo_of(weights) is not None:
-        picture, caption = demo_sample()
-        known = demo_record()["sample"]
-        words = " ".join(known["words"])
-        return Sample(picture, caption, f"{known['fake_cls']}, box {known['box']}, words: {words}")
-    photograph = sample_picture()
+        image, caption = demo_sample()
+        truth = demo_record()["sample"]
+        words = " ".join(truth["words"])
+        return Sample(image, caption, f"{truth['fake_cls']}, box {truth['box']}, words: {words}")
+    photograph = sample_photograph()
     return None if photograph is None else Sample(photograph, SAMPLE_CAPTION)
 
 
-def sample_picture() -> Path | None:
+def sample_photograph() -> Path | None:
     """A photograph that ships in a package, or None where that is not installed."""
     try:
         files = importlib.metadata.files(_SAMPLE_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [Path(str(f.locate())) for f in files if f.name == _SAMPLE]
-    return found[0] if found and found[0].is_file() else None
+    paths = [Path(str(file.locate())) for file in files if file.name == _SAMPLE]
+    return paths[0] if paths and paths[0].is_file() else None

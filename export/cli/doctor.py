@@ -1,0 +1,66 @@
+"""`dgm4 doctor`: show what this machine has for exporting and serving."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from typing import Any
+
+from engine.backends import describe, usable_cores
+from engine.packages import version_of
+from export.cli.arguments import Verbs
+
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+    "triton",
+    "safetensors",
+    "onnx",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser("doctor", help="show what this machine can do")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print packages, backends and engine builders, and what is missing for the others."""
+    from export.trt.build import describe_builders
+
+    missing = describe()
+    record = {
+        "python": platform.python_version(),
+        "cores": usable_cores(),
+        "packages": {name: version_of(name) for name in _PACKAGES},
+        "backends": [name for name, need in missing.items() if need is None],
+        "absent_backends": {name: need for name, need in missing.items() if need is not None},
+        "builders": {
+            info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
+            for info in describe_builders()
+        },
+    }
+    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _lines(record))
+    return 0
+
+
+def _lines(record: dict[str, Any]) -> str:
+    lines = [f"python     {record['python']}, {record['cores']} cores"]
+    lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
+    lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
+    lines += [f"absent     {name} needs {need}" for name, need in record["absent_backends"].items()]
+    for name, builder in record["builders"].items():
+        state = "can build" if builder["usable"] else "cannot build"
+        lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""The options of every verb, pinned, and that the verb reads each of them."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from export.cli import app
+
+ENGINE = (
+    "--plugins --profiles --timing-cache --build-limit --workspace --strip-weights --version-compatible "
+    "--hardware-compatible"
+)
+OPTIONS = {
+    "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
+    "--data --split --out --calibration --calibration-pairs --keep-layers "
+    f"--triton-repository --json {ENGINE}",
+    "rebuild": f"bundle {ENGINE}",
+    "predict": "bundle image caption --list --out --html --plot --heatmap --batch --backend --device "
+    "--threads --rebuild --threshold",
+    "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
+    "--checkpoint --gate --on-bad --json --out --html",
+    "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
+    "--cache --save-every --stop-after --vocab",
+    "pretrain": "--data --out --size --recipe --set --device --cache",
+    "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out --plot",
+    "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
+    "--threads --accelerate",
+    "inspect": "bundle --layers --data --split --json",
+    "doctor": "--json",
+    "data make": "--out --pairs --seed",
+    "data describe": "--data --captioner --instructor --split --batch --limit --device --redo",
+    "data vocabulary": "--data --size --out --vocab",
+}
+
+
+def parsers_of(parser, name=""):
+    """The parsers of verbs by name; of `dgm4 data` those of its own verbs."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        return {name.strip(): parser}
+    (verbs,) = below
+    return {
+        k: p for verb, under in verbs.choices.items() for k, p in parsers_of(under, f"{name} {verb}").items()
+    }
+
+
+PARSERS = parsers_of(app.make_parser())
+
+
+def test_the_verbs():
+    assert list(PARSERS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_the_options_of_a_verb(verb):
+    """No more and no fewer: `dgm4 train` once offered eight options that nothing read."""
+    actions = [action for action in PARSERS[verb]._actions if action.dest != "help"]
+    assert {(action.option_strings or [action.dest])[0] for action in actions} == set(OPTIONS[verb].split())
+
+
+def read_by(module):
+    """The options that a verb's module reads: by name, or as the fields of a dataclass it makes of them."""
+    tree = ast.parse(inspect.getsource(module))
+    names = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options"
+    }
+    homes = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "read_options":
+                made = node.args[0].id
+                names |= fields_of(getattr(importlib.import_module(homes[made]), made))
+            elif homes.get(node.func.id, "").startswith("export.cli."):  # a helper that takes the options
+                names |= (
+                    read_by(importlib.import_module(homes[node.func.id])) if passes_options(node) else set()
+                )
+    return names
+
+
+def passes_options(call):
+    return any(isinstance(argument, ast.Name) and argument.id == "options" for argument in call.args)
+
+
+def fields_of(options):
+    names = {item.name for item in fields(options)}
+    inner = [type(item.default) for item in fields(options) if is_dataclass(item.default)]
+    return names.union(*map(fields_of, inner))
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_a_verb_reads_all_its_options(verb):
+    module = importlib.import_module("export.cli." + verb.replace(" ", "."))
+    offered = {action.dest for action in PARSERS[verb]._actions if action.dest != "help"}
+    assert PARSERS[verb].get_default("run") is module.run
+    assert offered <= read_by(module)
