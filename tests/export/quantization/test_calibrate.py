@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from export.bundle.digest import sha256_of
 from torch import nn
 
 from engine import Bundle, Predictor
 from engine.backends.torch import load_network, read_scales
 from engine.bundle import MANIFEST
 from engine.errors import BundleError, NumericalError
+from engine.files import sha256_of
 from engine.manifest import manifest_digest
 from engine.network.linear import E4M3, Fp8Linear
 from export.graph.rewrite import rewrite
