@@ -192,7 +192,7 @@ ZERO = Tolerance("max", 0.0)
     ("precision", "bound", "stage"),
     [
         ("fp32", "EXACT", "rewrite"),
-        ("fp16", "HALF", "cast"),
+        ("fp16", "ROUNDED", "cast"),
         ("fp8", "FP8", "cast"),
         ("int8", "INT8", "int8"),
     ],
