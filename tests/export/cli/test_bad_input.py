@@ -102,7 +102,7 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path):
     start = f"cannot write the bundle {tmp_path / 'b'}: "
     assert told["safetensors"].startswith(f"{start}File too large; larger than the file system or a limit")
     assert told["numpy"].startswith(start)
-    assert told["numpy"].endswith("; look whether the disk is full, or choose another --out\n")
+    assert told["numpy"].endswith("; check whether the disk is full, or choose another --out\n")
     assert told["python"] == "OSError True\n"  # has its number and its file's name: the command prints them
     assert not list(tmp_path.iterdir())
 
