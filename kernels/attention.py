@@ -3,9 +3,10 @@
     scores = query @ key^T * d^-0.5;  out = softmax(scores) @ value;  map = mean over heads of scores
 
 Queries, keys and values are [B, N or M, H*d], heads side by side, as the projections write them; the
-answer has the layout the next projection reads. Padding: mask [B, M], 1 = valid, 0 = ignored; a row
+output has the layout that the next projection reads. Padding: mask [B, M], 1 = valid, 0 = ignored; a row
 whose keys are all ignored yields zeros. The map [B, N, M] is float32 and is taken before the softmax,
-of unmasked attention only (the picture has no padding). Softmax is in float32.
+of unmasked attention only (images have no padding). Softmax is in float32. A NaN makes the rows that read it
+NaN, as in torch; keys and values past a row's last valid one are not read.
 
 On a GPU one Triton launch does it, with the softmax online, so that no score leaves the chip:
 
@@ -16,11 +17,12 @@ On a GPU one Triton launch does it, with the softmax online, so that no score le
 - 257 keys are 1 + 256: the first is taken as a vector, which leaves whole blocks for the matrix units, and
   where every block is whole and nothing is masked no score is compared with the end.
 
-Floor, B = 64, 50 x 257, H = 12, d = 64, bf16: query and answer 4.9 MB each, keys and values 25.3 MB each, the
+Floor, B = 64, 50 x 257, H = 12, d = 64, bf16: query and output 4.9 MB each, keys and values 25.3 MB each, the
 map 3.3 MB: 63.6 MB, 15 us at 4.3 TB/s; 2.5 GFLOP, 3.8 with the map: 5 us at 790 TFLOP/s. A block of 64
-keys is 318 instructions of a warp by sm_90's code, eight of them wgmma: in all 6 us of what an H200 issues.
-At 257 x 257 memory takes 24 us, the exponentials 18 and the instructions, the longest, 31. Never written are
-the scores [B, 12, 50, 257], 19.7 MB in bf16 and 39.5 MB in float32, in each of the plain form's four passes.
+keys is about 320 instructions of a warp by sm_90's code, eight of them wgmma: in all 6 us of what an H200
+issues. At 257 x 257 memory takes 24 us, the exponentials 18 and the instructions, the longest, 31. Never
+written are the scores [B, 12, 50, 257], 19.7 MB in bf16 and 39.5 MB in float32, in each of the plain form's
+four passes.
 
 Source of the map: ASAP, arXiv:2412.12718, section "Manipulation-Guided Cross Attention"; online softmax:
 arXiv:1805.02867, arXiv:2205.14135.
@@ -35,16 +37,19 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
 from kernels.jit import (
     LOG2E,
     SMALLEST_DOT,
     Tiles,
     ceil_div,
     check_tensor,
+    column_parts,
+    dense_columns,
     dot_precision,
     jit,
+    launch_kernel,
     launchable,
+    load_tile,
     operator,
     power_of_two,
     tl,
@@ -58,34 +63,19 @@ MASKED_SCORE = -10000.0  # exp() of it is zero in float32, and it is representab
 def attention_ref(
     query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain form in the inputs' own dtype: the answer [B, N, H*d] and the map [B, N, M]."""
+    """Plain form in the dtype of the inputs: the output [B, N, H*d] and the map [B, N, M]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     guide = scores.mean(1)
     if mask is not None:
         scores = scores.masked_fill(mask[:, None, None] == 0, float("-inf"))
     weights = scores.softmax(-1)
-    if mask is not None:
-        weights = weights.nan_to_num(0.0)  # a row without a valid key
+    if mask is not None:  # softmax makes NaN of a row without a valid key; any other NaN stays
+        weights = torch.where((mask != 0).any(1)[:, None, None, None], weights, 0.0)
     return (weights @ v).transpose(1, 2).flatten(2), guide
 
 
-@jit
-def _load_tile(
-    start: tl.tensor,
-    o_row: tl.tensor,
-    o_col: tl.tensor,
-    row_stride: tl.tensor,
-    n_rows: tl.tensor,  # None where all rows exist
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """Load rows o_row and columns o_col of a matrix; zeros outside. (rows, columns)"""
-    m_tile = (o_col < COLUMNS)[None, :]
-    if n_rows is not None:
-        m_tile = m_tile & (o_row < n_rows)[:, None]
-    return tl.load(start + o_row[:, None] * row_stride + o_col[None, :], mask=m_tile, other=0.0)
-
-
+# Long because the formatter gives each of its arguments a line; its steps share too many tiles to be split.
 @jit
 def _head_tile(
     query: tl.tensor,
@@ -115,18 +105,20 @@ def _head_tile(
     o_part = tl.arange(0, PART)
     end = n_keys
     if mask is not None:
+        # Blocks of padding behind the last valid key are skipped, not masked.
         o_mask = tl.arange(0, BLOCK_MASK)
-        b_mask = tl.load(mask + o_mask, mask=o_mask < n_keys, other=0)
+        b_mask = tl.load(mask + o_mask, mask=o_mask < n_keys, other=0)  # (BLOCK_MASK)
         end = tl.max(tl.where(b_mask != 0, o_mask + 1, 0), 0)
-    b_max = tl.full((BLOCK_M,), 0.0 if LEAD else float("-inf"), tl.float32)
-    b_sum = tl.full((BLOCK_M,), LEAD, tl.float32)
-    b_query: tl.tuple = ()  # PARTS times (BLOCK_M, PART), as b_out
-    b_out: tl.tuple = ()
+    b_max = tl.full((BLOCK_M,), 0.0 if LEAD else float("-inf"), tl.float32)  # (BLOCK_M)
+    b_sum = tl.full((BLOCK_M,), LEAD, tl.float32)  # (BLOCK_M)
+    b_query: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
+    b_out: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
     for i in tl.static_range(PARTS):
         o_col = i * PART + o_part
-        b_query = b_query + (_load_tile(query, o_query, o_col, query_row, n_queries, WIDTH),)
-        b_first = tl.zeros((PART,), tl.float32)
+        b_query = b_query + (load_tile(query, o_query, o_col, query_row, n_queries, WIDTH),)
+        b_first = tl.zeros((PART,), tl.float32)  # (PART), of the first key and then of its value
         if LEAD:
+            # A key left over would cost a whole block; as a vector it only sets where the softmax starts.
             b_first = tl.load(key + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
             b_max += tl.sum(b_query[i].to(tl.float32) * b_first[None, :], 1) * scale
             b_first = tl.load(value + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
@@ -134,43 +126,46 @@ def _head_tile(
     rows = None if EVEN else end
     for i_key in range(LEAD, end, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
-        b_scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b_scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # (BLOCK_M, BLOCK_N)
         for i in tl.static_range(PARTS):
-            b_key = _load_tile(key, o_key, i * PART + o_part, key_row, rows, WIDTH)  # (BLOCK_N, PART)
+            b_key = load_tile(key, o_key, i * PART + o_part, key_row, rows, WIDTH)  # (BLOCK_N, PART)
             b_scores = tl.dot(b_query[i], tl.trans(b_key), b_scores, input_precision=PRECISION)
         if not EVEN:
             m_key = o_key < end
             if mask is not None:
                 m_key = tl.load(mask + o_key, mask=m_key, other=0) != 0
             b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+        # Both maxima drop a NaN; it comes back through b_weights, and through b_shrink from the first key.
+        b_new = tl.maximum(b_max, tl.max(b_scores, 1) * scale)  # (BLOCK_M)
         # Finite while a row has met no valid key: -inf - (-inf) would be NaN.
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_weights = tl.exp2(b_scores * scale - b_pivot[:, None])
-        b_shrink = tl.exp2(b_max - b_pivot)
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)  # (BLOCK_M)
+        b_weights = tl.exp2(b_scores * scale - b_pivot[:, None])  # (BLOCK_M, BLOCK_N)
+        b_shrink = tl.exp2(b_max - b_pivot)  # (BLOCK_M)
         b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
         b_max = b_new
         b_weights = b_weights.to(value.dtype.element_ty)
-        b_mixed: tl.tuple = ()
+        b_mixed: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
         for i in tl.static_range(PARTS):
-            b_value = _load_tile(value, o_key, i * PART + o_part, value_row, rows, WIDTH)  # (BLOCK_N, PART)
-            b_shrunk = b_out[i] * b_shrink[:, None]
+            b_value = load_tile(value, o_key, i * PART + o_part, value_row, rows, WIDTH)  # (BLOCK_N, PART)
+            b_shrunk = b_out[i] * b_shrink[:, None]  # (BLOCK_M, PART)
             b_mixed = b_mixed + (tl.dot(b_weights, b_value, b_shrunk, input_precision=PRECISION),)
         b_out = b_mixed
-    b_share = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    # Zeros only without a valid key: where all scores are -inf, 0 / 0 is NaN as in torch, and so it shows.
+    b_share = 1.0 / tl.where(end == 0, 1.0, b_sum)[:, None]  # (BLOCK_M, 1)
+    p_row = out + o_query.to(tl.int64)[:, None] * out_row
     for i in tl.static_range(PARTS):
         o_col = i * PART + o_part
         m_tile = (o_query < n_queries)[:, None] & (o_col < WIDTH)[None, :]
-        p_out = out + o_query[:, None] * out_row + o_col[None, :]
-        tl.store(p_out, (b_out[i] * b_share).to(out.dtype.element_ty), mask=m_tile)
+        tl.store(p_row + o_col[None, :], (b_out[i] * b_share).to(out.dtype.element_ty), mask=m_tile)
 
 
+# Long for the same reason: the signature, and the call of _head_tile, a line an argument.
 @jit
 def _attention_kernel(
     query: tl.tensor,  # [B, N, H*d], rows query_row apart
     key: tl.tensor,  # [B, M, H*d]
     value: tl.tensor,  # [B, M, H*d]
-    mask: tl.tensor,  # [B, M] of any integer type, or None
+    mask: tl.tensor,  # [B, M] of any integer type, rows mask_batch apart and dense, or None
     n_queries: tl.tensor,
     n_keys: tl.tensor,
     query_batch: tl.tensor,
@@ -196,7 +191,7 @@ def _attention_kernel(
     LOG2E: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Programs: query tiles x (heads, then the map's key tiles) x pairs."""
+    """Programs: query tiles x (heads, then the map's key tiles) x batch."""
     i_head, i_batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     query += i_batch * query_batch
@@ -218,7 +213,7 @@ def _attention_kernel(
             key_row,
             value_row,
             HEADS * WIDTH,
-            scale * LOG2E,
+            scale * LOG2E,  # exp2 is one instruction, exp is two
             WIDTH,
             PART,
             PARTS,
@@ -228,21 +223,26 @@ def _attention_kernel(
             EVEN,
             PRECISION,
         )
-    elif guide is not None:  # the product over the columns of all heads
+    elif guide is not None:
+        # The mean over heads of products over d columns is one product over the columns of all heads.
         o_key = (i_head - HEADS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_map = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b_map = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # (BLOCK_M, BLOCK_N)
         for i_col in range(0, HEADS * WIDTH, BLOCK_K):
             o_col = i_col + tl.arange(0, BLOCK_K)
-            b_query = _load_tile(query, o_query, o_col, query_row, n_queries, HEADS * WIDTH)
-            b_key = _load_tile(key, o_key, o_col, key_row, n_keys, HEADS * WIDTH)  # (BLOCK_N, BLOCK_K)
+            b_query = load_tile(query, o_query, o_col, query_row, n_queries, HEADS * WIDTH)
+            b_key = load_tile(key, o_key, o_col, key_row, n_keys, HEADS * WIDTH)  # (BLOCK_N, BLOCK_K)
             b_map = tl.dot(b_query, tl.trans(b_key), b_map, input_precision=PRECISION)
-        p_map = guide + i_batch * n_queries * n_keys + o_query[:, None] * n_keys + o_key[None, :]
+        p_row = guide + i_batch * n_queries * n_keys + o_query.to(tl.int64)[:, None] * n_keys
         m_map = (o_query < n_queries)[:, None] & (o_key < n_keys)[None, :]
-        tl.store(p_map, b_map * (scale / HEADS), mask=m_map)
+        tl.store(p_row + o_key[None, :], b_map * (scale / HEADS), mask=m_map)
 
 
-def candidates(queries: int, keys: int, width: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
-    """Block shapes to try, the best on paper for sm_90 first; no GPU has tuned them yet."""
+def schedules(queries: int, keys: int, width: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """Block shapes of a launch: the first is the default, the best on paper for sm_90.
+
+    Nothing chooses between them at run time: the others are for benchmarks/kernels, and tactics of the plugin
+    that TensorRT times. No GPU has tuned them yet.
+    """
     if dtype == torch.float32:  # multiplied by the scalar units, from registers
         return (Tiles(block_m=32, block_n=32, warps=4, stages=2),)
     block_m = min(power_of_two(queries, SMALLEST_DOT), 64)
@@ -253,13 +253,6 @@ def candidates(queries: int, keys: int, width: int, dtype: torch.dtype) -> tuple
         Tiles(block_m, 2 * block_n, warps=4, stages=2),
         Tiles(2 * block_m, block_n, warps=8, stages=2),
     )
-
-
-def parts(width: int) -> tuple[int, int]:
-    """Columns of a part of a head, a power of two, and parts: 64 is one of 64, 96 three of 32."""
-    padded = max(ceil_div(width, 32) * 32, 32) if width > SMALLEST_DOT else SMALLEST_DOT
-    part = padded & -padded
-    return part, padded // part
 
 
 def grid(
@@ -280,19 +273,23 @@ def launch(
     guided: bool = False,
     schedule: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch `kernel`, `_attention_kernel` or its wrapping for torch.compile; (answer, map or None)."""
+    """Launch `kernel`, `_attention_kernel` or its wrapping for torch.compile; (output, map or None).
+
+    Without a `schedule` it is the first of `schedules`.
+    """
     batch, n_queries, columns = query.shape
     n_keys, width = key.shape[1], columns // heads
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(dense_columns, (query, key, value))
+    mask = None if mask is None else dense_columns(mask)
     out = query.new_empty(batch, n_queries, columns)
     guide = query.new_empty(batch, n_queries, n_keys, dtype=torch.float32) if guided else None
     if out.numel() == 0:
         return out, guide
-    schedule = schedule or candidates(n_queries, n_keys, width, query.dtype)[0]
-    part, count = parts(width)
-    lead = int(mask is None and n_keys > 1 and n_keys % schedule.block_n == 1)
-    even = mask is None and (n_keys - lead) % schedule.block_n == 0
-    kernel[grid(batch, n_queries, n_keys, heads, guided, schedule)](
+    schedule = schedule or schedules(n_queries, n_keys, width, query.dtype)[0]
+    launch_kernel(
+        kernel,
+        grid(batch, n_queries, n_keys, heads, guided, schedule),
+        query,
         query=query,
         key=key,
         value=value,
@@ -309,22 +306,33 @@ def launch(
         value_row=value.stride(1),
         mask_batch=0 if mask is None else mask.stride(0),
         scale=width**-0.5,
-        HEADS=heads,
-        WIDTH=width,
-        PART=part,
-        PARTS=count,
-        BLOCK_M=schedule.block_m,
-        BLOCK_N=schedule.block_n,
-        BLOCK_MASK=power_of_two(n_keys),
-        BLOCK_K=32 if query.dtype == torch.float32 else 64,
-        LEAD=lead,
-        EVEN=even,
-        LOG2E=LOG2E,
-        PRECISION=dot_precision(query.dtype),
-        num_warps=schedule.warps,
-        num_stages=schedule.stages,
+        **_constants(n_keys, heads, width, query.dtype, mask is not None, schedule),
     )
     return out, guide
+
+
+def _constants(
+    n_keys: int, heads: int, width: int, dtype: torch.dtype, masked: bool, schedule: Tiles
+) -> dict[str, Any]:
+    """What is compiled into the kernel, by name."""
+    part, count = column_parts(width)
+    lead = int(not masked and n_keys > 1 and n_keys % schedule.block_n == 1)
+    return {
+        "HEADS": heads,
+        "WIDTH": width,
+        "PART": part,
+        "PARTS": count,
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+        "BLOCK_MASK": power_of_two(n_keys),
+        "BLOCK_K": 32 if dtype == torch.float32 else 64,
+        "LEAD": lead,
+        "EVEN": not masked and (n_keys - lead) % schedule.block_n == 0,
+        "LOG2E": LOG2E,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": schedule.warps,
+        "num_stages": schedule.stages,
+    }
 
 
 def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:
@@ -351,7 +359,7 @@ def _guided_op(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[T
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Attend; query [B, N, H*d], key and value [B, M, H*d], mask [B, M] or None -> [B, N, H*d].
 
-    Raises InputError for shapes, types or devices that do not go together.
+    Raises ValueError for shapes or devices, TypeError for types, that do not go together.
     """
     if onnx_ops.exporting():
         inputs = (query, key, value) if mask is None else (query, key, value, mask)
@@ -367,7 +375,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tenso
 def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Attend and return the head-averaged scaled scores too: [B, N, H*d] and float32 [B, N, M].
 
-    Raises InputError as `attention` does.
+    Raises as `attention` does.
     """
     if onnx_ops.exporting():
         out, guide = _emit(GUIDED, (query, key, value), heads)
@@ -381,11 +389,11 @@ def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> t
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> None:
     if query.dim() != 3 or heads < 1 or query.shape[-1] % heads:
-        raise InputError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
+        raise ValueError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
     batch, keys, columns = query.shape[0], key.shape[-2], query.shape[-1]
     check_tensor("key", key, (batch, keys, columns), query)
     check_tensor("value", value, (batch, keys, columns), query)
     if mask is not None:
         check_tensor("mask", mask, (batch, keys), query, same_dtype=False)
         if mask.is_floating_point() or mask.is_complex():
-            raise InputError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
+            raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")

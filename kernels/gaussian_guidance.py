@@ -4,7 +4,9 @@
     out = ReLU(conv4x4 stride 2 pad 1 (map))
 
 with x, y the pixel positions 0..S-1. The map is float32, since 1e-8 underflows in half precision.
-Shapes: box [B, 4] as (cx, cy, w, h) in [0, 1]; weight [C, 1, 4, 4]; bias [C]; answer [B, C, S/2, S/2].
+Shapes: box [B, 4] as (cx, cy, w, h) in [0, 1]; weight [C, 1, 4, 4]; bias [C]; output [B, C, S/2, S/2].
+A NaN in a box makes its whole output NaN, as in torch. The map needs no clamp: exp2 of what is not positive
+lies in [0, 1].
 Source: the released network of CALS.
 """
 
@@ -17,8 +19,17 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
-from kernels.jit import LOG2E, ceil_div, check_tensor, jit, launchable, operator, power_of_two, tl
+from kernels.jit import (
+    LOG2E,
+    ceil_div,
+    check_tensor,
+    jit,
+    launch_kernel,
+    launchable,
+    operator,
+    power_of_two,
+    tl,
+)
 from kernels.onnx import ops as onnx_ops
 
 NAME = "GaussianGuidance"
@@ -27,7 +38,7 @@ KERNEL, STRIDE, PADDING = 4, 2, 1
 
 
 def gaussian_guidance_ref(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    """Plain form; at least float32 inside, the answer in the weight's dtype."""
+    """Plain form; at least float32 inside, the output in the dtype of the weight."""
     box = box.to(torch.promote_types(box.dtype, torch.float32))
     pixels = torch.arange(size, device=box.device, dtype=box.dtype)
     centre, extent = size * box[:, :2], size * box[:, 2:] / 2
@@ -54,22 +65,26 @@ def _guidance_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_X: tl.constexpr,  # S/2, up to a power of two
 ) -> None:
-    """Programs: output rows x channel tiles x pairs."""
+    """Programs: output rows x channel tiles x batch."""
     i_row, i_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_channel = o_channel < channels
     box += 4 * i_batch
     centre_x, centre_y = SIZE * tl.load(box).to(tl.float32), SIZE * tl.load(box + 1).to(tl.float32)
     half_w, half_h = SIZE * tl.load(box + 2).to(tl.float32) / 2, SIZE * tl.load(box + 3).to(tl.float32) / 2
+    # In float32: FLOOR is below what half precision holds, and an empty box would divide by zero.
     rate = -LOG2E / (2 * (half_w * half_w + half_h * half_h) + FLOOR)
     SIDE: tl.constexpr = SIZE // STRIDE
     o_x = tl.arange(0, BLOCK_X)
-    b_out = tl.zeros((BLOCK_C, BLOCK_X), tl.float32)
+    b_out = tl.zeros((BLOCK_C, BLOCK_X), tl.float32)  # (BLOCK_C, BLOCK_X)
     b_out += tl.load(bias + o_channel, mask=m_channel, other=0.0).to(tl.float32)[:, None]
+    # The map is a product of one Gaussian along x and one along y, so it is never
+    # made: the taps along y come down to one share a channel, with which a whole row is scaled.
     for i_x in tl.static_range(KERNEL):
         x = STRIDE * o_x - PADDING + i_x
-        b_across = tl.where((x >= 0) & (x < SIZE), tl.exp2((x - centre_x) * (x - centre_x) * rate), 0.0)
-        b_share = tl.zeros((BLOCK_C,), tl.float32)
+        b_across = tl.exp2((x - centre_x) * (x - centre_x) * rate)  # (BLOCK_X)
+        b_across = tl.where((x >= 0) & (x < SIZE), b_across, 0.0)  # the convolution's padding
+        b_share = tl.zeros((BLOCK_C,), tl.float32)  # (BLOCK_C)
         for i_y in tl.static_range(KERNEL):
             y = STRIDE * i_row - PADDING + i_y
             along = tl.where((y >= 0) & (y < SIZE), tl.exp2((y - centre_y) * (y - centre_y) * rate), 0.0)
@@ -77,7 +92,8 @@ def _guidance_kernel(
             b_share += along * tl.load(p_weight, mask=m_channel, other=0.0).to(tl.float32)
         b_out += b_share[:, None] * b_across[None, :]
     p_out = out + ((i_batch * channels + o_channel) * SIDE + i_row)[:, None] * SIDE + o_x[None, :]
-    b_out = tl.maximum(b_out, 0.0).to(out.dtype.element_ty)
+    # Unasked, a maximum drops NaN: a broken box would leave as a finite output.
+    b_out = tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
     tl.store(p_out, b_out, mask=m_channel[:, None] & (o_x < SIDE)[None, :])
 
 
@@ -88,7 +104,10 @@ def launch(kernel: Any, box: Tensor, weight: Tensor, bias: Tensor, size: int) ->
     if out.numel() == 0:
         return out
     block = min(power_of_two(channels), 64)
-    kernel[(side, ceil_div(channels, block), batch)](
+    launch_kernel(
+        kernel,
+        (side, ceil_div(channels, block), batch),
+        weight,
         box=box.contiguous(),
         weight=weight.contiguous(),
         bias=bias.contiguous(),
@@ -116,7 +135,8 @@ def _guidance_op(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor
 def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """Encode box [B, 4] on a size x size grid to [B, C, size/2, size/2]; see the module's formula.
 
-    Raises InputError for shapes or devices that do not go together.
+    The output has the dtype of weight and bias; box may have another. Raises ValueError for shapes or
+    devices, TypeError for types, that do not go together.
     """
     if onnx_ops.exporting():
         side = size // STRIDE
@@ -127,7 +147,7 @@ def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> T
     check_tensor("weight", weight, (channels, 1, KERNEL, KERNEL), box, same_dtype=False)
     check_tensor("bias", bias, (channels,), weight)
     if size < STRIDE or size % STRIDE:
-        raise InputError(f"size: expected an even number of pixels, got {size}")
+        raise ValueError(f"size: expected an even number of pixels, got {size}")
     if launchable(box):
         return torch.ops.dgm4.gaussian_guidance(box, weight, bias, size)
     return gaussian_guidance_ref(box, weight, bias, size)

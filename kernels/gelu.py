@@ -3,11 +3,12 @@
     v = x + bias;  out = v (1 + erf(v / sqrt 2)) / 2 = max(v, 0) - |v| Q(|v|),  Q(a) = erfc(a / sqrt 2) / 2
 
 Out may be codes of float8_e4m3fn or int8 with a given scale or one a row (see kernels/rows.py). Shapes:
-x [..., D], D <= 8192, rows by strides; bias [D] of any float type, or absent. All inside is in float32.
+x [..., D], D <= 8192, rows by strides; bias [D] of any float type, or absent. All inside is in float32. NaN
+stays NaN. In half precision -inf gives its limit, 0, where the product of torch's form is NaN.
 
 In float32 erf is the library's. In half precision log2 Q is a polynomial of degree 7, fitted here for the
 least relative error of Q on [0, 8]: 3.5e-5, a fourteenth of what rounding to float16 costs; past 8, where the
-answer is below 5e-15, it falls on to zero. The whole kernel is then 17.5 instructions an element by sm_90's
+output is below 5e-15, it falls on to zero. The whole kernel is then 17.5 instructions an element by sm_90's
 code (37 in float32): 28 million of a warp at the shape below, two thirds of what an H200 issues while the
 memory works; with the library's erf it would be twice that.
 
@@ -25,19 +26,17 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
-from kernels.jit import ceil_div, check_tensor, jit, launchable, operator, tl
+from kernels.jit import check_tensor, jit, launchable, operator, tl
 from kernels.onnx import ops as onnx_ops
 from kernels.rows import (
-    MAX_WIDTH,
-    RowAnswer,
-    as_rows,
+    RowOutput,
     check_codes,
+    check_rows,
     chunk_mask,
+    launch_rows,
     quantize_ref,
-    row_answer,
-    row_arguments,
     row_offsets,
+    row_output,
     store_rows,
 )
 
@@ -51,12 +50,13 @@ def gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @jit
 def _gelu(b_value: tl.tensor, PRECISE: tl.constexpr, FAR: tl.constexpr) -> tl.tensor:
-    """GELU of float32 values; PRECISE for an answer in float32."""
+    """GELU of float32 values; PRECISE for an output in float32. As b_value"""
     if PRECISE:
         ROOT_HALF: tl.constexpr = 0.7071067811865476
         return 0.5 * b_value * (1.0 + tl.erf(b_value * ROOT_HALF))
-    b_size = tl.minimum(tl.abs(b_value), FAR, propagate_nan=tl.PropagateNan.ALL)
-    b_tail = -1.2624585e-06 * b_size + 4.8203306e-05
+    # Q in the form max(v, 0) - |v| Q(|v|): 1 + erf(v) of a large negative v would cancel.
+    b_size = tl.minimum(tl.abs(b_value), FAR, propagate_nan=tl.PropagateNan.ALL)  # as b_value
+    b_tail = -1.2624585e-06 * b_size + 4.8203306e-05  # as b_value
     b_tail = b_tail * b_size - 0.00080724857
     b_tail = b_tail * b_size + 0.0079445816
     b_tail = b_tail * b_size - 0.052635394
@@ -80,11 +80,9 @@ def _gelu_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    TOP: tl.constexpr,  # the largest code; 0 for plain values
-    DYNAMIC: tl.constexpr,  # whether the scale is each row's own
-    E4M3: tl.constexpr,
+    CODES: tl.constexpr,  # see store_rows
+    OWN: tl.constexpr,
     NATIVE: tl.constexpr,
-    LEAST_PEAK: tl.constexpr,
     PRECISE: tl.constexpr,
     FAR: tl.constexpr,
 ) -> None:
@@ -92,7 +90,8 @@ def _gelu_kernel(
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < n_rows
     p_x = x + row_offsets(o_row, n_inner, x_batch, x_row)
-    b_rows: tl.tuple = ()
+    # All loads before the first store, which would hold them back.
+    b_rows: tl.tuple = ()  # CHUNKS times (ROWS, CHUNK)
     for i in tl.static_range(CHUNKS):
         o_col = i * CHUNK + tl.arange(0, CHUNK)
         m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
@@ -100,21 +99,7 @@ def _gelu_kernel(
         if bias is not None:
             b_row += tl.load(bias + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_rows = b_rows + (_gelu(b_row, PRECISE, FAR),)
-    store_rows(
-        out,
-        scale,
-        b_rows,
-        o_row,
-        m_row,
-        WIDTH,
-        CHUNK,
-        CHUNKS,
-        TOP,
-        DYNAMIC,
-        E4M3,
-        NATIVE,
-        LEAST_PEAK,
-    )
+    store_rows(out, scale, b_rows, o_row, m_row, WIDTH, CHUNK, CHUNKS, CODES, OWN, NATIVE)
 
 
 def launch(
@@ -123,30 +108,20 @@ def launch(
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
-) -> RowAnswer:
+) -> RowOutput:
     """Launch `kernel`, `_gelu_kernel` or its wrapping for torch.compile."""
-    answer = row_answer(x, dtype, scale)
-    if x.numel() == 0:
-        return answer
-    arguments = row_arguments(x, dtype, answer, given=scale is not None)
-    x = as_rows(x)
-    kernel[(ceil_div(arguments["n_rows"], arguments["ROWS"]),)](
-        x=x,
-        bias=None if bias is None else bias.contiguous(),
-        n_inner=x.shape[1],
-        x_batch=x.stride(0),
-        x_row=x.stride(1),
-        PRECISE=x.dtype == torch.float32,
-        FAR=FAR,
-        **arguments,
-    )
-    return answer
+    output = row_output(x, dtype, scale)
+    bias = None if bias is None else bias.contiguous()
+    precise = x.dtype == torch.float32
+    launch_rows(kernel, x, output, dtype, scale is not None, bias=bias, PRECISE=precise, FAR=FAR)
+    return output
 
 
 @operator("dgm4::gelu")
 def _gelu_op(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None, scale: Tensor | None) -> list[Tensor]:
-    found = launch(wrap_triton(_gelu_kernel), x, bias, dtype, scale)
-    return [found.out] if found.scale is None or scale is not None else [found.out, found.scale]
+    output = launch(wrap_triton(_gelu_kernel), x, bias, dtype, scale)
+    # An operator may not return one of its inputs: a given scale is left out.
+    return [tensor for tensor in output if tensor is not None and tensor is not scale]
 
 
 def gelu(
@@ -155,20 +130,18 @@ def gelu(
     *,
     dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
-) -> RowAnswer:
+) -> RowOutput:
     """GELU of x [..., D] + bias [D], by erf.
 
     `dtype`, float8_e4m3fn or int8, asks for codes, whose scale is the given float32 [1], or one a row, [...].
-    Raises InputError for what does not go together.
+    Raises ValueError for shapes, dtypes or devices that do not go together.
     """
-    width = x.shape[-1] if x.dim() else 0
-    if not 1 <= width <= MAX_WIDTH:
-        raise InputError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
+    check_rows(x)
     if bias is not None:
-        check_tensor("bias", bias, (width,), x, same_dtype=False)
+        check_tensor("bias", bias, (x.shape[-1],), x, same_dtype=False)
     check_codes(dtype, scale, x)
     if launchable(x) and not onnx_ops.exporting():
-        out, *own = torch.ops.dgm4.gelu(x, bias, dtype, scale)
-        return RowAnswer(out, own[0] if own else scale)
+        out, *scales = torch.ops.dgm4.gelu(x, bias, dtype, scale)
+        return RowOutput(out, scales[0] if scales else scale)
     out = gelu_ref(x, bias)
-    return RowAnswer(out, None) if dtype is None else RowAnswer(*quantize_ref(out, dtype, scale))
+    return RowOutput(out, None) if dtype is None else RowOutput(*quantize_ref(out, dtype, scale))

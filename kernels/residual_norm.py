@@ -3,12 +3,12 @@
     y = x + residual + shift;  out = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias
 
 over the last axis; residual and shift (the bias of the projection that made x) may be absent, and y is an
-answer too where the next block needs it: pre-norm networks do, post-norm ones do not. Out may be codes of
+output too where the next block needs it: pre-norm networks do, post-norm ones do not. Out may be codes of
 float8_e4m3fn or int8 with a given scale or one a row (see kernels/rows.py). Statistics are in float32, of
-the unrounded y.
+the unrounded y. A NaN makes its row NaN, as in torch.
 
 Shapes: x and residual [..., D], D <= 8192, rows by strides; weight, bias and shift [D], of any float type.
-One read of each input and one write of each answer: at 64 x 257 x 768 in bf16 the sum and the norm move
+One read of each input and one write of each output: at 64 x 257 x 768 in bf16 the sum and the norm move
 101 MB, 24 us at 4.3 TB/s; a launch each for shift, sum and norm moves 177 MB. Codes instead of bf16 save
 13 MB here and the 38 MB of a rounding pass. By sm_90's code a row is 480 instructions of a warp: 9 us.
 Source: arXiv:1607.06450.
@@ -23,24 +23,23 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from engine.errors import InputError
-from kernels.jit import ceil_div, check_tensor, jit, launchable, operator, tl
+from kernels.jit import check_tensor, jit, launchable, operator, tl
 from kernels.onnx import ops as onnx_ops
 from kernels.rows import (
-    MAX_WIDTH,
     as_rows,
     check_codes,
+    check_rows,
     chunk_mask,
+    launch_rows,
     quantize_ref,
-    row_answer,
-    row_arguments,
     row_offsets,
+    row_output,
     store_rows,
 )
 
 
 class Normed(NamedTuple):
-    """Answers of a norm: codes or values [..., D], the sum y [..., D], and the codes' scale."""
+    """Outputs of a norm: codes or values [..., D], the sum y [..., D], and the codes' scale."""
 
     out: Tensor
     total: Tensor | None
@@ -62,6 +61,7 @@ def residual_norm_ref(
     return F.layer_norm(total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps), total
 
 
+# Long because of its signature; the three passes over the columns share the row in registers.
 @jit
 def _norm_kernel(
     x: tl.tensor,  # [B, N, D]
@@ -83,11 +83,9 @@ def _norm_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    TOP: tl.constexpr,  # the largest code; 0 for plain values
-    DYNAMIC: tl.constexpr,  # whether the scale is each row's own
-    E4M3: tl.constexpr,
+    CODES: tl.constexpr,  # see store_rows
+    OWN: tl.constexpr,
     NATIVE: tl.constexpr,
-    LEAST_PEAK: tl.constexpr,
 ) -> None:
     """Programs: tiles of ROWS rows."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -95,9 +93,10 @@ def _norm_kernel(
     p_x = x + row_offsets(o_row, n_inner, x_batch, x_row)
     if residual is not None:
         p_residual = residual + row_offsets(o_row, n_inner, residual_batch, residual_row)
-    b_rows: tl.tuple = ()
-    b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
-    for i in tl.static_range(CHUNKS):  # all loads before the first store, which would hold them back
+    b_rows: tl.tuple = ()  # CHUNKS times (ROWS, CHUNK)
+    b_sum = tl.zeros((ROWS, CHUNK), tl.float32)  # (ROWS, CHUNK)
+    # All loads before the first store, which would hold them back.
+    for i in tl.static_range(CHUNKS):
         o_col = i * CHUNK + tl.arange(0, CHUNK)
         m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
         b_row = tl.load(p_x + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)  # (ROWS, CHUNK)
@@ -108,39 +107,25 @@ def _norm_kernel(
         b_sum += b_row
         b_rows = b_rows + (b_row,)
     if total is not None:
-        store_rows(
-            total, None, b_rows, o_row, m_row, WIDTH, CHUNK, CHUNKS, 0, False, False, False, LEAST_PEAK
-        )
-    b_mean = tl.sum(b_sum, 1)[:, None] / WIDTH
-    b_squares = tl.zeros((ROWS, CHUNK), tl.float32)
+        store_rows(total, None, b_rows, o_row, m_row, WIDTH, CHUNK, CHUNKS, "", False, False)
+    b_mean = tl.sum(b_sum, 1)[:, None] / WIDTH  # (ROWS, 1)
+    # A second pass, over registers: the squares' mean less the mean's square would cancel far from zero.
+    b_squares = tl.zeros((ROWS, CHUNK), tl.float32)  # (ROWS, CHUNK)
     for i in tl.static_range(CHUNKS):
-        b_centred = b_rows[i] - b_mean
-        if WIDTH % CHUNK:
+        b_centred = b_rows[i] - b_mean  # (ROWS, CHUNK)
+        if WIDTH % CHUNK:  # past the width stand zeros, which are -mean once centred
             b_centred = tl.where((i * CHUNK + tl.arange(0, CHUNK) < WIDTH)[None, :], b_centred, 0.0)
         b_squares += b_centred * b_centred
-    b_inverse = tl.rsqrt(tl.sum(b_squares, 1)[:, None] / WIDTH + eps)
-    b_normed: tl.tuple = ()
+    b_inverse = tl.rsqrt(tl.sum(b_squares, 1)[:, None] / WIDTH + eps)  # (ROWS, 1)
+    b_normed: tl.tuple = ()  # CHUNKS times (ROWS, CHUNK)
     for i in tl.static_range(CHUNKS):
         o_col = i * CHUNK + tl.arange(0, CHUNK)
         m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
+        # Loaded masked as the rows are, (ROWS, CHUNK): past the width the codes' maximum must meet zeros.
         b_weight = tl.load(weight + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_bias = tl.load(bias + o_col[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_normed = b_normed + ((b_rows[i] - b_mean) * b_inverse * b_weight + b_bias,)
-    store_rows(
-        out,
-        scale,
-        b_normed,
-        o_row,
-        m_row,
-        WIDTH,
-        CHUNK,
-        CHUNKS,
-        TOP,
-        DYNAMIC,
-        E4M3,
-        NATIVE,
-        LEAST_PEAK,
-    )
+    store_rows(out, scale, b_normed, o_row, m_row, WIDTH, CHUNK, CHUNKS, CODES, OWN, NATIVE)
 
 
 def launch(
@@ -156,30 +141,25 @@ def launch(
     summed: bool = False,
 ) -> Normed:
     """Launch `kernel`, `_norm_kernel` or its wrapping for torch.compile."""
-    answer = row_answer(x, dtype, scale)
+    output = row_output(x, dtype, scale)
     total = x.new_empty(x.shape) if summed else None
-    found = Normed(answer.out, total, answer.scale)
-    if x.numel() == 0:
-        return found
-    arguments = row_arguments(x, dtype, answer, given=scale is not None)
-    x = as_rows(x)
     residual = None if residual is None else as_rows(residual)
-    kernel[(ceil_div(arguments["n_rows"], arguments["ROWS"]),)](
-        x=x,
+    launch_rows(
+        kernel,
+        x,
+        output,
+        dtype,
+        scale is not None,
         residual=residual,
         shift=None if shift is None else shift.contiguous(),
         weight=weight.contiguous(),
         bias=bias.contiguous(),
         total=total,
-        n_inner=x.shape[1],
-        x_batch=x.stride(0),
-        x_row=x.stride(1),
         residual_batch=0 if residual is None else residual.stride(0),
         residual_row=0 if residual is None else residual.stride(1),
         eps=eps,
-        **arguments,
     )
-    return found
+    return Normed(output.out, total, output.scale)
 
 
 @operator("dgm4::residual_norm")
@@ -194,9 +174,9 @@ def _norm_op(
     scale: Tensor | None,
     summed: bool,
 ) -> list[Tensor]:
-    found = launch(wrap_triton(_norm_kernel), x, residual, weight, bias, eps, shift, dtype, scale, summed)
-    own = found._replace(scale=found.scale if scale is None else None)
-    return [tensor for tensor in own if tensor is not None]
+    normed = launch(wrap_triton(_norm_kernel), x, residual, weight, bias, eps, shift, dtype, scale, summed)
+    # An operator may not return one of its inputs: a given scale is left out.
+    return [x for x in normed if x is not None and x is not scale]
 
 
 def residual_norm(
@@ -214,13 +194,15 @@ def residual_norm(
     """Add x, residual [..., D] and shift [D], and norm the sum with weight and bias [D].
 
     `summed` asks for the sum, in the type of x. `dtype`, float8_e4m3fn or int8, asks for codes, whose scale
-    is the given float32 [1], or one a row, [...]. Raises InputError for what does not go together.
+    is the given float32 [1], or one a row, [...]. Raises ValueError for shapes, dtypes or devices,
+    TypeError for the type of the residual, that do not go together.
     """
     _check(x, residual, {"weight": weight, "bias": bias, "shift": shift})
     check_codes(dtype, scale, x)
     if launchable(x) and not onnx_ops.exporting():
-        found = torch.ops.dgm4.residual_norm(x, residual, weight, bias, eps, shift, dtype, scale, summed)
-        out, *others = found
+        out, *others = torch.ops.dgm4.residual_norm(
+            x, residual, weight, bias, eps, shift, dtype, scale, summed
+        )
         total = others.pop(0) if summed else None
         return Normed(out, total, others.pop() if others else scale)
     out, total = residual_norm_ref(x, residual, weight, bias, eps, shift)
@@ -232,11 +214,9 @@ def residual_norm(
 
 
 def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]) -> None:
-    width = x.shape[-1] if x.dim() else 0
-    if not 1 <= width <= MAX_WIDTH:
-        raise InputError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
+    check_rows(x)
     if residual is not None:
         check_tensor("residual", residual, tuple(x.shape), x)
     for name, tensor in vectors.items():
         if tensor is not None:
-            check_tensor(name, tensor, (width,), x, same_dtype=False)
+            check_tensor(name, tensor, (x.shape[-1],), x, same_dtype=False)

@@ -1,4 +1,4 @@
-"""What the sizes of pictures decide of their resize, on the host: weights and levels.
+"""Tables of a resize, made on the host from the sizes of the images: weights and levels.
 
 See kernels/resize.py for the arithmetic.
 """
@@ -17,7 +17,7 @@ CHANNELS, LEVELS = 3, 256
 SUPPORT, CUBIC = 2.0, -0.5  # half the kernel's width, and its parameter a
 PRECISION_BITS = 32 - 8 - 2  # of a weight, beside a level and two bits for the sum
 CACHED_AXES = 64
-# Fields of a picture's plan: where it starts, in bytes and in lines, its lines and the pixels of one, offset
+# Fields of an image's plan: where it starts, in bytes and in lines, its lines and the pixels of one, offset
 # and taps of the axis along a line, and of that across.
 FIELDS = 8
 
@@ -30,7 +30,7 @@ class Axis(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the kernels read beside the pixels.
+    """Inputs of the kernels beside the pixels.
 
     plan: int64 [B, FIELDS]; coefficients: int32, the axes one behind the other; levels: float32 [3, 256].
     """
@@ -63,7 +63,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 
 def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """What every level becomes, float32 [3, 256]."""
+    """Every level normalised, float32 [3, 256]."""
     levels = np.arange(LEVELS, dtype=np.float32) / np.float32(LEVELS - 1)
     return (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
@@ -71,7 +71,7 @@ def normalized_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray
 def make_tables(
     sizes: Sequence[tuple[int, int]], size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tables:
-    """Everything that the sizes (height, width) decide, on the host."""
+    """Tables for images of `sizes`, (height, width), on the host."""
     axes: dict[int, tuple[int, int]] = {}  # length: offset and taps
     blocks, end = [np.empty(0, np.int32)], 0
     for length in sorted({length for pair in sizes for length in pair}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,6 +19,26 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any import
+
+
+def mend_interpreter():
+    """Let Triton 3.6 interpret with NumPy 2.4 and later, as 3.7 does: triton-lang/triton#9171.
+
+    It takes int() of arrays of one element, which those refuse, wherever a loop ends at a loaded value.
+    """
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.6."):
+    mend_interpreter()
 
 BINDINGS = Path(__file__).with_name("bindings.py")
 GOLDEN = Path(__file__).parent / "golden"

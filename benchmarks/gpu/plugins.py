@@ -77,7 +77,7 @@ def _attention_rows(driver: Driver, target: Target, dtype: torch.dtype, device: 
         torchs = attention.guided_attention(query, key, value, HEADS)
         exact = attention.attention_ref(query.double(), key.double(), value.double(), HEADS)
         tensors = {"query": query, "key": key, "value": value, "out": torchs[0], "guide": torchs[1]}
-        for tactic, tiles in enumerate(attention.candidates(50, PATCHES, WIDTH // HEADS, dtype), start=1):
+        for tactic, tiles in enumerate(attention.schedules(50, PATCHES, WIDTH // HEADS, dtype), start=1):
             program = attend(batch, queries, PATCHES, WIDTH, HEADS, dtype, tiles)
             known = {"operator": ATTENTION, "tactic": tactic, "batch": batch, "queries": queries}
             yield known | _judge(driver, target, program, tensors, exact)
@@ -94,7 +94,7 @@ def _fusion_rows(driver: Driver, target: Target, dtype: torch.dtype, device: str
         exact = conv_fusion.conv_fusion_ref(*(x.double() for x in (image, tokens, weight, bias)))
         packed = conv_fusion.pack(weight, bias, WIDTH)
         tensors = {"image": image, "tokens": tokens, "packed": packed, "out": torchs}
-        for tactic, tiles in enumerate(conv_fusion.candidates(WIDTH, dtype), start=1):
+        for tactic, tiles in enumerate(conv_fusion.schedules(WIDTH, dtype), start=1):
             program = fuse(batch, PATCHES - 1, WIDTH, 1, dtype, dtype, tiles)
             known = {"operator": FUSION, "tactic": tactic, "batch": batch}
             yield known | _judge(driver, target, program, tensors, (exact,))

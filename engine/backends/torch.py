@@ -19,13 +19,14 @@ from engine.backends import usable_cores
 from engine.backends.buckets import check_ids, measure
 from engine.backends.graphs import EagerRunner, GraphRunner
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error
+from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error, InputError
 from engine.layout import SCALES, WEIGHTS
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel, Output
 from engine.network.precision import DTYPES, fp8_layers, set_precision
 from kernels import jit
+from kernels.resize import check_images
 from kernels.rows import E4M3_CAPABILITY
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,10 @@ class GpuBackend(TorchBackend[GraphRunner]):
                 f"expected {sizes['batch']} pictures for as many captions, got {len(pictures)}"
             )
         check_ids(text["input_ids"], self._vocabulary)
+        try:
+            check_images(pictures)
+        except ValueError as error:  # the kernels know nothing of the engine's errors
+            raise InputError(str(error)) from error
         with _reported(text):
             answers = runner.start(pictures, text, sizes["batch"], sizes["tokens"])
 

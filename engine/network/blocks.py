@@ -17,7 +17,7 @@ from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion, packed_shape
 from kernels.gelu import gelu
 from kernels.latent_pool import latent_pool
 from kernels.residual_norm import residual_norm
-from kernels.rows import RowAnswer
+from kernels.rows import RowOutput
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -43,7 +43,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, reader: nn.Module | None = None) -> Reads:
         """Norm x + residual [..., D]."""
         found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader))
-        return found.out if found.scale is None else RowAnswer(found.out, found.scale)
+        return found.out if found.scale is None else RowOutput(found.out, found.scale)
 
     def add(
         self, x: Tensor, residual: Tensor | None, reader: nn.Module | None = None
@@ -52,7 +52,7 @@ class Norm(nn.Module):
         if residual is None:
             return x, self(x, None, reader)
         found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader), summed=True)
-        out = found.out if found.scale is None else RowAnswer(found.out, found.scale)
+        out = found.out if found.scale is None else RowOutput(found.out, found.scale)
         return cast(Tensor, found.total), out
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.quantize import quantize_rows
-from kernels.rows import RowAnswer, quantize_ref
+from kernels.rows import RowOutput, quantize_ref
 
 E4M3 = torch.float8_e4m3fn
 SIDE = 16  # of what divides both sides of a product in eight bits
 
-Reads = Any  # what a Linear reads: a tensor, or a RowAnswer of codes
+Reads = Any  # what a Linear reads: a tensor, or a RowOutput of codes
 
 
 class Fp8Linear(nn.Module):
@@ -47,9 +47,9 @@ class Fp8Linear(nn.Module):
         self.register_buffer("input_scale", given)
         self.dtype = dtype
 
-    def forward(self, x: Tensor | RowAnswer) -> Tensor:
+    def forward(self, x: Tensor | RowOutput) -> Tensor:
         """[..., K], or its codes, -> [..., N]."""
-        found = x if isinstance(x, RowAnswer) else quantize_rows(x, E4M3, self.input_scale)
+        found = x if isinstance(x, RowOutput) else quantize_rows(x, E4M3, self.input_scale)
         rows = found.out.flatten(0, -2)
         y = torch._scaled_mm(
             rows,

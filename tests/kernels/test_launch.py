@@ -171,9 +171,9 @@ if DEVICE == "cuda":
     }
 
 
-for i, schedule in enumerate(attention.candidates(20, 65, 16, torch.float16)):
+for i, schedule in enumerate(attention.schedules(20, 65, 16, torch.float16)):
     CASES[f"attention-candidate-{i}"] = attend(1, 2, 20, 65, 16, guided=True, schedule=schedule)
-for i, schedule in enumerate(conv_fusion.candidates(24, torch.float16)):
+for i, schedule in enumerate(conv_fusion.schedules(24, torch.float16)):
     CASES[f"fusion-candidate-{i}"] = fuse(1, 3, 24, schedule=schedule)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import InputError
 from kernels.residual_norm import residual_norm
 
 EXACT = 1e-10
@@ -118,6 +117,6 @@ def test_codes(drawn, dtype, top):
 def test_what_does_not_go_together_is_refused(change, message):
     given = {"x": torch.zeros(2, 8), "residual": None, "weight": torch.zeros(8), "bias": torch.zeros(8)}
     given |= {"eps": EPS, "dtype": torch.int8, "scale": torch.ones(1), **change}
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         residual_norm(**given)
     assert message in str(caught.value)

@@ -6,24 +6,22 @@ import pytest
 import torch
 
 from kernels.jit import jit, tl, triton
-from kernels.rows import MAX_WIDTH, as_rows, encode, quantize_ref, row_tiles
+from kernels.rows import CODES, MAX_WIDTH, as_rows, encode, quantize_ref, row_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = 4096
 
 
 @jit
-def _encode_kernel(values, out, E4M3: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _encode_kernel(values, out, CODES: tl.constexpr, BLOCK: tl.constexpr):
     o_value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + o_value, encode(tl.load(values + o_value), E4M3, NATIVE))
+    tl.store(out + o_value, encode(tl.load(values + o_value), CODES, False))
 
 
 def encoded(values, dtype):
     values = torch.nn.functional.pad(values.float(), (0, -len(values) % COUNT)).to(DEVICE)
     out = torch.empty(len(values), dtype=torch.uint8, device=DEVICE)
-    _encode_kernel[(len(values) // COUNT,)](
-        values, out, E4M3=dtype == torch.float8_e4m3fn, NATIVE=False, BLOCK=COUNT
-    )
+    _encode_kernel[(len(values) // COUNT,)](values, out, CODES=CODES[dtype], BLOCK=COUNT)
     return out.view(dtype).cpu()
 
 

@@ -26,10 +26,10 @@ OLDEST = {80: 82, 86: 82, 89: 82, 90: 82, 100: 87, 120: 87}  # PTX of the oldest
 
 def base_programs(dtype: torch.dtype) -> Iterator[tuple[str, int, Program]]:
     """Operator, tactic and program of every schedule, for the base networks."""
-    schedules = attention.candidates(TEXT, PATCHES, WIDTH // HEADS, dtype)
+    schedules = attention.schedules(TEXT, PATCHES, WIDTH // HEADS, dtype)
     for tactic, tiles in enumerate(schedules, start=1):
         yield ATTENTION, tactic, attend(BATCH, TEXT, PATCHES, WIDTH, HEADS, dtype, tiles)
-    for tactic, tiles in enumerate(conv_fusion.candidates(WIDTH, dtype), start=1):
+    for tactic, tiles in enumerate(conv_fusion.schedules(WIDTH, dtype), start=1):
         yield FUSION, tactic, fuse(BATCH, PATCHES - 1, WIDTH, 1, dtype, dtype, tiles)
 
 

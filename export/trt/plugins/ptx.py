@@ -6,6 +6,7 @@ nothing reads them they go. So does the debug information, which names files of 
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from engine.errors import BuildError
 from export.trt.plugins.programs import Program
 from kernels.jit import TARGETS
 from kernels.tools.aot import WARP, resources
+
+logger = logging.getLogger(__name__)
 
 SHARED_LIMIT = 48 * 1024  # bytes a block gets without asking the driver for more
 _LINES = re.compile(r"^\s*\.(?:loc|file)\s.*\n", re.MULTILINE)
@@ -79,6 +82,11 @@ def compile_kernel(program: Program, target: Target) -> Kernel:
     found = re.search(r"^\.version (\d+)\.(\d+)$", ptx, re.MULTILINE)
     if found is None or int(found[1] + found[2]) > target.isa:
         raise BuildError(f"{about.name}: expected PTX up to {target.isa / 10}, got {found and found[0]}")
+    if about.shared > SHARED_LIMIT:
+        logger.info(
+            "%s, %d warps, %d stages: no tactic: it needs %d bytes of shared memory and a plugin gets %d",
+            *(about.name, about.num_warps, about.num_stages, about.shared, SHARED_LIMIT),
+        )
     return Kernel(about.name, ptx, WARP * about.num_warps, about.shared)
 
 

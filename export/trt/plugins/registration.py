@@ -98,7 +98,7 @@ def _attention_programs(
     """A program for every schedule, in the order of the tactics."""
     keys, columns, count = _fixed("key", key, 1), _fixed("query", query, 2), int(heads[0])
     dtype = DTYPES[query.dtype]
-    schedules = attention.candidates(_typical(query, 1), keys, columns // count, dtype)
+    schedules = attention.schedules(_typical(query, 1), keys, columns // count, dtype)
     return [attend(batch, queries, keys, columns, count, dtype, tiles) for tiles in schedules]
 
 
@@ -108,7 +108,7 @@ def _fusion_programs(
     """A program for every schedule, in the order of the tactics."""
     patches, width = _fixed("tokens", tokens, 1) - 1, _fixed("tokens", tokens, 2)
     branches, dtypes = _fixed("packed", packed, 0), (DTYPES[image.dtype], DTYPES[tokens.dtype])
-    schedules = conv_fusion.candidates(width, dtypes[1])
+    schedules = conv_fusion.schedules(width, dtypes[1])
     return [fuse(batch, patches, width, branches, *dtypes, tiles) for tiles in schedules]
 
 

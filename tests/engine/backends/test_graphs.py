@@ -363,7 +363,7 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_device(backend, cuda
         backend.start(draw_pictures(SIZES[:2]), text | {"input_ids": text["input_ids"] + 2048})
     with pytest.raises(BackendError, match=r"expected the inputs \['input_ids', 'attention_mask'\]"):
         backend.start(draw_pictures(SIZES[:2]), draw(2, 5))
-    with pytest.raises(InputError, match="picture 0: expected uint8"):
+    with pytest.raises(InputError, match="image 0: expected uint8"):
         backend.start([np.zeros((4, 4), np.uint8)] * 2, text)
     assert cuda.log == before
 

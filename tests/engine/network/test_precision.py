@@ -12,7 +12,7 @@ from engine.network.precision import float_layers, fp8_layers, half_layers, set_
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs
 from export.quantization.calibrate import calibrate
-from kernels.rows import RowAnswer
+from kernels.rows import RowOutput
 
 
 def drawn(out, inner, bias=True):
@@ -48,7 +48,7 @@ def test_what_writes_codes_gives_what_a_pass_of_its_own_gives(given):
     norm.load_state_dict({"weight": torch.rand(16) + 0.5, "bias": torch.randn(16)}, assign=True)
     x, residual = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
     total, codes = norm.add(x, residual, reader)
-    assert isinstance(codes, RowAnswer)
+    assert isinstance(codes, RowOutput)
     assert torch.equal(total, x + residual)
     assert torch.equal(reader(codes), reader(norm(x, residual)))
     assert torch.equal(reader(Gelu()(x, reader)), reader(Gelu()(x)))

@@ -40,7 +40,7 @@ def agree(program, launch):
     ("keys", "columns", "heads"), [(257, 768, 12), (257, 128, 2), (256, 768, 8), (50, 96, 1)]
 )
 def test_attention_is_the_launchers(dtype, keys, columns, heads):
-    for tiles in attention.candidates(50, keys, columns // heads, dtype):
+    for tiles in attention.schedules(50, keys, columns // heads, dtype):
         for batch in (1, 2, 7, 64, 256):
             for queries in (1, 2, 16, 49, 50, 63, 64, 65, 128):
                 query, key = (
@@ -56,7 +56,7 @@ def test_attention_is_the_launchers(dtype, keys, columns, heads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("grid", "width", "branches"), [(16, 768, 1), (16, 128, 2), (3, 50, 1)])
 def test_fusion_is_the_launchers(dtype, grid, width, branches):
-    for tiles in conv_fusion.candidates(width, dtype):
+    for tiles in conv_fusion.schedules(width, dtype):
         for batch in (1, 2, 7, 64):
             image = meta(batch, 3, 16 * grid, 16 * grid, dtype=SINGLE)
             tokens, packed = meta(batch, 1 + grid**2, width), meta(branches, width, 5, 16, dtype=dtype)

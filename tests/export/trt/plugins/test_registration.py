@@ -97,7 +97,7 @@ def test_launches_of_the_attention_are_the_launchers(found):
         batch, queries = row["shape"]
         dtype = DTYPES[row["dtype"]]
         query, key = (torch.empty(batch, n, 768, dtype=dtype, device="meta") for n in (queries, 257))
-        tactics = dict(enumerate(attention.candidates(50, 257, 64, dtype), start=1))
+        tactics = dict(enumerate(attention.schedules(50, 257, 64, dtype), start=1))
         assert {launch["tactic"] for launch in row["launches"]} <= set(tactics)
         assert row["launches"]
         for found_launch in row["launches"]:
@@ -114,7 +114,7 @@ def test_launches_of_the_fusion_are_the_launchers(found):
         dtype = DTYPES[row["dtype"]]
         shapes = ((*row["shape"], 3, 256, 256), (*row["shape"], 257, 768), (1, 768, 5, 16))
         tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-        tactics = dict(enumerate(conv_fusion.candidates(768, dtype), start=1))
+        tactics = dict(enumerate(conv_fusion.schedules(768, dtype), start=1))
         assert row["launches"]
         for found_launch in row["launches"]:
             tiles = tactics[found_launch["tactic"]]
