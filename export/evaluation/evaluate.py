@@ -20,8 +20,7 @@ from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import Answers, Interval, bootstrap, bootstrap_difference, per_type, summarise
 from dgm4.model import Detector
-from engine.backends import Backend, create, usable_cores
-from engine.backends.ort import OrtBackend
+from engine.backends import Backend, create, ort
 from engine.bundle import Bundle
 from engine.errors import BundleError, InputError, NumericalError
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
@@ -178,11 +177,10 @@ def evaluate(
     )
 
 
-def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend:
+def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend[Any]:
     if options.graph is None:
         return create(options.backend, bundle, options.device, options.threads)
-    bundle.verified(options.graph + DATA_SUFFIX)
-    return OrtBackend(bundle.verified(options.graph), bundle, options.threads or usable_cores())
+    return ort.load(bundle, options.graph, options.graph + DATA_SUFFIX, options.threads)
 
 
 @dataclass(frozen=True)
