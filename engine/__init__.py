@@ -7,7 +7,8 @@ from engine import errors
 from engine.bundle import Bundle
 from engine.errors import Dgm4Error
 from engine.inputs.preprocess import ImageOptions
+from engine.prediction import Prediction
 from engine.predictor import Predictor
-from engine.result import Prediction, Word
+from engine.result import Word
 
 __all__ = ["Bundle", "Dgm4Error", "ImageOptions", "Prediction", "Predictor", "Word", "errors"]

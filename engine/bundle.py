@@ -66,17 +66,35 @@ class Bundle:
 
         Raises BundleError where the manifest does not list `name` or the file was altered.
         """
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise BundleError(
-                f"{self.path}: does not contain {name}; it contains {', '.join(self.manifest.files)}"
-            )
-        path = self.path / name
+        entry, path = self._entry(name), self.path / name
         with self._lock:
             if name not in self._verified:
                 _check_digest(path, entry)
                 self._verified.add(name)
         return path
+
+    def read(self, name: str) -> bytes:
+        """Return the content of the file `name` once its SHA-256 agrees: the very bytes that were hashed.
+
+        Between `verified` and a library's own reading of the path, the file can be replaced. Raises
+        BundleError where the manifest does not list `name` or the file was altered.
+        """
+        entry, path = self._entry(name), self.path / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error}") from error
+        _check_size(path, len(content), entry)
+        _compare(path, sha256_of(content), entry)
+        return content
+
+    def _entry(self, name: str) -> FileEntry:
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(
+                f"{self.path}: does not contain {name}; it contains {', '.join(self.manifest.files)}"
+            )
+        return entry
 
     def verify_all(self) -> None:
         """Verify every file of the bundle; raises BundleError naming the first altered one."""
@@ -142,6 +160,10 @@ def _check_digest(path: Path, entry: FileEntry) -> None:
             digest = sha256_of(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
+    _compare(path, digest, entry)
+
+
+def _compare(path: Path, digest: str, entry: FileEntry) -> None:
     if digest != entry.sha256:
         raise BundleError(
             f"{path}: expected SHA-256 {entry.sha256}, got {digest}; the file was altered, "

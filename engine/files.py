@@ -37,8 +37,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
-def sha256_of(file: Path | BufferedReader) -> str:
-    """Digest of a file's bytes, in hexadecimal; of an open one from where it stands."""
+def sha256_of(file: Path | BufferedReader | bytes) -> str:
+    """Digest of a file or of bytes, in hexadecimal; of an open file from where it stands."""
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return sha256_of(opened)

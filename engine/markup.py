@@ -1,53 +1,50 @@
-"""A Prediction as a self-contained HTML fragment: no script, no outside address, everything escaped."""
+"""A prediction as a self-contained HTML fragment: no script, no external address, everything escaped."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from engine.inputs.preprocess import ImageInput
 from engine.render import INK, MANIPULATED, MUTED, TRACK, Color, annotate, caption_pieces, verdict, word_color
-
-if TYPE_CHECKING:
-    from engine.result import Prediction, Word
+from engine.result import Result, Word
 
 _PICTURE_LIMIT = (640, 640)
 _JPEG_QUALITY = 88
 
 
-def write_fragment(prediction: Prediction, image: ImageInput | None = None) -> str:
+def write_fragment(result: Result, image: ImageInput | None = None) -> str:
     """Return the fragment: the annotated photograph, verdict, types, caption and warnings.
 
     `image` replaces the kept thumbnail. Raises InputError where it cannot be read.
     """
-    headline, color = verdict(prediction)
+    headline, color = verdict(result)
     panel = [
         f'<h3 style="margin:0 0 12px;font-size:24px;color:{css(color)}">{headline}</h3>',
-        _bar("score", prediction.score, color),
+        _bar("score", result.score, color),
         '<hr style="border:0;border-top:2px solid #e5e7eb;margin:14px 0">',
     ]
-    for kind, score in prediction.types.items():
-        active = prediction.manipulated and kind in prediction.detected
+    for kind, score in result.types.items():
+        active = result.manipulated and kind in result.detected
         panel.append(_bar(kind.replace("_", " "), score, MANIPULATED if active else MUTED))
-    notes = [" ".join(prediction.model.values()), *prediction.warnings]
+    notes = [" ".join(result.model.values()), *result.warnings]
     panel += [f'<div style="color:{css(MUTED)};font-size:13px">{escape(note)}</div>' for note in notes]
     return (
         f'<div style="font-family:system-ui,sans-serif;color:{css(INK)};background:#fff;'
         'padding:20px;max-width:1060px">'
         '<div style="display:flex;flex-wrap:wrap;gap:28px">'
-        f'<div style="flex:1 1 320px">{_picture(prediction, image)}</div>'
+        f'<div style="flex:1 1 320px">{_picture(result, image)}</div>'
         f'<div style="flex:1 1 280px">{"".join(panel)}</div></div>'
         '<p dir="auto" style="font-size:18px;line-height:1.8;overflow-wrap:anywhere">'
-        f"{_caption(prediction)}</p></div>\n"
+        f"{_caption(result)}</p></div>\n"
     )
 
 
-def _picture(prediction: Prediction, image: ImageInput | None) -> str:
-    return embed(annotate(prediction, image, _PICTURE_LIMIT))
+def _picture(result: Result, image: ImageInput | None) -> str:
+    return embed(annotate(result, image, _PICTURE_LIMIT))
 
 
 def embed(photo: Image.Image) -> str:
@@ -67,9 +64,9 @@ def _bar(label: str, score: float, color: Color) -> str:
     )
 
 
-def _caption(prediction: Prediction) -> str:
+def _caption(result: Result) -> str:
     return "".join(
-        escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(prediction)
+        escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(result)
     )
 
 

@@ -1,45 +1,31 @@
-"""From a network's raw outputs to the parts of a Prediction. Logits in float64, nothing non-finite passes."""
+"""Decides on one pair from a network's outputs: scores in float64, and an error for non-finite outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import NumericalError
 from engine.inputs.text import Tokens
 from engine.manifest import Manifest
-from engine.result import Word
+from engine.result import Result, Word
 
-# The benchmark's own test for "no box": all four corner values below this.
+# The benchmark's test for "no box": all four corner values below this.
 _NO_BOX = 1e-4
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The part of a Prediction that comes from the outputs; fields as there."""
-
-    manipulated: bool
-    score: float
-    types: dict[str, float]
-    detected: tuple[str, ...]
-    box: tuple[float, float, float, float] | None
-    words: tuple[Word, ...]
-    heatmap: np.ndarray | None
-
-
-def read_answer(
+def read_result(
     outputs: Mapping[str, np.ndarray],
     index: int,
     tokens: Tokens,
     size: tuple[int, int],
     manifest: Manifest,
     name: str,
-) -> Answer:
-    """Read item `index` of a batch's outputs; `name` is what messages call the item.
+) -> Result:
+    """Decide on item `index` of a batch's outputs; `name` is what messages call the item.
 
-    `size` is the upright picture's (width, height). Raises NumericalError for NaN or infinity.
+    `size` is the upright image's (width, height). Raises NumericalError for NaN or infinity.
     """
     item = _valid_part(outputs, index, len(tokens.ids))
     for output, values in item.items():
@@ -52,13 +38,14 @@ def read_answer(
     types = dict(zip(manifest.types, sigmoid(item["logits_multicls"]).tolist(), strict=True))
     grid = manifest.preprocess.image_size // manifest.preprocess.patch_size
     scores = item.get("attention_map")
-    return Answer(
+    return Result(
         manipulated=score >= thresholds.manipulated,
         score=score,
         types=types,
         detected=tuple(kind for kind, value in types.items() if value >= thresholds.types),
         box=read_box(item["box"], size),
         words=read_words(item["logits_tok"], tokens, thresholds.words),
+        size=size,
         heatmap=None if scores is None else read_heatmap(scores, grid),
     )
 
@@ -85,9 +72,9 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def read_box(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Turn (cx, cy, w, h) in [0, 1] into (x1, y1, x2, y2) in pixels of a (width, height) picture.
+    """Turn (cx, cy, w, h) in [0, 1] into (x1, y1, x2, y2) in pixels of a (width, height) image.
 
-    Clipped to the picture; None where nothing is left or the benchmark would count no box.
+    Clipped to the image; None where nothing is left or the benchmark would count no box.
     """
     corners = np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
     if (corners < _NO_BOX).all():

@@ -1,4 +1,4 @@
-"""The Predictor: pictures and captions in, Predictions out."""
+"""The Predictor: images and captions in, Predictions out."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from time import perf_counter
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import numpy as np
 
-from engine.backends import PictureBackend, create, rebuilt, usable_cores
+from engine.backends import create, rebuilt, usable_cores
+from engine.backends.base import Pending
+from engine.backends.buckets import buckets
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
 from engine.inputs.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
@@ -24,20 +25,18 @@ from engine.inputs.preprocess import ImageInput, ImageOptions
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
 from engine.manifest import Manifest, Thresholds
-from engine.postprocess import read_answer
-from engine.result import Prediction
+from engine.postprocess import read_result
+from engine.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "return"]
-# What stands in a failed item's place with on_error="return".
+# What takes a failed item's place with on_error="return".
 ItemError = InputError | NumericalError
 
 THUMBNAIL_SIDE = 1024
 _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _WARM_UP = (1, 24)
-
-Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,14 @@ class _Job:
 
 
 class _Batch(NamedTuple):
-    """Items on their way, in order, and what waits for the results of those that could be prepared."""
+    """A submitted batch: its items in order, and the run of those that could be prepared.
 
-    items: list[Item | ItemError]
-    results: Callable[[], list[Prediction | NumericalError]]
+    `submitting` is the time of the submission in milliseconds, on a CPU that of the network's run.
+    """
+
+    items: Sequence[Item | ItemError]
+    run: Pending | None
+    submitting: float
 
 
 class Predictor:
@@ -60,9 +63,9 @@ class Predictor:
 
     Safe to share between threads. Not across a fork: create it in the process that uses it.
 
-    Pairs of a batch are padded to the longest caption of that batch. The padding is masked, so with
-    float weights the answer for a pair moves by no more than rounding with its batch mates. Dynamic
-    INT8 picks one activation scale for the whole batch: there a score can move slightly with them.
+    Pairs of a batch are padded to the longest caption of that batch. The padding is masked, so with float
+    weights a prediction depends on the rest of its batch only by rounding. Dynamic INT8 uses one activation
+    scale for the whole batch, so that there a score can change slightly with it.
     """
 
     def __init__(
@@ -79,14 +82,13 @@ class Predictor:
         """Open, verify and load a bundle.
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
-        longer side in pixels of the picture that a Prediction keeps, 0 to keep none; `thresholds` such as
-        {"manipulated": 0.8, "types": 0.5, "words": 0.6} stand in for the bundle's, each by itself. With
-        `rebuild` a bundle without an engine for this machine's GPU gets one first, on disk too, which can
-        take many minutes. An engine is checked here and loaded at the first run: call `warm_up` where
-        that should not be a user's.
+        longer side in pixels of a Prediction's thumbnail, 0 for none; `thresholds` such as
+        {"manipulated": 0.8, "types": 0.5, "words": 0.6} replace the bundle's, each by itself. With `rebuild`
+        a bundle without an engine for this machine's GPU gets one first, on disk too, which can take many
+        minutes. An engine is checked here and loaded at the first run: call `warm_up` to load it before.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
-        lacks, EngineMismatchError for an engine of another one, InputError for a threshold of an unknown name
-        or outside [0, 1] and for other image options than an `ImageOptions`.
+        lacks, EngineMismatchError for an engine of another machine, InputError for a threshold of an unknown
+        name or outside [0, 1] and for other image options than an `ImageOptions`.
         """
         if not isinstance(image_options, ImageOptions | None):
             kind = type(image_options).__name__
@@ -97,11 +99,13 @@ class Predictor:
         manifest = self.bundle.manifest
         self._manifest = replace(manifest, thresholds=_thresholds(manifest.thresholds, thresholds or {}))
         spec = self.manifest.preprocess
-        tokenizer = CaptionTokenizer(self.bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
+        tokenizer = CaptionTokenizer(
+            self.bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, self.bundle.read(TOKENIZER)
+        )
         self._backend = create(backend, self.bundle, device, threads)
-        self._pictures = self._backend if isinstance(self._backend, PictureBackend) else None
-        decoded = self._pictures is not None
-        self._preparation = Preparation(spec, tokenizer, image_options or ImageOptions(), thumbnail, decoded)
+        self._preparation = Preparation(
+            spec, tokenizer, image_options or ImageOptions(), thumbnail, resize=not self._backend.resizes
+        )
         self._pid = os.getpid()
         self._warnings = _weights_warning(self.manifest)
 
@@ -123,18 +127,15 @@ class Predictor:
         }
 
     def predict(self, image: ImageInput, caption: Caption) -> Prediction:
-        """Answer one pair.
+        """Predict one pair.
 
         `image` is a path, the bytes of a JPEG, PNG, WebP, BMP or GIF file, a PIL image, or an array of
         height x width (x 3) as uint8 or as floats in [0, 1]; `caption` is str or UTF-8 bytes.
-        Raises InputError for a picture or caption that cannot be used, NumericalError for a
-        network that answers NaN or infinity, BackendError where the run fails.
+        Raises InputError for an image or caption that cannot be used, NumericalError for outputs that are NaN
+        or infinite, BackendError where the run fails.
         """
         item = self._preparation.pair("", image, caption)
-        result = self._start([item])()[0]
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return cast(Prediction, next(self._results(self._submit([item]), "raise")))
 
     @overload
     def predict_batch(
@@ -164,10 +165,10 @@ class Predictor:
         on_error: OnError = "raise",
         batch_size: int | None = None,
     ) -> list[Prediction] | list[Prediction | ItemError]:
-        """Answer many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
+        """Predict many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
 
         Runs in batches of `batch_size` (None: the bundle's largest). With on_error="raise" the first pair
-        that fails raises InputError or NumericalError naming its index; with "return" the error stands in
+        that fails raises InputError or NumericalError naming its index; with "return" the error takes
         its place. Raises InputError for lists of unequal length.
         """
         joined = join_pairs(pairs, captions)
@@ -187,11 +188,11 @@ class Predictor:
     def stream(
         self, pairs: Iterable[Pair], batch_size: int = 32, on_error: OnError = "raise"
     ) -> Iterator[Prediction] | Iterator[Prediction | ItemError]:
-        """Answer pairs from an iterable of any length, lazily and in order.
+        """Predict pairs from an iterable of any length, lazily and in order.
 
         Reads one batch ahead: the next batch is prepared in threads while the network runs, so a batch's
-        answers come once the batch after it was read. Never holds more than two batches; on a GPU one more,
-        which is copied there meanwhile. A `batch_size` above the bundle's largest is lowered to it. Errors
+        predictions come once the batch after it was read. Holds two batches at most; on a GPU one more, which
+        is copied there meanwhile. A `batch_size` above the bundle's largest is lowered to it. Errors
         as for `predict_batch`.
         """
         if on_error not in ("raise", "return"):
@@ -200,16 +201,21 @@ class Predictor:
             raise InputError(f"expected a batch_size of at least 1, got {batch_size!r}")
         return self._stream(pairs, min(batch_size, self.manifest.limits.max_batch), on_error)
 
-    def warm_up(self, shapes: Iterable[tuple[int, int]] = (_WARM_UP,)) -> None:
-        """Run a blank batch of each of these (pairs, tokens), so that real ones do not pay for set-up.
+    def warm_up(self, shapes: Iterable[tuple[int, int]] = (_WARM_UP,), *, all_buckets: bool = False) -> None:
+        """Run a blank batch of each of these (pairs, tokens), so that real batches do not pay for set-up.
 
-        Tokens are those of the longest caption, [CLS] included. A GPU captures the graphs of these shapes,
-        and takes the memory of the largest; a shape that is not among them is captured when it comes.
-        Numbers above the bundle's largest are lowered to it; raises InputError for those below 1.
+        Tokens are those of the longest caption, [CLS] included. Numbers above the bundle's largest are
+        lowered to it. A GPU captures a graph for each bucket of shapes at its first batch, which can take
+        seconds while all other calls wait. This captures those of `shapes`; with `all_buckets` those of every
+        bucket within the bundle's limits instead, 48 at the usual limits. A TensorRT engine is warmed up in
+        one of the lanes that serve concurrent calls.
+        Raises InputError for numbers below 1.
         """
+        limits = self.manifest.limits
+        chosen = buckets(limits) if all_buckets else check_shapes(shapes)
         # The largest first: on a GPU the others fit into its memory.
-        for batch, tokens in sorted(check_shapes(shapes), reverse=True):
-            self._run(*self._preparation.blank(min(batch, self.manifest.limits.max_batch), tokens))()
+        for batch, tokens in sorted(chosen, reverse=True):
+            self._run(*self._preparation.blank(min(batch, limits.max_batch), tokens)).result()
 
     def close(self) -> None:
         """Release the network; later calls raise BackendError."""
@@ -230,99 +236,92 @@ class Predictor:
         numbered = (_Job(f"item {i}", pair) for i, pair in enumerate(pairs))
         most = _MAX_WORKERS if self._backend.device == "cpu" else usable_cores()
         workers = min(most, usable_cores(), batch_size)
-        beside = 0 if self._pictures is None else 1  # batches that run while the next is copied
+        running_at_once = 1 if self._backend.asynchronous else 0  # while the next batch is submitted
         with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
             ahead: list[Future[Item | ItemError]] = []
             running: deque[_Batch] = deque()
             while jobs := list(itertools.islice(numbered, batch_size)):
                 current, ahead = ahead, [pool.submit(self._prepare, job) for job in jobs]
-                running.append(self._start_batch(current))
-                if len(running) > beside:
+                running.append(self._submit([future.result() for future in current]))
+                if len(running) > running_at_once:
                     yield from self._results(running.popleft(), on_error)
-            running.append(self._start_batch(ahead))
+            running.append(self._submit([future.result() for future in ahead]))
             for batch in running:
                 yield from self._results(batch, on_error)
 
-    def _start_batch(self, prepared: list[Future[Item | ItemError]]) -> _Batch:
-        items = [future.result() for future in prepared]
-        return _Batch(items, self._start([item for item in items if isinstance(item, Item)]))
-
-    def _results(self, batch: _Batch, on_error: OnError) -> Iterator[Prediction | ItemError]:
-        """Wait for a batch and yield all its results in their order."""
-        answers = iter(batch.results())
-        for item in batch.items:
-            result = next(answers) if isinstance(item, Item) else item
-            if on_error == "raise" and isinstance(result, Exception):
-                raise result
-            yield result
-
     def _prepare(self, job: _Job) -> Item | ItemError:
-        """Prepare one pair of a batch; its InputError is the result where it cannot be used."""
+        """Prepare one pair of a batch; return the InputError of one that cannot be used."""
         try:
             image, caption = unpack_pair(job.name, job.pair)
             return self._preparation.pair(job.name, image, caption)
         except InputError as error:
             return error
 
-    def _start(self, items: list[Item]) -> Callable[[], list[Prediction | NumericalError]]:
-        """Begin to answer prepared items as one batch; what is returned waits for their results."""
-        if not items:
-            return list
+    def _submit(self, items: Sequence[Item | ItemError]) -> _Batch:
+        """Submit the prepared items among `items` as one batch."""
+        ready = [item for item in items if isinstance(item, Item)]
+        if not ready:
+            return _Batch(items, None, 0.0)
         started = perf_counter()
-        wait = self._run([item.pixels for item in items], self._preparation.text(items))
-        return partial(self._collect, items, wait, milliseconds(started, perf_counter()))
+        run = self._run([item.pixels for item in ready], self._preparation.text(ready))
+        return _Batch(items, run, milliseconds(started, perf_counter()))
 
-    def _collect(
-        self, items: list[Item], wait: Callable[[], Outputs], spent: float
-    ) -> list[Prediction | NumericalError]:
-        """Make the results of a batch; a NumericalError stands in the place of its item."""
+    def _results(self, batch: _Batch, on_error: OnError) -> Iterator[Prediction | ItemError]:
+        """Wait for a batch and yield its results in order; an error is raised, or takes its item's place."""
         started = perf_counter()
-        outputs = wait()
-        share = (spent + milliseconds(started, perf_counter())) / len(items)
-        results: list[Prediction | NumericalError] = []
-        for index, item in enumerate(items):
-            try:
-                results.append(self._finish(outputs, index, item, share))
-            except NumericalError as error:
-                results.append(error)
-        return results
+        outputs = {} if batch.run is None else batch.run.result()
+        elapsed = batch.submitting + milliseconds(started, perf_counter())
+        rows = itertools.count()  # of the outputs, which skip the items that could not be prepared
+        ready = sum(isinstance(item, Item) for item in batch.items)
+        for item in batch.items:
+            result = (
+                self._finish(outputs, next(rows), item, elapsed / ready) if isinstance(item, Item) else item
+            )
+            if on_error == "raise" and isinstance(result, Exception):
+                raise result
+            yield result
 
-    def _run(self, pixels: list[np.ndarray], text: dict[str, np.ndarray]) -> Callable[[], Outputs]:
-        """Begin a batch where the backend can; else it runs when its answers are asked for."""
+    def _run(self, images: list[np.ndarray], text: dict[str, np.ndarray]) -> Pending:
+        """Submit a batch to the backend; raises BackendError in a forked process."""
         # A forked child has none of the parent's threads: the run would wait for them for ever.
         if os.getpid() != self._pid:
             raise BackendError("the Predictor was made before a fork; create it in the process that uses it")
-        if self._pictures is not None:
-            return self._pictures.start(pixels, text)
-        return partial(self._backend.run, {"image": np.stack(pixels), **text})
+        return self._backend.submit(images, text)
 
-    def _finish(self, outputs: Outputs, index: int, item: Item, inference: float) -> Prediction:
+    def _finish(
+        self, outputs: Mapping[str, np.ndarray], row: int, item: Item, inference: float
+    ) -> Prediction | NumericalError:
+        """Make the prediction of one item; return the NumericalError of outputs that are not finite."""
         started = perf_counter()
-        answer = read_answer(outputs, index, item.tokens, item.size, self.manifest, item.name or "the pair")
+        try:
+            result = read_result(outputs, row, item.tokens, item.size, self.manifest, item.name or "the pair")
+        except NumericalError as error:
+            return error
         timing = item.timing | {
             "inference": inference,
             "postprocess": milliseconds(started, perf_counter()),
         }
         return Prediction(
-            **vars(answer),
-            caption=item.caption,
-            size=item.size,
-            warnings=self._warnings + item.warnings,
-            model=self.model,
-            timing=timing | {"total": sum(timing.values())},
-            thumbnail=item.thumbnail,
+            **vars(result)
+            | {
+                "caption": item.caption,
+                "warnings": self._warnings + item.warnings,
+                "model": self.model,
+                "timing": timing | {"total": sum(timing.values())},
+                "thumbnail": item.thumbnail,
+            }
         )
 
 
-def _thresholds(own: Thresholds, given: Mapping[str, float]) -> Thresholds:
-    """The bundle's thresholds with those given put in; raises InputError."""
-    known = vars(own)
-    if not isinstance(given, Mapping) or not set(given) <= set(known):
-        raise InputError(f"thresholds: expected a mapping with some of {', '.join(known)}, got {given!r}")
+def _thresholds(defaults: Thresholds, given: Mapping[str, float]) -> Thresholds:
+    """Replace some of the bundle's thresholds; raises InputError."""
+    names = vars(defaults)
+    if not isinstance(given, Mapping) or not set(given) <= set(names):
+        raise InputError(f"thresholds: expected a mapping with some of {', '.join(names)}, got {given!r}")
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {value!r}")
-    return replace(own, **given)
+    return replace(defaults, **given)
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:

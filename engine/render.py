@@ -1,4 +1,4 @@
-"""Draws a Prediction as one picture: the photograph with its evidence, the verdict, the caption's words.
+"""Draws a prediction as one image: the photograph with its evidence, the verdict, the caption's words.
 
 Pillow only. Colours are fixed; sizes are in pixels of the drawn card.
 """
@@ -9,16 +9,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
-
-if TYPE_CHECKING:
-    from engine.result import Prediction, Word
+from engine.result import Result, Word
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -56,35 +54,35 @@ class Piece(NamedTuple):
     word: Word | None
 
 
-def caption_pieces(prediction: Prediction) -> Iterator[Piece]:
+def caption_pieces(result: Result) -> Iterator[Piece]:
     """Split the caption into its words and what stands between them; joined they give the caption."""
     position = 0
-    for word in prediction.words:
+    for word in result.words:
         if word.start > position:
-            yield Piece(prediction.caption[position : word.start], None)
-        yield Piece(prediction.caption[word.start : word.end], word)
+            yield Piece(result.caption[position : word.start], None)
+        yield Piece(result.caption[word.start : word.end], word)
         position = word.end
-    if position < len(prediction.caption):
-        yield Piece(prediction.caption[position:], None)
+    if position < len(result.caption):
+        yield Piece(result.caption[position:], None)
 
 
-def verdict(prediction: Prediction) -> tuple[str, Color]:
+def verdict(result: Result) -> tuple[str, Color]:
     """Return the headline and its colour."""
-    return ("Manipulated", MANIPULATED) if prediction.manipulated else ("Not manipulated", PRISTINE)
+    return ("Manipulated", MANIPULATED) if result.manipulated else ("Not manipulated", PRISTINE)
 
 
-def annotate(prediction: Prediction, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
+def annotate(result: Result, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
     """Return the photograph within `limit` (width, height), with the heat map and box of a manipulated pair.
 
     `image` replaces the kept thumbnail; with neither, a grey field of the same shape is drawn.
     """
-    photo = _photograph(prediction, image, limit)
-    if not prediction.manipulated:
+    photo = _photograph(result, image, limit)
+    if not result.manipulated:
         return photo
-    if prediction.heatmap is not None:
-        photo = _blend_heat(photo, prediction.heatmap)
-    if prediction.box is not None and FACE_TYPES & set(prediction.detected):
-        draw_box(photo, prediction.box, prediction.size)
+    if result.heatmap is not None:
+        photo = _blend_heat(photo, result.heatmap)
+    if result.box is not None and FACE_TYPES & set(result.detected):
+        draw_box(photo, result.box, result.size)
     return photo
 
 
@@ -97,20 +95,18 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
         raise InputError(f"{target}: expected the name of a file in a folder that exists")
 
 
-def draw_card(
-    prediction: Prediction, image: ImageInput | None, font: str | os.PathLike[str] | None
-) -> Image.Image:
+def draw_card(result: Result, image: ImageInput | None, font: str | os.PathLike[str] | None) -> Image.Image:
     """Draw the whole card: photograph on the left, verdict and types on the right, caption below."""
-    photo = annotate(prediction, image, (_PICTURE_WIDTH, _PICTURE_HEIGHT))
+    photo = annotate(result, image, (_PICTURE_WIDTH, _PICTURE_HEIGHT))
     body, small = _font(font, _BODY), _font(font, _SMALL)
     width = 3 * _MARGIN + _PICTURE_WIDTH + _PANEL_WIDTH
-    rows = list(_wrap(prediction, body, width - 2 * _MARGIN))
-    top = 2 * _MARGIN + max(photo.height, _panel_height(prediction))
+    rows = list(_wrap(result, body, width - 2 * _MARGIN))
+    top = 2 * _MARGIN + max(photo.height, _panel_height(result))
     height = top + _LINE * len(rows) + _MARGIN
     card = Image.new("RGB", (width, height), WHITE)
     card.paste(photo, (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(card)
-    _draw_panel(draw, prediction, (2 * _MARGIN + _PICTURE_WIDTH, _MARGIN), font)
+    _draw_panel(draw, result, (2 * _MARGIN + _PICTURE_WIDTH, _MARGIN), font)
     _draw_caption(draw, rows, top, body, small)
     return card
 
@@ -130,10 +126,10 @@ def _font(path: str | os.PathLike[str] | None, size: int) -> Font:
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(os.fspath(path), size)
 
 
-def _photograph(prediction: Prediction, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
-    photo = prediction.thumbnail if image is None else decode_image(image).rgb
+def _photograph(result: Result, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
+    photo = result.thumbnail if image is None else decode_image(image).rgb
     if photo is None:
-        photo = Image.new("RGB", prediction.size if max(prediction.size) <= 1024 else (256, 256), EMPTY)
+        photo = Image.new("RGB", result.size if max(result.size) <= 1024 else (256, 256), EMPTY)
     scale = min(limit[0] / photo.width, limit[1] / photo.height)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     if scale < 1:
@@ -167,38 +163,38 @@ def draw_box(
         draw.rectangle(corners, outline=shade, width=3 + 2 * grow)
 
 
-def _panel_height(prediction: Prediction) -> int:
-    return 190 + 46 * len(prediction.types) + 22 * (2 + len(prediction.warnings))
+def _panel_height(result: Result) -> int:
+    return 190 + 46 * len(result.types) + 22 * (2 + len(result.warnings))
 
 
 def _draw_panel(
     draw: ImageDraw.ImageDraw,
-    prediction: Prediction,
+    result: Result,
     corner: tuple[int, int],
     font: str | os.PathLike[str] | None,
 ) -> None:
     x, y = corner
     body, small = _font(font, _BODY), _font(font, _SMALL)
-    headline, color = verdict(prediction)
+    headline, color = verdict(result)
     draw.text((x, y - 6), headline, INK if color == PRISTINE else color, _font(font, _TITLE))
-    y = _draw_bar(draw, (x, y + 44), "score", prediction.score, color, body)
+    y = _draw_bar(draw, (x, y + 44), "score", result.score, color, body)
     draw.line((x, y + 6, x + _PANEL_WIDTH, y + 6), TRACK, 2)
     y += 20
-    for kind, score in prediction.types.items():
-        active = prediction.manipulated and kind in prediction.detected
+    for kind, score in result.types.items():
+        active = result.manipulated and kind in result.detected
         y = _draw_bar(draw, (x, y), kind.replace("_", " "), score, MANIPULATED if active else MUTED, body)
     y += 8
-    if prediction.manipulated and prediction.heatmap is not None:
+    if result.manipulated and result.heatmap is not None:
         y = _draw_legend(draw, (x, y), small)
-    for line in _notes(prediction):
+    for line in _notes(result):
         draw.text((x, y), _fit(line, small, _PANEL_WIDTH), MUTED, small)
         y += 22
 
 
-def _notes(prediction: Prediction) -> list[str]:
-    model = " ".join(prediction.model.get(key, "") for key in ("name", "size", "precision", "backend"))
-    total = prediction.timing.get("total")
-    return [model + (f", {total:.0f} ms" if total is not None else ""), *map(_printable, prediction.warnings)]
+def _notes(result: Result) -> list[str]:
+    model = " ".join(result.model.get(key, "") for key in ("name", "size", "precision", "backend"))
+    total = result.timing.get("total")
+    return [model + (f", {total:.0f} ms" if total is not None else ""), *map(_printable, result.warnings)]
 
 
 def _draw_bar(
@@ -229,12 +225,12 @@ def _draw_legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], font: Font)
     return y + 26
 
 
-def _wrap(prediction: Prediction, font: Font, width: int) -> Iterator[list[Piece]]:
+def _wrap(result: Result, font: Font, width: int) -> Iterator[list[Piece]]:
     """Break the caption into at most _MAX_LINES rows that fit `width` pixels."""
     row: list[Piece] = []
     used = 0.0
     count = 1
-    for piece in _atoms(prediction, font, width):
+    for piece in _atoms(result, font, width):
         length = font.getlength(piece.text)
         if used + length > width and row:
             if count == _MAX_LINES:
@@ -249,9 +245,9 @@ def _wrap(prediction: Prediction, font: Font, width: int) -> Iterator[list[Piece
         yield row
 
 
-def _atoms(prediction: Prediction, font: Font, width: int) -> Iterator[Piece]:
+def _atoms(result: Result, font: Font, width: int) -> Iterator[Piece]:
     """The caption's pieces, printable, white space as one space, none wider than `width`."""
-    for piece in caption_pieces(prediction):
+    for piece in caption_pieces(result):
         for text in re.findall(r"\s+|\S+", piece.text):
             shown = " " if text.isspace() else _fit(_printable(text), font, width)
             yield Piece(shown, piece.word)

@@ -119,6 +119,14 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def network_input():
+    """A function from any image, with the options of `decode_image`, to the network's input [3, 256, 256]."""
+    from engine.inputs.preprocess import decode_image, normalize_image, resize_image
+
+    return lambda image, **options: normalize_image(resize_image(decode_image(image, **options).rgb, 256))
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     """Export a tiny bundle by name and precision, without an engine: .path, .manifest and .stages."""
 

@@ -42,7 +42,7 @@ def check() -> Iterator[Row]:
             yield {"missing": f"no engine: {LIBRARY} is not what builds here"}
             return
         known = {"capability": gpu.capability, "engine": engines[0].file, "version": engines[0].version}
-        backend = TensorRtBackend(engines[0], bundle.verified(engines[0].file), None, bundle.manifest, gpu)
+        backend = TensorRtBackend(bundle, engines[0], gpu)
         try:
             yield {**known, "ran": True, "errors": _errors(bundle, backend)}
         except Dgm4Error as error:

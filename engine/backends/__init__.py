@@ -6,12 +6,11 @@ import fnmatch
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from engine.backends.base import Backend
 from engine.backends.cuda import load_library
 from engine.errors import BackendError
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
@@ -19,7 +18,7 @@ from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 if TYPE_CHECKING:
     from engine.bundle import Bundle
 
-    _Load = Callable[[Bundle, str, int | None], "Backend"]
+    _Load = Callable[[Bundle, str, int | None], Backend[Any]]
 
 
 class _Kind(NamedTuple):
@@ -68,36 +67,6 @@ _DRIVER = "an NVIDIA driver"
 _NOT_FOR_ORT = ("bf16", "fp8")
 
 
-class Backend(Protocol):
-    """A loaded network. `run` may be called from several threads at once."""
-
-    name: str
-    device: str
-
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch: arrays by input name in, arrays by output name out; raises BackendError."""
-        ...
-
-    def close(self) -> None:
-        """Release the network; `run` may not be called afterwards."""
-        ...
-
-
-@runtime_checkable
-class PictureBackend(Backend, Protocol):
-    """A backend on a device of its own, which makes the network's input there and runs beside the host."""
-
-    def start(
-        self, pictures: Sequence[np.ndarray], text: dict[str, np.ndarray]
-    ) -> Callable[[], dict[str, np.ndarray]]:
-        """Begin to answer one batch and return the function that waits for its answers.
-
-        `pictures` are decoded, uint8 [H, W, 3] each of its own size; `text` is the other inputs by name. What
-        the network gets is `engine.inputs.preprocess`'s, bit for bit. Both raise BackendError.
-        """
-        ...
-
-
 def known() -> list[str]:
     """Names of all backends, installed or not, the best one first."""
     return list(_BACKENDS)
@@ -119,7 +88,7 @@ def serving(bundle: Bundle) -> dict[str, str | None]:
     return {name: missing[name] for name in _suited(bundle)}
 
 
-def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
+def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend[Any]:
     """Load `bundle` with the backend `name`; with "auto", with the best installed one for it and `device`.
 
     That is "ort", or "torch" for a bundle without a graph, but where `device` is an NVIDIA GPU, or is "auto"

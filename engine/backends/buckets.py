@@ -1,9 +1,9 @@
-"""Buckets of shapes: a captured graph answers one shape only, so that inputs are padded to the next.
+"""Buckets of shapes: a captured graph runs one shape only, so inputs are padded to that of their bucket.
 
 Batches go to the next power of two, tokens to the next multiple of 16, each up to the bundle's limit. 16 is
-the least tile of queries that the attention kernel takes (kernels/jit.py), so that padding within it costs
-that kernel nothing; elsewhere it is 8 tokens of some 300 a pair on average. At the usual limits (32 pairs,
-128 tokens) there are 48 buckets at most; with steps of 8 there would be twice as many graphs to hold.
+the smallest tile of queries of the attention kernel (kernels/jit.py), so that padding within it costs that
+kernel nothing; elsewhere it is 8 tokens of some 300 a pair on average. At the usual limits (32 pairs, 128
+tokens) there are 48 buckets at most; steps of 8 would double the number of graphs.
 """
 
 from __future__ import annotations
@@ -39,6 +39,17 @@ def bucket_of(batch: int, tokens: int, limits: Limits) -> Bucket:
     return Bucket(min(power, most[0]), min(steps * TOKEN_STEP, most[1]))
 
 
+def buckets(limits: Limits) -> list[Bucket]:
+    """Every bucket within the limits."""
+    batches = [1 << power for power in range((limits.max_batch - 1).bit_length() + 1)]
+    tokens = range(TOKEN_STEP, limits.max_tokens + TOKEN_STEP, TOKEN_STEP)
+    return [
+        bucket_of(min(b, limits.max_batch), min(n, limits.max_tokens), limits)
+        for b in batches
+        for n in tokens
+    ]
+
+
 def measure(feeds: Arrays, specs: Sequence[TensorSpec]) -> dict[str, int]:
     """Sizes of the symbolic dimensions, "batch" and "tokens", that `feeds` agree on.
 
@@ -50,23 +61,26 @@ def measure(feeds: Arrays, specs: Sequence[TensorSpec]) -> dict[str, int]:
     for spec in specs:
         array = feeds[spec.name]
         if array.dtype != spec.dtype or not _bind(array.shape, spec.shape, sizes):
-            known = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            bound = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(
                 f"{spec.name}: expected {spec.dtype} of shape {list(spec.shape)}"
-                f"{f' where {known}' if known else ''}, got {array.dtype} of shape {list(array.shape)}"
+                f"{f' where {bound}' if bound else ''}, got {array.dtype} of shape {list(array.shape)}"
             )
     return sizes
 
 
 def check_ids(ids: np.ndarray, vocabulary: int) -> None:
-    """Raise BackendError for an id outside the vocabulary: a GPU is unusable after it, OpenVINO silent."""
+    """Raise BackendError for an id outside the vocabulary.
+
+    Such an id makes a GPU unusable for the process, and OpenVINO compute something else without a word.
+    """
     if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        found = f"{ids.min()} to {ids.max()}"
-        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {found}")
+        span = f"{ids.min()} to {ids.max()}"
+        raise BackendError(f"input_ids: expected 0 to {vocabulary - 1}, the vocabulary, got {span}")
 
 
 def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
-    """Whether `shape` is `dims`; a name that is met first takes its size and enters `sizes`."""
+    """Whether `shape` fits `dims`; the first size of a name is entered into `sizes`."""
     if len(shape) != len(dims):
         return False
     pairs = zip(shape, dims, strict=True)
@@ -74,7 +88,7 @@ def _bind(shape: Sequence[int], dims: Sequence[int | str], sizes: dict[str, int]
 
 
 def fill(buffer: np.ndarray, values: np.ndarray) -> None:
-    """Put `values` [b, n] at the start of a buffer [B, N]; zeros behind them."""
+    """Put `values` [b, n] at the start of a buffer [B, N], with zeros after them."""
     batch, tokens = values.shape
     buffer[batch:] = 0
     buffer[:batch, tokens:] = 0

@@ -204,20 +204,20 @@ class Stream:
     """A queue of work on the current GPU, `handle` by number."""
 
     def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+        self.driver = driver
         self.handle = driver_address(driver.handle("cuStreamCreate", _NON_BLOCKING))
 
     def send(self, target: Memory, source: Pinned, size: int) -> None:
         """Copy the first `size` bytes to the GPU."""
-        self._driver.call("cuMemcpyHtoDAsync_v2", target.address, source.address, size, self.handle)
+        self.driver.call("cuMemcpyHtoDAsync_v2", target.address, source.address, size, self.handle)
 
     def fetch(self, target: Pinned, source: Memory, size: int) -> None:
         """Copy the first `size` bytes to the host."""
-        self._driver.call("cuMemcpyDtoHAsync_v2", target.address, source.address, size, self.handle)
+        self.driver.call("cuMemcpyDtoHAsync_v2", target.address, source.address, size, self.handle)
 
     def wait(self) -> None:
         """Wait until all queued work is done; raises BackendError where it failed."""
-        self._driver.call("cuStreamSynchronize", self.handle)
+        self.driver.call("cuStreamSynchronize", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -225,23 +225,23 @@ class Stream:
 
         The graph can be launched after the block.
         """
-        graph = Graph(self._driver)
-        self._driver.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
+        graph = Graph(self.driver)
+        self.driver.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
         recorded = c_void_p()
         try:
             yield graph
         except BaseException:
-            self._driver.attempt("cuStreamEndCapture", self.handle, byref(recorded))  # or it records for ever
+            self.driver.attempt("cuStreamEndCapture", self.handle, byref(recorded))  # or it records for ever
             raise
-        self._driver.call("cuStreamEndCapture", self.handle, byref(recorded))
+        self.driver.call("cuStreamEndCapture", self.handle, byref(recorded))
         try:
-            graph.executable = self._driver.handle("cuGraphInstantiateWithFlags", recorded, 0)
+            graph.executable = self.driver.handle("cuGraphInstantiateWithFlags", recorded, 0)
         finally:
-            self._driver.call("cuGraphDestroy", recorded)
+            self.driver.call("cuGraphDestroy", recorded)
 
     def close(self) -> None:
         """Destroy the stream."""
-        self._driver.call("cuStreamDestroy_v2", self.handle)
+        self.driver.call("cuStreamDestroy_v2", self.handle)
 
 
 class Graph:

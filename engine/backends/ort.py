@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 
 from engine.backends import usable_cores
+from engine.backends.base import Backend, Outputs
+from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
 from engine.layout import GRAPH, GRAPH_DATA
+from engine.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +26,30 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OrtBackend:
         raise BackendError(
             f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
         )
-    path = bundle.verified(GRAPH)
-    if GRAPH_DATA in bundle.manifest.files:
-        bundle.verified(GRAPH_DATA)
-    return OrtBackend(path, bundle, threads or usable_cores())
+    return load(bundle, GRAPH, GRAPH_DATA, threads)
+
+
+def load(bundle: Bundle, model: str, data: str, threads: int | None) -> OrtBackend:
+    """Verify and load the graph `model` of the bundle and its weights `data`, if any; raises BundleError.
+
+    From memory, so that a session is made of the very bytes that were hashed, even where a file is replaced
+    meanwhile.
+    """
+    threads, path = threads or usable_cores(), bundle.path / model
+    options = session_options(threads)
+    graph, weights = bundle.read(model), b""
+    if data in bundle.manifest.files:
+        weights = bundle.read(data)  # ONNX Runtime reads this buffer until the session is made
+        options.add_external_initializers_from_files_in_memory([data], [weights], [len(weights)])
+    session = _load(path, graph, options)
+    del weights
+    check_names(path, session, bundle.manifest)
+    logger.info("loaded %s with ONNX Runtime %s, %d threads", path, onnxruntime.__version__, threads)
+    return OrtBackend(session, bundle.manifest, "cpu")
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """Return the options every session is made with; `threads` is the size of the operators' pool."""
+    """Return the options of every session; `threads` is the size of the operators' pool."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
     options.intra_op_num_threads = threads
@@ -45,44 +63,29 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-class OrtBackend:
-    """One InferenceSession; `run` is safe to call from several threads (ONNX Runtime's own promise)."""
+class OrtBackend(Backend[onnxruntime.InferenceSession]):
+    """One InferenceSession, which ONNX Runtime promises to be safe to run from several threads."""
 
     name = "ort"
-    device = "cpu"
+    library = "ONNX Runtime"
 
-    def __init__(self, path: Path, bundle: Bundle, threads: int):
-        """Load the model at `path`; raises BundleError where it does not load or is not the manifest's."""
-        self._session: onnxruntime.InferenceSession | None = load_session(path, threads)
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        check_names(path, "inputs", self._session.get_inputs(), [s.name for s in bundle.manifest.inputs])
-        check_names(path, "outputs", self._session.get_outputs(), self._outputs)
-        logger.info("loaded %s with ONNX Runtime %s, %d threads", path, onnxruntime.__version__, threads)
-
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch; raises BackendError where ONNX Runtime fails or the backend was closed."""
-        session = self._session
-        if session is None:
-            raise BackendError("the backend was closed; create another Predictor")
-        try:
-            answers = session.run(self._outputs, feeds)
-        except Exception as error:  # ONNX Runtime's errors share no base but Exception
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise BackendError(f"ONNX Runtime failed on inputs of shape {shapes}: {error}") from error
-        return dict(zip(self._outputs, answers, strict=True))
-
-    def close(self) -> None:
-        """Drop the session; its memory goes once running calls are done."""
-        self._session = None
+    def _run(self, network: onnxruntime.InferenceSession, feeds: Arrays, batch: int, tokens: int) -> Outputs:
+        return dict(zip(self._outputs, network.run(self._outputs, dict(feeds)), strict=True))
 
 
 def load_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """Load the graph at `path` with `threads` CPU threads; raises BundleError where it does not load."""
-    options = session_options(threads)
+    return _load(path, str(path), session_options(threads))
+
+
+def _load(
+    path: Path, model: str | bytes, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """Load a model, by path or from memory; `path` is its name in messages."""
     try:
         # enable_fallback=0: the fallback prints to stdout and retries the same provider.
         return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            model, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as error:  # no common base, and UnicodeDecodeError for some damaged models
         raise BundleError(
@@ -90,8 +93,12 @@ def load_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def check_names(path: Path, kind: str, found: list[onnxruntime.NodeArg], expected: list[str]) -> None:
+def check_names(path: Path, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
     """Raise BundleError where the graph's tensors are not the manifest's."""
-    names = [node.name for node in found]
-    if sorted(names) != sorted(expected):
-        raise BundleError(f"{path}: expected the {kind} {expected} of the manifest, got {names}")
+    for kind, nodes, specs in (
+        ("inputs", session.get_inputs(), manifest.inputs),
+        ("outputs", session.get_outputs(), manifest.outputs),
+    ):
+        names, expected = [node.name for node in nodes], [spec.name for spec in specs]
+        if sorted(names) != sorted(expected):
+            raise BundleError(f"{path}: expected the {kind} {expected} of the manifest, got {names}")

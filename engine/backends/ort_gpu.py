@@ -1,8 +1,8 @@
 """ONNX Runtime on an NVIDIA GPU, by its CUDA or its TensorRT execution provider.
 
 Both read the graph in standard operators, float or calibrated int8. Precision is in the graph, so no provider
-is asked to lower it, and float32 products stay float32. The TensorRT provider builds an engine when it is
-loaded, minutes of it for a base network, for all shapes up to the bundle's limits, and keeps it in the
+is asked to lower it, and float32 products stay float32. The TensorRT provider builds an engine at its first
+load, for all shapes up to the bundle's limits, which takes minutes for a base network, and caches it in the
 user's cache folder.
 """
 
@@ -20,7 +20,8 @@ import onnxruntime
 
 from engine import files
 from engine.backends import usable_cores
-from engine.backends.buckets import check_ids, measure
+from engine.backends.base import Backend, Outputs, verified_graph
+from engine.backends.buckets import Arrays
 from engine.backends.ort import check_names, session_options
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
@@ -44,7 +45,7 @@ def create_cuda(bundle: Bundle, device: str, threads: int | None) -> OrtGpuBacke
 
 
 def create_tensorrt(bundle: Bundle, device: str, threads: int | None) -> OrtGpuBackend:
-    """The same with the TensorRT provider, and CUDA's for what that does not take."""
+    """The same with the TensorRT provider, and CUDA's for the operators that it does not take."""
     index = _index("ort-tensorrt", device)
     if bundle.manifest.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         # The provider has no option for it (microsoft/onnxruntime #26029).
@@ -78,21 +79,22 @@ def tensorrt_options(bundle: Bundle, index: int, cache: Path | None) -> Options:
     profile = {f"trt_profile_{name}_shapes": _shapes(manifest, *sizes) for name, sizes in shapes.items()}
     # Precision is in the graph; TensorRT 10 reads its Q/DQ nodes only where int8 is allowed.
     lower = {"trt_fp16_enable": "False", "trt_int8_enable": str(manifest.precision == "int8")}
-    kept: Options = {"trt_engine_cache_enable": "False", "trt_timing_cache_enable": "False"}
+    cached: Options = {"trt_engine_cache_enable": "False", "trt_timing_cache_enable": "False"}
     if cache is not None:
-        kept = {
+        cached = {
             "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": os.fspath(cache),
             "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": os.fspath(cache),
         }
-    return {"device_id": str(index), **lower, **profile, **kept}
+    return {"device_id": str(index), **lower, **profile, **cached}
 
 
 def cache_folder(bundle: Bundle) -> Path | None:
-    """The user's own folder for engines of this graph and these weights; None where it cannot be made.
+    """The user's folder for engines of this graph and these weights; None where it cannot be made or trusted.
 
-    An engine is a program: nobody else may write there. The provider knows a graph by its structure alone.
+    An engine is a program, so nobody else may write there. Hence the hashes in its name: the provider
+    identifies a graph by its structure alone.
     """
     entries = bundle.manifest.files
     key = "-".join(entries[name].sha256[:16] for name in (FLAT_GRAPH, GRAPH_DATA) if name in entries)
@@ -109,47 +111,27 @@ def cache_folder(bundle: Bundle) -> Path | None:
     return folder
 
 
-class OrtGpuBackend:
-    """One InferenceSession on a GPU; `run` may be called from several threads at once."""
+class OrtGpuBackend(Backend[onnxruntime.InferenceSession]):
+    """One InferenceSession on a GPU."""
+
+    library = "ONNX Runtime"
 
     def __init__(
         self, name: str, session: onnxruntime.InferenceSession, manifest: Manifest, index: int
     ) -> None:
-        self.name, self.device, self._index = name, f"cuda:{index}", index
-        self._session: onnxruntime.InferenceSession | None = session
-        self._inputs, self._outputs = manifest.inputs, [spec.name for spec in manifest.outputs]
-        self._vocabulary = manifest.model.config.get("vocabulary")
+        super().__init__(session, manifest, f"cuda:{index}")
+        self.name, self._index = name, index
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch; raises BackendError where ONNX Runtime fails or the backend was closed."""
-        session = self._session
-        if session is None:
-            raise BackendError("the backend was closed; create another Predictor")
-        measure(feeds, self._inputs)
-        if self._vocabulary is not None:
-            check_ids(feeds["input_ids"], self._vocabulary)
-        try:
-            return self._run(session, feeds)
-        except Exception as error:  # ONNX Runtime's errors share no base but Exception
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise BackendError(f"ONNX Runtime failed on inputs of shape {shapes}: {error}") from error
-
-    def close(self) -> None:
-        """Drop the session; its memory goes once running calls are done."""
-        self._session = None
-
-    def _run(
-        self, session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Copy the inputs over once, leave the outputs there until all are done, and fetch them."""
+    def _run(self, network: onnxruntime.InferenceSession, feeds: Arrays, batch: int, tokens: int) -> Outputs:
+        """Copy the inputs to the GPU once, leave the outputs there until all are done, and fetch them."""
         place = partial(onnxruntime.OrtValue.ortvalue_from_numpy, device_type="cuda", device_id=self._index)
-        binding = session.io_binding()
+        binding = network.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, place(np.ascontiguousarray(array)))
         for name in self._outputs:
             binding.bind_output(name, "cuda", self._index)
         binding.synchronize_inputs()
-        session.run_with_iobinding(binding)
+        network.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
@@ -164,21 +146,18 @@ def _index(name: str, device: str) -> int:
 def _create(
     name: str, bundle: Bundle, index: int, threads: int | None, providers: Providers
 ) -> OrtGpuBackend:
-    path = bundle.verified(FLAT_GRAPH)
-    if GRAPH_DATA in bundle.manifest.files:
-        bundle.verified(GRAPH_DATA)
+    # By path, not from memory: the TensorRT provider names the engines in its cache after the model's file.
+    path = verified_graph(bundle, FLAT_GRAPH, GRAPH_DATA)
     session = _load(name, path, session_options(threads or usable_cores()), providers)
-    manifest = bundle.manifest
-    check_names(path, "inputs", session.get_inputs(), [spec.name for spec in manifest.inputs])
-    check_names(path, "outputs", session.get_outputs(), [spec.name for spec in manifest.outputs])
+    check_names(path, session, bundle.manifest)
     logger.info("loaded %s with ONNX Runtime %s, %s", path, onnxruntime.__version__, session.get_providers())
-    return OrtGpuBackend(name, session, manifest, index)
+    return OrtGpuBackend(name, session, bundle.manifest, index)
 
 
 def _load(
     name: str, path: Path, options: onnxruntime.SessionOptions, providers: Providers
 ) -> onnxruntime.InferenceSession:
-    """Load the graph; raises BackendError where a provider does not start: the CPU would answer for it."""
+    """Load the graph; raises BackendError where a provider does not start: the CPU would run instead."""
     wanted = [provider for provider, _ in providers]
     _check_providers(name, wanted, onnxruntime.get_available_providers(), "install onnxruntime-gpu instead")
     try:
@@ -192,12 +171,12 @@ def _load(
     return session
 
 
-def _check_providers(name: str, wanted: list[str], found: list[str], remedy: str) -> None:
-    missing = [provider for provider in wanted if provider not in found]
+def _check_providers(name: str, wanted: list[str], started: list[str], remedy: str) -> None:
+    missing = [provider for provider in wanted if provider not in started]
     if missing:
         raise BackendError(
             f"the backend {name!r} needs {' and '.join(missing)}, which ONNX Runtime "
-            f"{onnxruntime.__version__} here does not start (it has {', '.join(found)}); {remedy}"
+            f"{onnxruntime.__version__} here does not start (it has {', '.join(started)}); {remedy}"
         )
 
 

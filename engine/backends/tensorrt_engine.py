@@ -1,12 +1,12 @@
-"""A deserialised engine of TensorRT or TensorRT-RTX: its profiles, its tensors, its words when it fails."""
+"""A deserialised engine of TensorRT or TensorRT-RTX: profiles, tensors, contexts, and the errors."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import mmap
+import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from engine.backends.cuda import Driver, Memory
 from engine.errors import BackendError, BundleError
 from engine.manifest import EngineEntry, Limits, Manifest, TensorSpec
 
-_KEPT = 8  # messages of a failure: the first says what happened, the rest what came of it
+logger = logging.getLogger(__name__)
+
+_MOST_MESSAGES = 8  # of a failure: the first says what happened, the rest follow from it
 _MIN, _MAX = 0, 2  # of the three shapes of a profile
 
 
@@ -30,34 +32,42 @@ class Profile(NamedTuple):
     tokens: tuple[int, int]
 
 
+class Model(NamedTuple):
+    """A verified file of the bundle: its path, for messages and for the files beside it, and its content."""
+
+    path: Path
+    content: bytes
+
+
 class Engine:
-    """The engine of one file on the current GPU; contexts of it may be made from any thread."""
+    """An engine on the current GPU; contexts of it may be created from any thread."""
 
-    def __init__(self, entry: EngineEntry, path: Path, manifest: Manifest, graph: Path | None = None) -> None:
-        """Deserialise the verified file `path`; a stripped engine takes its weights from the file `graph`.
+    def __init__(
+        self, entry: EngineEntry, model: Model, manifest: Manifest, graph: Model | None = None
+    ) -> None:
+        """Deserialise `model`; a stripped engine takes its weights from the ONNX model `graph`.
 
-        Raises BackendError where the library cannot, BundleError for other tensors than the manifest's.
+        Raises BackendError where the library fails, BundleError for other tensors than the manifest's.
         """
         self.trt = _import(entry.library)
-        self._logger = make_logger(self.trt)
+        self._errors = error_log(self.trt)
         self._lock = threading.Lock()
         try:
-            self._runtime = self.trt.Runtime(self._logger)
+            self._runtime = self.trt.Runtime(self._errors)
         except TypeError as error:  # what the binding makes of a null pointer
             raise self.failure("start on this machine") from error
         if entry.version_compatible:
-            self._runtime.engine_host_code_allowed = True  # of the lean runtime that travels in it
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-        engine = self._runtime.deserialize_cuda_engine(data)
+            self._runtime.engine_host_code_allowed = True  # of the lean runtime that is embedded in it
+        # From memory: the content that was hashed, even where the file has been replaced since.
+        engine = self._runtime.deserialize_cuda_engine(model.content)
         if engine is None:
-            raise self.failure(f"load {path}")
+            raise self.failure(f"load {model.path}")
         self.engine = engine
         self.inputs, self.outputs = manifest.inputs, manifest.outputs
-        _check_tensors(self.trt, engine, path, manifest)
+        _check_tensors(self.trt, engine, model.path, manifest)
         self.profiles = read_profiles(engine)
         if graph is not None:
-            self._refit(path, graph)
+            self._refit(model.path, graph)
         self._cache: Any = None
 
     @property
@@ -66,7 +76,7 @@ class Engine:
         return int(self.engine.device_memory_size_v2)
 
     def context(self, profile: Profile, scratch: Memory, stream: int) -> Any:
-        """An IExecutionContext of `profile` whose activations lie in `scratch`; raises BackendError."""
+        """Create an IExecutionContext of `profile` with its activations in `scratch`; raises BackendError."""
         with self._lock:
             context = self.engine.create_execution_context(self._options())
         if context is None:
@@ -77,20 +87,20 @@ class Engine:
         return context
 
     def failure(self, what: str) -> BackendError:
-        """The error that says what the library could not do, with its own first message."""
-        return BackendError(
-            f"{self.trt.__name__} {self.trt.__version__} could not {what}: {_first(self._logger)}"
-        )
+        """The error for what the library could not do, with its first message to this thread."""
+        messages = self._errors.take()
+        reason = messages[0] if messages else "it gave no reason"
+        return BackendError(f"{self.trt.__name__} {self.trt.__version__} could not {what}: {reason}")
 
     def _options(self) -> Any:
-        """No memory of a context's own; RTX compiles for each shape at once and captures graphs itself."""
+        """Contexts get their memory from us; RTX compiles each shape eagerly and captures graphs itself."""
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.captures_itself:
             return strategy
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # A bucket has one shape: its own kernels pay, and a fallback's time would be the first callers'.
+        # A bucket has one shape: kernels compiled for it pay off, and a fallback would slow the first calls.
         kernels = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = kernels
         if self._cache is None:
@@ -98,22 +108,25 @@ class Engine:
         config.set_runtime_cache(self._cache)
         return config
 
-    def _refit(self, path: Path, graph: Path) -> None:
-        """Put the weights of the ONNX file `graph` into the stripped engine; all of them, or BackendError."""
-        refitter = self.trt.Refitter(self.engine, self._logger)
-        parser = self.trt.OnnxParserRefitter(refitter, self._logger)
-        done = parser.refit_from_file(os.fspath(graph))
+    def _refit(self, path: Path, graph: Model) -> None:
+        """Put the weights of the ONNX model `graph` into the stripped engine; BackendError unless all fit."""
+        refitter = self.trt.Refitter(self.engine, self._errors)
+        parser = self.trt.OnnxParserRefitter(refitter, self._errors)
+        # The parser takes the graph from memory, but reads external weights by path, relative to the graph's.
+        done = parser.refit_from_bytes(graph.content, os.fspath(graph.path))
         reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         if done and (missing := refitter.get_missing_weights()):
-            named = ", ".join(sorted(missing)[:_KEPT])
+            named = ", ".join(sorted(missing)[:_MOST_MESSAGES])
             reasons.append(f"{len(missing)} of its weights are not in the graph: {named}")
         if not done or reasons or not refitter.refit_cuda_engine():
-            self._logger.errors.extendleft(reasons[:1])
-            raise self.failure(f"refit {path} from {graph.name}")
+            if reasons:
+                self._errors.take()
+                self._errors.add(reasons[0])
+            raise self.failure(f"refit {path} from {graph.path.name}")
 
     def forget(self) -> None:
-        """Drop the messages of what went before: the next failure's own come first."""
-        self._logger.errors.clear()
+        """Drop this thread's earlier messages, so that the next failure's come first."""
+        self._errors.take()
 
     @property
     def captures_itself(self) -> bool:
@@ -121,23 +134,38 @@ class Engine:
         return hasattr(self.trt, "CudaGraphStrategy")
 
 
-def make_logger(trt: Any) -> Any:
-    """An ILogger that keeps the errors of the library in `errors`, for the exception they belong to."""
+@functools.cache
+def error_log(trt: Any) -> Any:
+    """The ILogger of a library, one for the life of the process, with the errors of each thread apart.
 
-    class ErrorLogger(trt.ILogger):
+    The library keeps the first logger it is given, by raw pointer, in state that all engines of the process
+    share, so a logger may never be freed. `take` returns the calling thread's messages, the earliest first,
+    and drops them.
+    """
+
+    class ErrorLog(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=_KEPT)
+            self._messages = threading.local()
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and len(self.errors) < _KEPT:
-                self.errors.append(" ".join(msg.split()))
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.add(" ".join(msg.split()))
 
-    return ErrorLogger()
+        def add(self, message: str) -> None:
+            logger.debug("%s: %s", trt.__name__, message)  # all, those of the library's own threads too
+            messages = self._messages.__dict__.setdefault("list", [])
+            if len(messages) < _MOST_MESSAGES:
+                messages.append(message)
+
+        def take(self) -> list[str]:
+            return list(self._messages.__dict__.pop("list", []))
+
+    return ErrorLog()
 
 
 def make_allocator(trt: Any, driver: Driver) -> Any:
-    """An IOutputAllocator for an output whose shape only the run tells: `memory`, `shape` after it."""
+    """An IOutputAllocator for an output of data-dependent shape; has `memory` and `shape` after a run."""
 
     class OutputAllocator(trt.IOutputAllocator):
         def __init__(self) -> None:
@@ -153,7 +181,7 @@ def make_allocator(trt: Any, driver: Driver) -> Any:
         def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
             try:
                 if self.memory is None or self.memory.size < size:
-                    self.close()  # nothing runs on it: a lane waits for each of its runs
+                    self.close()  # nothing runs on it: a lane waits for each run
                     self.memory = Memory(driver, size)
             except BackendError:
                 return 0  # the library reports a null address as its own error
@@ -214,13 +242,6 @@ def _import(library: str) -> Any:
         return importlib.import_module(library)
     except (ImportError, OSError) as error:
         raise BackendError(f"{library} cannot be imported: {error}; install it again") from error
-
-
-def _first(logger: Any) -> str:
-    """The first kept message, without those that followed it."""
-    first = logger.errors[0] if logger.errors else "it gave no reason"
-    logger.errors.clear()
-    return str(first)
 
 
 def _check_tensors(trt: Any, engine: Any, path: Path, manifest: Manifest) -> None:

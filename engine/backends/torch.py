@@ -6,20 +6,21 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from engine.backends import usable_cores
-from engine.backends.buckets import check_ids, measure
-from engine.backends.graphs import EagerRunner, GraphRunner
+from engine.backends.base import Backend, Outputs, Pending
+from engine.backends.buckets import Arrays
+from engine.backends.graphs import EagerRunner, GraphRunner, Replay
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, CheckpointError, Dgm4Error, InputError
+from engine.errors import BackendError, BundleError, CheckpointError, InputError
 from engine.layout import SCALES, WEIGHTS
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
@@ -39,8 +40,8 @@ Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[EagerRunner] | GpuBackend:
     """Verify and load the bundle's `model.safetensors`; raises BackendError or BundleError.
 
-    `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N"; `threads`, of
-    the CPU's products, is torch's number for the whole process.
+    `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N". `threads` sets
+    torch's number of CPU threads, which holds for the whole process.
     """
     precision = bundle.manifest.precision
     if precision not in DTYPES:
@@ -54,18 +55,18 @@ def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[Eag
     model, manifest = load_network(bundle, place), bundle.manifest
     logger.info("loaded %s with torch %s on %s", model.config.name, torch.__version__, place)
     if place.type == "cpu":
-        return TorchBackend(EagerRunner(model, threads or usable_cores()), manifest, model.config, "cpu")
+        return TorchBackend(EagerRunner(model, threads or usable_cores()), manifest, "cpu")
     runner = GraphRunner(model, manifest.limits, manifest.preprocess, place)
-    return GpuBackend(runner, manifest, model.config, str(place))
+    return GpuBackend(runner, manifest, str(place))
 
 
 def suits(bundle: Bundle) -> bool:
-    """Whether this machine has a GPU, and `bundle` a precision, for this backend; loads nothing."""
+    """Whether this backend would run `bundle` on a GPU of this machine; loads nothing."""
     return bundle.manifest.precision in DTYPES and find_device("auto").type == "cuda"
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `name` means on this machine; raises BackendError where it has none of that name."""
+    """Return the device called `name`, "auto" included; raises BackendError where this machine lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and jit.triton is not None else "cpu"
     match = _DEVICE.fullmatch(name)
@@ -90,20 +91,20 @@ def find_device(name: str) -> torch.device:
 
 
 def _check_fp8(place: torch.device) -> None:
-    """Raise BackendError where the GPU has no E4M3."""
-    found = torch.cuda.get_device_capability(place)
-    if found < E4M3_CAPABILITY:
+    """Raise BackendError where the GPU has no products in E4M3."""
+    major, minor = torch.cuda.get_device_capability(place)
+    if (major, minor) < E4M3_CAPABILITY:
         needed = ".".join(map(str, E4M3_CAPABILITY))
         raise BackendError(
-            f"fp8 needs compute capability {needed}, {place} has {found[0]}.{found[1]}; use a bundle in bf16"
+            f"fp8 needs compute capability {needed}, {place} has {major}.{minor}; use a bundle in bf16"
         )
 
 
 def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
     """Build the bundle's network on `device` from its verified weights; raises BundleError.
 
-    It has the manifest's precision with its float32 islands, but for fp16 on the CPU, which is float32 there:
-    torch's products in float16 take four times as long, and answer less exactly.
+    It has the manifest's precision with its float32 islands. fp16 is float32 on a CPU, where torch's products
+    in float16 take four times as long and are less exact.
     """
     model, manifest = load_float(bundle), bundle.manifest
     precision = "fp32" if device.type == "cpu" and manifest.precision == "fp16" else manifest.precision
@@ -116,9 +117,9 @@ def load_float(bundle: Bundle) -> InferenceModel:
     manifest = bundle.manifest
     config = NetworkConfig.from_fields(manifest.model.config)
     _check_outputs(config, manifest)
-    path = bundle.verified(WEIGHTS)
-    # Folds are computed from what is stored, and cast afterwards.
-    state = {name: x.float() if x.is_floating_point() else x for name, x in _read(path).items()}
+    path = bundle.path / WEIGHTS
+    # Folds are computed from the stored weights, and cast afterwards.
+    state = {name: x.float() if x.is_floating_point() else x for name, x in _read_weights(bundle).items()}
     try:
         return InferenceModel.from_released(state, config)
     except CheckpointError as error:
@@ -126,12 +127,12 @@ def load_float(bundle: Bundle) -> InferenceModel:
 
 
 def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None:
-    """The calibrated scales of what the layers `names` read, or None; raises BundleError."""
+    """The calibrated scales of the activations that the layers `names` read, or None; raises BundleError."""
     if SCALES not in bundle.manifest.files:
         if bundle.manifest.calibration is not None:
             raise BundleError(f"the bundle was calibrated but has no {SCALES}; export it again")
         return None
-    path, scales = bundle.verified(SCALES), _read_calibrated(bundle)
+    path, scales = bundle.path / SCALES, _read_calibrated(bundle)
     if SHIFTS in scales:  # they are for a network whose channels were rescaled
         raise BundleError(
             f"{path}: written with --smooth, which is no longer supported; export the bundle again"
@@ -147,102 +148,76 @@ def read_scales(bundle: Bundle, names: Sequence[str]) -> dict[str, float] | None
 
 
 def _read_calibrated(bundle: Bundle) -> dict[str, Any]:
-    path = bundle.verified(SCALES)
+    path, content = bundle.path / SCALES, bundle.read(SCALES)
     try:
-        found = json.loads(path.read_bytes())
+        scales = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON: {error}; export the bundle again") from error
-    if not isinstance(found, dict):
+    if not isinstance(scales, dict):
         raise BundleError(f"{path}: expected the scales of layers by name; export the bundle again")
-    return found
+    return scales
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    content = bundle.read(WEIGHTS)
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(content)
     except Exception as error:  # SafetensorError and OSError share no base but Exception
         raise BundleError(
-            f"{path}: cannot be read as safetensors: {error}; export the bundle again"
+            f"{bundle.path / WEIGHTS}: cannot be read as safetensors: {error}; export the bundle again"
         ) from error
 
 
 def _check_outputs(config: NetworkConfig, manifest: Manifest) -> None:
-    found = [name for name in Output._fields if name != "attention_map" or config.has_map]
+    names = [name for name in Output._fields if name != "attention_map" or config.has_map]
     expected = [spec.name for spec in manifest.outputs]
-    if sorted(found) != sorted(expected):
-        raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {found}")
+    if sorted(names) != sorted(expected):
+        raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {names}")
 
 
-class TorchBackend(Generic[Runner]):
-    """The network in torch; `run` may be called from several threads at once."""
+class TorchBackend(Backend[Runner]):
+    """The network in torch, eager on a CPU."""
 
     name = "torch"
+    library = "torch"
 
-    def __init__(self, runner: Runner, manifest: Manifest, config: NetworkConfig, device: str) -> None:
-        self.device = device
-        self._inputs, self._vocabulary = manifest.inputs, config.vocabulary
-        self._runner: Runner | None = runner
-
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer one batch; raises BackendError where torch fails or the backend was closed."""
-        runner = self._open()
-        sizes = measure(feeds, self._inputs)
-        check_ids(feeds["input_ids"], self._vocabulary)
-        with _reported(feeds):
-            return runner.run(feeds, sizes["batch"], sizes["tokens"])
-
-    def close(self) -> None:
-        """Drop the network; its memory goes once running calls are done."""
-        self._runner = None
-
-    def _open(self) -> Runner:
-        if self._runner is None:
-            raise BackendError("the backend was closed; create another Predictor")
-        return self._runner
+    def _run(self, network: Runner, feeds: Arrays, batch: int, tokens: int) -> Outputs:
+        return network.run(feeds, batch, tokens)
 
 
 class GpuBackend(TorchBackend[GraphRunner]):
-    """The network as captured graphs on a GPU, which also takes pictures as they were decoded."""
+    """The network as captured graphs on a GPU, which resizes images itself."""
 
-    def start(
-        self, pictures: Sequence[np.ndarray], text: dict[str, np.ndarray]
-    ) -> Callable[[], dict[str, np.ndarray]]:
-        """Begin to answer decoded pictures; see engine.backends.PictureBackend."""
+    resizes = asynchronous = True
+
+    def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
+        """Start to copy and run one batch; see `Backend.submit`."""
         runner = self._open()
-        sizes = measure(text, [spec for spec in self._inputs if spec.name != "image"])
-        if len(pictures) != sizes["batch"]:
-            raise BackendError(
-                f"expected {sizes['batch']} pictures for as many captions, got {len(pictures)}"
-            )
-        check_ids(text["input_ids"], self._vocabulary)
+        sizes = self._check(text, [spec for spec in self._manifest.inputs if spec.name != "image"])
+        if len(images) != sizes["batch"]:
+            raise BackendError(f"expected {sizes['batch']} images for as many captions, got {len(images)}")
         try:
-            check_images(pictures)
+            check_images(images)
         except ValueError as error:  # the kernels know nothing of the engine's errors
             raise InputError(str(error)) from error
-        with _reported(text):
-            answers = runner.start(pictures, text, sizes["batch"], sizes["tokens"])
-
-        def wait() -> dict[str, np.ndarray]:
-            with _reported(text):
-                return answers()
-
-        return wait
+        with self._reported(text):
+            replay = runner.start(images, text, sizes["batch"], sizes["tokens"])
+        return _Submitted(replay, partial(self._reported, text))
 
     def close(self) -> None:
-        """Drop the network, once what was started is done."""
-        runner = self._runner
+        """Drop the network once submitted batches are done."""
+        runner = self._network
         super().close()
         if runner is not None:
             runner.close()
 
 
-@contextmanager
-def _reported(feeds: dict[str, np.ndarray]) -> Iterator[None]:
-    """Turn whatever torch raises into a BackendError that names the inputs."""
-    try:
-        yield
-    except Dgm4Error:
-        raise
-    except Exception as error:  # torch's and Triton's errors share no base but Exception
-        shapes = {name: list(array.shape) for name, array in feeds.items()}
-        raise BackendError(f"torch failed on inputs of shape {shapes}: {error}") from error
+class _Submitted(NamedTuple):
+    """A batch on the GPU; `reported` maps the errors of waiting for it."""
+
+    replay: Replay
+    reported: Callable[[], AbstractContextManager[None]]
+
+    def result(self) -> Outputs:
+        with self.reported():
+            return self.replay.result()

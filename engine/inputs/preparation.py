@@ -1,4 +1,4 @@
-"""What the host does with a pair before the network: decode, resize, tokenize, and put batches together."""
+"""Prepares pairs on the host: decodes, resizes and tokenizes them, and pads the captions of a batch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from engine.inputs.preprocess import (
     ImageOptions,
     decode_image,
     make_thumbnail,
-    normalize_image,
     resize_image,
 )
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 
-_LARGEST_SENT = 4096  # pixels of a side: a picture a backend takes as it was decoded has 50 MB at most
+_LARGEST_SENT = 4096  # pixels of a side: an image that the backend resizes has 50 MB at most
 
 
 class Item(NamedTuple):
-    """One prepared pair: what the backend gets and what its Prediction needs besides."""
+    """A prepared pair: what the backend gets, and what the Prediction needs besides.
+
+    pixels: RGB, uint8 [H, W, 3]; of the network's size unless the backend resizes images.
+    caption: the text that the spans of `tokens.words` refer to.
+    size: (width, height) of the upright image as the user gave it.
+    timing: milliseconds by stage.
+    """
 
     name: str
     pixels: np.ndarray
@@ -41,8 +46,8 @@ class Item(NamedTuple):
 class Preparation:
     """Prepares pairs for one bundle; safe to use from several threads.
 
-    `decoded`: the backend takes pictures as they were decoded, uint8 [H, W, 3], in place of the network's
-    input, float32 [3, S, S]. `thumbnail` is the longer side in pixels of the picture that is kept, or 0.
+    `thumbnail` is the longer side in pixels of the thumbnail, or 0 for none; `resize` is false where the
+    backend resizes images.
     """
 
     def __init__(
@@ -51,10 +56,10 @@ class Preparation:
         tokenizer: CaptionTokenizer,
         options: ImageOptions,
         thumbnail: int,
-        decoded: bool,
+        resize: bool,
     ) -> None:
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
-        self._thumbnail, self._decoded = thumbnail, decoded
+        self._thumbnail, self._resize = thumbnail, resize
 
     def pair(self, name: str, image: ImageInput, caption: Caption) -> Item:
         """Prepare one pair; raises InputError, which names it by `name` where that is not empty."""
@@ -62,7 +67,7 @@ class Preparation:
         decoded = decode_image(image, name=name or None, options=self._options)
         thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
         decode_end = perf_counter()
-        pixels = self.pixels(decoded.rgb)
+        pixels = self._pixels(decoded.rgb)
         resize_end = perf_counter()
         try:
             text, tokens = self._tokenizer(caption)
@@ -76,17 +81,14 @@ class Preparation:
         warnings = decoded.warnings + tokens.warnings
         return Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
 
-    def pixels(self, rgb: Image.Image) -> np.ndarray:
-        """What the backend takes of a picture: the network's input of it, or itself, uint8 [H, W, 3]."""
-        spec = self._spec
-        if not self._decoded:
-            return normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
-        if max(rgb.size) > _LARGEST_SENT:
-            rgb = resize_image(rgb, spec.image_size)  # again to the same size, it stays the same to the bit
+    def _pixels(self, rgb: Image.Image) -> np.ndarray:
+        # A second resize to the same size changes nothing, so one here does no harm before the backend's.
+        if self._resize or max(rgb.size) > _LARGEST_SENT:
+            rgb = resize_image(rgb, self._spec.image_size)
         return np.asarray(rgb)
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Ids and mask of the items, padded with 0 to the longest caption."""
+        """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption."""
         longest = max(len(item.tokens.ids) for item in items)
         shape = (len(items), max(longest, self._spec.min_tokens))
         input_ids = np.zeros(shape, dtype=np.int64)
@@ -97,15 +99,15 @@ class Preparation:
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def blank(self, pairs: int, tokens: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """Black pictures, and captions of so many tokens; as many as the tokenizer can make of a caption."""
+        """Black images, and captions of `tokens` tokens (capped at the tokenizer's maximum)."""
         spec = self._spec
-        picture = self.pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
+        image = np.zeros((spec.image_size, spec.image_size, 3), dtype=np.uint8)
         shape = pairs, min(max(tokens, spec.min_tokens), spec.max_tokens)
         text = {
             "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),
             "attention_mask": np.ones(shape, dtype=np.int64),
         }
-        return [picture] * pairs, text
+        return [image] * pairs, text
 
 
 def milliseconds(start: float, end: float) -> float:

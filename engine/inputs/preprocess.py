@@ -1,4 +1,4 @@
-"""Pictures: whatever the user has -> upright RGB -> the network's float32 input.
+"""Images: whatever the user has -> upright RGB -> the network's float32 input.
 
 One boundary maps everything Pillow raises to InputError. The resize is Pillow's own bicubic, bit for
 bit, rows first as every Pillow before 13 does it, since that is what the networks were trained on.
@@ -57,7 +57,7 @@ _PILLOW_ERRORS = (
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How pictures are read: limits in bytes and pixels, EXIF orientation, the colour below transparency."""
+    """How images are read: limits in bytes and pixels, EXIF orientation, the colour behind transparency."""
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 64_000_000
@@ -66,43 +66,20 @@ class ImageOptions:
 
 
 class Decoded(NamedTuple):
-    """An upright RGB picture and the warnings of reading it."""
+    """An upright RGB image and the warnings of reading it."""
 
     rgb: Image.Image
     warnings: tuple[str, ...]
 
 
-class Preprocessed(NamedTuple):
-    """Float32 [3, size, size] pixels, the upright picture's (width, height), and warnings."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
-    warnings: tuple[str, ...]
-
-
-def preprocess_image(
-    source: ImageInput,
-    *,
-    name: str | None = None,
-    options: ImageOptions | None = None,
-    image_size: int = 256,
-    mean: tuple[float, float, float] = CLIP_MEAN,
-    std: tuple[float, float, float] = CLIP_STD,
-) -> Preprocessed:
-    """Read a picture and make the network's input of it.
-
-    `source` is a path, the bytes of a file, a PIL image, or an array: H x W, H x W x 1, 3 or 4, as
-    uint8 or as finite floats in [0, 1]. `name` is what messages call the picture. Raises InputError.
-    """
-    decoded = decode_image(source, name=name, options=options)
-    pixels = normalize_image(resize_image(decoded.rgb, image_size), mean, std)
-    return Preprocessed(pixels, decoded.rgb.size, decoded.warnings)
-
-
 def decode_image(
     source: ImageInput, *, name: str | None = None, options: ImageOptions | None = None
 ) -> Decoded:
-    """Read a picture as upright RGB; sources and errors as for `preprocess_image`."""
+    """Read an image as upright RGB.
+
+    `source` is a path, the bytes of a file, a PIL image, or an array: H x W, H x W x 1, 3 or 4, as
+    uint8 or as finite floats in [0, 1]. `name` is what messages call the image. Raises InputError.
+    """
     options = options or ImageOptions()
     label = _label(source, name)
     with _boundary(label):
@@ -123,7 +100,7 @@ def decode_image(
 
 
 def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = None) -> tuple[int, int]:
-    """Return the stored picture's (width, height), read from the file's header alone; raises InputError."""
+    """Return the stored image's (width, height), read from the file's header alone; raises InputError."""
     options = options or ImageOptions()
     label = _label(path, None)
     with _boundary(label):
@@ -135,13 +112,13 @@ def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = No
 
 def resize_image(rgb: Image.Image, image_size: int) -> Image.Image:
     """Resize to a square of `image_size` pixels, bicubic with Pillow's antialiasing, aspect ignored."""
-    # In two calls: left to itself, Pillow 13 does the columns of a tall picture first, and rounds otherwise.
+    # In two calls: by itself, Pillow 13 resizes the columns of a tall image first, which rounds differently.
     across = rgb.resize((image_size, rgb.height), Image.Resampling.BICUBIC)
     return across.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def normalize_image(
-    rgb: Image.Image,
+    rgb: Image.Image | np.ndarray,
     mean: tuple[float, float, float] = CLIP_MEAN,
     std: tuple[float, float, float] = CLIP_STD,
 ) -> np.ndarray:
@@ -162,7 +139,7 @@ def make_thumbnail(rgb: Image.Image, max_side: int) -> Image.Image:
 
 
 def _label(source: object, name: str | None) -> str:
-    """What a message calls this picture: its name, its path, or its kind."""
+    """What a message calls this image: its name, its path, or its kind."""
     path = f"{os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else ""
     if name:
         return f"{name} ({path})" if path else name
@@ -171,7 +148,7 @@ def _label(source: object, name: str | None) -> str:
 
 @contextmanager
 def _boundary(label: str) -> Iterator[None]:
-    """Turn everything Pillow raises into an InputError that names the picture."""
+    """Turn everything Pillow raises into an InputError that names the image."""
     try:
         yield
     except _PILLOW_ERRORS as error:
@@ -201,8 +178,8 @@ def _read_bytes(source: object, label: str, options: ImageOptions) -> bytes:
 def _check_file(path: Path, label: str) -> int:
     """Return the size of the file in bytes."""
     if not path.is_file():
-        found = "not a file" if path.exists() else "no such file"
-        raise InputError(f"{label}: {found}; expected the path of a picture (addresses are not fetched)")
+        reason = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{label}: {reason}; expected the path of a picture (addresses are not fetched)")
     return path.stat().st_size
 
 
@@ -217,8 +194,8 @@ def _open(data: bytes, label: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise InputError(f"{label}: not a picture of a known format; expected one of {known}") from error
+        formats = ", ".join(FORMATS)
+        raise InputError(f"{label}: not a picture of a known format; expected one of {formats}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{label}: far more pixels than any photograph has; make it smaller") from error
 
@@ -235,14 +212,14 @@ def _check_pixels(size: tuple[int, int], label: str, options: ImageOptions) -> N
 
 
 def _frame_warning(image: Image.Image) -> tuple[str, ...]:
-    # A phone's JPEG may carry more pictures (MPO: depth, gain map); these are no animation.
+    # A phone's JPEG may contain more images (MPO: depth, gain map); these are no animation.
     if image.format == "MPO" or not getattr(image, "is_animated", False):
         return ()
     return ("frames_ignored: the picture is animated and only one frame was read",)
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
-    """Return (EXIF orientation 1 to 8, warnings); unreadable EXIF data leaves the picture as stored."""
+    """Return (EXIF orientation 1 to 8, warnings); unreadable EXIF data leaves the image as stored."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _PILLOW_ERRORS as error:
@@ -251,7 +228,7 @@ def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
 
 
 def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
-    """Convert any mode to RGB of 8 bits, transparency laid over `background`."""
+    """Convert any mode to RGB of 8 bits, transparency composited on `background`."""
     if image.mode.startswith("I;16"):
         # The high byte, as Pillow itself reads 16-bit colour; its convert() would clip at 255.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -265,7 +242,7 @@ def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) ->
 
 
 def _lay_on(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
-    """Lay a picture with transparency over one colour; an opaque one is only converted."""
+    """Composite an image with transparency on one colour; an opaque one is only converted."""
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")

@@ -158,9 +158,14 @@ def _strip(text: str, origin: list[int]) -> tuple[str, list[int]]:
 class CaptionTokenizer:
     """WordPiece ids of captions, as bert-base-uncased gives them without [SEP]."""
 
-    def __init__(self, path: str | Path, max_words: int = 50, max_tokens: int = 127):
-        """Read `tokenizer.json` at `path`; raises BundleError where it is none or lacks [CLS]."""
-        self._tokenizer = _load_tokenizer(Path(path))
+    def __init__(
+        self, path: str | Path, max_words: int = 50, max_tokens: int = 127, content: bytes | None = None
+    ):
+        """Read the `tokenizer.json` at `path`; raises BundleError where it is not one or lacks [CLS].
+
+        With `content`, that of the file, `path` is only what messages call it.
+        """
+        self._tokenizer = _load_tokenizer(Path(path), content)
         self._max_words = max_words
         self._max_tokens = max_tokens
         cls_id = self._tokenizer.token_to_id("[CLS]")
@@ -200,11 +205,11 @@ class CaptionTokenizer:
         )
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+def _load_tokenizer(path: Path, content: bytes | None) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes() if content is None else content)
     except Exception as error:  # the library raises plain Exception
         raise BundleError(f"{path}: not a tokenizer file: {error}") from error
     tokenizer.no_truncation()

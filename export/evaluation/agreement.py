@@ -13,7 +13,8 @@ from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, LabelledOutputs, box_iou, sa
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
-from engine.postprocess import Answer, read_answer, sigmoid, softmax
+from engine.postprocess import read_result, sigmoid, softmax
+from engine.result import Result
 
 # Below this mean distance two outputs count as the same, and there is nothing to show.
 _SAME = 1e-3
@@ -58,8 +59,8 @@ class Case:
     size: tuple[int, int]
     caption: str
     fake_words: tuple[bool, ...]
-    ours: Answer
-    theirs: Answer
+    ours: Result
+    theirs: Result
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-safe data."""
@@ -161,8 +162,8 @@ def _read_case(
         size=size,
         caption=caption,
         fake_words=tuple(fake.tolist()),
-        ours=read_answer(_by_name(ours), 0, tokens, size, manifest, sample.id),
-        theirs=read_answer(_by_name(theirs), 0, tokens, size, manifest, sample.id),
+        ours=read_result(_by_name(ours), 0, tokens, size, manifest, sample.id),
+        theirs=read_result(_by_name(theirs), 0, tokens, size, manifest, sample.id),
     )
 
 
@@ -172,7 +173,7 @@ def _by_name(outputs: LabelledOutputs) -> dict[str, np.ndarray]:
     return {"box": outputs.pred_box, **{name: getattr(outputs, name) for name in names}}
 
 
-def _answer_dict(answer: Answer) -> dict[str, Any]:
+def _answer_dict(answer: Result) -> dict[str, Any]:
     return {
         "score": answer.score,
         "types": answer.types,

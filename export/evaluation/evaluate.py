@@ -18,8 +18,7 @@ from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
 from dgm4.metrics import Interval, LabelledOutputs, bootstrap, bootstrap_difference, per_type, summarise
 from dgm4.model import Detector
-from engine.backends import Backend, create, usable_cores
-from engine.backends.ort import OrtBackend
+from engine.backends import Backend, create, ort
 from engine.bundle import Bundle
 from engine.errors import InputError, NumericalError
 from engine.files import sha256_of, without_nan
@@ -177,7 +176,7 @@ def evaluate(
 
 
 def _run_both(
-    network: Backend,
+    network: Backend[Any],
     reference: Detector | None,
     dataset: PairDataset,
     batch: int,
@@ -191,11 +190,10 @@ def _run_both(
         return score(networks, dataset, batch, options.on_bad, progress)
 
 
-def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend:
+def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend[Any]:
     if options.graph is None:
         return create(options.backend, bundle, options.device, options.threads)
-    bundle.verified(options.graph + DATA_SUFFIX)
-    return OrtBackend(bundle.verified(options.graph), bundle, options.threads or usable_cores())
+    return ort.load(bundle, options.graph, options.graph + DATA_SUFFIX, options.threads)
 
 
 @dataclass(frozen=True)

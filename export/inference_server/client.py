@@ -8,7 +8,6 @@ package `dgm4` and `tritonclient[http]`. Elsewhere MODEL is a folder with the mo
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from engine.errors import Dgm4Error
-from engine.inputs.preprocess import ImageInput, preprocess_image
+from engine.inputs.preprocess import ImageInput, decode_image, normalize_image, resize_image
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
 from engine.manifest import Manifest, parse_manifest
-from engine.postprocess import Answer, read_answer
+from engine.postprocess import read_result
+from engine.result import Result
 
 TOKEN_STEP = 16  # requests of one shape share a batch: few lengths, full batches
+_PRINTED = ("manipulated", "score", "types", "detected", "box", "words", "heatmap")
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 
 
@@ -37,18 +38,19 @@ class Model:
         spec = self.manifest.preprocess
         self._tokenizer = CaptionTokenizer(folder / TOKENIZER, spec.max_words, spec.max_tokens)
 
-    def ask(self, triton: Any, server: Any, image: ImageInput, caption: str) -> Answer:
+    def ask(self, triton: Any, server: Any, image: ImageInput, caption: str) -> Result:
         """Send one pair; `triton` is the module tritonclient.http, `server` its client.
 
         Raises InputError for an image or caption that cannot be used, NumericalError for NaN.
         """
         spec, limits = self.manifest.preprocess, self.manifest.limits
-        picture = preprocess_image(image, image_size=spec.image_size, mean=spec.mean, std=spec.std)
+        rgb = decode_image(image).rgb
+        pixels = normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
         _, tokens = self._tokenizer(caption)
         count = len(tokens.ids)
         length = min(-(-max(count, spec.min_tokens) // TOKEN_STEP) * TOKEN_STEP, limits.max_tokens)
         feeds = {
-            "image": picture.pixels[None],
+            "image": pixels[None],
             "input_ids": np.pad(tokens.ids, (0, length - count))[None],
             "attention_mask": (np.arange(length) < count).astype(np.int64)[None],
         }
@@ -59,7 +61,7 @@ class Model:
             inputs.append(tensor)
         result = server.infer(self.name, inputs)
         outputs = {tensor.name: result.as_numpy(tensor.name) for tensor in self.manifest.outputs}
-        return read_answer(outputs, 0, tokens, picture.size, self.manifest, "the pair")
+        return read_result(outputs, 0, tokens, rgb.size, self.manifest, "the pair")
 
 
 def main() -> int:
@@ -81,8 +83,7 @@ def main() -> int:
     except (Dgm4Error, OSError) as error:
         sys.stderr.write(f"client: error: {error}\n")
         return 1
-    fields = dataclasses.asdict(answer)
-    fields["heatmap"] = None if answer.heatmap is None else answer.heatmap.tolist()
+    fields = {name: value for name, value in answer.to_dict().items() if name in _PRINTED}
     sys.stdout.write(json.dumps(fields, allow_nan=False) + "\n")
     return 0
 

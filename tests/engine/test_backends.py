@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from engine import Bundle, Predictor, backends
-from engine.backends import ort
+from engine.backends import base, ort
 from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
 
@@ -176,10 +176,13 @@ def test_a_model_of_other_names_is_refused(network, bundle_copy, manifest_templa
         Predictor(bundle_copy)
 
 
-def test_a_failing_run_is_a_backend_error(bundle_dir):
+def test_a_failing_run_is_a_backend_error(bundle_dir, monkeypatch):
     backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
     wrong = feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)}
-    with pytest.raises(BackendError, match=r"failed on inputs of shape .*\[1, 3, 8\]"):
+    with pytest.raises(BackendError, match=r"image: expected float32 of shape .* of shape \[1, 3, 8\]"):
+        backend.run(wrong)
+    monkeypatch.setattr(base, "measure", lambda *_: {"batch": 1, "tokens": 4})
+    with pytest.raises(BackendError, match=r"ONNX Runtime failed on inputs of shape .*\[1, 3, 8\]"):
         backend.run(wrong)
 
 

@@ -6,7 +6,7 @@ import pytest
 from engine import Bundle
 from engine.errors import NumericalError
 from engine.inputs.text import Span, Tokens
-from engine.postprocess import read_answer, read_box, read_heatmap, read_words, sigmoid, softmax
+from engine.postprocess import read_box, read_heatmap, read_result, read_words, sigmoid, softmax
 
 
 def tokens_of(word_of: list[int]) -> Tokens:
@@ -81,11 +81,11 @@ def test_the_heatmap_leaves_out_both_cls():
 def test_padding_does_not_reach_the_answer(manifest):
     outputs = outputs_of(2, 6)
     tokens = tokens_of([-1, 0, 1])
-    first = read_answer(outputs, 1, tokens, (10, 10), manifest, "item 1")
+    first = read_result(outputs, 1, tokens, (10, 10), manifest, "item 1")
     for name in ("logits_tok", "attention_map"):
         outputs[name][1, 3:] = np.nan
     outputs["logits_tok"][1, 2:] = np.nan
-    again = read_answer(outputs, 1, tokens, (10, 10), manifest, "item 1")
+    again = read_result(outputs, 1, tokens, (10, 10), manifest, "item 1")
     assert (first.score, first.types, first.words) == (again.score, again.types, again.words)
     assert np.array_equal(first.heatmap, again.heatmap)
 
@@ -98,12 +98,12 @@ def test_no_score_is_made_of_a_value_that_is_not_finite(manifest, name, value):
     outputs = outputs_of(2, 3)
     outputs[name][1].flat[-1] = value
     tokens = tokens_of([-1, 0, 1])
-    read_answer(outputs, 0, tokens, (10, 10), manifest, "item 0")
+    read_result(outputs, 0, tokens, (10, 10), manifest, "item 0")
     with pytest.raises(NumericalError, match=f"item 1: the network's {name} holds NaN or infinity"):
-        read_answer(outputs, 1, tokens, (10, 10), manifest, "item 1")
+        read_result(outputs, 1, tokens, (10, 10), manifest, "item 1")
 
 
 def test_a_model_without_a_map_has_no_heatmap(manifest):
     outputs = outputs_of(1, 3)
     del outputs["attention_map"]
-    assert read_answer(outputs, 0, tokens_of([-1, 0, 1]), (10, 10), manifest, "x").heatmap is None
+    assert read_result(outputs, 0, tokens_of([-1, 0, 1]), (10, 10), manifest, "x").heatmap is None

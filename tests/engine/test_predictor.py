@@ -13,7 +13,6 @@ from PIL import Image
 
 from engine import Predictor
 from engine.errors import BackendError, Dgm4Error, InputError, NumericalError
-from engine.inputs.preprocess import preprocess_image
 
 CAPTION = "The President's well-known friend, Obama, speaks!"
 
@@ -23,10 +22,10 @@ def test_image_options_of_another_kind_are_refused_at_once(bundle_dir):
         Predictor(bundle_dir, image_options={"max_bytes": 5})
 
 
-def test_the_answer_is_the_networks(predictor, photo, expected_outputs):
+def test_the_answer_is_the_networks(predictor, photo, expected_outputs, network_input):
     result = predictor.predict(photo, CAPTION)
     _, tokens = predictor._preparation._tokenizer(CAPTION)
-    expected = expected_outputs(preprocess_image(photo).pixels, tokens.ids)
+    expected = expected_outputs(network_input(photo), tokens.ids)
     real, fake = np.exp(expected["logits_real_fake"])
     assert result.score == pytest.approx(fake / (real + fake), abs=1e-6)
     assert result.manipulated == (result.score >= 0.5)

@@ -19,7 +19,7 @@ from dgm4.data.annotations import Sample, read_annotations
 from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box, label_tokens
 from dgm4.tokenizer import build_tokenizer, find_vocabulary
 from engine.errors import InputError
-from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, preprocess_image
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, decode_image
 from engine.inputs.text import CaptionTokenizer
 
 RED, GREY = (230, 20, 40), (90, 120, 110)
@@ -64,12 +64,12 @@ def same(first, second):
 # Agreement with the engine
 
 
-def test_training_and_serving_read_the_same_bits(samples, tokenizer):
+def test_training_and_serving_read_the_same_bits(samples, tokenizer, network_input):
     for cache in (False, True):
         dataset = PairDataset(samples, tokenizer, cache=cache)
         for _ in range(2):
             for item, each in zip(dataset, samples, strict=True):
-                assert np.array_equal(item.image.numpy(), preprocess_image(each.picture).pixels)
+                assert np.array_equal(item.image.numpy(), network_input(each.picture))
                 assert np.array_equal(item.input_ids.numpy(), tokenizer(each.text)[1].ids)
 
 
@@ -84,16 +84,16 @@ def test_any_caption_gives_the_engines_ids(samples, tokenizer, text):
     assert len(item.token_labels) == len(item.input_ids) - 1
 
 
-def test_a_picture_is_read_as_it_is_stored(tmp_path, tokenizer):
+def test_a_picture_is_read_as_it_is_stored(tmp_path, tokenizer, network_input):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.png"
     Image.effect_noise((60, 30), 90).convert("RGB").save(path, exif=exif)
     item = PairDataset([sample(path, types=("face_swap",), box=(0, 0, 30, 30))], tokenizer)[0]
-    stored = preprocess_image(path, options=ImageOptions(apply_orientation=False))
-    assert stored.size == (60, 30)
-    assert np.array_equal(item.image.numpy(), stored.pixels)
-    assert not np.array_equal(item.image.numpy(), preprocess_image(path).pixels)
+    as_stored = ImageOptions(apply_orientation=False)
+    assert decode_image(path, options=as_stored).rgb.size == (60, 30)
+    assert np.array_equal(item.image.numpy(), network_input(path, options=as_stored))
+    assert not np.array_equal(item.image.numpy(), network_input(path))
     assert item.box.tolist() == [0.25, 0.5, 0.5, 1.0]
 
 

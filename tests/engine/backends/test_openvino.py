@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine import Bundle, Predictor, backends
+from engine.backends import base
 from engine.errors import BackendError, BundleError
 from export.graph.parity import FP16, INT8
 from export.graph.rewrite import rewrite
@@ -21,7 +22,6 @@ from export.quantization.calibrate import calibrate
 from export.quantization.qdq import int8_layers, to_int8
 
 pytest.importorskip("openvino")
-from engine.backends import openvino as openvino_backend  # noqa: E402
 
 FLAT = "model.flat.onnx"
 EXACT = 2e-5  # float32 rounding, of answers around 1 and of the map's unbounded scores
@@ -109,8 +109,8 @@ def test_calibrated_int8_is_near_float32(loaded, calibrated):
 def test_float32_stays_float32(flat_copy):
     """On a CPU with bfloat16 OpenVINO's own choice would be that."""
     backend = backends.create("openvino", Bundle.open(flat_copy), "cpu", 1)
-    assert backend._model.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
-    assert backend._model.get_property("INFERENCE_NUM_THREADS") == 1
+    assert backend._network.model.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert backend._network.model.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_auto_leaves_it_alone(bundle):
@@ -165,7 +165,7 @@ def test_threads_agree_bit_for_bit(loaded):
     for worker in workers:
         worker.join()
     assert wrong == []
-    assert 1 <= len(backend._idle) <= 4, "requests are used again"
+    assert 1 <= len(backend._network.idle) <= 4, "requests are used again"
 
 
 @pytest.mark.parametrize(
@@ -188,11 +188,11 @@ def test_a_failing_run_is_a_backend_error_and_the_next_one_works(flat_copy, chan
 
 def test_a_request_that_failed_is_not_used_again(flat_copy, monkeypatch):
     backend = backends.create("openvino", Bundle.open(flat_copy), "cpu", 1)
-    monkeypatch.setattr(openvino_backend, "measure", lambda feeds, specs: {})
+    monkeypatch.setattr(base, "measure", lambda *_: {"batch": 1, "tokens": 4})
     want = backend.run(feeds(1, 4))
     with pytest.raises(BackendError, match=r"OpenVINO failed on inputs of shape .*\[1, 3, 8\]"):
         backend.run(feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
-    assert backend._idle == []
+    assert backend._network.idle == []
     got = backend.run(feeds(1, 4))
     assert all(np.array_equal(got[key], want[key]) for key in want)
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from engine import Bundle, Predictor, backends
-from engine.backends import ort_gpu
+from engine.backends import base, ort_gpu
 from engine.errors import BackendError, BundleError
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
@@ -100,7 +100,7 @@ def test_answers_through_bindings(gpu, flat_copy, name):
     bundle = Bundle.open(flat_copy())
     backend = backends.create(name, bundle, "cuda:1", 1)
     assert (backend.name, backend.device) == (name, "cuda:1")
-    plain = backends.create("ort-cuda", bundle, "cuda", 1)._session.real
+    plain = backends.create("ort-cuda", bundle, "cuda", 1)._network.real
     for batch, tokens in [(1, 2), (4, 50)]:
         inputs = feeds(batch, tokens)
         got = backend.run(inputs)
@@ -231,7 +231,7 @@ def test_failures_are_named(gpu, flat_copy, monkeypatch):
     backend = backends.create("ort-cuda", Bundle.open(path), "cuda", 1)
     with pytest.raises(BackendError, match="image: expected float32 of shape"):
         backend.run(feeds(1, 4) | {"image": np.zeros((1, 3, 8, 8), np.float32)})
-    monkeypatch.setattr(ort_gpu, "measure", lambda *_: None)
+    monkeypatch.setattr(base, "measure", lambda *_: {"batch": 1, "tokens": 4})
     with pytest.raises(BackendError, match=r"ONNX Runtime failed on inputs of shape .*\[1, 3, 8\]"):
         backend.run(feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
     (path / FLAT).write_bytes(b"no graph")

@@ -18,7 +18,6 @@ from engine import Bundle, Predictor, backends
 from engine.backends import graphs
 from engine.backends import torch as torch_backend
 from engine.errors import BackendError, BundleError
-from engine.inputs.preprocess import preprocess_image
 from engine.manifest import manifest_digest
 from export.graph.parity import FP16
 
@@ -100,8 +99,9 @@ def test_it_is_available_after_onnx_runtime():
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_it_says_what_it_is(bundle, device):
     backend = backends.create("torch", Bundle.open(bundle("hammer", "fp32").path), device, 1)
-    if not torch.cuda.is_available():
-        assert (backend.name, backend.device) == ("torch", "cpu")
+    gpu = device == "auto" and torch.cuda.is_available()
+    expected = f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"
+    assert (backend.name, backend.device, backend.asynchronous) == ("torch", expected, gpu)
 
 
 @pytest.mark.parametrize("shape", CASES)
@@ -170,9 +170,9 @@ def test_a_hosts_precision_does_not_reach_the_network(loaded, monkeypatch):
     """Neither autocast, which torch keeps by thread, nor what it keeps for the process."""
     backend, inputs = loaded("asap"), feeds(2, 9)
     want, seen = backend.run(inputs), []
-    network = graphs.answers_of
+    network = graphs.outputs_of
     matmul = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(graphs, "answers_of", lambda *x: seen.append(matmul.fp32_precision) or network(*x))
+    monkeypatch.setattr(graphs, "outputs_of", lambda *x: seen.append(matmul.fp32_precision) or network(*x))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -332,7 +332,7 @@ def test_a_failing_run_is_a_backend_error(bundle, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(graphs, "answers_of", fail)
+    monkeypatch.setattr(graphs, "outputs_of", fail)
     with pytest.raises(BackendError, match=r"torch failed on inputs of shape .*\[1, 4\].*: no room"):
         backend.run(feeds(1, 4))
 
@@ -356,7 +356,7 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
 
 
 @needs_gpu
-def test_batches_on_a_gpu_run_beside_each_other(name, bundle):
+def test_batches_on_a_gpu_run_beside_each_other(name, bundle, network_input):
     """Decoded pictures, three batches started before the first is waited for, in any order of the buckets."""
     backend = backends.create("auto", Bundle.open(bundle(name, "fp32").path), "cuda", 1)
     random, cases, wanted = np.random.default_rng(3), [], []
@@ -364,14 +364,14 @@ def test_batches_on_a_gpu_run_beside_each_other(name, bundle):
         shapes = random.integers(20, 600, (batch, 2))
         pictures = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
         text = feeds(batch, tokens, seed)
-        text["image"] = np.stack([preprocess_image(x).pixels for x in pictures])
+        text["image"] = np.stack([network_input(x) for x in pictures])
         wanted.append(backend.run(text))
         del text["image"]
         cases.append((pictures, text))
     for order in ([0, 1, 2], [2, 0, 1], [1, 0, 2]):
-        waits = [(index, backend.start(*cases[index])) for index in order]
-        for index, wait in waits:
-            check_same(wait(), wanted[index], 0, 0)
+        runs = [(index, backend.submit(*cases[index])) for index in order]
+        for index, run in runs:
+            check_same(run.result(), wanted[index], 0, 0)
 
 
 @needs_gpu

@@ -371,8 +371,9 @@ class OnnxParserRefitter:
     def get_error(self, index):
         return ParserError(self._world.unreadable[index])
 
-    def refit_from_file(self, model):
-        self._world.weights = f"given {model}"
+    def refit_from_bytes(self, model, path=None):
+        assert bytes(model)
+        self._world.weights = f"given {path}"
         return not self._world.unreadable
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from engine import Bundle, Predictor, backends
-from engine.backends import tensorrt, tensorrt_engine
+from engine.backends import tensorrt, tensorrt_engine, tensorrt_lane
 from engine.backends.buckets import Bucket
 from engine.backends.tensorrt_engine import Profile, place
 from engine.errors import BackendError, BundleError
@@ -170,6 +172,84 @@ def test_threads_have_lanes_of_their_own(machine, load, check):
     assert world.driver.held() == []
 
 
+def test_a_predictor_that_is_dropped_frees_its_memory(machine, engine_bundle):
+    """Without `close`, and without the collector of cycles: nothing of it refers back to it."""
+    world = machine()
+    world.by_values.add("logits_tok")
+    predictor = Predictor(engine_bundle(), backend="tensorrt")
+    gc.collect()
+    gc.disable()
+    try:
+        predictor.warm_up([(1, 2), (2, 16)])
+        assert world.driver.held()
+        del predictor
+        assert world.driver.held() == []
+    finally:
+        gc.enable()
+    assert not world.driver.thread.stack, "the thread's context is the one it had"
+
+
+def test_contexts_are_bounded(machine, load, check, monkeypatch):
+    """The one unused for longest goes, with its outputs and its graph."""
+    monkeypatch.setattr(tensorrt_lane, "MOST_SLOTS", 2)
+    world = machine()
+    backend = load()
+    for tokens in (10, 20, 10, 40):  # the bucket of 20 tokens goes
+        check(backend, feeds(2, tokens))
+    held = len(world.driver.held())
+    check(backend, feeds(2, 10))
+    assert len(world.contexts) == 3
+    for tokens in (20, 60, 20, 60, 100, 20):
+        check(backend, feeds(2, tokens))
+    assert len(world.contexts) == 7
+    assert len(world.driver.held()) == held
+    backend.close()
+    assert world.driver.held() == []
+
+
+def test_a_failure_says_what_the_library_said_to_its_thread(machine, load):
+    machine()
+    log = tensorrt_engine.error_log(sys.modules["tensorrt"])
+    log.log(ERROR, "of this thread")
+    failures = []
+
+    def fail():
+        machine().complaints.append([(ERROR, "of the failing thread")])
+        with pytest.raises(BackendError) as error:
+            load().run(feeds(1, 2))
+        failures.append(str(error.value))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert "of the failing thread" in failures[0]
+    assert log.take() == ["of this thread"]
+
+
+def test_the_engine_that_is_loaded_is_the_one_that_was_hashed(machine, engine_bundle, monkeypatch, check):
+    """A file that is replaced as soon as it was read; one replaced after the start is refused."""
+    world, path = machine(), engine_bundle()
+    read = Bundle.read
+
+    def replaced(bundle, name):
+        content = read(bundle, name)
+        (path / name).write_bytes(b"another")
+        return content
+
+    backend = backends.create("tensorrt", Bundle.open(path), "cuda")
+    monkeypatch.setattr(Bundle, "read", replaced)
+    check(backend, feeds(1, 2))
+    assert world.loaded == [b"an engine"]
+
+    path = engine_bundle()
+    late = backends.create("tensorrt", Bundle.open(path), "cuda")
+    monkeypatch.setattr(Bundle, "read", read)
+    next(path.glob("*.engine")).write_bytes(b"an angine")
+    with pytest.raises(BundleError, match=r"\.engine: expected SHA-256"):
+        late.run(feeds(1, 2))
+    assert len(world.loaded) == 1
+
+
 def test_the_calling_threads_own_context_comes_back(machine, load):
     world = machine()
     world.driver.thread.stack = ["torch's"]
@@ -208,7 +288,7 @@ def test_a_failed_run_says_why_and_the_next_one_works(machine, load, check):
     world = machine()
     backend = load()
     check(backend, feeds(1, 2))
-    backend._engine._logger.log(ERROR, "of an earlier run")
+    tensorrt_engine.error_log(sys.modules["tensorrt"]).log(ERROR, "of an earlier run")
     world.complaints.append(
         [(WARNING, "never mind"), (ERROR, "layer  mgca:\n illegal"), (ERROR, "and so on")]
     )

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import inspect
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 
 from engine import Bundle
 from engine.backends import _has_driver, cuda
-from engine.backends.tensorrt_engine import Engine, make_allocator, make_logger
+from engine.backends.tensorrt_engine import Engine, Model, error_log, make_allocator
 from engine.errors import BackendError
 from engine.manifest import EngineEntry
 from export.trt.build import EngineSpec, build_engine
@@ -75,7 +76,7 @@ def test_every_member_of_the_double_is_real(library, bindings, doubles):
 
 
 def test_the_callbacks_have_the_parameters_that_the_library_names(library, bindings, trt):
-    made = {"ILogger": make_logger(trt), "IOutputAllocator": make_allocator(trt, None)}
+    made = {"ILogger": error_log(trt), "IOutputAllocator": make_allocator(trt, None)}
     for name, methods in {
         "ILogger": ("log",),
         "IOutputAllocator": ("reallocate_output", "reallocate_output_async", "notify_shape"),
@@ -86,12 +87,17 @@ def test_the_callbacks_have_the_parameters_that_the_library_names(library, bindi
             assert list(ours) == declared.split(", ")
 
 
-def test_a_real_logger_keeps_errors_alone(trt):
-    logger = make_logger(trt)
-    trt.Runtime(logger)
-    logger.log(trt.ILogger.WARNING, "never mind")
-    logger.log(trt.ILogger.INTERNAL_ERROR, " first\n  line ")
-    assert list(logger.errors) == ["first line"]
+def test_a_real_logger_keeps_the_errors_of_each_thread(trt):
+    log = error_log(trt)
+    assert log is error_log(trt), "one for the life of the process"
+    trt.Runtime(log)
+    log.take()
+    log.log(trt.ILogger.WARNING, "never mind")
+    log.log(trt.ILogger.INTERNAL_ERROR, " first\n  line ")
+    other = threading.Thread(target=lambda: log.log(trt.ILogger.ERROR, "of another thread"))
+    other.start()
+    other.join()
+    assert (log.take(), log.take()) == (["first line"], [])
 
 
 def test_a_real_allocator_takes_shapes(trt):
@@ -129,7 +135,7 @@ def test_a_real_engine_without_a_driver_or_cut_short(built, bundle_dir, tmp_path
     path.write_bytes(built.read_bytes()[:keep])
     entry = EngineEntry(path.name, "tensorrt_rtx", "1", ("8.6",), "0" * 64, ())
     with pytest.raises(BackendError, match=rf"tensorrt_rtx \S+ could not load {path}: .*({words})"):
-        Engine(entry, path, Bundle.open(bundle_dir).manifest)
+        Engine(entry, Model(path, path.read_bytes()), Bundle.open(bundle_dir).manifest)
 
 
 def test_the_drivers_functions_are_those_of_its_header():

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.postprocess import Answer
-from engine.result import Word
+from engine.result import Result, Word
 from export.evaluation.agreement import Case
 from export.evaluation.evaluate import EvaluateOptions, evaluate
 from export.evaluation.gate import check_gate
@@ -65,14 +64,14 @@ def case(found):
 
     def answer(*fake):
         words = [("One", 0, 3), ("<two>", 5, 10), ("three", 11, 16)]
-        return Answer(
+        return Result(
             manipulated=True,
             score=0.75,
             types={"face_swap": 0.5},
             detected=("face_swap",),
             box=(5.0, 5.0, 20.0, 20.0),
             words=tuple(Word(*word, 0.9 if i in fake else 0.1, i in fake) for i, word in enumerate(words)),
-            heatmap=None,
+            size=(60, 40),
         )
 
     sample = next(case.sample for case in found.comparison.worst if case.sample.id == HOSTILE)

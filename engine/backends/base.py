@@ -1,0 +1,121 @@
+"""What all backends share: how a batch is checked, submitted and run, and how failures are reported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from engine.backends.buckets import Arrays, check_ids, measure
+from engine.errors import BackendError, Dgm4Error
+from engine.inputs.preprocess import normalize_image
+from engine.manifest import Manifest, TensorSpec
+
+if TYPE_CHECKING:
+    from engine.bundle import Bundle
+
+Network = TypeVar("Network")
+Outputs = dict[str, np.ndarray]
+
+
+class Pending(Protocol):
+    """A batch that was submitted."""
+
+    def result(self) -> Outputs:
+        """Wait for the batch and return its outputs by name; raises BackendError where it failed."""
+        ...
+
+
+class Finished:
+    """A batch whose outputs are there."""
+
+    def __init__(self, outputs: Outputs) -> None:
+        self._outputs = outputs
+
+    def result(self) -> Outputs:
+        """Return the outputs by name."""
+        return self._outputs
+
+
+class Backend(ABC, Generic[Network]):
+    """A loaded network. Every method but `close` may be called from several threads at once.
+
+    name, device: "torch" and "cuda:0", for example.
+    library: what error messages call the library that runs the network.
+    resizes: `submit` takes images of any size; else they must have the network's.
+    asynchronous: `submit` returns while the network runs; else once it has run.
+    """
+
+    name: str
+    library: str
+    resizes = False
+    asynchronous = False
+
+    def __init__(self, network: Network, manifest: Manifest, device: str) -> None:
+        self.device = device
+        self._network: Network | None = network
+        self._manifest = manifest
+        self._outputs = [spec.name for spec in manifest.outputs]
+
+    def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
+        """Submit one batch of RGB images, uint8 [H, W, 3], and the other inputs by name.
+
+        The network gets what `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
+        """
+        spec = self._manifest.preprocess
+        pixels = [normalize_image(image, spec.mean, spec.std) for image in images]
+        return Finished(self.run({"image": np.stack(pixels), **text}))
+
+    def run(self, feeds: Arrays) -> Outputs:
+        """Run one batch and return its outputs by name; `feeds` are the manifest's inputs by name.
+
+        Raises BackendError for other inputs, where the library fails, and after `close`.
+        """
+        network = self._open()
+        sizes = self._check(feeds, self._manifest.inputs)
+        with self._reported(feeds):
+            return self._run(network, feeds, sizes["batch"], sizes["tokens"])
+
+    def close(self) -> None:
+        """Drop the network; its memory is freed once running calls are done."""
+        self._network = None
+
+    @abstractmethod
+    def _run(self, network: Network, feeds: Arrays, batch: int, tokens: int) -> Outputs:
+        """Run checked inputs."""
+
+    def _open(self) -> Network:
+        network = self._network
+        if network is None:
+            raise BackendError("the backend was closed; create another Predictor")
+        return network
+
+    def _check(self, feeds: Arrays, specs: Sequence[TensorSpec]) -> Mapping[str, int]:
+        """Return the sizes "batch" and "tokens" of `feeds`; raises BackendError unless they fit `specs`."""
+        sizes = measure(feeds, specs)
+        vocabulary = self._manifest.model.config.get("vocabulary")
+        if vocabulary is not None:
+            check_ids(feeds["input_ids"], vocabulary)
+        return sizes
+
+    @contextmanager
+    def _reported(self, feeds: Arrays) -> Iterator[None]:
+        """Turn whatever the library raises into a BackendError with the shapes of the inputs."""
+        try:
+            yield
+        except Dgm4Error:
+            raise
+        except Exception as error:  # the errors of these libraries share no base but Exception
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise BackendError(f"{self.library} failed on inputs of shape {shapes}: {error}") from error
+
+
+def verified_graph(bundle: Bundle, model: str, data: str) -> Path:
+    """Return the path of the graph `model`, its weights `data` beside it verified too; raises BundleError."""
+    if data in bundle.manifest.files:
+        bundle.verified(data)
+    return bundle.verified(model)
