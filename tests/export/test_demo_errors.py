@@ -1,4 +1,4 @@
-"""The errors of each precision on the trained demo, pinned: the exports' own bounds only stop a broken network."""
+"""The errors of each precision on the trained demo, pinned: an export's bounds only stop a broken network."""
 
 from __future__ import annotations
 
