@@ -2,55 +2,39 @@
 
 Both libraries have one Python API; `tensorrt` builds on the GPU it builds for, `tensorrt_rtx` needs no
 GPU and builds for several compute capabilities at once. The builder is native code that can crash or
-take very long: `export.trt.worker` runs it apart, and whatever ends it comes back as `BuildError`.
+take very long: `export.trt.worker` runs it in a process of its own, which `export.trt.process` starts and
+follows, and whatever ends it comes back as `BuildError`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from engine.errors import BackendError, BuildError
 from engine.files import temporary_name
 from engine.packages import version_of
 from export.trt.features import Features
 from export.trt.probe import no_gpu
+from export.trt.process import BuildProcess, Progress, decode, describe_status, start
 from export.trt.profiles import Profile
 
 Shape = tuple[int, ...]
-Progress = Callable[[str, int, int], None]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")  # 7.5 has no float32 products
 WORKER = (sys.executable, "-P", "-m", "export.trt.worker")
 
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _PROBE_LIMIT_S = 60.0
-_KEPT_LINES = 20
-_KEPT_WARNINGS = 100
-_SIGNAL_HINTS = {
-    "SIGKILL": "most often the kernel, out of memory: a build holds about four times the weights, "
-    "so free memory or build on a larger machine",
-    "SIGSEGV": "a crash inside the native builder",
-    "SIGABRT": "the native builder gave up: an ONNX node may carry the name of a registered plugin",
-    "SIGTERM": "something asked the build to stop",
-}
 
 
 @dataclass(frozen=True)
@@ -155,7 +139,7 @@ def build_engine(
     partial = temporary_name(out)
     start = time.monotonic()
     try:
-        with _Build(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
+        with BuildProcess(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
             with _progress_or_bar(progress) as show:
                 build.follow(show)
             done = build.result()
@@ -163,100 +147,6 @@ def build_engine(
     finally:
         partial.unlink(missing_ok=True)
     return _report(library, time.monotonic() - start, done, build.warnings)
-
-
-class BuildLimitError(BuildError):
-    """A build that took longer than it may."""
-
-
-class _Build:
-    """A running worker; ends it when the block is left, in whatever way."""
-
-    def __init__(self, command: Sequence[str], request: dict[str, Any], limit_s: float) -> None:
-        self.warnings: dict[str, None] = {}
-        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._done: dict[str, Any] | None = None
-        self._refusal: str | None = None
-        self._expired = False
-        self._limit_s = limit_s
-        self._request = request
-        self._process = _start(command, stdin=subprocess.PIPE)
-        self._timer = threading.Timer(limit_s, self._expire)
-        self._drain = threading.Thread(target=self._keep_stderr, daemon=True)
-
-    def __enter__(self) -> _Build:
-        self._timer.start()
-        self._drain.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        self._process.kill()
-        self._process.wait()
-        self._drain.join()
-        _pipe(self._process.stdout).close()
-
-    def follow(self, show: Progress) -> None:
-        """Send the request and read the events of the worker to their end."""
-        # A worker that died at once is explained by its exit status.
-        with contextlib.suppress(BrokenPipeError), _pipe(self._process.stdin) as stdin:
-            stdin.write(json.dumps(self._request) + "\n")
-        for line in _pipe(self._process.stdout):
-            event = _decode(line)
-            if event is None:
-                self._lines.append(line.strip())
-            elif event["event"] == "progress":
-                show(event["phase"], event["step"], event["total"])
-            else:
-                self._take(event)
-        self._process.wait()
-        self._drain.join()
-
-    def result(self) -> dict[str, Any]:
-        """Fields of the `done` event; raises `BuildError` with the likely cause where there is none."""
-        if self._expired:
-            limit = f"the build took longer than its limit of {self._limit_s:g} s"
-            raise BuildLimitError(self._explain(limit))
-        if self._refusal is not None:
-            raise BuildError(self._explain(self._refusal))
-        status = self._process.returncode
-        if status != 0 or self._done is None:
-            raise BuildError(self._explain(_describe_status(status)))
-        return self._done
-
-    def _take(self, event: dict[str, Any]) -> None:
-        match event:
-            case {"event": "log", "severity": "warning", "text": text}:
-                if len(self.warnings) < _KEPT_WARNINGS:
-                    self.warnings[text] = None
-            case {"event": "log", "text": text}:
-                self._lines.append(text)
-            case {"event": "error", "message": message}:
-                self._refusal = message
-            case {"event": "done"}:
-                self._done = event
-
-    def _explain(self, cause: str) -> str:
-        lines = [line for line in self._lines if line and line not in cause]
-        log = "\n  ".join(lines)
-        hint = "; a higher --workspace may do" if self._short_of_workspace(lines) else ""
-        model = Path(self._request["onnx"]).name  # its folder may be one that goes with this error
-        return f"no engine from {model}: {cause}{hint}" + (
-            f"; the builder's log ends:\n  {log}" if log else ""
-        )
-
-    def _short_of_workspace(self, lines: Sequence[str]) -> bool:
-        return self._request["workspace_mb"] is not None and any("OutOfMemory" in line for line in lines)
-
-    def _expire(self) -> None:
-        self._expired = True
-        self._process.kill()
-
-    def _keep_stderr(self) -> None:
-        with _pipe(self._process.stderr) as stderr:
-            self._lines.extend(line.rstrip() for line in stderr)
 
 
 def _describe_builder(library: str) -> BuilderInfo:
@@ -275,17 +165,17 @@ def _library_version(library: str) -> str | None:
 
 
 def _probe_driver() -> dict[str, Any]:
-    process = _start((*WORKER, "--probe"), stdin=subprocess.DEVNULL)
+    process = start((*WORKER, "--probe"), stdin=subprocess.DEVNULL)
     try:
         output, errors = process.communicate(timeout=_PROBE_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return no_gpu("the CUDA driver does not answer")
-    answer = _decode(output)
+    answer = decode(output)
     if answer is None:
         return no_gpu(
-            f"the CUDA driver cannot be asked: {_describe_status(process.returncode)} {errors[-200:]}"
+            f"the CUDA driver cannot be asked: {describe_status(process.returncode)} {errors[-200:]}"
         )
     return answer
 
@@ -330,46 +220,6 @@ def _request(spec: EngineSpec, library: str, engine: Path) -> dict[str, Any]:
     }
 
 
-def _start(command: Sequence[str], stdin: int) -> subprocess.Popen[str]:
-    """Start a worker with this package first on its path; it dies with the calling thread on Linux."""
-    before = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([os.fspath(_PACKAGE_ROOT), *([before] if before else [])])
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError as error:
-        raise BuildError(f"the building process {command[0]} cannot be started: {error}") from error
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise BuildError("the building process was started without a pipe")
-    return stream
-
-
-def _decode(line: str) -> dict[str, Any] | None:
-    """Event of a line; None for a line that is something else."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and "event" in event else None
-
-
-def _describe_status(status: int) -> str:
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"the building process was ended by {name}: {_SIGNAL_HINTS.get(name, 'no usual cause')}"
-    return f"the building process ended with status {status} and no engine"
-
-
 def _move_engine(partial: Path, out: Path, size: int) -> None:
     written = partial.stat().st_size if partial.is_file() else 0
     if written != size or size == 0:
@@ -403,6 +253,8 @@ def _progress_or_bar(progress: Progress | None) -> Iterator[Progress]:
     if progress is not None:
         yield progress
         return
+    from tqdm import tqdm
+
     with tqdm(desc="engine", unit="step", leave=False, disable=None) as bar:
 
         def show(phase: str, step: int, total: int) -> None:

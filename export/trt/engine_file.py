@@ -17,6 +17,7 @@ from engine.manifest import BuildCost, EngineEntry
 from export.bundle.writer import BundleWriter
 from export.trt import build as trt
 from export.trt.options import EngineOptions
+from export.trt.process import BuildLimitError
 from export.trt.profiles import Profile, Shapes
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def build_into(
             built = trt.build_engine(spec, draft)
             break
         except BuildError as error:
-            if not source.fused or isinstance(error, trt.BuildLimitError):
+            if not source.fused or isinstance(error, BuildLimitError):
                 raise
             logger.warning(
                 "%s cannot build with its fused attention, so one without: %s", builder.library, error

@@ -25,8 +25,7 @@ from export.bundle.write_errors import refusal
 from export.cli import export as cli_export
 from export.cli import predict as cli_predict
 from export.output import open_output, write_whole
-from export.trt import probe as driver
-from export.trt import worker as trt_worker
+from export.trt import probe, worker
 from export.trt.worker import RefusedError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +178,7 @@ def test_an_engine_that_does_not_fit(tmp_path):
         with pytest.raises(
             RefusedError, match=r"\(300,000 bytes\) cannot be written: File too large; free space"
         ):
-            trt_worker._write_engine(str(tmp_path / "model.engine"), engine)
+            worker._write_engine(str(tmp_path / "model.engine"), engine)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -194,7 +193,7 @@ def test_a_library_without_its_own_libraries(tmp_path, monkeypatch):
         r"tensorrt_rtx cannot be imported: libnvinfer-none.so.10: .*; install it: pip install tensorrt-rtx"
     )
     with pytest.raises(RefusedError, match=expected):
-        trt_worker._import_library("tensorrt_rtx")
+        worker._import_library("tensorrt_rtx")
 
 
 class Driver:
@@ -238,7 +237,7 @@ class Driver:
 )
 def test_what_a_driver_says(monkeypatch, status, capability, reason):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(status))
-    found = driver.probe_driver()
+    found = probe.probe_driver()
     assert (found["compute_capability"], found["gpu"]) == (capability, capability and "NVIDIA H200")
     assert reason in found["reason"]
 
@@ -253,7 +252,7 @@ def test_a_driver_that_is_too_old(monkeypatch):
     library = SimpleNamespace(__name__="tensorrt", __version__="11.4.0", Builder=builder)
     expected = r"tensorrt 11.4.0 cannot start .* CUDA up to 12.4\); update the NVIDIA driver, or install"
     with pytest.raises(RefusedError, match=expected):
-        trt_worker._make_builder(library, None)
+        worker._make_builder(library, None)
 
 
 def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):

@@ -14,16 +14,17 @@ from onnx.reference import ReferenceEvaluator
 
 from engine.errors import BuildError
 from export.graph.fused_attention import FUSED, OPSET, native_graph
-from export.trt import build as trt
+from export.trt import build
 from export.trt.engine_file import build_into
 from export.trt.features import Features
 from export.trt.options import EngineOptions
+from export.trt.process import BuildLimitError
 from export.trt.profiles import Shapes
 from kernels.attention import MASKED, attention_ref
 from kernels.onnx.bodies import bodies
 from kernels.onnx.ops import DOMAIN
 
-RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
+RTX = build.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 3, 24
 
 
@@ -97,9 +98,9 @@ def building(exported, monkeypatch):
             if spec.onnx.name in refused:
                 raise error("no kernel for it")
             out.write_bytes(b"engine")
-            return trt.EngineReport(spec.library, builder.version, 1.0, 1.0, 6, ("8.9",), (), (), ())
+            return build.EngineReport(spec.library, builder.version, 1.0, 1.0, 6, ("8.9",), (), (), ())
 
-        monkeypatch.setattr(trt, "build_engine", native)
+        monkeypatch.setattr(build, "build_engine", native)
         shapes = Shapes(4, 2, 50, 64, 256)
         chosen = EngineOptions("off", **options)
         entry, line = build_into(writer, builder, ("8.9",), shapes, chosen, precision)
@@ -127,8 +128,8 @@ def test_where_the_library_refuses_it_attention_is_composed(building, caplog):
 
 
 def test_a_build_that_took_too_long_is_not_tried_again(building):
-    with pytest.raises(trt.BuildLimitError):
-        building("fp16", refused=("fused.model.onnx",), error=trt.BuildLimitError)
+    with pytest.raises(BuildLimitError):
+        building("fp16", refused=("fused.model.onnx",), error=BuildLimitError)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_build_that_took_too_long_is_not_tried_again(building):
     ],
 )
 def test_where_it_is_not_tried(building, precision, version, features):
-    full = trt.BuilderInfo("tensorrt", version, True, "", "8.9")
+    full = build.BuilderInfo("tensorrt", version, True, "", "8.9")
     assert building(precision, full, features=features)[:2] == (0, ["model.onnx"])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import VerificationError
-from export.graph import parity as verify
+from export.graph import parity
 from export.graph.parity import ABSOLUTE, CASES, EXACT, FP16, INT8, RELATIVE, Tolerance, check, compare
 
 
@@ -82,7 +82,7 @@ def test_bounds():
 
 
 def test_cases_cover_the_smallest_padding_and_the_longest_caption(tiny):
-    inputs = verify.case_inputs(tiny("hammer").config)
+    inputs = parity.case_inputs(tiny("hammer").config)
     assert tuple(x["input_ids"].shape for x in inputs) == CASES
     assert {batch for batch, _ in CASES} >= {1, 2}
     assert min(tokens for _, tokens in CASES) == 2
@@ -95,8 +95,8 @@ def test_both_runners_agree(exported):
     difference = compare(
         "onnx",
         "torch",
-        verify.torch_outputs(graph.model, config),
-        verify.onnx_outputs(graph.path, config),
+        parity.torch_outputs(graph.model, config),
+        parity.onnx_outputs(graph.path, config),
         EXACT,
     )
     assert difference.passed

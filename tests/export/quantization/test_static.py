@@ -27,7 +27,7 @@ from export.quantization.calibrate import calibrate
 from export.quantization.dynamic_int8 import _as_products, quantize_dynamic
 from export.quantization.pairs import BATCH, read_pairs
 from export.quantization.qdq import QdqLinear, int8_layers, to_int8
-from export.trt import build as trt
+from export.trt import build
 
 PAIRS = 20  # of the reader in conftest.py
 
@@ -376,6 +376,6 @@ def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):
 
 
 def test_static_int8_may_have_an_engine(data, tmp_path):
-    builder = trt.BuilderInfo("tensorrt_rtx", "1", True, "")
+    builder = build.BuilderInfo("tensorrt_rtx", "1", True, "")
     assert no_engine(static(tmp_path, engine=True, calibration=data), builder) is None
     assert "(--calibration)" in no_engine(static(tmp_path, engine=True), builder)

@@ -14,8 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engine.errors import BackendError, BuildError
 from export.bundle.writer import BundleWriter
-from export.trt import build as trt
-from export.trt import worker as trt_worker
+from export.trt import build, worker
 from export.trt.build import RTX_CAPABILITIES, EngineSpec, build_engine, describe_builders, find_builder
 from export.trt.worker import RefusedError
 
@@ -288,7 +287,7 @@ def is_running(pid):
 def test_worker_dies_with_its_parent():
     code = (
         "import subprocess, sys, time\n"
-        f"worker = subprocess.Popen({list(trt.WORKER)!r}, stdout=subprocess.PIPE)\n"
+        f"worker = subprocess.Popen({list(build.WORKER)!r}, stdout=subprocess.PIPE)\n"
         "print(worker.stdout.readline().decode(), flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -337,27 +336,27 @@ def test_builders_are_described_without_loading_them():
 
 
 def test_tensorrt_needs_a_gpu_and_rtx_does_not(monkeypatch):
-    monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
     no_driver = {"compute_capability": None, "gpu": None, "reason": "no CUDA driver"}
-    monkeypatch.setattr(trt, "_probe_driver", lambda: no_driver)
+    monkeypatch.setattr(build, "_probe_driver", lambda: no_driver)
     assert [info.usable for info in describe_builders()] == [False, True]
     assert find_builder().library == "tensorrt_rtx"
     monkeypatch.setattr(
-        trt, "_probe_driver", lambda: {"compute_capability": "9.0", "gpu": "H", "reason": "GPU"}
+        build, "_probe_driver", lambda: {"compute_capability": "9.0", "gpu": "H", "reason": "GPU"}
     )
     assert (find_builder().library, find_builder().gpu) == ("tensorrt", "H")
 
 
 def test_no_library_at_all(monkeypatch, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"onnx")
-    monkeypatch.setattr(trt.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert find_builder() is None
     with pytest.raises(BackendError, match="pip install tensorrt-rtx"):
         build_engine(EngineSpec(tmp_path / "model.onnx", [PROFILE]), tmp_path / "model.engine")
 
 
 def test_library_that_cannot_be_imported(tmp_path):
-    if trt.importlib.util.find_spec("tensorrt") is not None:
+    if build.importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("tensorrt is installed")
     path = save_model(tmp_path / "model.onnx")
     with pytest.raises(BuildError, match="library tensorrt cannot be imported"):
@@ -368,14 +367,14 @@ def test_tensorrt_builds_for_the_gpu_of_the_machine_only(monkeypatch):
     def driver(capability):
         return lambda: {"compute_capability": capability, "reason": ""}
 
-    monkeypatch.setattr(trt_worker, "probe_driver", driver("9.0"))
-    assert trt_worker._set_capabilities(None, object(), []) == ["9.0"]
-    assert trt_worker._set_capabilities(None, object(), ["8.0", "9.0"]) == ["9.0"]
+    monkeypatch.setattr(worker, "probe_driver", driver("9.0"))
+    assert worker._set_capabilities(None, object(), []) == ["9.0"]
+    assert worker._set_capabilities(None, object(), ["8.0", "9.0"]) == ["9.0"]
     with pytest.raises(RefusedError, match=r"this machine's GPU \(9.0\), not for \['8.6'\]"):
-        trt_worker._set_capabilities(None, object(), ["8.6"])
-    monkeypatch.setattr(trt_worker, "probe_driver", driver(None))
+        worker._set_capabilities(None, object(), ["8.6"])
+    monkeypatch.setattr(worker, "probe_driver", driver(None))
     with pytest.raises(RefusedError, match="this machine shows none"):
-        trt_worker._set_capabilities(None, object(), [])
+        worker._set_capabilities(None, object(), [])
 
 
 def test_timing_cache_is_left_alone_by_rtx(rtx, tmp_path):

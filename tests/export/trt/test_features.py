@@ -11,17 +11,15 @@ from engine.errors import BackendError, BuildError, InputError
 from engine.manifest import EngineEntry
 from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
-from export.trt import build as trt
-from export.trt import engine_file
-from export.trt import worker as trt_worker
+from export.trt import build, engine_file, worker
 from export.trt.features import Features, check_features, refusal, set_features
 from export.trt.options import EngineOptions
 from export.trt.profiles import Shapes
 
 STRIPPED, VERSION = Features(strip_weights=True), Features(version_compatible=True)
 AMPERE, SAME = Features(hardware="ampere"), Features(hardware="same")
-FULL = trt.BuilderInfo("tensorrt", "11.4.0.106", True, "GPU", "9.0", "NVIDIA H100")
-RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
+FULL = build.BuilderInfo("tensorrt", "11.4.0.106", True, "GPU", "9.0", "NVIDIA H100")
+RTX = build.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
 # What export/trt/worker.py, export/trt/timing_cache.py and export/trt/features.py use of the bindings.
 USED = {
     "BuilderFlag": {"STRIP_PLAN": None, "REFIT_IDENTICAL": None, "VERSION_COMPATIBLE": None},
@@ -86,7 +84,7 @@ def test_the_bindings_have_what_the_builder_uses(library, bindings):
 def test_a_real_configuration_takes_the_flags(features, flags, level):
     """RTX's own, which has those of TensorRT; it does not keep a level, so that goes to a double."""
     rtx = pytest.importorskip("tensorrt_rtx")
-    logger = trt_worker._make_logger(rtx, SimpleNamespace(send=lambda *_, **__: None))
+    logger = worker._make_logger(rtx, SimpleNamespace(send=lambda *_, **__: None))
     builder = rtx.Builder(logger)
     config = builder.create_builder_config()
     plain = config.flags
@@ -129,8 +127,8 @@ def test_an_old_library_says_what_it_lacks():
     ],
 )
 def test_who_has_them(features, library, capability, words, monkeypatch):
-    builder = trt.BuilderInfo(library, "1", True, "", capability)
-    monkeypatch.setattr(trt, "gpu_capability", lambda: capability)
+    builder = build.BuilderInfo(library, "1", True, "", capability)
+    monkeypatch.setattr(build, "gpu_capability", lambda: capability)
     options = EngineOptions(features=features)
     if words is None:
         assert refusal(features, library, capability) is None
@@ -151,13 +149,13 @@ def test_who_has_them(features, library, capability, words, monkeypatch):
 def test_the_worker_refuses_them_for_rtx(tmp_path, features, words):
     """For whoever builds without the command line; a builder that was let go on fails without a reason."""
     pytest.importorskip("tensorrt_rtx")
-    if trt.gpu_capability() is not None and features == STRIPPED:
+    if build.gpu_capability() is not None and features == STRIPPED:
         pytest.skip("a GPU is here")
     graph = tmp_path / "model.onnx"
     graph.write_bytes(b"not even read")
-    spec = trt.EngineSpec(graph, [], library="tensorrt_rtx", features=features)
+    spec = build.EngineSpec(graph, [], library="tensorrt_rtx", features=features)
     with pytest.raises(BuildError, match=words):
-        trt.build_engine(spec, tmp_path / "model.engine")
+        build.build_engine(spec, tmp_path / "model.engine")
     assert list(tmp_path.iterdir()) == [graph]
 
 
@@ -222,7 +220,7 @@ def built(monkeypatch):
     def build(spec, out):
         specs.append(spec)
         Path(out).write_bytes(b"engine")
-        return trt.EngineReport(spec.library, "11.4.0.106", 1.0, 1.0, 6, ("9.0",), (), (), ())
+        return build.EngineReport(spec.library, "11.4.0.106", 1.0, 1.0, 6, ("9.0",), (), (), ())
 
     monkeypatch.setattr(engine_file.trt, "build_engine", build)
     return specs

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from export.graph.trace import data_of
-from export.trt import build as trt
+from export.trt import build
 from export.trt.engine_file import build_into
 from export.trt.options import EngineOptions
 from export.trt.profiles import Shapes
@@ -41,7 +41,7 @@ def engines(bundle, static_graph):
 
 def build_one(graph, precision):
     """The engine's entry, its bytes and those of the graph's weights; the file is gone."""
-    rtx = next(info for info in trt.describe_builders() if info.library == "tensorrt_rtx")
+    rtx = next(info for info in build.describe_builders() if info.library == "tensorrt_rtx")
     shapes = Shapes(max_batch=2, min_tokens=2, typical_tokens=16, max_tokens=24, image_size=256)
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
     entry, _ = build_into(writer, rtx, TARGETS, shapes, EngineOptions(), precision)

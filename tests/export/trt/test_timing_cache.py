@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from export.trt import worker as trt_worker
+from export.trt import worker
 from export.trt.timing_cache import default_cache, load_timing_cache, save_timing_cache
 
 
@@ -86,7 +86,7 @@ def test_real_bindings_take_it(tmp_path):
     class Channel:
         def send(self, event, **fields): ...
 
-    builder = rtx.Builder(trt_worker._make_logger(rtx, Channel()))
+    builder = rtx.Builder(worker._make_logger(rtx, Channel()))
     config, path = builder.create_builder_config(), tmp_path / "t.cache"
     assert build(config, path) == []
     assert path.stat().st_size > 0

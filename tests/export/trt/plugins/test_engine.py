@@ -13,13 +13,13 @@ from engine.manifest import EngineEntry
 from export import engine_stage as bundle_engine
 from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
-from export.trt import build as trt
+from export.trt import build
 from export.trt.options import _CAPABILITIES, EngineOptions
 from kernels.jit import TARGETS
 
-FULL = trt.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 9.0", "9.0")
-RTX = trt.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
-OLD = trt.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 7.5", "7.5")
+FULL = build.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 9.0", "9.0")
+RTX = build.BuilderInfo("tensorrt_rtx", "1.7.1", True, "builds without a GPU")
+OLD = build.BuilderInfo("tensorrt", "11.4", True, "GPU of compute capability 7.5", "7.5")
 
 
 @pytest.fixture
@@ -115,14 +115,14 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 def test_the_worker_refuses_them_for_rtx(exported, tmp_path):
     """An ONNX node that is a registered plugin would abort that library's process."""
-    spec = trt.EngineSpec(exported("asap").path, [], library="tensorrt_rtx", plugins=True)
+    spec = build.EngineSpec(exported("asap").path, [], library="tensorrt_rtx", plugins=True)
     with pytest.raises(BuildError, match="tensorrt_rtx has no plugins; export with --plugins off"):
-        trt.build_engine(spec, tmp_path / "model.engine")
+        build.build_engine(spec, tmp_path / "model.engine")
 
 
 def test_the_worker_refuses_them_without_a_gpu(exported, tmp_path, monkeypatch):
-    from export.trt import worker as trt_worker
+    from export.trt import worker
 
-    monkeypatch.setattr(trt_worker, "probe_driver", lambda: {"compute_capability": None})
-    with pytest.raises(trt_worker.RefusedError, match="this machine shows none"):
-        trt_worker._use_plugins("tensorrt")
+    monkeypatch.setattr(worker, "probe_driver", lambda: {"compute_capability": None})
+    with pytest.raises(worker.RefusedError, match="this machine shows none"):
+        worker._use_plugins("tensorrt")
