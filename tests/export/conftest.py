@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.backends import usable_cores
+
 
 @pytest.fixture(scope="session")
 def exported(tiny, bundle, tmp_path_factory):
@@ -125,14 +127,13 @@ def reader(training_data, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def static_graph(tiny, reader, tmp_path_factory):
+def static_graph(tiny, reader, made_once):
     """Export a calibrated tiny network by name and precision; the path of its graph.
 
     "int8", the same "in fp16", as engines have it, or "fp8".
     """
 
-    @functools.cache
-    def export(name, precision):
+    def write(folder, name, precision, around):
         import torch
 
         from engine.network.linear import E4M3
@@ -143,8 +144,6 @@ def static_graph(tiny, reader, tmp_path_factory):
         from export.quantization.ranges import read_histograms, scales_of
         from export.trt.engine_file import GRAPH, HALF
 
-        precision, _, around = precision.partition(" in ")
-        folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")
         model = rewrite(tiny(name))
         batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
         found = read_histograms(model, lowered_layers(model, precision), batches)
@@ -155,6 +154,12 @@ def static_graph(tiny, reader, tmp_path_factory):
         path = folder / (HALF if around else GRAPH)
         export_onnx(fp8_as_nodes(model), path)
         return path
+
+    @functools.cache
+    def export(name, precision):
+        precision, _, around = precision.partition(" in ")
+        place = f"static-{name}-{precision}-{around}"
+        return made_once(place, lambda folder: write(folder, name, precision, around))
 
     return export
 
@@ -167,7 +172,7 @@ def session_of():
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = usable_cores()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load
