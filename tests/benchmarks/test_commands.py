@@ -1,4 +1,4 @@
-"""Every benchmark by its own command line, at tiny size; a case that fails leaves the others and exit code 1."""
+"""Every benchmark by its command line at tiny size: a case that fails leaves the others, and exit code 1."""
 
 from __future__ import annotations
 
