@@ -1,9 +1,10 @@
 """The demo's training: `python -m benchmarks.demo --work DIR [--only NAME] [--ship]`.
 
 Makes the sample set, pretrains a visual encoder, trains the three tiny networks from it by the recipes in
-dgm4/recipes, and ASAP without MGCA guidance and CALS without GLRM beside them, and judges all of them on the
-test split. Finished runs in DIR are kept, unfinished ones taken up; runs of `--only` may go on side by side.
-`--ship` writes the weights and the record that the package carries.
+dgm4/recipes, and ASAP without MGCA guidance and CALS without GLRM beside them, and evaluates all of them on
+the test split, into DIR/demo.json. Finished runs in DIR are not trained again, unfinished ones are resumed;
+runs of `--only` may train side by side. A run that fails leaves the others, and exit code 1. `--ship` writes
+the weights and the record that the package carries, unless a run failed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine
+from benchmarks.results import ResultFile, Row
 from dgm4.config import MODEL_NAMES, TYPES, model_config
 from dgm4.data.annotations import Sample, read_split
 from dgm4.data.dataset import PairDataset
@@ -187,8 +188,39 @@ def _change(ours: float, ablated: float, interval: Sequence[float]) -> str:
     return f"{100 * (ours - ablated):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def main() -> None:
-    """Train what is asked for, judge what is there, write the result."""
+def train_all(runs: Sequence[str], data: Path, work: Path, result: ResultFile) -> None:
+    """Train each of `runs`; one that fails is a failure of `result`."""
+    vision = pretrain(data, work)
+    for run in runs:
+        start = time.perf_counter()
+        with result.case(run):
+            train(run, data, vision, work / run)
+            print(f"{run}: {time.perf_counter() - start:.0f} s")
+
+
+def evaluate(work: Path, dataset: PairDataset, result: ResultFile) -> tuple[Row, dict[str, Answers]]:
+    """The record of all finished runs and their ablations, and their outputs by run."""
+    outputs: dict[str, Answers] = {}
+    runs: dict[str, Row] = {}
+    for run in RUNS:
+        if (work / run / "done.json").is_file():
+            with result.case(run):
+                outputs[run] = judge(run, work / run, dataset)
+                runs[run] = {"training": training_record(run, work / run), **scores(outputs[run])}
+    ablations = {
+        run: bootstrap_difference(outputs[name], outputs[run])
+        for run, (name, _) in ABLATIONS.items()
+        if run in outputs and name in outputs
+    }
+    recipe_of_vision = read_recipe(RECIPES / "vision.toml")
+    trained = json.loads((work / "vision.json").read_text())
+    pretraining = {**recipe_of_vision, **trained, "out": "vision.pth"}
+    record = {"pairs": len(dataset), "pretraining": pretraining, "runs": runs, "ablations": ablations}
+    return record, outputs
+
+
+def main() -> int:
+    """Train what is asked for, evaluate what is there, write the result; 1 if a run failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,38 +230,20 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     data = make_data(options.work / "set")
-    vision = pretrain(data, options.work)
-    for run in options.only or RUNS:
-        start = time.perf_counter()
-        train(run, data, vision, options.work / run)
-        print(f"{run}: {time.perf_counter() - start:.0f} s")
+    result = ResultFile(options.work / "demo.json")
+    train_all(options.only or tuple(RUNS), data, options.work, result)
     if options.only and not options.ship:
-        return
+        return result.exit_code
     samples = list(read_split(data, "test").samples)
     dataset = PairDataset(samples, tokenizer_of(options.work), cache=True)
-    answers = {run: judge(run, options.work / run, dataset) for run in RUNS}
-    runs = {
-        run: {"training": training_record(run, options.work / run), **scores(answers[run])} for run in RUNS
-    }
-    differences = {
-        run: bootstrap_difference(answers[name], answers[run]) for run, (name, _) in ABLATIONS.items()
-    }
-    pretraining = {
-        **read_recipe(RECIPES / "vision.toml"),
-        **json.loads((options.work / "vision.json").read_text()),
-    }
-    result = {
-        "machine": describe_machine(),
-        "pairs": len(samples),
-        "pretraining": {**pretraining, "out": vision.name},
-        "runs": runs,
-        "ablations": differences,
-    }
-    if options.ship:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        ship(options.work, result, samples, answers["asap"])
-    print(table(result))
+    record, outputs = evaluate(options.work, dataset, result)
+    result.save(record)
+    if options.ship and not result.failures:
+        shutil.copyfile(result.path, RESULT)
+        ship(options.work, record, samples, outputs["asap"])
+    print(table(record))
+    return result.exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

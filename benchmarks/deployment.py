@@ -25,6 +25,7 @@ from engine.errors import BackendError
 from export.sample import SAMPLE_CAPTION, sample_photograph
 
 STARTS = 5
+PRECISIONS = ("fp16", "int8", "fp32")
 _SAMPLING_S = 0.02
 _SERVE = """
 import sys
@@ -100,7 +101,7 @@ def run(result: ResultFile, network: str, folder: Path, size: str = "base") -> d
     if image is None:
         raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
     record: dict[str, Any] = {"network": network}
-    for precision in ("fp16", "int8", "fp32"):
+    for precision in PRECISIONS:
         bundle = folder / precision
         with result.case(precision):
             record[precision] = {"export": export(network, precision, bundle, size)}

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
+
+# Each worker keeps to its own cores, and so do the children of its tests: with a thread for every core in
+# every worker a third of the CPU's time went into threads that spin while they wait for one another.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0"
+if WORKER is not None and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[int(WORKER.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, share or cores)
+    torch.set_num_threads(len(share or cores))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any import
@@ -43,6 +55,16 @@ if importlib.util.find_spec("triton") and importlib.metadata.version("triton").s
 BINDINGS = Path(__file__).with_name("bindings.py")
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("hammer", "asap", "cals")
+
+
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup a worker takes a whole file, and one takes all tests of the base networks.
+
+    So a network of 800 MB is drawn once, not once a file and worker.
+    """
+    for item in items:
+        whole = "base" if item.get_closest_marker("base") else item.path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(whole))
 
 
 def published_inputs(seed, batch, tokens, lengths):
@@ -127,20 +149,82 @@ def network_input():
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Make a folder once for all workers: `make(folder)` fills it, and what it returns (pickled) is returned.
+
+    Tests leave the folder as it is.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if WORKER is not None else base) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def once(name, make):
+        folder, record = shared / name, shared / f"{name}.pickle"
+        with FileLock(shared / f"{name}.lock"):
+            if not record.exists():
+                folder.mkdir()
+                record.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(record.read_bytes())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def bundle(made_once):
     """Export a tiny bundle by name and precision, without an engine: .path, .manifest and .stages."""
 
     @functools.cache
     def export(name, precision):
-        from export.options import ExportOptions
-        from export.pipeline import export_bundle
+        def make(folder):
+            from export.options import ExportOptions
+            from export.pipeline import export_bundle
 
-        out = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
-        stages = []
-        options = ExportOptions(out=out, model=name, size="tiny", precision=precision, engine=False)
-        return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
+            out, stages = folder / f"{name}-{precision}", []
+            options = ExportOptions(out=out, model=name, size="tiny", precision=precision, engine=False)
+            return SimpleNamespace(path=out, manifest=export_bundle(options, stages.append), stages=stages)
+
+        return made_once(f"bundle-{name}-{precision}", make)
 
     return export
+
+
+WORDS = ["a", "man", "president", "smiles", "with", "the", "new", "house", "in", "front", "of", "senate"]
+
+
+@pytest.fixture(scope="session")
+def annotated(tmp_path_factory):
+    """Make a folder in DGM4's layout, by number of pairs and seed; `records` replaces or adds to its own."""
+
+    def make(count=12, seed=0, records=()):
+        data = tmp_path_factory.mktemp("data")
+        random = np.random.default_rng(seed)
+        for name in ("metadata", "origin", "manipulation"):
+            (data / name).mkdir()
+        own = [write_pair(data, i, random) for i in range(count)]
+        (data / "metadata" / "test.json").write_text(json.dumps([*own, *records]))
+        return data
+
+    return make
+
+
+def write_pair(data, number, random):
+    """Write a noisy picture and return its record; the classes take turns."""
+    kinds = ("orig", "face_swap", "text_swap", "face_attribute&text_attribute", "text_attribute")
+    kind = kinds[number % len(kinds)]
+    width, height = (int(side) for side in random.integers(60, 120, 2))
+    image = f"{'origin' if kind == 'orig' else 'manipulation'}/{number}.jpg"
+    blocks = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(data / image)
+    text = " ".join(random.choice(WORDS, random.integers(2, 12))).capitalize() + "."
+    return {
+        "id": number,
+        "image": f"DGM4/{image}",
+        "text": text,
+        "fake_cls": kind,
+        "fake_image_box": [10, 12, 40, 50] if "face" in kind else [],
+        "fake_text_pos": [0, 1] if "text" in kind else [],
+        "mtcnn_boxes": [],
+    }
 
 
 @pytest.fixture(scope="session")

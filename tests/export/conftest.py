@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from engine.backends import usable_cores
 
 
 @pytest.fixture(scope="session")
@@ -59,45 +58,6 @@ def linear_calls():
     return count
 
 
-WORDS = ["a", "man", "president", "smiles", "with", "the", "new", "house", "in", "front", "of", "senate"]
-
-
-@pytest.fixture(scope="session")
-def annotated(tmp_path_factory):
-    """Make a folder in DGM4's layout, by number of pairs and seed; `records` replaces or adds to its own."""
-
-    def make(count=12, seed=0, records=()):
-        data = tmp_path_factory.mktemp("data")
-        random = np.random.default_rng(seed)
-        for name in ("metadata", "origin", "manipulation"):
-            (data / name).mkdir()
-        own = [write_pair(data, i, random) for i in range(count)]
-        (data / "metadata" / "test.json").write_text(json.dumps([*own, *records]))
-        return data
-
-    return make
-
-
-def write_pair(data, number, random):
-    """Write a noisy picture and return its record; the classes take turns."""
-    kinds = ("orig", "face_swap", "text_swap", "face_attribute&text_attribute", "text_attribute")
-    kind = kinds[number % len(kinds)]
-    width, height = (int(side) for side in random.integers(60, 120, 2))
-    image = f"{'origin' if kind == 'orig' else 'manipulation'}/{number}.jpg"
-    blocks = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(data / image)
-    text = " ".join(random.choice(WORDS, random.integers(2, 12))).capitalize() + "."
-    return {
-        "id": number,
-        "image": f"DGM4/{image}",
-        "text": text,
-        "fake_cls": kind,
-        "fake_image_box": [10, 12, 40, 50] if "face" in kind else [],
-        "fake_text_pos": [0, 1] if "text" in kind else [],
-        "mtcnn_boxes": [],
-    }
-
-
 PAIRS = 20  # two whole batches and a part of one
 
 
@@ -125,14 +85,13 @@ def reader(training_data, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def static_graph(tiny, reader, tmp_path_factory):
+def static_graph(tiny, reader, made_once):
     """Export a calibrated tiny network by name and precision; the path of its graph.
 
     "int8", the same "in fp16", as engines have it, or "fp8".
     """
 
-    @functools.cache
-    def export(name, precision):
+    def write(folder, name, precision, around):
         import torch
 
         from engine.layout import GRAPH, HALF_GRAPH
@@ -143,8 +102,6 @@ def static_graph(tiny, reader, tmp_path_factory):
         from export.quantization.calibrate import calibrate
         from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
 
-        precision, _, around = precision.partition(" in ")
-        folder = tmp_path_factory.mktemp(f"static-{name}-{precision}-{around}")
         model = rewrite(tiny(name))
         batches = [{key: torch.from_numpy(x) for key, x in batch.items()} for batch in reader.batches()]
         codes = E4M3 if precision == "fp8" else torch.int8
@@ -155,6 +112,12 @@ def static_graph(tiny, reader, tmp_path_factory):
         path = folder / (HALF_GRAPH if around else GRAPH)
         export_onnx(fp8_as_nodes(model), path)
         return path
+
+    @functools.cache
+    def export(name, precision):
+        precision, _, around = precision.partition(" in ")
+        place = f"static-{name}-{precision}-{around}"
+        return made_once(place, lambda folder: write(folder, name, precision, around))
 
     return export
 
@@ -167,7 +130,7 @@ def session_of():
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = usable_cores()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import onnxruntime
 import pytest
 import torch
 
@@ -24,11 +23,11 @@ def test_rewritten_outputs_are_the_published_ones(base, outputs_apart):
     assert max(worst.values()) <= OUTPUTS, worst
 
 
-def test_exported_outputs_are_the_published_ones(base, outputs_apart, tmp_path):
+def test_exported_outputs_are_the_published_ones(base, outputs_apart, session_of, tmp_path):
     path = tmp_path / "model.onnx"
     export_onnx(rewrite(base.model), path)
     gc.collect()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     names = outputs_of(base.model.config)
     answers = dict(zip(names, session.run(list(names), base.golden.inputs), strict=True))
     worst = outputs_apart(answers, base.golden)
