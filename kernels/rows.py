@@ -230,14 +230,14 @@ def store_rows(
         b_scale = scale_of(tl.max(b_peak, 1), CODES)  # (ROWS)
         tl.store(scale + o_row, b_scale, mask=m_row)
         b_share = 1.0 / b_scale[:, None]  # (ROWS, 1)
-    elif CODES:
+    elif CODES != "":
         b_share = 1.0 / tl.load(scale)
     # Dense, and so contiguous from one program to the next; int64 for outputs past 2^31 elements.
     p_out = out + o_row.to(tl.int64)[:, None] * WIDTH
     for i in tl.static_range(CHUNKS):
         o_col = i * CHUNK + tl.arange(0, CHUNK)
         m_tile = chunk_mask(m_row, o_col, WIDTH, CHUNK)
-        if CODES:
+        if CODES != "":
             tl.store(p_out + o_col[None, :], encode(b_rows[i] * b_share, CODES, NATIVE), mask=m_tile)
         else:
             tl.store(p_out + o_col[None, :], b_rows[i].to(out.dtype.element_ty), mask=m_tile)

@@ -1,7 +1,7 @@
 """The Triton kernels against float64: compiled where there is a GPU, in Triton's interpreter elsewhere.
 
-A kernel may err twice as much as torch in the same type, and its RMS error is bounded. Outputs start as NaN
-between sentinel values.
+A kernel may err twice as much as torch in the same type, at most and in RMS. Outputs start as NaN between
+sentinel values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     DTYPES.append(torch.bfloat16)  # which the interpreter multiplies wrongly (Triton 3.9)
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-RATIO = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -142,6 +140,7 @@ CASES = {
     "guidance": guide(BOXES, 5, 16),
     "guidance-odd-side": guide(BOXES[:1], 70, 10),
     "pool": pool(2, 37, 3, 24),
+    "pool-three-parts": pool(1, 20, 2, 96),
     "pool-one": pool(1, 1, 1, 16),
     "pool-tiny": pool(2, 64, 2, 128),
     "norm": norm(2, 7, 768),
@@ -179,7 +178,7 @@ for i, schedule in enumerate(conv_fusion.schedules(24, torch.float16)):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_close_to_float64(name, dtype, fenced):
+def test_close_to_float64(name, dtype, fenced, no_worse):
     case = CASES[name]
     tensors = [x.to(DEVICE, dtype) for x in case.inputs]
     copies = [x.clone() for x in tensors]
@@ -188,13 +187,8 @@ def test_close_to_float64(name, dtype, fenced):
     assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True)), "an input was changed"
     exact = case.reference(*(x.double() for x in tensors))
     plain = case.reference(*tensors)
-    for got, want, torchs in zip(found, exact, plain, strict=True):
-        assert got.shape == want.shape
-        error = (got.double() - want).abs().max()
-        allowed = 2 * (torchs.double() - want).abs().max() + FLOOR[dtype] * want.abs().max()
-        assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
-        ratio = (got.double() - want).norm() / want.norm()
-        assert ratio <= RATIO[dtype], f"RMS ratio {ratio:.2e}"
+    for got, torchs, want in zip(found, plain, exact, strict=True):
+        no_worse(got, torchs, want, dtype)
 
 
 @pytest.mark.parametrize(
