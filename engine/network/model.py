@@ -1,4 +1,4 @@
-"""The whole network for answering."""
+"""The inference network: image encoder, text encoder, fusion and heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.network.vision import build_vision
 
 
 class Output(NamedTuple):
-    """Answers for B pairs with N tokens each, [CLS] included.
+    """Outputs for B pairs of N tokens each, [CLS] included.
 
     logits_real_fake [B, 2] (index 1 = manipulated); logits_multicls [B, 4] (face swap, face attribute,
     text swap, text attribute); box [B, 4] as (cx, cy, w, h) in [0, 1]; logits_tok [B, N-1, 2] (index 1 =
@@ -32,9 +32,9 @@ class Output(NamedTuple):
 
 
 class InferenceModel(nn.Module):
-    """A detector for answering only, in any one floating dtype with float32 islands.
+    """A detector for inference only, in one floating dtype with float32 islands.
 
-    Answers are float32 (float64 in a float64 network) whatever the inner dtype.
+    Outputs are float32 (float64 in a float64 network) whatever the inner dtype.
     """
 
     def __init__(self, config: NetworkConfig, stacked: bool = True) -> None:
@@ -49,7 +49,7 @@ class InferenceModel(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], config: NetworkConfig, stacked: bool = True
     ) -> InferenceModel:
-        """Build from tensors under the released names; those that no rewrite changes are shared, not copied.
+        """Build from tensors by their released names; those that no rewrite changes are shared, not copied.
 
         `stacked` projects the image's keys and values for all fusion layers in one product. Raises
         CheckpointError where the tensors are not those of the network that `config` describes.
@@ -63,7 +63,7 @@ class InferenceModel(nn.Module):
         return model
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        """Judge normalised pictures float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
+        """Run normalised images float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
         mask = attention_mask.to(torch.int32)
         for_text, for_image = self.vision(image.to(self.vision.positions.dtype))
         text = self.text.encode(input_ids, mask)

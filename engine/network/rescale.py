@@ -1,10 +1,10 @@
-"""Channels that may be rescaled: what gives them takes the inverse factor, exactly and at no cost.
+"""Rescales channels between a producer and its consumers by exact inverse factors, at no cost.
 
-A norm, or the rows of a product, that give channel k are divided by its factor, and the columns that read it
-are multiplied. Nothing else may read the channel, and between the two there may be only what passes a
-positive factor on: an attention's mixing of values, ReLU, a sum of channels that are all rescaled alike. Not
-so: GELU, the picture's last norm, a norm whose answer is a residual too (BERT's, CAFormer's, ASAP's picture).
-Factors are powers of two: what lies between differs in exponents alone, and the answers do not differ.
+The norm or the rows of a product that produce channel k are divided by its factor, and the columns that
+consume it are multiplied. Nothing else may read the channel, and in between there may only be operators that
+pass a positive factor on: attention's mixing of values, ReLU, a sum of channels with equal factors. Not GELU,
+the image's last norm, or a norm whose output is a residual too (BERT's, CAFormer's, ASAP's image).
+Factors are powers of two: values in between differ in their exponents alone, and the outputs are the same.
 Source: arXiv:2211.10438, section 4.
 """
 
@@ -27,18 +27,18 @@ MOST = 32  # bits that a channel may be shifted by
 
 @dataclass(frozen=True)
 class Seam:
-    """Channels that `givers` give and `readers`, Linear layers by name, alone read.
+    """Channels produced by `producers` and consumed only by `consumers`, Linear layers by name.
 
-    A giver is a module by name and the row of its answer that the first channel is.
+    A producer is a module by name, and the row of its output that is the first channel.
     """
 
-    givers: tuple[tuple[str, int], ...]
-    readers: tuple[str, ...]
+    producers: tuple[tuple[str, int], ...]
+    consumers: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """The first reader, which no other seam has."""
-        return self.readers[0]
+        """The first consumer, which no other seam has."""
+        return self.consumers[0]
 
 
 def seams(model: InferenceModel) -> Iterator[Seam]:
@@ -62,8 +62,8 @@ def seams(model: InferenceModel) -> Iterator[Seam]:
     yield from _branch_seams(model)
 
 
-def _seam(giver: str | tuple[str, int], *readers: str) -> Seam:
-    return Seam(((giver, 0) if isinstance(giver, str) else giver,), readers)
+def _seam(producer: str | tuple[str, int], *consumers: str) -> Seam:
+    return Seam(((producer, 0) if isinstance(producer, str) else producer,), consumers)
 
 
 def _branch_seams(model: InferenceModel) -> Iterator[Seam]:
@@ -71,7 +71,7 @@ def _branch_seams(model: InferenceModel) -> Iterator[Seam]:
     heads = ("text.classifier.0", "branch.itm_head.0", "branch.cls_head.0")
     pools = ["branch.pool"]
     if isinstance(model.branch, AsapBranch):
-        # The picture's feature is added to the fused [CLS], so both are rescaled alike.
+        # The image's feature is added to the fused [CLS], so both are rescaled alike.
         yield Seam((last, ("branch.pool.out", 0)), (*heads, "branch.bbox_head.0"))
         yield _seam("branch.own.out", "branch.cross.query")
     else:
@@ -83,27 +83,28 @@ def _branch_seams(model: InferenceModel) -> Iterator[Seam]:
 
 
 def rescale(model: InferenceModel, shifts: Mapping[str, Sequence[int]]) -> InferenceModel:
-    """Rescale the seams named in `shifts` by 2**shift, one a channel, in place; tensors stay as they are.
+    """Rescale the seams named in `shifts` by 2**shift a channel, in place; original tensors are unchanged.
 
-    Raises ValueError for a name that is no seam's, and for another number of channels.
+    Raises ValueError for an unknown seam and for another number of channels.
     """
-    known = {seam.name: seam for seam in seams(model)}
+    seams_by_name = {seam.name: seam for seam in seams(model)}
     for name, exponents in shifts.items():
-        if name not in known:
+        if name not in seams_by_name:
             raise ValueError(f"{name}: no channels can be rescaled there")
-        readers = [cast(nn.Linear, model.get_submodule(reader)) for reader in known[name].readers]
-        if len(exponents) != readers[0].in_features:
-            raise ValueError(f"{name}: expected {readers[0].in_features} shifts, got {len(exponents)}")
-        factor = torch.tensor(exponents, dtype=readers[0].weight.dtype).exp2()
-        for giver, start in known[name].givers:
-            _divide(model.get_submodule(giver), start, factor)
-        for reader in readers:
-            reader.weight = _constant(reader.weight * factor)
+        seam = seams_by_name[name]
+        consumers = [cast(nn.Linear, model.get_submodule(consumer)) for consumer in seam.consumers]
+        if len(exponents) != consumers[0].in_features:
+            raise ValueError(f"{name}: expected {consumers[0].in_features} shifts, got {len(exponents)}")
+        factor = torch.tensor(exponents, dtype=consumers[0].weight.dtype).exp2()
+        for producer, start in seam.producers:
+            _divide(model.get_submodule(producer), start, factor)
+        for consumer in consumers:
+            consumer.weight = _constant(consumer.weight * factor)
     return model
 
 
 def _divide(module: nn.Module, start: int, factor: Tensor) -> None:
-    """Divide the channels that a module gives from row `start` of its answer."""
+    """Divide the channels that a module produces from row `start` of its output."""
     if isinstance(module, LatentPool):
         shape = module.bias.shape
         module.value = _constant(module.value / factor.reshape(shape)[:, None])

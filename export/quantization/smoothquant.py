@@ -65,7 +65,7 @@ def choose_shifts(
     """
     chosen: Shifts = {}
     for seam in seams(model) if smooth != "off" else ():
-        readers = [_Reader(found[name], _weight(model, name)) for name in seam.readers if name in found]
+        readers = [_Reader(found[name], _weight(model, name)) for name in seam.consumers if name in found]
         if readers:
             shift = _least_harm(readers, codes) if smooth == "auto" else _shift(readers, float(smooth))
             if shift.any():
@@ -75,7 +75,7 @@ def choose_shifts(
 
 def readers_of(model: InferenceModel, shifts: Shifts) -> dict[str, str]:
     """The Linear layers, by name, that read a seam in `shifts`, and which."""
-    return {reader: seam.name for seam in seams(model) if seam.name in shifts for reader in seam.readers}
+    return {reader: seam.name for seam in seams(model) if seam.name in shifts for reader in seam.consumers}
 
 
 def shifted_peak(read: Channels, shift: Sequence[int]) -> float:

@@ -49,7 +49,7 @@ def test_the_layers_read_the_channels_divided(name, tiny):
     plain, rescaled = rewrite(tiny(name, torch.float64)), rewrite(tiny(name, torch.float64))
     shifts = drawn_shifts(rescaled)
     rescale(rescaled, shifts)
-    factor = {r: torch.tensor(shifts[s.name]).exp2() for s in seams(plain) for r in s.readers}
+    factor = {r: torch.tensor(shifts[s.name]).exp2() for s in seams(plain) for r in s.consumers}
     inputs = example_inputs(plain.config, 1, 6)
     read = [watched(model, inputs) for model in (plain, rescaled)]
     assert read[0].keys() == read[1].keys()
@@ -74,7 +74,7 @@ def watched(model, inputs):
 def test_which_layers_can_be_smoothed(name, tiny):
     model = rewrite(tiny(name))
     names = [seam.name for seam in seams(model)]
-    readers = [reader for seam in seams(model) for reader in seam.readers]
+    readers = [reader for seam in seams(model) for reader in seam.consumers]
     assert len(names) == {"hammer": 22, "asap": 23, "cals": 24}[name]
     assert len(set(readers)) == len(readers), "a layer's columns are rescaled once"
     eight = {key for key, _ in int8_layers(model)}
