@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.network.config import TORCH_EPS
-from engine.network.linear import Reads, reading
+from engine.network.linear import LinearInput, output_codes
 from kernels.attention import attention, guided_attention
 from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion, packed_shape
 from kernels.gelu import gelu
@@ -21,7 +21,7 @@ from kernels.rows import RowOutput
 
 
 def empty(*shape: int) -> nn.Parameter:
-    """A parameter still without values."""
+    """An uninitialised parameter."""
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
@@ -31,38 +31,41 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Norm(nn.Module):
-    """LayerNorm of a residual sum, in float32 inside whatever comes (float64 in a float64 network).
+    """LayerNorm of a residual sum, computed in float32 whatever the input dtype (float64 if that is float64).
 
-    `reader`, the Linear that alone reads the answer, may take it as codes.
+    `consumer` is the Linear that alone reads the output; one in FP8 gets it as codes.
     """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = empty(width), empty(width), eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, reader: nn.Module | None = None) -> Reads:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, consumer: nn.Module | None = None
+    ) -> LinearInput:
         """Norm x + residual [..., D]."""
-        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader))
-        return found.out if found.scale is None else RowOutput(found.out, found.scale)
+        norm = residual_norm(x, residual, self.weight, self.bias, self.eps, **output_codes(consumer))
+        return norm.out if norm.scale is None else RowOutput(norm.out, norm.scale)
 
     def add(
-        self, x: Tensor, residual: Tensor | None, reader: nn.Module | None = None
-    ) -> tuple[Tensor, Reads]:
+        self, x: Tensor, residual: Tensor | None, consumer: nn.Module | None = None
+    ) -> tuple[Tensor, LinearInput]:
         """The sum x + residual [..., D] and its norm, from one pass."""
         if residual is None:
-            return x, self(x, None, reader)
-        found = residual_norm(x, residual, self.weight, self.bias, self.eps, **reading(reader), summed=True)
-        out = found.out if found.scale is None else RowOutput(found.out, found.scale)
-        return cast(Tensor, found.total), out
+            return x, self(x, None, consumer)
+        codes = output_codes(consumer)
+        norm = residual_norm(x, residual, self.weight, self.bias, self.eps, **codes, summed=True)
+        out = norm.out if norm.scale is None else RowOutput(norm.out, norm.scale)
+        return cast(Tensor, norm.total), out
 
 
 class Gelu(nn.Module):
-    """GELU by erf, for the Linear that reads it."""
+    """GELU by erf; as codes where `consumer`, the Linear that alone reads it, is in FP8."""
 
-    def forward(self, x: Tensor, reader: nn.Module | None = None) -> Reads:
+    def forward(self, x: Tensor, consumer: nn.Module | None = None) -> LinearInput:
         """[..., D] -> [..., D], or codes."""
-        found = gelu(x, **reading(reader))
-        return found.out if found.scale is None else found
+        rows = gelu(x, **output_codes(consumer))
+        return rows.out if rows.scale is None else rows
 
 
 def head(width: int, out: int) -> nn.Sequential:
@@ -87,14 +90,14 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Reads, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: LinearInput, mask: Tensor | None = None) -> Tensor:
         """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(attention(q, k, v, self.heads, mask))
 
 
 class CrossAttention(nn.Module):
-    """Attention whose keys and values are projected once and may be read many times (rewrites 5 and 7).
+    """Attention with keys and values that are projected once and may be used many times (rewrites 5 and 7).
 
     With `stacked` they come from a product that several layers share.
     """
@@ -114,7 +117,7 @@ class CrossAttention(nn.Module):
         return key, value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let x [B, N, D] read keys and values [B, M, D]; mask [B, M] or None."""
+        """Attend from x [B, N, D] to keys and values [B, M, D]; mask [B, M] or None."""
         return self.out(attention(self.query(x), key, value, self.heads, mask))
 
     def guided(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The image branches: what the picture, having read the caption, says of the box and the types."""
+"""Image branches: box and manipulation-type heads on image features that attend to the caption."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kernels.gaussian_guidance import KERNEL, PADDING, STRIDE, gaussian_guidance
 
 
 class ImageBranch(nn.Module):
-    """HAMMER's: the picture reads the caption, the learnt query pools it, the head places the box.
+    """HAMMER's: patches attend to the caption, the learnt query pools them, a head predicts the box.
 
-    Nothing reads the [CLS] row afterwards, so it asks nothing (rewrite 8). `classes` is the number of types
-    that the fused [CLS] answers.
+    Nothing uses the [CLS] row afterwards, so it has no query (rewrite 8). `classes` is the number of types
+    predicted from the fused [CLS].
     """
 
     classes = 4
@@ -45,7 +45,7 @@ class ImageBranch(nn.Module):
 
 
 class AsapBranch(ImageBranch):
-    """ASAP's: self-attention first, the normalised picture as residual, the logits read the box feature."""
+    """ASAP's: self-attention first, the normalised image as residual, the box feature in the logits."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -66,7 +66,7 @@ class AsapBranch(ImageBranch):
 
 
 class CalsBranch(ImageBranch):
-    """CALS's: a coarse box guides a second pass, which reads the same text keys (rewrite 7)."""
+    """CALS's: a coarse box guides a second pass over the same text keys (rewrite 7)."""
 
     classes = 2
 

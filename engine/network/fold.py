@@ -1,7 +1,7 @@
 """The exact rewrites: each takes tensors of the trained network and returns ones that give the same for less.
 
-Every fold is computed in float64 and cast back, and none changes the tensors it is given. What each saves
-is stated with it. `engine.network.released` composes them. The list, by the numbers used in comments:
+Every fold is computed in float64 and cast back, and none changes the tensors it is given. Each docstring
+states what the fold saves. `engine.network.released` composes them. By the numbers used in comments:
 
 1. token logits from the fusion pass rather than from a second run of BERT (`dgm4` computes them so)
 2. CAFormer's fusion at the token grid: `fold_conv_fusion`
@@ -10,7 +10,7 @@ is stated with it. `engine.network.released` composes them. The list, by the num
 5. keys and values of all fusion layers as one product: `stack`
 6. query, key and value of a BERT layer as one product: `stack`
 7. both passes of CALS's image branch share the text's keys and values (`CrossAttention.project`)
-8. no [CLS] query where nobody reads its answer (order of calls in `engine.network.branch`)
+8. no [CLS] query where its output is unused (order of calls in `engine.network.branch`)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Query(NamedTuple):
 def stack(layers: Sequence[Affine]) -> Affine:
     """Several Linears of one input as a single product, outputs side by side (rewrites 5 and 6).
 
-    Saves a launch and a reading of the input for each but the first.
+    Saves a launch and a read of the input for each but the first.
     """
     return Affine(torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers]))
 
@@ -73,7 +73,7 @@ def stack_gates(gates: Sequence[Affine]) -> Affine:
 def fold_cls(cls: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """[CLS] [1, 1, D] with its position added, and the positions [1, P, D] of the patches, a view.
 
-    The sum is the same for every picture.
+    The sum is the same for every image.
     """
     return cls + positions[:, :1], positions[:, 1:]
 
@@ -84,10 +84,10 @@ def fold_places(positions: Tensor, types: Tensor) -> Tensor:
 
 
 def fold_conv_fusion(conv: Tensor, norm: Affine, statistics: Statistics) -> Affine:
-    """Fold BatchNorm into the kernel and put that at the four pixels the way down reads (rewrite 2).
+    """Fold BatchNorm into the kernel and place it at the four pixels that the downsampling reads (rewrite 2).
 
-    Output i of the bilinear way down from 16 G to G lies at 16i + 7.5: the mean of pixels 16i+7 and
-    16i+8, which see 16i+5 .. 16i+10, a 6x6 window at stride 16. Saves 201 MB a picture and 255/256 of
+    Output i of the bilinear downsampling from 16 G to G lies at 16i + 7.5: the mean of pixels 16i+7 and
+    16i+8, which see 16i+5 .. 16i+10, a 6x6 window at stride 16. Saves 201 MB an image and 255/256 of
     the convolution. conv [D, 3, k, k] -> [4D, 3, 6, 6] and [4D]. Raises CheckpointError for another k.
     """
     side = conv.shape[-1]

@@ -1,4 +1,4 @@
-"""Linear layers in eight bits.
+"""Linear layers: in FP8, and in float32 within a network of lower precision.
 
 FP8: y = (codes of x) (codes of weight)^T * (scale of the row of x) * (scale of the weight's row) + bias.
 Codes are E4M3; a weight's row, an output channel, has its largest magnitude at 448. The activation's scale is
@@ -19,13 +19,13 @@ from kernels.quantize import quantize_rows
 from kernels.rows import RowOutput, quantize_ref
 
 E4M3 = torch.float8_e4m3fn
-SIDE = 16  # of what divides both sides of a product in eight bits
+SIDE = 16  # divides both sides of a product in eight bits
 
-Reads = Any  # what a Linear reads: a tensor, or a RowOutput of codes
+LinearInput = Any  # Tensor | RowOutput of codes; Any, since nn.Linear is typed for a Tensor alone
 
 
 class Fp8Linear(nn.Module):
-    """A Linear in E4M3, made of a float one, that answers in `dtype`, which is bf16 on a GPU.
+    """A Linear in E4M3, made from a float one, with outputs in `dtype`, which must be bf16 on a GPU.
 
     weight [N, K] codes, weight_scale [1, N], bias [N] or None, input_scale [1] or None for one a row.
     """
@@ -49,18 +49,24 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor | RowOutput) -> Tensor:
         """[..., K], or its codes, -> [..., N]."""
-        found = x if isinstance(x, RowOutput) else quantize_rows(x, E4M3, self.input_scale)
-        rows = found.out.flatten(0, -2)
+        codes = x if isinstance(x, RowOutput) else quantize_rows(x, E4M3, self.input_scale)
+        rows = codes.out.flatten(0, -2)
+        # Scaling by rows needs a scale for each row, so a calibrated one is repeated: a small launch.
+        # A copy kept for the next call would be state, which neither export nor captured graphs allow.
+        scale = cast(Tensor, codes.scale).reshape(-1, 1).expand(len(rows), 1).contiguous()
         y = torch._scaled_mm(
             rows,
             self.weight.t(),
-            scale_a=cast(Tensor, found.scale).reshape(-1, 1).expand(len(rows), 1).contiguous(),
+            scale_a=scale,
             scale_b=self.weight_scale,
             bias=self.bias,
             out_dtype=self.dtype,
+            # The usual choice for inference: Hopper then adds products in about 14 bits (arXiv:2412.19437,
+            # section 3.3.2), where E4M3 has 4. A CPU adds in float32, so accuracies measured there do not
+            # include this error.
             use_fast_accum=True,
         )
-        return y.unflatten(0, found.out.shape[:-1])
+        return y.unflatten(0, codes.out.shape[:-1])
 
 
 class FloatLinear(nn.Module):
@@ -87,6 +93,6 @@ def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(near.float() < scale, above, near).float()
 
 
-def reading(reader: nn.Module | None) -> dict[str, Any]:
-    """How a kernel is to leave what `reader` alone reads: the arguments `dtype` and `scale`, or none."""
-    return {"dtype": E4M3, "scale": reader.input_scale} if isinstance(reader, Fp8Linear) else {}
+def output_codes(consumer: nn.Module | None) -> dict[str, Any]:
+    """Arguments `dtype` and `scale` of a kernel whose output only `consumer` reads; none if that is float."""
+    return {"dtype": E4M3, "scale": consumer.input_scale} if isinstance(consumer, Fp8Linear) else {}

@@ -1,4 +1,4 @@
-"""The whole network for answering."""
+"""The inference network: image encoder, text encoder, fusion and heads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from engine.network.vision import build_vision
 
 
 class InferenceModel(nn.Module):
-    """A detector for answering only, in any one floating dtype with float32 islands.
+    """A detector for inference only, in one floating dtype with float32 islands.
 
-    Answers are float32 (float64 in a float64 network) whatever the inner dtype.
+    Outputs are float32 (float64 in a float64 network) whatever the inner dtype.
     """
 
     def __init__(self, config: NetworkConfig, stacked: bool = True) -> None:
@@ -34,7 +34,7 @@ class InferenceModel(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], config: NetworkConfig, stacked: bool = True
     ) -> InferenceModel:
-        """Build from tensors under the released names; those that no rewrite changes are shared, not copied.
+        """Build from tensors by their released names; those that no rewrite changes are shared, not copied.
 
         `stacked` projects the image's keys and values for all fusion layers in one product. Raises
         CheckpointError where the tensors are not those of the network that `config` describes.
@@ -48,7 +48,7 @@ class InferenceModel(nn.Module):
         return model
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        """Judge normalised pictures float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
+        """Run normalised images float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
         mask = attention_mask.to(torch.int32)
         for_text, for_image = self.vision(image.to(self.vision.positions.dtype))
         text = self.text.encode(input_ids, mask)

@@ -1,4 +1,4 @@
-"""The precision a network answers in: fp32, fp16 or bf16 with float32 islands, FP8 for the Linear layers."""
+"""Casts a network: fp32, fp16 or bf16 with float32 islands, or FP8 in the Linear layers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def set_precision(
     scales: Mapping[str, float] | None = None,
     keep: Collection[str] = (),
 ) -> InferenceModel:
-    """Bring a float32 network to "fp32", "fp16", "bf16" or "fp8", in place; what it was made of stays.
+    """Cast a float32 network to "fp32", "fp16", "bf16" or "fp8", in place; original tensors are unchanged.
 
-    `scales` are those of activations, by the Linear that reads them; one that has none there rounds each row
-    by its own. Linear layers named in `keep` stay a step above: bf16 in fp8, float32 in fp16 and bf16.
+    `scales` are those of activations, by the Linear that reads them; without one each row has its own. Linear
+    layers named in `keep` stay a step above: bf16 in fp8, float32 in fp16 and bf16.
     Raises KeyError for an unknown precision.
     """
     dtype, given = DTYPES[precision], scales or {}
@@ -39,7 +39,7 @@ def set_precision(
 
 
 def _keep_float(model: InferenceModel, keep: Collection[str]) -> None:
-    """Wrap the layers in `keep`, by every name they have."""
+    """Wrap the layers in `keep`, under every name they have."""
     made: dict[nn.Module, FloatLinear] = {}
     for name, layer in list(model.named_modules()):
         if name in keep and isinstance(layer, nn.Linear):
@@ -50,7 +50,7 @@ def _keep_float(model: InferenceModel, keep: Collection[str]) -> None:
 
 
 def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
-    """Cast everything but the float32 islands to `dtype`, in place; what it was made of stays."""
+    """Cast everything but the float32 islands to `dtype`, in place; its original tensors are unchanged."""
     islands = {id(p) for p in _islands(model)}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -61,8 +61,8 @@ def to_precision(model: InferenceModel, dtype: torch.dtype) -> InferenceModel:
 
 def float_layers(model: InferenceModel) -> list[str]:
     """Names of the modules of a cast network that hold float32 parameters: its islands."""
-    found = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    return sorted(found)
+    layers = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    return sorted(layers)
 
 
 def half_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -88,9 +88,9 @@ def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
 
 
 def fp8_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linear layers that fp8 means, by name: all over tokens, whose sides suit eight bits.
+    """The Linear layers that fp8 quantises, by name: all over tokens whose sides suit eight bits.
 
-    The heads are not: they read one row a pair, or are the last word on every token.
+    The heads are not: they have one row a pair, or make the final logits of every token.
     """
     heads = {id(layer) for head in _heads(model) for layer in head.modules()}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""From the released names of tensors to those of the inference network."""
+"""Maps a released checkpoint's tensors to the inference network's, through the rewrites of `fold`."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _CROSS = {
 }
 _POST_NORM = {"layer_norm1": "norm1", "layer_norm2": "norm2", "ffn.0": "ffn.0", "ffn.2": "ffn.2"}
 _GUIDANCE = {"0": "first", "2": "rest.0", "4": "rest.2", "7": "rest.5"}
-_HEAD = (0, 1, 3, 4, 6)  # what of a head has parameters
+_HEAD = (0, 1, 3, 4, 6)  # the layers of a head with parameters
 
 
 class Released:
-    """Tensors by their released names, below a prefix. Remembers what was read."""
+    """Tensors by their released names, below a prefix; remembers which were read."""
 
     def __init__(self, state: Mapping[str, Tensor], prefix: str = "", read: set[str] | None = None) -> None:
         self._state, self._prefix = state, prefix
@@ -76,7 +76,7 @@ class Released:
         return Affine(self.tensor(f"{name}.in_proj_weight"), self.tensor(f"{name}.in_proj_bias"))
 
     def unread(self) -> list[str]:
-        """Names that nothing has read, but for BatchNorm's counter."""
+        """Names that were not read, except BatchNorm's counter."""
         return sorted(x for x in set(self._state) - self._read if not x.endswith(_COUNTER))
 
 
@@ -106,7 +106,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor] | Affine) -> State:
 
 
 def _renamed(released: Released, names: Mapping[str, str]) -> State:
-    """Layers that keep their weight and bias under another name."""
+    """Rename layers without changing their weight and bias."""
     folded: State = {}
     for name, new in names.items():
         folded |= _under(new, released.affine(name))

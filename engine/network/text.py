@@ -1,4 +1,4 @@
-"""Text encoder: BERT with cross-attention to the picture in its upper layers."""
+"""Text encoder: BERT with cross-attention to the image in its upper layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.network.config import BERT_EPS, NetworkConfig
 
 
 class TextLayer(nn.Module):
-    """One BERT layer; `stacked` tells that its cross-attention gets keys and values from outside."""
+    """One BERT layer; with `stacked` its cross-attention gets keys and values from outside."""
 
     def __init__(self, config: NetworkConfig, fusion: bool, stacked: bool) -> None:
         super().__init__()

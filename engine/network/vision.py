@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engine.network.blocks import ConvFusion, Gelu, Norm, SelfAttention, empty
 from engine.network.config import TORCH_EPS, VIT_EPS, NetworkConfig
-from engine.network.linear import Reads
+from engine.network.linear import LinearInput
 
 
 class PatchEmbed(nn.Module):
@@ -18,7 +18,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed the patches of a normalised picture."""
+        """Embed the patches of a normalised image."""
         return self.proj(image).flatten(2).transpose(1, 2)
 
 
@@ -29,13 +29,13 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width)
 
-    def forward(self, x: Reads) -> Tensor:
+    def forward(self, x: LinearInput) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         return self.fc2(self.act(self.fc1(x), self.fc2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; what it would add last is left to the next norm, which sums anyway."""
+    """Pre-norm transformer block; its last residual sum is left to the next norm, which fuses it."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, N, D] and what is still to be added to it -> the same two."""
+        """[B, N, D] and a residual still to be added to it -> the same two."""
         x, y = self.norm1.add(x, delta, self.attention.qkv)
         x, y = self.norm2.add(x, self.attention(y), self.mlp.fc1)
         return x, self.mlp(y)
@@ -75,7 +75,7 @@ class Vision(nn.Module):
 
 
 def _through(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Run x through blocks; as a block answers."""
+    """Run x through the blocks; returns as a block does."""
     delta = None
     for block in blocks:
         x, delta = block(x, delta)
@@ -107,5 +107,5 @@ class CAFormer(Vision):
 
 
 def build_vision(config: NetworkConfig) -> Vision:
-    """The visual encoder of the network `config` names."""
+    """Build the visual encoder of the network that `config` names."""
     return CAFormer(config) if config.name == "cals" else Vision(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, demo, deployment, engines, networks, quantization, spinning
+from benchmarks import accuracy, demo, deployment, engines, networks, spinning
 from benchmarks.results import ResultFile
 from dgm4.shipped import RECIPES
 from kernels.jit import triton
@@ -143,16 +143,6 @@ def test_engines(run, annotated, capsys):
     assert row["engine_mb"] > row["weights_mb"] > 10
     assert row["plugins"] == 0
     assert "| HAMMER | fp16 | 0 |" in capsys.readouterr().out
-
-
-def test_quantization(run, annotated, monkeypatch):
-    data = annotated(10)
-    metadata = data / "metadata"
-    shutil.copyfile(metadata / "test.json", metadata / "train.json")
-    monkeypatch.setattr(quantization, "PAIRS", 4)
-    code, result = run(quantization, "--data", data, "--networks", "hammer", "--limit", "6")
-    assert not code
-    assert len(result["records"]) > 2
 
 
 def test_demo(tmp_path, annotated, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.network.blocks import Gelu, Norm
-from engine.network.linear import E4M3, Fp8Linear, reading
+from engine.network.linear import E4M3, Fp8Linear, output_codes
 from engine.network.precision import float_layers, fp8_layers, half_layers, set_precision
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs
@@ -56,7 +56,7 @@ def test_what_writes_codes_gives_what_a_pass_of_its_own_gives(given):
 
 
 def test_a_float_layer_reads_floats():
-    assert reading(drawn(16, 16)) == reading(None) == {}
+    assert output_codes(drawn(16, 16)) == output_codes(None) == {}
 
 
 def test_what_fp8_means(tiny, name):
