@@ -1,4 +1,4 @@
-"""Where a verb writes its answer: stdout, or a file that appears whole or not at all."""
+"""Where a verb writes its output: stdout, or a file that appears whole or not at all."""
 
 from __future__ import annotations
 
