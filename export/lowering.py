@@ -113,7 +113,7 @@ def _trace(job: Job, source: Source, network: InferenceModel) -> Difference:
             outputs = onnx_outputs(graph, network.config)
             return stage.compare("onnx", "rewrite", source.outputs, outputs, tolerance)
         (first, last), tolerance = _CHECKS[precision]
-        stage.text += "; answered in float32 rounded to bfloat16"
+        stage.text += "; run in float32 rounded to bfloat16"
         outputs = _emulated_outputs(graph, network.config)[first:last]
         return stage.compare("onnx", "rewrite", source.outputs[first:last], outputs, tolerance)
 

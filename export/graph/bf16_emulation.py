@@ -1,7 +1,7 @@
 """A bfloat16 graph in float32 with a rounding after every node: how a CPU without such kernels checks it.
 
-ONNX Runtime's CPU provider has no bfloat16 products. What a device computes is at least as exact: it sums in
-float32 too, and may keep what a fused kernel passes on unrounded.
+ONNX Runtime's CPU provider has no bfloat16 products. A device is at least as exact: it sums in float32
+too, and a fused kernel may pass values on unrounded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WIDE, _NARROW = TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
 def emulate(source: Path, target: Path) -> None:
-    """Write the graph at `source` in float32 rounded to bfloat16 to `target`, with weights of its own."""
+    """Write the graph at `source` in float32 rounded to bfloat16 to `target`, with a copy of the weights."""
     model = onnx.inliner.inline_local_functions(onnx.load_model(source))
     graph = model.graph
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
@@ -42,7 +42,7 @@ def _widen(tensor: onnx.TensorProto) -> None:
 
 
 def _rounded(node: onnx.NodeProto, narrow: set[str]) -> list[onnx.NodeProto]:
-    """The node in float32, and the roundings of its answers to bfloat16 and back."""
+    """The node in float32, and the roundings of its outputs to bfloat16 and back."""
     wide = onnx.NodeProto()
     wide.CopyFrom(node)
     for attribute in wide.attribute:

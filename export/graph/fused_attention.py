@@ -1,9 +1,9 @@
-"""TensorRT's own fused attention in the ONNX file that an engine is built from.
+"""TensorRT's fused attention in the ONNX file that an engine is built from.
 
 Every attention but MGCA's with its map leaves its products and softmax for one node `Attention` of opset 23,
 which TensorRT (10.14 and later) and TensorRT-RTX make one kernel of in half precision; in float32 they refuse
 it. Softmax stays in float32 inside that kernel. The mask is added to the scores: one of truth values made
-TensorRT-RTX 1.7.1 fail on CALS, and a row without any token, as padding of a batch is, would answer NaN.
+TensorRT-RTX 1.7.1 fail on CALS, and a row without any token, as padding of a batch is, would give NaN.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FUSED = (PLAIN, MASKED)
 
 
 def native_graph(graph: Path, out: Path) -> int:
-    """Write `out`, beside `graph`, whose weights it shares; how many attentions are one node there.
+    """Write `out`, beside `graph`, whose weights it shares; return the number of fused attentions.
 
-    Nothing is written where there is none.
+    Nothing is written where there are none.
     """
     proto = onnx.load_model(graph, load_external_data=False)
     count = sum(node.domain == DOMAIN and node.op_type in FUSED for node in proto.graph.node)
@@ -39,9 +39,9 @@ def native_graph(graph: Path, out: Path) -> int:
 
 
 def _raise_opset(imports: list[onnx.OperatorSetIdProto]) -> None:
-    for known in imports:
-        if known.domain == "":
-            known.version = OPSET
+    for opset in imports:
+        if opset.domain == "":
+            opset.version = OPSET
 
 
 def _fused(name: str) -> onnx.FunctionProto:

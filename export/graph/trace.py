@@ -28,12 +28,12 @@ _TRACE_BATCH, _TRACE_TOKENS = 2, 12
 
 
 def outputs_of(config: NetworkConfig) -> tuple[str, ...]:
-    """Names of the outputs of a network; the map is ASAP's alone."""
+    """Names of a network's outputs; only ASAP has the attention map."""
     return OUTPUTS + OPTIONAL_OUTPUTS if config.has_map else OUTPUTS
 
 
 def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Draw inputs for checks: a smooth random picture, random ids, captions of every length to `tokens`.
+    """Draw inputs for checks: a smooth random image, random ids, captions of every length to `tokens`.
 
     image float32 [batch, 3, S, S]; input_ids and attention_mask int64 [batch, tokens].
     """
@@ -83,7 +83,7 @@ def data_of(path: Path) -> Path:
 
 
 def _finish(path: Path, opset: int) -> onnx.ModelProto:
-    """Append the bodies of the custom nodes, drop what a tracer leaves behind, check and rewrite `path`."""
+    """Append the bodies of the custom nodes, drop what the tracer leaves behind, check and rewrite `path`."""
     proto = onnx.load_model(path, load_external_data=False)
     used = sorted({node.op_type for node in proto.graph.node if node.domain == onnx_ops.DOMAIN})
     del proto.functions[:]

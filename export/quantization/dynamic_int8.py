@@ -30,16 +30,16 @@ _FLOAT_WEIGHTS = "bbox_head"
 
 
 def dynamic_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linear layers that dynamic int8 rounds, by every name that they have."""
+    """The Linear layers that dynamic int8 rounds; one that is shared comes by each of its names."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and _FLOAT_WEIGHTS not in name:
             yield name, module
 
 
 def linear_products(graph: onnx.GraphProto, keep: Collection[str] = ()) -> dict[str, list[onnx.NodeProto]]:
-    """Products with a constant matrix, by what becomes of them: "quantised" or "kept".
+    """Products with a constant matrix, as "quantised" and "kept" ones.
 
-    `keep` names Linear layers, which a graph knows by the bias that is added to their product.
+    `keep` names Linear layers, which the graph identifies by the bias that is added to their product.
     """
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in _PRODUCTS and node.input[1] in ranks]
@@ -101,7 +101,7 @@ def quantize_dynamic(source: Path, target: Path, keep: Collection[str] = ()) -> 
 
     The Linear layers named in `keep` stay float.
 
-    The graph is for ONNX Runtime alone: its attention is that runtime's own operator.
+    The graph is for ONNX Runtime alone: its attention is that runtime's operator.
     """
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as quantize
@@ -138,10 +138,10 @@ def _fresh(target: Path) -> Iterator[None]:
 
 
 def _use_runtime_attention(path: Path) -> None:
-    """Give the attention nodes of the graph at `path` to ONNX Runtime's own operator, in place.
+    """Replace attention nodes of the graph at `path` by ONNX Runtime's operator, in place.
 
-    It spares the transposes of the standard-operator body: about a tenth of the int8 network's work.
-    The map of MGCA is none of its outputs, so that node keeps its body.
+    It saves the transposes of the standard-operator body, about a tenth of the int8 network's work. It does
+    not output the map of MGCA, so that node keeps its body.
     """
     model = onnx.load_model(path, load_external_data=False)
     for node in model.graph.node:
@@ -155,14 +155,14 @@ def _use_runtime_attention(path: Path) -> None:
             )
             node.CopyFrom(fused)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
-    kept = [function for function in model.functions if function.name in used]
+    functions = [function for function in model.functions if function.name in used]
     del model.functions[:]
-    model.functions.extend(kept)
+    model.functions.extend(functions)
     if _RUNTIME not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(_RUNTIME, 1))
     path.write_bytes(model.SerializeToString())
 
 
 def _drop_advice(record: logging.LogRecord) -> bool:
-    """The library advises its own pre-processing at each call, which the exported graph has had."""
+    """Drop the quantiser's advice to pre-process, which the exported graph has been."""
     return "pre-processing before quantization" not in record.getMessage()

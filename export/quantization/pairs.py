@@ -22,10 +22,10 @@ BATCH = 8  # pairs a run
 
 
 class PairReader:
-    """The graph's inputs for the drawn pairs, batch after batch.
+    """The graph's inputs for the drawn pairs, batch by batch.
 
-    Batches are padded to their longest caption, as they are in serving. `record` says of them what the
-    manifest does: their number, their source and the seed.
+    Batches are padded to their longest caption, as in serving. `record` is what the manifest records of them:
+    their number, their source and the seed.
     """
 
     def __init__(self, dataset: PairDataset, record: dict[str, Any]):
@@ -35,7 +35,7 @@ class PairReader:
         return -(-len(self.dataset) // BATCH)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches from `start` to before `stop`; raises InputError where a picture is unusable."""
+        """Yield the batches from `start` to before `stop`; raises InputError where an image is unusable."""
         for i in range(len(self))[start:stop]:
             last = min((i + 1) * BATCH, len(self.dataset))
             batch = collate([self.dataset[j] for j in range(i * BATCH, last)])

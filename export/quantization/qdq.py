@@ -28,7 +28,7 @@ class QdqLinear(nn.Module):
     """A Linear that reads its activation and its weight through eight bits: y = [x / s] s ([W / t] t) + bias.
 
     codes [K, N] of the weight, int8 or E4M3, weight_scale t [N], scale s [], bias [N] or None. Without a
-    scale the activation is rounded as dynamic int8 does, to unsigned codes of its own range.
+    scale the activation is rounded as dynamic int8 does, to unsigned codes of its range.
     """
 
     codes: Tensor
@@ -90,7 +90,7 @@ def lower(
 
 
 def int8_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linear layers that int8 means, by name."""
+    """The Linear layers that int8 rounds, by name."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith(_FLOAT_LAYERS):
             yield name, module
@@ -115,7 +115,7 @@ def to_int8(
 
 
 def fp8_as_nodes(model: InferenceModel) -> InferenceModel:
-    """Let the calibrated E4M3 layers leave as Q/DQ nodes, in place."""
+    """Replace the calibrated E4M3 layers by Q/DQ layers, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Fp8Linear) and layer.input_scale is not None:
             codes = layer.weight.t().contiguous()

@@ -1,8 +1,8 @@
 """Which layer of a network loses the most in a lower precision.
 
-Own error: what a Linear answers in the precision, given the float32 network's own input. Accumulated error:
-what it answers in the network that is in that precision throughout. Both are the RMS of the difference from
-float32's answer over the RMS of that answer, of all calls on all inputs.
+Own error: of a Linear's output in the precision, given the float32 network's input. Accumulated error: of its
+output in the network that is in that precision throughout. Both are the RMS of the difference from float32's
+output over the RMS of that output, over all calls on all inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from export.quantization.pairs import read_pairs
 from export.quantization.qdq import lower, lowered_layers
 
 PAIRS = 16  # that errors are measured on
-ROWS = 2  # pairs a pass: the answers of every layer are held at once
+ROWS = 2  # pairs a pass: the outputs of every layer are held at once
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _drawn_pairs(
 
 @dataclass
 class _Sums:
-    """Sums of squares: of float32's answers, and of two differences from them."""
+    """Sums of squares: of float32's outputs, and of two differences from them."""
 
     reference: float = 0.0
     own: float = 0.0
@@ -82,10 +82,10 @@ class _Sums:
 
 @dataclass
 class _Calls:
-    """What layers read and answered in one pass, call by call."""
+    """Inputs and outputs of layers in one pass, call by call."""
 
-    read: dict[str, list[Tensor]] = field(default_factory=dict)
-    answered: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def layer_errors(
@@ -105,8 +105,8 @@ def layer_errors(
         for batch in batches:
             for part in _parts(batch):
                 _add(sums, reference, lowered, part)
-    kept = set(keep)
-    return sorted((x.error(name, name in kept) for name, x in sums.items()), key=_harm, reverse=True)
+    higher = set(keep)
+    return sorted((x.error(name, name in higher) for name, x in sums.items()), key=_harm, reverse=True)
 
 
 def _harm(layer: LayerError) -> float:
@@ -122,36 +122,36 @@ def _add(
     sums: Mapping[str, _Sums], reference: InferenceModel, lowered: InferenceModel, batch: Mapping[str, Tensor]
 ) -> None:
     true, rounded = (_watch(model, sums, batch) for model in (reference, lowered))
-    for name, found in sums.items():
+    for name, total in sums.items():
         layer = lowered.get_submodule(name)
-        for x, want, got in zip(true.read[name], true.answered[name], rounded.answered[name], strict=True):
-            found.reference += _squares(want)
-            found.own += _squares(layer(_as_read(x, layer)).float() - want)
-            found.accumulated += _squares(got.float() - want)
+        for x, want, got in zip(true.inputs[name], true.outputs[name], rounded.outputs[name], strict=True):
+            total.reference += _squares(want)
+            total.own += _squares(layer(_cast_for(x, layer)).float() - want)
+            total.accumulated += _squares(got.float() - want)
 
 
 def _squares(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def _as_read(x: Tensor, layer: nn.Module) -> Tensor:
-    """The float32 input as a layer of lower precision reads it."""
+def _cast_for(x: Tensor, layer: nn.Module) -> Tensor:
+    """The float32 input in the type that a layer of lower precision takes."""
     dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else getattr(layer, "dtype", x.dtype)
     return x.to(dtype)
 
 
 def _watch(model: InferenceModel, names: Iterable[str], batch: Mapping[str, Tensor]) -> _Calls:
-    """Let a network answer a batch and keep what its layers read and answered."""
+    """Run a network on a batch and record the inputs and outputs of its layers."""
     calls = _Calls()
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        calls.read[name], calls.answered[name] = [], []
+        calls.inputs[name], calls.outputs[name] = [], []
 
-        def keep(_: nn.Module, read: tuple[Any, ...], answer: Tensor) -> None:
-            calls.read[name].append(read[0])
-            calls.answered[name].append(answer)
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            calls.inputs[name].append(inputs[0])
+            calls.outputs[name].append(output)
 
-        return keep
+        return hook
 
     handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
     try:

@@ -39,7 +39,7 @@ _PROBE_LIMIT_S = 60.0
 
 @dataclass(frozen=True)
 class BuilderInfo:
-    """One of the two builder libraries as this machine has it; `reason` says why it can(not) build."""
+    """One of the two builder libraries on this machine; `reason` says why it can or cannot build."""
 
     library: str
     version: str | None
@@ -99,7 +99,7 @@ class EngineReport:
 
 
 def describe_builders() -> tuple[BuilderInfo, ...]:
-    """State of both libraries on this machine, in order of preference; nothing of CUDA is loaded here."""
+    """State of both libraries on this machine, in order of preference; loads nothing of CUDA here."""
     return tuple(_describe_builder(library) for library in LIBRARIES)
 
 
@@ -171,13 +171,13 @@ def _probe_driver() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return no_gpu("the CUDA driver does not answer")
-    answer = decode(output)
-    if answer is None:
+        return no_gpu("the CUDA driver does not respond")
+    event = decode(output)
+    if event is None:
         return no_gpu(
             f"the CUDA driver cannot be asked: {describe_status(process.returncode)} {errors[-200:]}"
         )
-    return answer
+    return event
 
 
 def _choose_library() -> str:

@@ -95,10 +95,10 @@ def set_features(trt: Any, config: Any, features: Features) -> None:
 
 
 def _member(trt: Any, kind: str, name: str) -> Any:
-    found = getattr(getattr(trt, kind), name, None)
-    if found is None:
+    member = getattr(getattr(trt, kind), name, None)
+    if member is None:
         raise BuildError(f"{trt.__name__} {trt.__version__} has no {kind}.{name}; install a later version")
-    return found
+    return member
 
 
 def _number(capability: str) -> tuple[int, ...]:

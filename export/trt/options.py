@@ -149,12 +149,12 @@ def default_targets(library: str, precision: str) -> tuple[str, ...]:
 
 
 def _lacks(builder: build.BuilderInfo) -> Iterator[str]:
-    """What keeps our kernels out of an engine of this builder."""
+    """Reasons why our kernels cannot go into an engine of this builder."""
     missing = [name for name in _COMPILERS if importlib.util.find_spec(name) is None]
     if builder.library != "tensorrt":
         yield f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU"
     elif builder.compute_capability not in _CAPABILITIES:
-        gpu, known = builder.compute_capability, ", ".join(_CAPABILITIES)
-        yield f"the kernels are for compute capability {known}, and this GPU's is {gpu}"
+        gpu, supported = builder.compute_capability, ", ".join(_CAPABILITIES)
+        yield f"the kernels are for compute capability {supported}, and this GPU's is {gpu}"
     if missing:
-        yield f"what compiles them is not installed: pip install {' '.join(missing)}"
+        yield f"their compiler is not installed: pip install {' '.join(missing)}"

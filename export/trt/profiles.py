@@ -20,7 +20,7 @@ MOST_PROFILES = 8
 
 
 class Shapes(NamedTuple):
-    """What a bundle takes: pairs, tokens (least, of a usual caption, most) and pixels of a picture's side."""
+    """Limits of a bundle: pairs, tokens (least, of a usual caption, most) and pixels of an image's side."""
 
     max_batch: int
     min_tokens: int
@@ -112,8 +112,8 @@ def _check_ranges(where: str, shape: list[int], ranges: Sequence[Shape]) -> None
         got = [list(limit) for limit in ranges]
         raise BuildError(f"{where}: expected {len(shape)} dimensions, as {shape}, got {got}")
     for axis, (fixed, low, best, high) in enumerate(zip(shape, *ranges, strict=True)):
-        found = f"{where}, dimension {axis}: {low}..{best}..{high}"
+        place = f"{where}, dimension {axis}: {low}..{best}..{high}"
         if not 1 <= low <= best <= high:
-            raise BuildError(f"{found}; expected 1 <= min <= opt <= max")
+            raise BuildError(f"{place}; expected 1 <= min <= opt <= max")
         if fixed != -1 and (low, high) != (fixed, fixed):
-            raise BuildError(f"{found}; the network fixes it to {fixed}")
+            raise BuildError(f"{place}; the network fixes it to {fixed}")

@@ -1,4 +1,4 @@
-"""The timing cache: what TensorRT measured of its kernels, kept for the next build on the same kind of GPU.
+"""The timing cache: TensorRT's kernel timings, kept for the next build on the same model of GPU.
 
 A cache belongs to one version of the library and one model of GPU. TensorRT-RTX times nothing and has none.
 """
@@ -16,7 +16,7 @@ Complain = Callable[[str], None]
 
 
 def default_cache(library: str, version: str | None, gpu: str | None) -> Path | None:
-    """The user's own file for this library and GPU, in the folder XDG_CACHE_HOME; None where none is used."""
+    """The user's file for this library and GPU, in the folder XDG_CACHE_HOME; None where none is used."""
     if library == "tensorrt_rtx" or version is None or gpu is None:
         return None
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{library} {version} {gpu}")
@@ -38,7 +38,7 @@ def load_timing_cache(config: Any, path: Path, complain: Complain) -> Any:
 
 
 def save_timing_cache(path: Path, cache: Any, complain: Complain) -> None:
-    """Replace the file by what is known now; where it cannot be written, the build stands without."""
+    """Replace the file by the cache as it is now; a file that cannot be written is only a warning."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(path) as partial:

@@ -1,8 +1,8 @@
 """The child process that parses an ONNX file and builds a TensorRT or TensorRT-RTX engine.
 
-It reads one request (JSON) from stdin and answers with one JSON event a line on stdout: `started`,
+It reads one request (JSON) from stdin and writes one JSON event a line to stdout: `started`,
 `progress`, `log`, then `done` or `error`. A crash of the native builder ends this process alone.
-Start it with `python -P -m export.trt.worker`, the package root being on PYTHONPATH; `--probe` answers
+Start it with `python -P -m export.trt.worker`, the package root being on PYTHONPATH; `--probe` tells
 what the CUDA driver of this machine is. `export.trt.build` is the parent's side.
 """
 
@@ -61,7 +61,7 @@ class Channel:
             self._stream.flush()
 
     def warn(self, text: str) -> None:
-        """Send a warning of the worker's own."""
+        """Send a warning."""
         self.send("log", severity="warning", text=text)
 
 
@@ -246,7 +246,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
 
 
 def _check_features(features: Features, library: str) -> None:
-    """Raise where the library or this machine's GPU has not got them; only then is the driver asked."""
+    """Raise where the library or this machine's GPU lacks them; asks the driver only if there are any."""
     if features != Features():
         reason = refusal(features, library, probe_driver()["compute_capability"])
         if reason is not None:
@@ -254,30 +254,30 @@ def _check_features(features: Features, library: str) -> None:
 
 
 def _set_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> list[str]:
-    """Ask for the targets where the library takes them; else the target is this machine's own GPU."""
+    """Ask for the targets where the library takes them; else the target is this machine's GPU."""
     if not hasattr(config, "set_compute_capability"):
         return _own_capability(wanted)
     if not wanted:
         raise RefusedError("no compute capability was asked for; name at least one, as 8.6")
-    known = trt.ComputeCapability.__members__
-    unknown = [name for name in wanted if _member_name(name) not in known]
+    members = trt.ComputeCapability.__members__
+    unknown = [name for name in wanted if _member_name(name) not in members]
     if unknown:
-        offered = ", ".join(sorted(name for name in known if name.startswith("SM")))
+        offered = ", ".join(sorted(name for name in members if name.startswith("SM")))
         raise RefusedError(f"{trt.__name__} does not build for compute capability {unknown}; only {offered}")
     config.num_compute_capabilities = len(wanted)
     for index, name in enumerate(wanted):
-        if not config.set_compute_capability(known[_member_name(name)], index):
+        if not config.set_compute_capability(members[_member_name(name)], index):
             raise RefusedError(f"{trt.__name__} refused compute capability {name} beside {list(wanted)}")
     return list(wanted)
 
 
 def _own_capability(wanted: Sequence[str]) -> list[str]:
-    own = probe_driver()["compute_capability"]
-    if own is None:
+    capability: str | None = probe_driver()["compute_capability"]
+    if capability is None:
         raise RefusedError("TensorRT builds on the GPU it builds for, and this machine shows none")
-    if wanted and own not in wanted:
-        raise RefusedError(f"TensorRT builds for this machine's GPU ({own}), not for {list(wanted)}")
-    return [own]
+    if wanted and capability not in wanted:
+        raise RefusedError(f"TensorRT builds for this machine's GPU ({capability}), not for {list(wanted)}")
+    return [capability]
 
 
 def _member_name(capability: str) -> str:
@@ -289,7 +289,7 @@ def _builds_without_gpu(trt: ModuleType) -> bool:
 
 
 def _timing_file(trt: ModuleType, path: str | None) -> Path | None:
-    """Where timings are kept; None where they are not, or the library has none."""
+    """The file of timings; None where there is to be none, or the library has none."""
     return None if path is None or _builds_without_gpu(trt) else Path(path)
 
 

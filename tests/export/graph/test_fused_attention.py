@@ -92,7 +92,7 @@ def building(exported, monkeypatch):
     graph, given = exported("asap").path, []
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
 
-    def build(precision, builder=RTX, refused=(), error=BuildError, **options):
+    def build_engine(precision, builder=RTX, refused=(), error=BuildError, **options):
         def native(spec, out):
             given.append(spec.onnx.name)
             if spec.onnx.name in refused:
@@ -108,7 +108,7 @@ def building(exported, monkeypatch):
         assert not list(graph.parent.glob("fused.*"))
         return entry.fused_attention, given, line
 
-    return build
+    return build_engine
 
 
 def test_an_engine_in_half_precision_has_it(building):

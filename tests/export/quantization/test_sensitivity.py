@@ -14,6 +14,7 @@ from dgm4.shipped import demo_checkpoint
 from engine.bundle import Bundle
 from engine.errors import InputError
 from export import cli, lowering, source
+from export.calibration import plans
 from export.graph.parity import Tolerance
 from export.graph.rewrite import rewrite
 from export.graph.trace import example_inputs
@@ -133,3 +134,23 @@ def test_layers_need_data_to_be_ranked(tmp_path):
 
 def test_a_layer_is_a_linear(tiny):
     assert all(isinstance(layer, nn.Linear) for _, layer in int8_layers(rewrite(tiny("asap"))))
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers", "attempts", "ranked"),
+    [
+        (0, 5, [()], 0),
+        (2, 5, [("a", "b")], 1),
+        ("auto", 5, [(), ("a",), ("a", "b"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")], 1),
+        ("auto", 1, [(), ("a",)], 1),
+        ("auto", 0, [()], 1),
+    ],
+)
+def test_the_attempts_of_an_export(keep, layers, attempts, ranked):
+    """Layers are ranked only where it is needed: an attempt that passes asks for no further one."""
+    calls = []
+    made = plans(keep, lambda: calls.append(1) or list("abcde"[:layers]))
+    assert next(made) == attempts[0]
+    assert len(calls) == (ranked if keep != "auto" else 0)
+    assert list(made) == attempts[1:]
+    assert len(calls) == ranked

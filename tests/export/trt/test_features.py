@@ -217,12 +217,12 @@ def built(monkeypatch):
     """The native builder's place: the specs it was given."""
     specs = []
 
-    def build(spec, out):
+    def write_engine_file(spec, out):
         specs.append(spec)
         Path(out).write_bytes(b"engine")
         return build.EngineReport(spec.library, "11.4.0.106", 1.0, 1.0, 6, ("9.0",), (), (), ())
 
-    monkeypatch.setattr(engine_file.trt, "build_engine", build)
+    monkeypatch.setattr(engine_file.trt, "build_engine", write_engine_file)
     return specs
 
 

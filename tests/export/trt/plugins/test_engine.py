@@ -10,7 +10,6 @@ import pytest
 
 from engine.errors import BackendError, BuildError, InputError
 from engine.manifest import EngineEntry
-from export import engine_stage as bundle_engine
 from export.engine_stage import write_engine
 from export.options import ExportOptions, check_options
 from export.trt import build
@@ -81,7 +80,7 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
     graph = exported("asap")
     folder, given = graph.path.parent, []
 
-    def build(spec, out):
+    def build_engine(spec, out):
         bodies = {f.name for f in onnx.load_model(spec.onnx, load_external_data=False).functions}
         given.append((spec.onnx.name, spec.plugins, "GuidedHeadAttention" in bodies))
         out.write_bytes(b"engine")
@@ -94,7 +93,7 @@ def test_the_builder_gets_the_graph_for_them(options, triton_found, exported, mo
             seconds=2.0,
         )
 
-    monkeypatch.setattr(bundle_engine.trt, "build_engine", build)
+    monkeypatch.setattr(build, "build_engine", build_engine)
     writer = SimpleNamespace(path=lambda name: folder / name)
     entry, line = write_engine(options(plugins), graph.model.config, FULL, writer)
     (count,) = entry.plugins.values() or (0,)
