@@ -1,4 +1,4 @@
-"""Shape of a network, as a bundle's manifest records it."""
+"""NetworkConfig: the dimensions of a network, as recorded in a bundle's manifest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LISTS = ("guidance_widths", "caformer_kernels")
 
 BERT_EPS = 1e-12
 VIT_EPS = 1e-6
-TORCH_EPS = 1e-5  # the default of torch, which every other norm of the published code keeps
+TORCH_EPS = 1e-5  # the default of torch, which all other norms of the published code use
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What inference reads of a model's configuration.
+    """The part of a model's configuration that inference needs.
 
     Depths are layers, widths are channels, `image_size` and `patch_size` are pixels.
     """
@@ -52,12 +52,12 @@ class NetworkConfig:
 
     @property
     def has_map(self) -> bool:
-        """Whether the network answers with the map of MGCA."""
+        """Whether the network outputs the attention map of MGCA."""
         return self.name == "asap"
 
     @classmethod
     def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
-        """Read `model.config` of a manifest; other fields are left alone.
+        """Read `model.config` of a manifest; other fields are ignored.
 
         Raises BundleError that names the field at fault.
         """
@@ -75,11 +75,11 @@ class NetworkConfig:
 
 def _integers(fields: Fields, name: str, count: int | None = None) -> tuple[int, ...]:
     """A list of integers above 0, `count` of them or at least one."""
-    found = fields.value(name)
-    wrong = not isinstance(found, list) or not all(type(x) is int and x > 0 for x in found)
-    if wrong or not (len(found) == count if count else found):
+    values = fields.value(name)
+    wrong = not isinstance(values, list) or not all(type(x) is int and x > 0 for x in values)
+    if wrong or not (len(values) == count if count else values):
         fields.fail(name, f"a list of {'three' if count else 'some'} integers >= 1")
-    return tuple(found)
+    return tuple(values)
 
 
 def _check(config: NetworkConfig, fields: Fields) -> None:
