@@ -1,6 +1,6 @@
-"""The errors of the project: one root, eight kinds, each with the exit code of the command line.
+"""The exceptions of the project: one base class, eight kinds, each with its exit code on the command line.
 
-A message says what was expected, what came and what to do. The command line prints the message
+A message says what was expected, what was given and what to do. The command line prints the message
 alone; a library user catches `Dgm4Error` or one of its kinds.
 """
 
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 
 class Dgm4Error(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
     exit_code = 1
 
 
 class InputError(Dgm4Error):
-    """A picture, a caption or a list of them that cannot be used; names the item's path or index."""
+    """An image, a caption or a list of them that cannot be used; names the item's path or index."""
 
 
 class CheckpointError(Dgm4Error):
-    """A checkpoint that is unreadable, unsafe, or whose keys or shapes are not the network's."""
+    """A checkpoint that is unreadable, unsafe, or has other keys or shapes than the network."""
 
 
 class BundleError(Dgm4Error):
@@ -26,11 +26,11 @@ class BundleError(Dgm4Error):
 
 
 class NumericalError(Dgm4Error):
-    """A network answered NaN or infinity; no score is made of it."""
+    """A network's outputs are NaN or infinite, so there is no score."""
 
 
 class VerificationError(Dgm4Error):
-    """A stage of an export differs from the stage before by more than its tolerance."""
+    """A stage of an export differs from the previous one by more than its tolerance."""
 
     exit_code = 3
 

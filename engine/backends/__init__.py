@@ -1,4 +1,4 @@
-"""Backends: what runs a bundle's network. Each module is imported only when it is asked for."""
+"""The registry of backends, which run a bundle's network; each module is imported only when needed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class _Kind(NamedTuple):
-    """How a backend is found: what must be installed, what loads it, what it reads of a bundle.
+    """What a backend requires: libraries, the function that loads it, the file that it reads of a bundle.
 
-    `libraries` are modules ("a|b" for either); `part` is a file inside the first of them, where the module
-    has builds without it, and `package` what brings it. `gpu`: it runs on an NVIDIA GPU alone. `asked`: never
-    meant by "auto"; long test runs that had used OpenVINO ended three times in a signal of unknown cause.
+    `libraries` are modules ("a|b" for either); `part` is a file inside the first of them that only some of
+    its builds contain, and `package` the one that does. `gpu`: it needs an NVIDIA GPU. `asked`: "auto" never
+    chooses it; long test runs with OpenVINO ended three times in a signal of unknown cause.
     """
 
     libraries: tuple[str, ...]
@@ -48,7 +48,7 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
     return _Kind(("onnxruntime",), create, FLAT_GRAPH, f"capi/{part}", "onnxruntime-gpu", gpu=True)
 
 
-# The best one first; those for a GPU alone after the others: `create` says what "auto" is. Dynamic int8,
+# The best first, those for a GPU after the others; `create` documents what "auto" chooses. Dynamic int8,
 # which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, _Kind] = {
     "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH),
@@ -63,38 +63,38 @@ _BACKENDS: dict[str, _Kind] = {
 _DRIVER = "an NVIDIA driver"
 
 
-# Precisions whose graph is for TensorRT alone: ONNX Runtime's CPU provider has no product in bfloat16.
+# Precisions whose graph is only for TensorRT: ONNX Runtime's CPU provider has no products in bfloat16.
 _NOT_FOR_ORT = ("bf16", "fp8")
 
 
 def known() -> list[str]:
-    """Names of all backends, installed or not, the best one first."""
+    """Names of all backends, installed or not, the best first."""
     return list(_BACKENDS)
 
 
 def available() -> list[str]:
-    """Names of the backends whose libraries are installed, GPU ones beside a driver alone; imports none."""
+    """Names of the backends whose requirements this machine meets; imports none of them."""
     return [name for name in _BACKENDS if not _missing(name)]
 
 
 def describe() -> dict[str, str | None]:
-    """Every backend with what is missing here for it, or None; imports none of them."""
+    """Every backend with its missing requirements, or None; imports none of them."""
     return {name: " and ".join(_missing(name)) or None for name in _BACKENDS}
 
 
 def serving(bundle: Bundle) -> dict[str, str | None]:
-    """The backends that find in the bundle what they read, each with what is missing here for it, or None."""
+    """The backends that can read the bundle, each with its missing requirements, or None."""
     missing = describe()
     return {name: missing[name] for name in _suited(bundle)}
 
 
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend[Any]:
-    """Load `bundle` with the backend `name`; with "auto", with the best installed one for it and `device`.
+    """Load `bundle` with the backend `name`; "auto" is the best installed one for the bundle and `device`.
 
-    That is "ort", or "torch" for a bundle without a graph, but where `device` is an NVIDIA GPU, or is "auto"
-    and this machine has one: "tensorrt" where the bundle has an engine for this GPU and library version, else
-    "torch" with Triton, else "ort-cuda". "ort-tensorrt" is for who asks: it builds for minutes first.
-    Raises BackendError for an unknown or absent backend or device, EngineMismatchError for an engine of
+    On a CPU that is "ort", or "torch" for a bundle without a graph. On an NVIDIA GPU, which "auto" prefers as
+    `device`, it is "tensorrt" where the bundle has an engine for this GPU and library version, else "torch"
+    with Triton, else "ort-cuda". "ort-tensorrt" is never chosen: its first load takes minutes.
+    Raises BackendError for an unknown or missing backend or device, EngineMismatchError for an engine of
     another machine, BundleError for a model that does not load.
     """
     if not isinstance(device, str):
@@ -109,7 +109,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
-        why = f"reads {_BACKENDS[name].reads}, which this bundle in {precision} has not"
+        why = f"needs {_BACKENDS[name].reads}; this {precision} bundle does not contain it"
         if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
@@ -122,10 +122,9 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
 
 
 def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
-    """The bundle with an engine for this machine, which the command `dgm4 rebuild` builds where it has none.
+    """Return the bundle with an engine for this machine; the command `dgm4 rebuild` builds a missing one.
 
-    Takes up to many minutes. Raises BackendError where `name` is no backend of engines or nothing builds
-    here.
+    Can take many minutes. Raises BackendError where `name` is not a backend of engines or the build fails.
     """
     if name not in ("auto", "tensorrt"):
         raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {name!r}")
@@ -144,13 +143,13 @@ def usable_cores() -> int:
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
-    """What "auto" means; imports torch only where an NVIDIA driver is installed."""
+    """The backend that "auto" means; imports torch only where an NVIDIA driver is installed."""
     usable = [name for name in present if name in suited]
     asked = device.startswith("cuda")
     if asked or (device == "auto" and _has_driver()):
-        found = _choose_gpu(bundle, device, usable)
-        if found or asked:
-            return found or "torch"  # which has its own word on what is missing
+        best = _choose_gpu(bundle, device, usable)
+        if best or asked:
+            return best or "torch"  # whose error says what is missing
     on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
     if not on_cpu:
         served = [name for name in suited if not _BACKENDS[name].gpu]
@@ -161,7 +160,7 @@ def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) 
 
 
 def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:
-    """The best backend that runs this bundle on a GPU of this machine."""
+    """The best backend for this bundle on a GPU of this machine, or None."""
     if "tensorrt" in usable:
         from engine.backends import tensorrt_target
 
@@ -176,10 +175,10 @@ def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:
 
 
 def _suited(bundle: Bundle) -> list[str]:
-    """The backends that find in the bundle what they read."""
+    """The backends that can read the bundle."""
     files = list(bundle.manifest.files)
-    found = [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
-    return [name for name in found if name != "ort" or bundle.manifest.precision not in _NOT_FOR_ORT]
+    suited = [name for name, kind in _BACKENDS.items() if fnmatch.filter(files, kind.reads)]
+    return [name for name in suited if name != "ort" or bundle.manifest.precision not in _NOT_FOR_ORT]
 
 
 def _has_driver() -> bool:
@@ -192,7 +191,7 @@ def _has_driver() -> bool:
 
 
 def _missing(name: str) -> list[str]:
-    """What a backend needs and this machine has not."""
+    """Missing requirements of a backend."""
     kind = _BACKENDS[name]
     missing = [
         library.replace("|", " or ") for library in kind.libraries if not any(map(_found, library.split("|")))

@@ -1,8 +1,8 @@
-"""Which engine of a bundle this machine can run, decided before a byte of it is deserialised.
+"""Chooses the engine of a bundle for this machine, before any of it is deserialised.
 
-An engine belongs to one version of one library and to compute capabilities; a serialized engine is as good
-as a program, and a library that is handed a foreign one may crash. So the manifest's record is compared with
-the machine first, and the file's SHA-256 with the manifest.
+An engine is built for one version of one library and for some compute capabilities. A serialized engine is
+executable code, and a library may crash on one that was built for another machine. So the manifest's record
+is compared with the machine first, and the file's SHA-256 with the manifest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def installed() -> dict[str, str]:
 
 
 def suits(bundle: Bundle, device: str) -> bool:
-    """Whether this machine can run an engine of the bundle as it is; loads nothing of it."""
+    """Whether this machine can run an engine of the bundle; loads nothing of it."""
     try:
         choose(bundle, find_gpu(device))
     except Dgm4Error as error:
@@ -73,24 +73,24 @@ def choose(bundle: Bundle, gpu: Gpu) -> EngineEntry:
     fitting = [entry for entry in engines if reasons[entry.file] is None]
     if not fitting:
         have = ", ".join(f"{name} {version}" for name, version in versions.items())
-        found = "; ".join(f"{file} {reason}" for file, reason in reasons.items()) or "the bundle has none"
+        why = "; ".join(f"{file} {reason}" for file, reason in reasons.items()) or "the bundle has none"
         raise EngineMismatchError(
             f"no engine of {bundle.path} is for this machine ({gpu.name}, compute capability "
-            f"{gpu.capability}, {have}): {found}; build one with: {rebuild_command(bundle)}"
+            f"{gpu.capability}, {have}): {why}; build one with: {rebuild_command(bundle)}"
         )
     _check_driver(fitting[0].library, gpu)
     return fitting[0]
 
 
 def rebuild_command(bundle: Bundle) -> str:
-    """The command that puts an engine for this machine into the bundle, as a shell takes it."""
+    """The shell command that adds an engine for this machine to the bundle."""
     return f"dgm4 rebuild {shlex.quote(str(bundle.path))}"
 
 
 def rebuilt(bundle: Bundle, device: str) -> Bundle:
-    """The bundle with an engine for this machine, built by the command above where it has none.
+    """Return the bundle with an engine for this machine, built by the command `dgm4 rebuild` if missing.
 
-    Building takes from seconds to many minutes. Raises BackendError with the command's last words.
+    Building takes from seconds to many minutes. Raises BackendError with the last line of its output.
     """
     gpu = find_gpu(device)
     if suits(bundle, device):
@@ -111,13 +111,13 @@ def rebuilt(bundle: Bundle, device: str) -> Bundle:
 
 
 def _visible(index: int) -> str:
-    """The name that a child process sees GPU number `index` of this one's by."""
+    """CUDA_VISIBLE_DEVICES for a child process that shall see only GPU number `index` of this process."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return visible[index] if index < len(visible) else str(index)
 
 
 def _mismatch(entry: EngineEntry, bundle: Bundle, gpu: Gpu, versions: dict[str, str]) -> str | None:
-    """What keeps an engine from this machine, or None."""
+    """Why this machine cannot run an engine, or None."""
     version = versions.get(entry.library)
     if version is None:
         return f"needs {entry.library} {entry.version}, which is not installed"
@@ -126,14 +126,14 @@ def _mismatch(entry: EngineEntry, bundle: Bundle, gpu: Gpu, versions: dict[str, 
         later = f" for it and later {_numbers(entry.version)[0]}.x" if entry.version_compatible else ""
         return f"was built by {built}{later}, and {version} is installed"
     if not _runs(gpu.capability, entry):
-        own = ", ".join(entry.compute_capabilities)
-        return f"is for compute capability {'8.0 and later' if entry.hardware == 'ampere' else own}"
+        named = ", ".join(entry.compute_capabilities)
+        return f"is for compute capability {'8.0 and later' if entry.hardware == 'ampere' else named}"
     graphs = {file.sha256 for name, file in bundle.manifest.files.items() if name.endswith(".onnx")}
-    return None if entry.onnx_sha256 in graphs else "was built from a graph that the bundle has no more"
+    return None if entry.onnx_sha256 in graphs else "was built from a graph no longer in the bundle"
 
 
 def _reads(version: str, entry: EngineEntry) -> bool:
-    """Whether the library at `version` reads the engine: its own, or an older one made to be read.
+    """Whether the library at `version` can load the engine: its own, or an older version-compatible one.
 
     NVIDIA's support matrix has version-compatible engines run on newer releases of the same major version;
     its guide goes further, from 10 to 11, where the interfaces of both allow it. The narrower holds here.
@@ -145,14 +145,14 @@ def _reads(version: str, entry: EngineEntry) -> bool:
 
 
 def _runs(capability: str, entry: EngineEntry) -> bool:
-    """Whether a GPU of `capability` runs the engine: one of its own, or any from Ampere on."""
+    """Whether a GPU of `capability` runs the engine: one it was built for, or any from Ampere on."""
     if entry.hardware == "ampere":
         return _numbers(capability) >= _AMPERE
     return capability in entry.compute_capabilities
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """10.13.0.35 as numbers that compare."""
+    """Split a version such as 10.13.0.35 into numbers, for comparison."""
     return tuple(map(int, re.findall(r"\d+", version))) or (0,)
 
 
@@ -170,7 +170,7 @@ def _check_driver(library: str, gpu: Gpu) -> None:
 
 
 def _version(library: str) -> str:
-    """Version of a library by its package's record, else by importing it; raises BackendError."""
+    """Version of a library by its package metadata, else by importing it; raises BackendError."""
     version = version_of(library, *(f"{library}_cu{major}" for major in _CUDA_MAJORS))
     if version is not None:
         return version

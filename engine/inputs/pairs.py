@@ -1,4 +1,4 @@
-"""The (image, caption) pairs that a batch is made of, and the checks of their shape."""
+"""The (image, caption) pairs of a batch, and the checks of their types and lengths."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Pair = tuple[ImageInput, Caption]
 
 
 def unpack_pair(name: str, pair: object) -> Pair:
-    """Return the pair as a tuple; raises InputError where it is none. `name` is what messages call it."""
+    """Return the pair as a tuple; raises InputError if it is not one. `name` is what messages call it."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        found = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
-        raise InputError(f"{name}: expected a pair (image, caption), got {found}")
+        actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise InputError(f"{name}: expected a pair (image, caption), got {actual}")
     return pair[0], pair[1]
 
 
 def join_pairs(
     pairs: Sequence[Pair] | Sequence[ImageInput], captions: Sequence[Caption] | None
 ) -> Iterable[Pair]:
-    """Return pairs, made of images and captions where both are given.
+    """Return pairs, zipped from images and captions where both are given.
 
-    Raises InputError for a single value in a list's place and for lists of unequal length.
+    Raises InputError for a single value instead of a list and for lists of unequal length.
     """
     _check_list("a list of (image, caption) pairs" if captions is None else "a list of images", pairs)
     if captions is None:
@@ -49,10 +49,10 @@ def _count(values: Sequence[object], noun: str) -> str:
 
 
 def check_shapes(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(pairs, tokens) of batches as a list; raises InputError for anything but pairs of integers above 0."""
-    found = list(shapes) if isinstance(shapes, Iterable) else [shapes]
-    for shape in found:
+    """Return (pairs, tokens) of batches as a list; raises InputError for other than positive integers."""
+    checked = list(shapes) if isinstance(shapes, Iterable) else [shapes]
+    for shape in checked:
         numbers = shape if isinstance(shape, tuple | list) else ()
         if len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers):
             raise InputError(f"shapes: expected (pairs, tokens) such as [(1, 24), (32, 50)], got {shape!r}")
-    return found
+    return checked

@@ -1,8 +1,8 @@
 """Captions: the published cleaning with a map back to the user's string, and tokenisation.
 
-The networks were trained on captions that went through the data set's cleaning: lower case, without most
-punctuation, at most 50 words. Here every kept character remembers where it stood in the caption, so a word
-is shown as the user wrote it, punctuation inside it included.
+The networks were trained on captions cleaned as the data set's are: lower case, without most punctuation, at
+most 50 words. Here each remaining character has its position in the user's caption, so that a word is shown
+as the user wrote it, punctuation inside it included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPACED = frozenset("-/")
 _PERSON = "<person>"
 _WHITE_RUN = re.compile(r"\s{2,}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# What BERT's normaliser turns into a space; the other control characters it deletes, joining the neighbours.
+# Runs between what BERT's normaliser turns into a space; it deletes other control characters.
 _WORD = re.compile("[^ \t\n\r\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
 

@@ -13,7 +13,7 @@ NAMES = ("hammer", "asap", "cals")
 
 BERT_EPS = 1e-12
 VIT_EPS = 1e-6
-TORCH_EPS = 1e-5  # the default of torch, which every other norm of the published code keeps
+TORCH_EPS = 1e-5  # the default of torch, which all other norms of the published code use
 
 _Count = Annotated[int, at_least(1)]
 
@@ -62,12 +62,12 @@ class NetworkConfig(Record):
 
     @property
     def has_map(self) -> bool:
-        """Whether the map of MGCA is among the outputs."""
+        """Whether the network outputs the attention map of MGCA."""
         return self.name == "asap"
 
     @classmethod
     def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
-        """Read `model.config` of a manifest; unknown fields are ignored.
+        """Read `model.config` of a manifest; other fields are ignored.
 
         Raises BundleError that names the field at fault.
         """

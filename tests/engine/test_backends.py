@@ -3,7 +3,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,3 +207,39 @@ def test_threads_agree_bit_for_bit(bundle_dir):
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def test_a_cpu_backend_has_run_when_it_is_submitted(bundle_dir, photo, network_input):
+    """Images of the network's size; the outputs are those of `run` on the normalised images."""
+    backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
+    assert not (backend.asynchronous or backend.resizes)
+    text = {name: array for name, array in feeds(2, 5).items() if name != "image"}
+    images = [np.asarray(photo.resize((256, 256))), np.zeros((256, 256, 3), np.uint8)]
+    submitted = backend.submit(images, text)
+    backend.close()
+    outputs = submitted.result()
+    wanted = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1).run(
+        {"image": np.stack([network_input(image) for image in images]), **text}
+    )
+    assert all(np.array_equal(outputs[name], wanted[name]) for name in wanted)
+    with pytest.raises(BackendError, match="was closed"):
+        backend.submit(images, text)
+
+
+@pytest.mark.parametrize("name", ["ort", "torch"])
+def test_what_is_loaded_is_what_was_hashed(bundle, name, monkeypatch, tmp_path):
+    """Files that are replaced as soon as they were read: the bytes in memory count."""
+    path = Path(shutil.copytree(bundle("hammer", "fp32").path, tmp_path / "bundle"))
+    wanted = backends.create(name, Bundle.open(path), "cpu", 1).run(feeds(1, 4))
+    read = Bundle.read
+
+    def replaced(bundle, file):
+        content = read(bundle, file)
+        (path / file).write_bytes(b"another")
+        return content
+
+    monkeypatch.setattr(Bundle, "read", replaced)
+    with Predictor(path, backend=name, device="cpu", threads=1) as predictor:
+        outputs = predictor._backend.run(feeds(1, 4))
+        assert predictor.predict(np.zeros((9, 9, 3), np.uint8), "a man").score >= 0
+    assert all(np.array_equal(outputs[key], wanted[key]) for key in wanted)

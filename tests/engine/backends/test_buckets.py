@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.backends.buckets import Bucket, bucket_of, cut, fill, measure
+from engine.backends.buckets import Bucket, bucket_of, buckets, cut, fill, measure
 from engine.errors import BackendError
 from engine.manifest import Limits, TensorSpec
 
@@ -119,3 +119,9 @@ def test_answers_are_cut_back_and_copied():
     assert np.array_equal(answers["box"], kept["box"][:3])
     assert np.array_equal(answers["logits_tok"], kept["logits_tok"][:3, :4])
     assert np.array_equal(answers["attention_map"], kept["attention_map"][:3, :5])
+
+
+@pytest.mark.parametrize("limits", [Limits(32, 128), Limits(1, 1), Limits(5, 17), Limits(4, 127)])
+def test_all_buckets_are_those_that_shapes_fall_into(limits):
+    shapes = [(b, n) for b in range(1, limits.max_batch + 1) for n in range(1, limits.max_tokens + 1)]
+    assert sorted(buckets(limits)) == sorted({bucket_of(*shape, limits) for shape in shapes})

@@ -159,3 +159,12 @@ def test_warming_up_captures_the_largest_first(predictors, cuda, draw):
     before = cuda.log.count("capture")
     on_gpu.predict_batch([(x, "a man speaks") for x in draw.images(SIZES[:3])])
     assert cuda.log.count("capture") == before == 5
+
+
+def test_warming_up_all_buckets_captures_each_once(predictors, cuda):
+    on_gpu, _ = predictors
+    on_gpu.warm_up(all_buckets=True)
+    limits = on_gpu.manifest.limits
+    shapes = [seen["input_ids"].shape for seen in cuda.seen]
+    assert shapes == sorted(set(shapes), reverse=True)
+    assert set(shapes) == {(b, min(n, limits.max_tokens)) for b in (1, 2, 4) for n in range(16, 129, 16)}

@@ -119,7 +119,9 @@ def test_auto_leaves_it_alone(bundle):
 
 
 def test_dynamic_int8_is_refused_with_what_to_do(bundle):
-    with pytest.raises(BackendError, match=r"reads model\.flat\.onnx, which .* int8 has not; use 'ort'"):
+    with pytest.raises(
+        BackendError, match=r"needs model\.flat\.onnx; this int8 bundle does not contain it; use 'ort'"
+    ):
         Predictor(bundle("asap", "int8").path, backend="openvino")
 
 

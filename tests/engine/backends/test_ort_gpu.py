@@ -222,7 +222,7 @@ def test_the_cpu_is_refused(gpu, flat_copy, name):
 
 
 def test_dynamic_int8_is_refused(gpu, bundle_dir):
-    with pytest.raises(BackendError, match=r"reads model\.flat\.onnx, which this bundle in fp32 has not"):
+    with pytest.raises(BackendError, match=r"needs model\.flat\.onnx; this fp32 bundle does not contain it"):
         Predictor(bundle_dir, backend="ort-cuda")
 
 

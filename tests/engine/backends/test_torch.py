@@ -298,7 +298,7 @@ def test_a_bundle_without_weights(copied):
     del manifest["files"]["model.safetensors"]
     rewrite_manifest(copied, files=manifest["files"])
     with pytest.raises(
-        BackendError, match=r"reads model\.safetensors, which this .* has not; use 'ort' or 'openvino'"
+        BackendError, match=r"needs model\.safetensors; this fp32 bundle does not contain it; use 'ort' or"
     ):
         Predictor(copied, backend="torch")
 
