@@ -198,9 +198,9 @@ def train_all(runs: Sequence[str], data: Path, work: Path, result: ResultFile) -
             print(f"{run}: {time.perf_counter() - start:.0f} s")
 
 
-def evaluate(work: Path, dataset: PairDataset, result: ResultFile) -> tuple[Row, dict[str, Answers]]:
+def evaluate(work: Path, dataset: PairDataset, result: ResultFile) -> tuple[Row, dict[str, Any]]:
     """The record of all finished runs and their ablations, and their outputs by run."""
-    outputs: dict[str, Answers] = {}
+    outputs: dict[str, Any] = {}
     runs: dict[str, Row] = {}
     for run in RUNS:
         if (work / run / "done.json").is_file():
