@@ -310,7 +310,7 @@ def test_export_writes_one_too(bundle, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("photos", "no model repository"), ("a/b", "one that exists"), (".", "own place")]
+    ("place", "message"), [("photos", "a model repository"), ("a/b", "one that exists"), (".", "own place")]
 )
 def test_a_place_that_cannot_be_is_found_before_the_export(tmp_path, capsys, place, message):
     (tmp_path / "photos").mkdir()
