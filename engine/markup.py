@@ -19,7 +19,7 @@ _JPEG_QUALITY = 88
 def write_fragment(result: Result, image: ImageInput | None = None) -> str:
     """Return the fragment: the annotated photograph, verdict, types, caption and warnings.
 
-    `image` replaces the kept thumbnail. Raises InputError where it cannot be read.
+    `image` replaces the stored thumbnail. Raises InputError where it cannot be read.
     """
     headline, color = verdict(result)
     panel = [
@@ -36,19 +36,19 @@ def write_fragment(result: Result, image: ImageInput | None = None) -> str:
         f'<div style="font-family:system-ui,sans-serif;color:{css(INK)};background:#fff;'
         'padding:20px;max-width:1060px">'
         '<div style="display:flex;flex-wrap:wrap;gap:28px">'
-        f'<div style="flex:1 1 320px">{_picture(result, image)}</div>'
+        f'<div style="flex:1 1 320px">{_image(result, image)}</div>'
         f'<div style="flex:1 1 280px">{"".join(panel)}</div></div>'
         '<p dir="auto" style="font-size:18px;line-height:1.8;overflow-wrap:anywhere">'
         f"{_caption(result)}</p></div>\n"
     )
 
 
-def _picture(result: Result, image: ImageInput | None) -> str:
+def _image(result: Result, image: ImageInput | None) -> str:
     return embed(annotate(result, image, _PICTURE_LIMIT))
 
 
 def embed(photo: Image.Image) -> str:
-    """Return an <img> whose source is the picture itself, as JPEG."""
+    """Return an <img> with the image itself as its source, as JPEG."""
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -74,7 +74,7 @@ def verdict(result: Result) -> tuple[str, Color]:
 def annotate(result: Result, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
     """Return the photograph within `limit` (width, height), with the heat map and box of a manipulated pair.
 
-    `image` replaces the kept thumbnail; with neither, a grey field of the same shape is drawn.
+    `image` replaces the stored thumbnail; with neither, a grey field of the same shape is drawn.
     """
     photo = _photograph(result, image, limit)
     if not result.manipulated:
@@ -90,7 +90,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
     """Raise InputError unless `path` has an extension that Pillow writes and its folder exists."""
     target = Path(path)
     if target.suffix.lower() not in _EXTENSIONS:
-        raise InputError(f"{target}: expected a picture's name ending in {', '.join(_EXTENSIONS)}")
+        raise InputError(f"{target}: expected the name of an image file, ending in {', '.join(_EXTENSIONS)}")
     if target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: expected the name of a file in a folder that exists")
 
@@ -138,7 +138,7 @@ def _photograph(result: Result, image: ImageInput | None, limit: tuple[int, int]
 
 
 def _blend_heat(photo: Image.Image, heatmap: np.ndarray) -> Image.Image:
-    """Lay the map over the picture, more opaque where its value in [0, 1] is higher."""
+    """Blend the map over the image, more opaque where its value in [0, 1] is higher."""
     field = Image.fromarray(heatmap.astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
     values = np.clip(np.asarray(field), 0.0, 1.0)
     anchors = np.linspace(0.0, 1.0, len(HEAT))
@@ -153,7 +153,7 @@ def _blend_heat(photo: Image.Image, heatmap: np.ndarray) -> Image.Image:
 def draw_box(
     photo: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], color: Color = BOX
 ) -> None:
-    """Draw a box (x1, y1, x2, y2), given in pixels of a (width, height) picture, on `photo` of any size."""
+    """Draw a box (x1, y1, x2, y2), given in pixels of a (width, height) image, on `photo` of any size."""
     draw = ImageDraw.Draw(photo)
     scale = (photo.width / size[0], photo.height / size[1])
     x1, y1, x2, y2 = (value * scale[i % 2] for i, value in enumerate(box))

@@ -47,7 +47,7 @@ class Result:
         is the batch's divided by its size.
     warnings: short codes, each with detail after a colon.
     model: name, size, precision, backend and device of the network.
-    thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not kept.
+    thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not stored.
 
     Equality leaves out heatmap, timing and thumbnail.
     """

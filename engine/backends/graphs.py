@@ -41,7 +41,7 @@ class EagerRunner:
 
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Run one batch and return its outputs by name."""
-        # torch keeps the number by process, but a thread that has run before keeps its own.
+        # The number is the process's, but a thread that has run before keeps the one it had then.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode(), full_float32("cpu"):

@@ -251,11 +251,11 @@ def _check_tensors(trt: Any, engine: Any, path: Path, manifest: Manifest) -> Non
         (trt.TensorIOMode.INPUT, manifest.inputs),
         (trt.TensorIOMode.OUTPUT, manifest.outputs),
     ):
-        found = {
+        actual = {
             name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
             for name in names
             if engine.get_tensor_mode(name) == mode
         }
         expected = {spec.name: spec.dtype for spec in specs}
-        if found != expected:
-            raise BundleError(f"{path}: expected the tensors {expected} of the manifest, got {found}")
+        if actual != expected:
+            raise BundleError(f"{path}: expected the tensors {expected} of the manifest, got {actual}")

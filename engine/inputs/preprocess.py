@@ -1,6 +1,6 @@
 """Images: whatever the user has -> upright RGB -> the network's float32 input.
 
-One boundary maps everything Pillow raises to InputError. The resize is Pillow's own bicubic, bit for
+One boundary maps everything Pillow raises to InputError. The resize is Pillow's bicubic, bit for
 bit, rows first as every Pillow before 13 does it, since that is what the networks were trained on.
 """
 
@@ -153,7 +153,7 @@ def _boundary(label: str) -> Iterator[None]:
         yield
     except _PILLOW_ERRORS as error:
         reason = str(error) or type(error).__name__
-        raise InputError(f"{label}: cannot be read as a picture: {reason}") from error
+        raise InputError(f"{label}: cannot be read as an image: {reason}") from error
 
 
 def _read_bytes(source: object, label: str, options: ImageOptions) -> bytes:
@@ -179,7 +179,7 @@ def _check_file(path: Path, label: str) -> int:
     """Return the size of the file in bytes."""
     if not path.is_file():
         reason = "not a file" if path.exists() else "no such file"
-        raise InputError(f"{label}: {reason}; expected the path of a picture (addresses are not fetched)")
+        raise InputError(f"{label}: {reason}; expected the path of an image (addresses are not fetched)")
     return path.stat().st_size
 
 
@@ -195,7 +195,7 @@ def _open(data: bytes, label: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(FORMATS)
-        raise InputError(f"{label}: not a picture of a known format; expected one of {formats}") from error
+        raise InputError(f"{label}: not an image of a supported format; expected one of {formats}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{label}: far more pixels than any photograph has; make it smaller") from error
 
@@ -203,11 +203,11 @@ def _open(data: bytes, label: str) -> Image.Image:
 def _check_pixels(size: tuple[int, int], label: str, options: ImageOptions) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise InputError(f"{label}: expected a picture of at least 1 x 1 pixels, got {width} x {height}")
+        raise InputError(f"{label}: expected an image of at least 1 x 1 pixels, got {width} x {height}")
     if width * height > options.max_pixels:
         raise InputError(
             f"{label}: expected at most {options.max_pixels} pixels, "
-            f"got {width} x {height} = {width * height}; make the picture smaller"
+            f"got {width} x {height} = {width * height}; make the image smaller"
         )
 
 
@@ -215,7 +215,7 @@ def _frame_warning(image: Image.Image) -> tuple[str, ...]:
     # A phone's JPEG may contain more images (MPO: depth, gain map); these are no animation.
     if image.format == "MPO" or not getattr(image, "is_animated", False):
         return ()
-    return ("frames_ignored: the picture is animated and only one frame was read",)
+    return ("frames_ignored: the image is animated and only one frame was read",)
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
@@ -296,5 +296,5 @@ def _check_shape(array: np.ndarray, label: str) -> None:
     if array.ndim == 3 and shape[0] in channels:
         hint = "; it looks like channels first, pass array.transpose(1, 2, 0)"
     elif array.ndim == 4:
-        hint = "; pass the pictures of a batch one by one to predict_batch"
+        hint = "; pass the images of a batch one by one to predict_batch"
     raise InputError(f"{label}: expected an array of height x width x 3, got the shape {shape}{hint}")

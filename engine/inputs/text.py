@@ -118,10 +118,10 @@ def _delete(caption: str) -> tuple[str, list[int]]:
     lowered = caption.lower()
     # One character may become several; only the final sigma looks at its neighbours, and it stays one.
     origin = [i for i, character in enumerate(caption) for _ in character.lower()]
-    kept = [
+    remaining = [
         (" " if c in _SPACED else c, i) for c, i in zip(lowered, origin, strict=True) if c not in _DELETED
     ]
-    return "".join(c for c, _ in kept), [i for _, i in kept]
+    return "".join(c for c, _ in remaining), [i for _, i in remaining]
 
 
 def _name_person(text: str, origin: list[int]) -> tuple[str, list[int]]:
@@ -132,20 +132,20 @@ def _name_person(text: str, origin: list[int]) -> tuple[str, list[int]]:
         end = start + len(_PERSON)
         dropped.update((start, end - 1))
         start = text.find(_PERSON, end)
-    kept = [i for i in range(len(text)) if i not in dropped] if dropped else range(len(text))
-    return "".join(text[i] for i in kept), [origin[i] for i in kept]
+    remaining = [i for i in range(len(text)) if i not in dropped] if dropped else range(len(text))
+    return "".join(text[i] for i in remaining), [origin[i] for i in remaining]
 
 
 def _collapse(text: str, origin: list[int]) -> tuple[str, list[int]]:
     """Make one space of every run of two or more white spaces."""
     parts: list[str] = []
-    kept: list[int] = []
+    remaining: list[int] = []
     position = 0
     for match in _WHITE_RUN.finditer(text):
         parts += [text[position : match.start()], " "]
-        kept += origin[position : match.start() + 1]
+        remaining += origin[position : match.start() + 1]
         position = match.end()
-    return "".join(parts) + text[position:], kept + origin[position:]
+    return "".join(parts) + text[position:], remaining + origin[position:]
 
 
 def _strip(text: str, origin: list[int]) -> tuple[str, list[int]]:

@@ -59,8 +59,8 @@ class AsapBranch(ImageBranch):
         x = self.norm(image)
         patches = x[:, 1:]
         key, value = self.cross.project(self.norm(text))
-        own = self.own(patches, *self.own.project(x))
-        feature = self.pool(self.cross(own, key, value, mask) + patches)
+        attended = self.own(patches, *self.own.project(x))
+        feature = self.pool(self.cross(attended, key, value, mask) + patches)
         real_fake = self.itm_head(fused + self.share_real_fake * feature)
         return self.locate(feature), real_fake, self.cls_head(fused + self.share_classes * feature)
 

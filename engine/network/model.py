@@ -43,7 +43,7 @@ class InferenceModel(nn.Module):
             model = cls(config, stacked)
         try:
             model.load_state_dict(fold_network(state, config, stacked), assign=True)
-        except RuntimeError as error:  # torch's own kind, for any shape that does not fit
+        except RuntimeError as error:  # torch raises this for any shape that does not fit
             raise CheckpointError(f"the tensors do not fit {config.name}'s configuration: {error}") from error
         return model
 

@@ -74,7 +74,7 @@ def half_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
-    """Parameters that stay float32: norms, box head, pooled scores, CALS's patch reductions, kept layers."""
+    """Parameters that stay float32: norms, box head, pooled scores, CALS's patch reductions, FloatLinear."""
     for module in model.modules():
         if isinstance(module, Norm):
             yield from module.parameters()

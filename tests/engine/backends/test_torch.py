@@ -356,6 +356,24 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
 
 
 @needs_gpu
+@pytest.mark.parametrize("interface", ["older", "newer"])
+def test_captured_graphs_are_exact_whatever_the_host_set(name, bundle, interface):
+    """TF32 has 10 bits of a factor where float32 has 23."""
+    want = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(feeds(4, 50))
+    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    try:
+        if interface == "older":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        got = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(feeds(4, 50))
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = conv
+        torch.set_float32_matmul_precision(matmul)
+    check_same(got, want)
+
+
+@needs_gpu
 def test_batches_on_a_gpu_run_beside_each_other(name, bundle, network_input):
     """Decoded pictures, three batches started before the first is waited for, in any order of the buckets."""
     backend = backends.create("auto", Bundle.open(bundle(name, "fp32").path), "cuda", 1)
