@@ -11,6 +11,8 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +227,37 @@ def write_pair(data, number, random):
         "fake_text_pos": [0, 1] if "text" in kind else [],
         "mtcnn_boxes": [],
     }
+
+
+@pytest.fixture(scope="session")
+def count_calls():
+    """Run a function: what it returns, and how many functions of Python and C were called meanwhile.
+
+    Stands in for a clock, which a busy machine makes wrong.
+    """
+
+    def count(function):
+        calls = Counter()
+        sys.setprofile(lambda frame, event, argument: calls.update([event]))
+        try:
+            returned = function()
+        finally:
+            sys.setprofile(None)
+        return returned, calls["call"] + calls["c_call"]
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def in_threads():
+    """Run `work()` in so many threads at once and wait for all; the first exception of one is raised."""
+
+    def run(work, count):
+        with ThreadPoolExecutor(count) as pool:
+            for future in [pool.submit(work) for _ in range(count)]:
+                future.result()
+
+    return run
 
 
 @pytest.fixture(scope="session")

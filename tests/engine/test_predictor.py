@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-import threading
 
 import numpy as np
 import pytest
@@ -233,7 +232,7 @@ def test_close(bundle_dir, photo):
         predictor.predict(photo, "a")
 
 
-def test_threads_share_a_predictor(predictor, photo):
+def test_threads_share_a_predictor(predictor, photo, in_threads):
     pairs = [(photo.rotate(30 * i), "obama " * (i + 1)) for i in range(4)]
     expected = [predictor.predict(*pair) for pair in pairs]
     wrong = []
@@ -242,11 +241,7 @@ def test_threads_share_a_predictor(predictor, photo):
         for _ in range(10):
             wrong.extend(i for i, pair in enumerate(pairs) if predictor.predict(*pair) != expected[i])
 
-    workers = [threading.Thread(target=work) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(work, 8)
     assert wrong == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import threading
 
 import numpy as np
 import onnx
@@ -149,7 +148,7 @@ def test_answers_are_the_callers_own(flat_copy):
     assert not np.array_equal(first["box"], third["box"])
 
 
-def test_threads_agree_bit_for_bit(loaded):
+def test_threads_agree_bit_for_bit(loaded, in_threads):
     backend = loaded("asap", "fp32", "openvino")
     cases = [feeds(batch, tokens, seed=batch) for batch, tokens in CASES]
     serial = [backend.run(case) for case in cases]
@@ -161,11 +160,7 @@ def test_threads_agree_bit_for_bit(loaded):
                 answer = backend.run(case)
                 wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(work, 4)
     assert wrong == []
     assert 1 <= len(backend._network.idle) <= 4, "requests are used again"
 
