@@ -14,38 +14,42 @@ PACKAGES = ("kernels", "engine", "dgm4", "export")
 ROOMS = {
     "kernels": "",
     "engine.errors": "",
-    "engine.files": "engine.errors",
     "engine.layout": "",
-    "engine.fields": "engine.errors engine.layout",
-    "engine.manifest": "engine.errors engine.fields engine.layout",
-    "engine.bundle": "engine.errors engine.fields engine.layout engine.manifest",
+    "engine.packages": "",
+    "engine.files": "",
+    "engine.schema": "engine.errors engine.layout",
+    "engine.network.config": "engine.schema",
+    "engine.network.output": "",
+    "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema",
+    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest",
     "engine.inputs": "engine.errors engine.manifest",
-    "engine.network": "engine.errors engine.fields kernels",
-    "engine.backends": "engine.errors engine.files engine.layout engine.manifest engine.bundle "
-    "engine.network kernels",
+    "engine.network": "engine.errors engine.network.config engine.network.output kernels",
+    "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest engine.bundle "
+    "engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
     "engine.backends",
-    "dgm4": "engine.errors engine.files engine.inputs",
+    "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files",
     "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",
-    "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.network kernels",
+    "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
+    "engine.network.config kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
-    "engine.layout engine.network export.graph kernels",
-    "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.backends export.bundle "
-    "export.flags export.graph kernels",
-    "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
-    "engine.layout engine.manifest export.output",
-    "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.manifest "
-    "export.output",
+    "engine.layout engine.network engine.network.config export.graph kernels",
+    "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
+    "export.bundle export.flags export.graph kernels",
+    "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
+    "engine.layout engine.manifest engine.network.config export.output",
+    "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
+    "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest export.bundle",
-    "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
-    "engine.manifest engine.network export.bundle export.evaluation export.flags export.graph "
-    "export.quantization export.trt",
-    "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs export "
-    "export.bench export.bundle export.evaluation export.flags export.inference_server export.output "
-    "export.quantization export.trt",
+    "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs engine.layout "
+    "engine.manifest engine.network engine.network.config engine.packages export.bundle export.evaluation "
+    "export.flags export.graph export.quantization export.trt",
+    "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
+    "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
+    "export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 

@@ -16,7 +16,7 @@ NAMES = {value for name, value in vars(layout).items() if name.isupper()}
 ALLOWED = {  # the inference server's name for a graph, the README of a repository, a temporary file
     ("export/inference_server/config.py", layout.GRAPH),
     ("export/inference_server/repository.py", layout.CARD),
-    ("export/cli/train.py", layout.TOKENIZER),
+    ("export/cli/recipe.py", layout.TOKENIZER),
 }
 
 

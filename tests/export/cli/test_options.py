@@ -28,7 +28,7 @@ OPTIONS = {
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",
-    "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out --plot",
+    "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out",
     "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
     "--threads --accelerate",
     "inspect": "bundle --layers --data --split --json",
