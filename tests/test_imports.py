@@ -24,8 +24,8 @@ ROOMS = {
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
-    "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest engine.bundle "
-    "engine.inputs engine.network engine.network.config engine.network.output kernels",
+    "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
+    "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
     "engine.backends",
     "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output",
@@ -44,8 +44,8 @@ ROOMS = {
     "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest export.bundle",
-    "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs engine.layout "
-    "engine.manifest engine.network engine.network.config engine.packages export.bundle export.evaluation "
+    "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
+    "engine.layout engine.manifest engine.network engine.network.config engine.packages export.bundle export.evaluation "
     "export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
