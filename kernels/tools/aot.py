@@ -1,8 +1,9 @@
 """Ahead-of-time compilation of the kernels, on any machine: `python -m kernels.tools.aot [--json]`.
 
 A launcher is called with tensors without data and with a recorder in the kernel's place; what it would have
-launched is compiled for each compute capability, and the assembler's own report is read: registers, stack
-(spills), shared memory.
+launched is compiled for each compute capability, and the assembler's report is read: registers, stack
+(spills), shared memory. With `--json` and the Triton that torch requires (the extra `test`) it makes
+benchmarks/results/kernels-aot.jsonl.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher would have launched: its grid, and the arguments by name."""
+    """A recorded launch: its grid, and the arguments by name."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -100,7 +101,7 @@ class Built:
 
 
 def compile_launch(name: str, launch: Launch, capability: int) -> Built:
-    """Compile for `capability` (90 for 9.0) what `launch` recorded."""
+    """Compile a recorded launch for `capability`, 90 for 9.0."""
     arguments = launch.arguments
     if "NATIVE" in arguments:
         arguments = arguments | {"NATIVE": (capability // 10, capability % 10) >= E4M3_CAPABILITY}
@@ -160,10 +161,10 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
         file.flush()
         command = [str(tool), "-res-usage", "-sass", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if usage is None:
         raise ValueError(f"expected REG, STACK and LOCAL in the report, got {report[:200]!r}")
-    registers, stack, local = map(int, found.groups())
+    registers, stack, local = map(int, usage.groups())
     instructions = INSTRUCTION.findall(report)
     return registers, stack + local, len(instructions) - instructions.count("NOP")
 
@@ -188,9 +189,9 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     yield "attention-257x50-mask", record(attention.launch, kernel, image, text, text, 12, mask)
     yield "attention-50x257-map", record(attention.launch, kernel, text, image, image, 12, guided=True)
     packed = _empty(1, 768, 5, 16, dtype=dtype)
-    picture = _empty(64, 3, 256, 256, dtype=dtype)
+    pixels = _empty(64, 3, 256, 256, dtype=dtype)
     kernel = conv_fusion._fusion_kernel
-    yield "conv-fusion", record(conv_fusion.launch, kernel, picture, image, packed)
+    yield "conv-fusion", record(conv_fusion.launch, kernel, pixels, image, packed)
     box, norm = _empty(64, 4, dtype=torch.float32), _empty(768, dtype=torch.float32)
     first, first_bias = _empty(64, 1, 4, 4, dtype=dtype), _empty(64, dtype=dtype)
     kernel = gaussian_guidance._guidance_kernel
@@ -222,7 +223,7 @@ def _row_cases(x: Tensor) -> Iterator[tuple[str, Launch]]:
 
 
 def _resize_cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Pictures of 640 x 480."""
+    """Images of 640 x 480."""
     pixels = _empty(64 * 480 * 640 * 3, dtype=torch.uint8)
     tables = Tables(
         _empty(64, FIELDS, dtype=torch.int64),
@@ -241,9 +242,9 @@ def build(
     targets: Iterable[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ("",)
 ) -> Iterator[Built]:
     """Compile every case whose name starts with one of `only`, for every target."""
-    found = [case for case in cases(dtypes) if case[0].startswith(tuple(only))]
+    selected = [case for case in cases(dtypes) if case[0].startswith(tuple(only))]
     for capability in targets:
-        for name, launch in found:
+        for name, launch in selected:
             yield compile_launch(name, launch, capability)
 
 
@@ -268,9 +269,9 @@ def main() -> None:
     parser.add_argument("--dtypes", choices=tuple(names), nargs="+", default=tuple(names), help="%(default)s")
     parser.add_argument("--only", nargs="+", default=("",), help="how the names of the kernels start")
     options = parser.parse_args()
-    known = [name for name, _ in cases([names[name] for name in options.dtypes])]
-    if not any(name.startswith(tuple(options.only)) for name in known):
-        parser.error(f"--only: no kernel's name starts so; known are {', '.join(known)}")
+    available = [name for name, _ in cases([names[name] for name in options.dtypes])]
+    if not any(name.startswith(tuple(options.only)) for name in available):
+        parser.error(f"--only: no kernel's name starts so; expected one of {', '.join(available)}")
     if not options.json:
         sys.stdout.write("  ".join(f"{field:>24}" for field in (*REPORTED, "triton")) + "\n")
     for built in build(options.targets, [names[name] for name in options.dtypes], options.only):

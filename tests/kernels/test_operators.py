@@ -13,6 +13,10 @@ from kernels.jit import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
+import sys
+
+sys.modules["onnx"] = None  # a machine that only runs the kernels may lack it
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.attention import attention, guided_attention

@@ -138,6 +138,27 @@ def test_into_a_part_of_a_buffer(launched, monkeypatch):
         resize_into(buffer, pixels.to(DEVICE), sizes, *NORM, tables)
 
 
+@needs_triton
+def test_pixels_are_read_by_strides(monkeypatch):
+    """Every second byte, and one byte for all pixels."""
+    monkeypatch.setattr(module, "_launches", lambda _: True)
+    pixels, sizes = pack([draw(9, 7)])
+    tables = Tables(*(x.to(DEVICE) for x in make_tables(sizes, 8, *NORM)))
+    strided = torch.stack([pixels, 255 - pixels], 1).to(DEVICE).flatten()[::2]
+    for given in (strided, strided[:1].expand(len(strided))):
+        out = torch.full((1, 3, 8, 8), torch.nan, device=DEVICE)
+        resize_into(out, given, sizes, *NORM, tables)
+        assert torch.equal(out.cpu(), resize_ref(given.cpu().contiguous(), sizes, 8, *NORM))
+
+
+def test_tables_on_another_device_are_refused():
+    pixels, sizes = pack([draw(9, 7)])
+    tables = make_tables(sizes, 8, *NORM)
+    tables = tables._replace(levels=tables.levels.to("meta"))
+    with pytest.raises(ValueError, match="levels: expected it dense on cpu as the pixels, got meta"):
+        resize_into(torch.empty(1, 3, 8, 8), pixels, sizes, *NORM, tables)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_on_a_gpu_a_batch_equals_pillow():
     pictures = [draw(*size) for size in SIZES]

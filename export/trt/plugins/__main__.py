@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+import triton
 
 from export.trt.plugins.programs import ATTENTION, FUSION, Program, attend, fuse
 from export.trt.plugins.ptx import Target, assemble, compile_kernel
@@ -65,6 +66,7 @@ def _row(operator: str, dtype: str, tactic: int, program: Program, capability: i
         "registers": registers,
         "stack": stack,
         "instructions": instructions,
+        "triton": triton.__version__,
     }
 
 

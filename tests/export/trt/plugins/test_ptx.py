@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
 from engine.errors import BuildError
-from export.trt.plugins.ptx import SHARED_LIMIT, Kernel, assemble, target_of, trim
+from export.trt.plugins.ptx import SHARED_LIMIT, Kernel, Target, assemble, compile_kernel, target_of, trim
 
 ROOT = Path(__file__).resolve().parents[4]
 REPORT = ROOT / "benchmarks" / "results" / "plugins-aot.jsonl"
@@ -76,6 +78,20 @@ def test_too_few_parameters_are_refused(entry, count, got):
 def test_code_that_is_none_is_refused():
     with pytest.raises(BuildError, match="twice: the assembler refuses the code"):
         assemble(Kernel("twice", PTX, 128, 0), 90)
+
+
+@pytest.mark.parametrize("shared", [SHARED_LIMIT, SHARED_LIMIT + 8])
+def test_a_tactic_that_needs_too_much_shared_memory_is_logged(shared, caplog):
+    about = SimpleNamespace(name="twice", num_warps=4, num_stages=1, shared=shared)
+    compiled = SimpleNamespace(metadata=about, asm={"ptx": PTX.replace("READ", "1")})
+    program = SimpleNamespace(arguments=("a", "b"), compile=lambda capability, ptx_version: compiled)
+    with caplog.at_level(logging.INFO, "export.trt.plugins.ptx"):
+        kernel = compile_kernel(program, Target(90, 82))
+    assert kernel.fits == (shared == SHARED_LIMIT)
+    message = (
+        "twice, 4 warps, 1 stages: no tactic: it needs 49160 bytes of shared memory and a plugin gets 49152"
+    )
+    assert caplog.messages == ([] if kernel.fits else [message])
 
 
 @pytest.mark.parametrize(
