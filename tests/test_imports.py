@@ -45,8 +45,8 @@ ROOMS = {
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest export.bundle",
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.manifest engine.network engine.network.config engine.packages export.bundle export.evaluation "
-    "export.flags export.graph export.quantization export.trt",
+    "engine.layout engine.manifest engine.network engine.network.config engine.packages "
+    "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
     "export.inference_server export.output export.quantization export.trt",
