@@ -19,6 +19,7 @@ from benchmarks.published import Published
 from benchmarks.timing import capture, time_ms
 from dgm4.model import Detector
 from dgm4.seeded import seeded_model
+from engine.backends.float32 import full_float32
 from engine.network.linear import E4M3
 from engine.network.model import Output
 from engine.network.precision import fp8_layers, set_precision
@@ -91,7 +92,7 @@ def distance(found: Answers, exact: Answers) -> dict[str, float]:
 def _judged(model: Detector, build: Callable[[Detector], Network], device: str) -> tuple[Network, Row]:
     """The built network, and its distance from the trained one in float32 without TF32."""
     given = inputs(**JUDGED, device=device, vocabulary=model.config.vocabulary)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with full_float32(torch.device(device).type):
         with torch.inference_mode():
             exact = model(*given)
         run = build(model)

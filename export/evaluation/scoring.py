@@ -25,6 +25,7 @@ from dgm4.metrics import LabelledOutputs
 from dgm4.model import Detector
 from dgm4.training.outputs import join_outputs
 from engine.backends import usable_cores
+from engine.backends.float32 import full_float32
 from engine.errors import InputError
 from engine.manifest import INPUTS
 
@@ -49,7 +50,7 @@ class TorchNetwork:
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch, as a backend does."""
-        with torch.inference_mode():
+        with full_float32("cpu"), torch.inference_mode():
             output = self.model(*(torch.from_numpy(feeds[name]) for name in INPUTS))
         return {name: value.numpy() for name, value in output._asdict().items() if value is not None}
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from engine.backends import usable_cores
+from engine.backends.float32 import full_float32
 from engine.backends.ort import load_session
 from engine.errors import VerificationError
 from engine.network.config import NetworkConfig
@@ -93,7 +94,7 @@ def torch_outputs(
 ) -> list[Arrays]:
     """Run a torch network on the cases, or on `feeds` instead; the outputs by name."""
     names = outputs_of(config)
-    with torch.inference_mode():
+    with full_float32("cpu"), torch.inference_mode():
         return [
             {name: y.numpy() for name, y in zip(names, model(**inputs), strict=False)}
             for inputs in (case_inputs(config, cases) if feeds is None else feeds)

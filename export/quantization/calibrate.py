@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from engine.backends.float32 import full_float32
 from engine.errors import NumericalError
 from engine.network.linear import E4M3
 from kernels.rows import LEAST_PEAK, TOPS
@@ -45,7 +46,7 @@ def calibrate(
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
     try:
-        with torch.inference_mode():
+        with full_float32("cpu"), torch.inference_mode():
             for batch in batches:
                 model(**batch)
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.backends.float32 import full_float32
 from engine.backends.torch import load_float, read_scales
 from engine.bundle import Bundle
 from engine.inputs.text import CaptionTokenizer
@@ -101,7 +102,7 @@ def layer_errors(
     """
     names = [name for name, _ in lowered_layers(reference, precision)]
     sums = {name: _Sums() for name in names}
-    with torch.inference_mode():
+    with full_float32("cpu"), torch.inference_mode():
         for batch in batches:
             for part in _parts(batch):
                 _add(sums, reference, lowered, part)

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from engine.errors import VerificationError
+from export.evaluation.scoring import TorchNetwork
 from export.graph import parity
 from export.graph.parity import ABSOLUTE, CASES, EXACT, FP16, INT8, RELATIVE, Tolerance, check, compare
 
@@ -101,3 +103,16 @@ def test_both_runners_agree(exported):
     )
     assert difference.passed
     assert json.loads(json.dumps(difference.to_dict()))["kind"] == ABSOLUTE
+
+
+def test_references_are_full_float32_whatever_the_host_asks_for(tiny):
+    """What others are compared with; the host's autocast stands for all its settings of precision."""
+    model = tiny("hammer")
+    (feeds,) = parity.case_inputs(model.config, [(1, 4)])
+    reference = TorchNetwork(model)
+    arrays = {name: x.numpy() for name, x in feeds.items()}
+    want = parity.torch_outputs(model, model.config, feeds=[feeds])[0], reference.run(arrays)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = parity.torch_outputs(model, model.config, feeds=[feeds])[0], reference.run(arrays)
+    for one, other in zip(want, got, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
