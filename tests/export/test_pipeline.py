@@ -39,7 +39,7 @@ CHECKS = {
     "int8": [("rewrite", "trained network"), ("onnx", "rewrite"), ("int8", "onnx")],
     "fp8": [("rewrite", "trained network"), ("cast", "rewrite")],
 }
-# At most twice what the worst output of the worst network errs by: 0.0029, 0.031, 0.13 and 0.245. The weights
+# At most twice the error of the worst output of the worst network: 0.0029, 0.031, 0.13 and 0.245. The weights
 # are drawn, which is hard on rounding; tests/export/test_demo_errors.py has the trained networks.
 RATIOS = {"fp16": 6e-3, "bf16": 6.3e-2, "int8": 1.5e-1, "fp8": 4.9e-1}
 

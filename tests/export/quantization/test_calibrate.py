@@ -78,7 +78,7 @@ def test_torch_serves_a_bundle_with_its_scales(calibrated):
     for name, scale in scales.items():
         layer = network.get_submodule(name)
         assert isinstance(layer, Fp8Linear)
-        assert layer.input_scale.unique().tolist() == [pytest.approx(scale, rel=2**-8)]  # in bfloat16
+        assert layer.input_scale.unique().tolist() == [pytest.approx(scale, rel=2**-7)]  # a bfloat16 number
 
 
 def test_a_bundle_of_rescaled_channels_is_refused(calibrated):
