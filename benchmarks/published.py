@@ -92,8 +92,9 @@ class Published(nn.Module):
         # Parameters of its own, without a copy of their values: casting this form must not cast the model.
         shared: dict[int, Tensor] = {id(x): nn.Parameter(x.detach(), False) for x in model.parameters()}
         shared |= {id(x): x for x in model.buffers()}
-        self.model = copy.deepcopy(model, shared).eval()
+        self.model = copy.deepcopy(model, shared)
         _spell_out(self.model)
+        self.model.eval()  # the new attentions too
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
         """As `dgm4.Detector.forward`."""

@@ -42,3 +42,14 @@ def test_bert_runs_twice(monkeypatch):
     with torch.inference_mode():
         Published(model)(**example_inputs(model.config, 1, 4))
     assert len(calls) == 2
+
+
+def test_the_model_stays_as_it_is():
+    model = dgm4.seeded_model("cals", "tiny")
+    kinds = [type(module) for module in model.modules()]
+    published = Published(model)
+    weights = {x.data_ptr() for x in model.parameters()}
+    assert {x.data_ptr() for x in published.parameters()} <= weights, "no weight is copied"
+    published.half()
+    assert [type(module) for module in model.modules()] == kinds
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
