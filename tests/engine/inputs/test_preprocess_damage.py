@@ -69,7 +69,7 @@ def test_mutated_files_raise_only_input_errors(photo, encode, kind, mode):
     generator = np.random.default_rng([FORMATS.index(kind), len(mode)])
     for seed in range(350):
         mutated = mutate(data, generator)
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread, whatever else the machine does
         try:
             # A canvas of the full 64 Mpx may take seconds; here the parsers are tried, not the limit.
             decode_image(mutated, options=ImageOptions(max_pixels=8_000_000))
@@ -77,7 +77,7 @@ def test_mutated_files_raise_only_input_errors(photo, encode, kind, mode):
             pass
         except BaseException as error:  # names the seed of a foreign exception
             raise AssertionError(f"seed {seed}: {type(error).__name__} escaped") from error
-        assert time.perf_counter() - start < 1
+        assert time.thread_time() - start < 1
 
 
 def mutate(data: bytes, generator: np.random.Generator) -> bytes:
