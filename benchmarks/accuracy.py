@@ -91,12 +91,12 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
             return {**refused, "refused": str(error)}
         batch = DRAWN_BATCH if weights == DRAWN else None
         settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, batch=batch, graph=graph)
-        found = evaluate(out, data, settings, progress=True)
-    if found.comparison is None:
-        raise RuntimeError(f"{out}: no float32 network to compare with: {found.note}")
-    failures = check_gate(precision, found.scores.metrics, found.comparison.scores.metrics)
+        result = evaluate(out, data, settings, progress=True)
+    if result.comparison is None:
+        raise RuntimeError(f"{out}: no float32 network to compare with: {result.note}")
+    failures = check_gate(precision, result.scores.metrics, result.comparison.scores.metrics)
     return {
-        **found.to_dict(),
+        **result.to_dict(),
         "bundle": out.name,
         "data": data.name,
         "weights": weights,
@@ -112,15 +112,15 @@ def key_of(record: Record) -> Key:
 
 def table(records: Iterable[Record]) -> str:
     """The README's table: the demo's metrics in percent, its gate, and what agrees with float32."""
-    found = {key_of(record): record for record in records}
+    result = {key_of(record): record for record in records}
     head = ["network", "precision", *GATED, "gate", "same verdict", "same types"]
     head += ["drawn base: moved", "same verdict", "same types"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    for (weights, network, variant), record in found.items():
+    for (weights, network, variant), record in result.items():
         if weights == DEMO:
             cells = [network.upper(), variant, *(f"{100 * record['metrics'][name]:.1f}" for name in GATED)]
             cells += ["failed" if record["gate"] else "passed", *_agreement(record)]
-            drawn = found.get((DRAWN, network, variant))
+            drawn = result.get((DRAWN, network, variant))
             cells += _drawn_cells(drawn)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

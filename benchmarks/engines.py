@@ -92,12 +92,12 @@ def speed(bundle: Bundle, seconds: float = 3.0) -> Row:
     """Latency of the backend at several batches, by `dgm4 bench`; or why there is none."""
     options = BenchOptions(backends=(BACKEND,), tokens=TOKENS, seconds=seconds)
     try:
-        found = bench(bundle, options)
+        result = bench(bundle, options)
     except BackendError as error:
         return {"latency": {}, "not_run": str(error)}
     return {
         "latency": {
-            str(row.batch): {**row.inference, "pairs_per_s": row.model_pairs_per_s} for row in found.rows
+            str(row.batch): {**row.inference, "pairs_per_s": row.model_pairs_per_s} for row in result.rows
         }
     }
 
@@ -145,16 +145,16 @@ def _reasons() -> str:
     return "; ".join(f"{info.library}: {info.reason}" for info in trt.describe_builders())
 
 
-def asked(found: Sequence[Row]) -> str:
+def asked(rows: Sequence[Row]) -> str:
     """How many of the engines keep to `LIMITS`, in a line."""
-    kept = [row for row in found if all(row[name] <= limit for name, limit in LIMITS.items())]
+    within = [row for row in rows if all(row[name] <= limit for name, limit in LIMITS.items())]
     limits = ", ".join(f"{name} {limit:g}" for name, limit in LIMITS.items())
-    return f"{len(kept)} of {len(found)} within: {limits}\n"
+    return f"{len(within)} of {len(rows)} within: {limits}\n"
 
 
-def table(found: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown: cost, and milliseconds a call by batch where any engine ran."""
-    batches = sorted({int(b) for row in found for b in row["latency"]})
+    batches = sorted({int(b) for row in rows for b in row["latency"]})
     head = [
         "network",
         "precision",
@@ -168,7 +168,7 @@ def table(found: Sequence[Row]) -> str:
     ]
     head += [f"{b} pairs, p50 ms" for b in batches]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    for row in found:
+    for row in rows:
         cells = [row["network"].upper(), row["precision"], str(row["plugins"]), str(row["fused_attention"])]
         cells += [f"{row['build_s']:.1f}", f"{row['build_peak_mb']:,}", f"{row['engine_mb']:.0f}"]
         cells += [f"{row['weights_mb']:.0f}", f"{row['size_ratio']:.3f}"]

@@ -96,9 +96,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = ["network", "batch", "tokens", *(f"{v} ms" for v in variants), *(f"{v} x" for v in variants[1:])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in cases:
-        found = [cells.get((*case, v), {}) for v in variants]
-        medians = [_number(row.get("median_ms"), 0) for row in found]
-        ratios = [_number(row.get("speedup"), 2) for row in found[1:]]
+        rows = [cells.get((*case, v), {}) for v in variants]
+        medians = [_number(row.get("median_ms"), 0) for row in rows]
+        ratios = [_number(row.get("speedup"), 2) for row in rows[1:]]
         lines.append("| " + " | ".join([*map(str, case), *medians, *ratios]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -75,17 +75,17 @@ def smoke(device: str = "cuda") -> Iterator[Row]:
     wrong = []
     for small in (True, False) if device == "cuda" else (True,):
         for operator in OPERATORS:
-            found: dict[str, float] = {}
+            errors: dict[str, float] = {}
             failed = None
             try:
                 for bench in benches(operator, device=device, batch=2 if small else 8, small=small):
-                    found[bench.name] = error(bench, next(iter(bench.forms.values())))
-                    if not found[bench.name] <= bench.right:
-                        wrong.append(f"{bench.name}: error {found[bench.name]:.2g}")
+                    errors[bench.name] = error(bench, next(iter(bench.forms.values())))
+                    if not errors[bench.name] <= bench.right:
+                        wrong.append(f"{bench.name}: error {errors[bench.name]:.2g}")
             except Exception as failure:  # torch's and Triton's are of many kinds; the rest shall still run
                 failed = f"{type(failure).__name__}: {failure}"[:500]
                 wrong.append(f"{operator}: {failed}")
-            yield {"operator": operator, "small": small, "errors": found, "failed": failed}
+            yield {"operator": operator, "small": small, "errors": errors, "failed": failed}
     if wrong:
         raise RuntimeError("; ".join(wrong))
 

@@ -18,17 +18,17 @@ RUNS, LARGEST = 3, 25
 
 def table(events: Any, device: DeviceType, runs: int) -> list[dict[str, Any]]:
     """The `LARGEST` kernels: microseconds and launches of a run, and the share of the whole."""
-    found: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.device_type == device:
             spent = event.self_cpu_time_total if device == DeviceType.CPU else event.time_range.elapsed_us()
-            found[event.name].append(spent)
-    total = sum(map(sum, found.values())) or 1.0
+            times[event.name].append(spent)
+    total = sum(map(sum, times.values())) or 1.0
     rows = [
         {"kernel": name[:160], "us": sum(us) / runs, "launches": len(us) / runs, "share": sum(us) / total}
-        for name, us in sorted(found.items(), key=lambda item: -sum(item[1]))
+        for name, us in sorted(times.items(), key=lambda item: -sum(item[1]))
     ]
-    return [{"total_us": total / runs, "kernels": len(found)}, *rows[:LARGEST]]
+    return [{"total_us": total / runs, "kernels": len(times)}, *rows[:LARGEST]]
 
 
 def measure(
@@ -50,9 +50,9 @@ def measure(
     with torch.inference_mode():
         for _ in range(RUNS):
             run(*given)
-        with profile(activities=list({ProfilerActivity.CPU, activity})) as found:
+        with profile(activities=list({ProfilerActivity.CPU, activity})) as profiler:
             for _ in range(RUNS):
                 run(*given)
             if device == "cuda":
                 torch.cuda.synchronize()
-    yield from table(found.events(), kind, RUNS)
+    yield from table(profiler.events(), kind, RUNS)

@@ -81,9 +81,9 @@ VARIANTS: dict[str, tuple[Callable[[Detector], Network], bool]] = {
 }
 
 
-def distance(found: Answers, exact: Answers) -> dict[str, float]:
+def distance(outputs: Answers, exact: Answers) -> dict[str, float]:
     """RMS of the difference over RMS of the float32 answer, by output."""
-    pairs = zip(Output._fields, found, exact, strict=True)
+    pairs = zip(Output._fields, outputs, exact, strict=True)
     return {
         k: float((x.float() - y).norm() / y.norm()) for k, x, y in pairs if x is not None and y is not None
     }
@@ -127,9 +127,9 @@ def measure(
     for batch, tokens in shapes:
         if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
             continue
-        found = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
-        yield {**facts, "batch": batch, "tokens": tokens, **found}
-        failed += [f"{batch}x{tokens}: {found['failed']}"] if "failed" in found else []
+        times = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
+        yield {**facts, "batch": batch, "tokens": tokens, **times}
+        failed += [f"{batch}x{tokens}: {times['failed']}"] if "failed" in times else []
     if failed:
         raise RuntimeError("; ".join(failed))
 

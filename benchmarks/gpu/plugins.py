@@ -79,8 +79,8 @@ def _attention_rows(driver: Driver, target: Target, dtype: torch.dtype, device: 
         tensors = {"query": query, "key": key, "value": value, "out": torchs[0], "guide": torchs[1]}
         for tactic, tiles in enumerate(attention.schedules(50, PATCHES, WIDTH // HEADS, dtype), start=1):
             program = attend(batch, queries, PATCHES, WIDTH, HEADS, dtype, tiles)
-            known = {"operator": ATTENTION, "tactic": tactic, "batch": batch, "queries": queries}
-            yield known | _judge(driver, target, program, tensors, exact)
+            facts = {"operator": ATTENTION, "tactic": tactic, "batch": batch, "queries": queries}
+            yield facts | _judge(driver, target, program, tensors, exact)
 
 
 def _fusion_rows(driver: Driver, target: Target, dtype: torch.dtype, device: str) -> Iterator[Row]:
@@ -96,8 +96,8 @@ def _fusion_rows(driver: Driver, target: Target, dtype: torch.dtype, device: str
         tensors = {"image": image, "tokens": tokens, "packed": packed, "out": torchs}
         for tactic, tiles in enumerate(conv_fusion.schedules(WIDTH, dtype), start=1):
             program = fuse(batch, PATCHES - 1, WIDTH, 1, dtype, dtype, tiles)
-            known = {"operator": FUSION, "tactic": tactic, "batch": batch}
-            yield known | _judge(driver, target, program, tensors, (exact,))
+            facts = {"operator": FUSION, "tactic": tactic, "batch": batch}
+            yield facts | _judge(driver, target, program, tensors, (exact,))
 
 
 def _judge(
@@ -107,9 +107,9 @@ def _judge(
     kernel = compile_kernel(program, target)
     if not kernel.fits:
         return {"right": True, "fits": False, "shared": kernel.shared}
-    found = run(driver, kernel, program, tensors)
+    outputs = run(driver, kernel, program, tensors)
     limit = RATIO[tensors[program.inputs[1]].dtype]
-    errors = {name: _error(found[name], want) for name, want in zip(program.outputs, exact, strict=True)}
+    errors = {name: _error(outputs[name], want) for name, want in zip(program.outputs, exact, strict=True)}
     torchs = {name: _error(tensors[name], want) for name, want in zip(program.outputs, exact, strict=True)}
     right = all(error <= limit for error in errors.values())
     return {"right": right, "fits": True, "shared": kernel.shared, "errors": errors, "torch": torchs}

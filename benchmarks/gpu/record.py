@@ -46,8 +46,8 @@ class Measured:
 
     def network(self, name: str, variant: str, batch: int = 64, tokens: int = 50) -> Row | None:
         """One of them."""
-        found = self.networks(network=name, variant=variant, batch=batch, tokens=tokens)
-        return found[0] if found else None
+        rows = self.networks(network=name, variant=variant, batch=batch, tokens=tokens)
+        return rows[0] if rows else None
 
     def picture(self, name: str, batch: int) -> Row | None:
         """The fastest way of ours from the bytes of photographs on the device to logits."""

@@ -38,11 +38,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def asked(found: Measured) -> str:
+def asked(results: Measured) -> str:
     """The figures asked beside those measured."""
     rows = []
     for figure in FIGURES:
-        value = figure.measured(found)
+        value = figure.measured(results)
         bound = number(figure.asked, figure.unit)
         want = f"{'at most' if figure.most else 'at least'} {bound}"
         rows.append(
@@ -51,11 +51,11 @@ def asked(found: Measured) -> str:
     return markdown(("figure", "asked", "measured", "bound", "met"), rows)
 
 
-def kernels(found: Measured) -> str:
+def kernels(results: Measured) -> str:
     """Every kernel: ours in microseconds, its floor by the measured rates, and torch's ways."""
     rows = []
-    for bench in found.rows("kernel-"):
-        mine, floor, rival = own(bench), found.floor_ms(bench), fastest(bench)
+    for bench in results.rows("kernel-"):
+        mine, floor, rival = own(bench), results.floor_ms(bench), fastest(bench)
         share = None if mine is None or floor is None else 100 * floor / mine["p50_ms"]
         rows.append(
             (
@@ -72,13 +72,13 @@ def kernels(found: Measured) -> str:
     )
 
 
-def networks(found: Measured) -> str:
+def networks(results: Measured) -> str:
     """Pairs a second by variant, and what ours in bf16 is of the measured matrix rate."""
-    rate = found.rate("bf16_tflop_s")
-    cases = dict.fromkeys((r["network"], r["batch"], r["tokens"]) for r in found.networks())
+    rate = results.rate("bf16_tflop_s")
+    cases = dict.fromkeys((r["network"], r["batch"], r["tokens"]) for r in results.networks())
     rows = []
     for case in sorted(cases):
-        cells = [found.network(case[0], variant, *case[1:]) for variant in COLUMNS]
+        cells = [results.network(case[0], variant, *case[1:]) for variant in COLUMNS]
         share = None if cells[4] is None or rate is None else 100 * cells[4]["tflop_s"] / rate
         rows.append(
             (*map(str, case), *(number(c["pairs_s"] if c else None) for c in cells), number(share, "%"))
@@ -86,17 +86,17 @@ def networks(found: Measured) -> str:
     return markdown(("network", "batch", "tokens", *COLUMNS, "share of the rate"), rows)
 
 
-def engines(found: Measured) -> str:
+def engines(results: Measured) -> str:
     """TensorRT's engines: cost of the build, and milliseconds a call with our kernels and with its own."""
-    rows = [row for row in found.rows("engine-") if "missing" not in row]
+    rows = [row for row in results.rows("engine-") if "missing" not in row]
     return table(rows)
 
 
-def details(found: Measured) -> str:
+def details(results: Measured) -> str:
     """Every timed row of a network."""
-    rates = {unit: found.rate(f"{unit}_tflop_s") for unit in ("bf16", "fp8")}
+    rates = {unit: results.rate(f"{unit}_tflop_s") for unit in ("bf16", "fp8")}
     rows = []
-    for row in sorted(found.networks(), key=lambda r: (r["network"], r["batch"], r["tokens"], r["p50_ms"])):
+    for row in sorted(results.networks(), key=lambda r: (r["network"], r["batch"], r["tokens"], r["p50_ms"])):
         rate = rates["fp8" if row["variant"].endswith("fp8") else "bf16"]
         times = (row["p50_ms"], row["p95_ms"], row["pairs_s"], row["peak_gb"], row["tflop_s"])
         share = number(rate and 100 * row["tflop_s"] / rate, "%")
@@ -106,20 +106,20 @@ def details(found: Measured) -> str:
     return markdown(head, rows)
 
 
-def hotspots(found: Measured) -> str:
+def hotspots(results: Measured) -> str:
     """The kernels that take most of the profiled networks' time."""
     rows = []
-    for name, part in found.parts.items():
+    for name, part in results.parts.items():
         if name.startswith("profile-"):
             spots: list[dict[str, Any]] = [row for row in part["rows"] if "kernel" in row]
             rows += [(name, s["kernel"], number(s["us"]), number(100 * s["share"], "%")) for s in spots]
     return markdown(("part", "kernel", "us", "share"), rows)
 
 
-def tests(found: Measured) -> str:
+def tests(results: Measured) -> str:
     """What the tests on the GPU found."""
     rows = []
-    for name, part in found.parts.items():
+    for name, part in results.parts.items():
         for row in part["rows"]:
             if "counts" in row:
                 counts = ", ".join(f"{count} {word}" for word, count in row["counts"].items())
@@ -127,20 +127,20 @@ def tests(found: Measured) -> str:
     return markdown(("part", "tests", "found", "failed"), rows)
 
 
-def source(found: Measured) -> str:
+def source(results: Measured) -> str:
     """Where it was measured, and which parts are missing."""
-    gpus = {call["gpu"].get("name", "unknown") for call in found.calls}
-    commits = {call["commit"] for call in found.calls}
-    bad = [f"{name} ({part['state']})" for name, part in found.parts.items() if part["state"] != DONE]
+    gpus = {call["gpu"].get("name", "unknown") for call in results.calls}
+    commits = {call["commit"] for call in results.calls}
+    bad = [f"{name} ({part['state']})" for name, part in results.parts.items() if part["state"] != DONE]
     line = f"{', '.join(sorted(gpus))}; commit {', '.join(sorted(commits))}."
     return line + (f" Not done: {', '.join(bad)}." if bad else "") + "\n"
 
 
-def report(found: Measured, full: bool = False) -> str:
+def report(results: Measured, full: bool = False) -> str:
     """All tables."""
     tables: list[Any] = [source, asked, kernels, networks, engines]
     tables += [details, hotspots, tests] if full else []
-    return "\n".join(table(found) for table in tables)
+    return "\n".join(table(results) for table in tables)
 
 
 def main() -> int:

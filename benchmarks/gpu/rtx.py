@@ -41,12 +41,12 @@ def check() -> Iterator[Row]:
         if not engines:
             yield {"missing": f"no engine: {LIBRARY} is not what builds here"}
             return
-        known = {"capability": gpu.capability, "engine": engines[0].file, "version": engines[0].version}
+        facts = {"capability": gpu.capability, "engine": engines[0].file, "version": engines[0].version}
         backend = TensorRtBackend(bundle, engines[0], gpu)
         try:
-            yield {**known, "ran": True, "errors": _errors(bundle, backend)}
+            yield {**facts, "ran": True, "errors": _errors(bundle, backend)}
         except Dgm4Error as error:
-            yield {**known, "ran": False, "why": str(error)}
+            yield {**facts, "ran": False, "why": str(error)}
         finally:
             backend.close()
 
@@ -66,5 +66,5 @@ def _errors(bundle: Bundle, backend: TensorRtBackend) -> dict[str, float]:
         expected = other.run(feeds)
     finally:
         other.close()
-    found = backend.run(feeds)
-    return {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
+    outputs = backend.run(feeds)
+    return {name: float(np.abs(outputs[name] - expected[name]).max()) for name in expected}

@@ -32,33 +32,33 @@ class Figure:
 
 
 def _pairs(name: str, variant: str) -> Callable[[Measured], float | None]:
-    def read(found: Measured) -> float | None:
-        row = found.network(name, variant)
+    def read(results: Measured) -> float | None:
+        row = results.network(name, variant)
         return None if row is None else row["pairs_s"]
 
     return read
 
 
 def _faster(name: str, slow: str, quick: str) -> Callable[[Measured], float | None]:
-    return lambda found: ratio(found.network(name, slow), found.network(name, quick))
+    return lambda results: ratio(results.network(name, slow), results.network(name, quick))
 
 
 def _beats(bench: str, start: str) -> Callable[[Measured], float | None]:
-    return lambda found: ratio(fastest(found.bench(bench), start), own(found.bench(bench)))
+    return lambda results: ratio(fastest(results.bench(bench), start), own(results.bench(bench)))
 
 
-def _fusion_us(found: Measured) -> float | None:
-    form = own(found.bench(FUSION))
+def _fusion_us(results: Measured) -> float | None:
+    form = own(results.bench(FUSION))
     return None if form is None else 1e3 * form["p50_ms"]
 
 
-def _picture_ms(found: Measured) -> float | None:
-    row = found.picture("asap", 1)
+def _picture_ms(results: Measured) -> float | None:
+    row = results.picture("asap", 1)
     return None if row is None else row["p50_ms"]
 
 
-def _worst_error(found: Measured) -> float | None:
-    errors = found.errors(OURS_16, "ours-fp16")
+def _worst_error(results: Measured) -> float | None:
+    errors = results.errors(OURS_16, "ours-fp16")
     return max((float("inf") if e is None else e for e in errors), default=None)
 
 
@@ -82,7 +82,7 @@ FIGURES = (
         "ASAP, one picture: times published eager fp32",
         15,
         "x",
-        lambda found: ratio(found.network("asap", "published-fp32", batch=1), found.picture("asap", 1)),
+        lambda results: ratio(results.network("asap", "published-fp32", batch=1), results.picture("asap", 1)),
     ),
     Figure("CALS, 64 x 50, bf16", 6000, "pairs/s", _pairs("cals", OURS_16)),
     Figure("fp16 and bf16: worst RMS error of an output", 0.02, "", _worst_error, most=True),

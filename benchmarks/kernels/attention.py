@@ -64,8 +64,8 @@ def _with_product(form: Form, heads: int) -> Form:
 def _schedule(heads: int, mask: Tensor | None, guided: bool, tiles: Any) -> Form:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
         kernel = attention._attention_kernel
-        found = attention.launch(kernel, query, key, value, heads, mask, guided, tiles)
-        return found if guided else found[0]
+        outputs = attention.launch(kernel, query, key, value, heads, mask, guided, tiles)
+        return outputs if guided else outputs[0]
 
     return run
 
@@ -91,7 +91,7 @@ def _facts(tensors: tuple[Tensor, ...], heads: int) -> dict[str, Any]:
     query, key, _ = tensors
     batch, n, width = query.shape
     m = key.shape[1]
-    offered = candidates(attention, TILES, n, m, width // heads, query.dtype)
+    offered = candidates(attention.schedules(n, m, width // heads, query.dtype), TILES)
     shape = {"batch": batch, "queries": n, "keys": m, "heads": heads, "width": width}
     return {"inputs": tensors, "shape": shape, "candidates": offered}
 

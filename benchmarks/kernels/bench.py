@@ -71,10 +71,9 @@ def decoded(answer: Sequence[Any]) -> Tensor:
     return codes.double() * (scale[..., None] if scale.numel() > 1 else scale).double()
 
 
-def candidates(module: Any, default: Iterable[Tiles], *shape: Any) -> list[Any]:
-    """The schedules that a kernel's own `candidates` offers for a shape, then those of `default`."""
-    own = getattr(module, "candidates", None)
-    return list(dict.fromkeys([*(own(*shape) if own else ()), *default]))
+def candidates(schedules: Iterable[Tiles], more: Iterable[Tiles]) -> list[Tiles]:
+    """The schedules that a kernel offers for a shape, then `more`, each once."""
+    return list(dict.fromkeys([*schedules, *more]))
 
 
 def grid(
@@ -92,8 +91,8 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 def error(bench: Bench, form: Form) -> float:
     """The largest of RMS error over RMS, of all answers; NaN where one is not finite."""
     wide = (x.double() if x.is_floating_point() else x for x in bench.inputs)
-    exact, found = tensors_of(bench.reference(*wide)), tensors_of(bench.values(form(*bench.inputs)))
-    pairs = list(zip(found, exact, strict=True))
+    exact, outputs = tensors_of(bench.reference(*wide)), tensors_of(bench.values(form(*bench.inputs)))
+    pairs = list(zip(outputs, exact, strict=True))
     errors = [float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs]
     return max(errors, key=lambda e: e if e == e else float("inf"))
 
@@ -136,9 +135,9 @@ def sweep(benches: Iterable[Bench]) -> Iterator[Row]:
     """A row a bench with candidates: times of each, none where it does not compile or is wrong."""
     for bench in benches:
         for tiles in bench.candidates:
-            found = judge(bench, partial(_late, bench, tiles), budget_s=0.05)
+            times = judge(bench, partial(_late, bench, tiles), budget_s=0.05)
             fields = tiles._asdict() if hasattr(tiles, "_asdict") else {"tiles": str(tiles)}
-            yield {"name": bench.name, **_facts(bench), "tiles": fields, **found}
+            yield {"name": bench.name, **_facts(bench), "tiles": fields, **times}
 
 
 def _late(bench: Bench, tiles: Any, *inputs: Tensor) -> Any:

@@ -74,5 +74,5 @@ def benches(device: str = "cuda", batch: int = 64, small: bool = False) -> Itera
         flops=2 * batch * patches**2 * 108 * 4 * width,
         shape={"batch": batch, "grid": patches, "width": width},
         schedule=schedule,
-        candidates=candidates(conv_fusion, TILES, width, dtype),
+        candidates=candidates(conv_fusion.schedules(width, dtype), TILES),
     )

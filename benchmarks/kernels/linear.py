@@ -35,8 +35,8 @@ def _rounded(x: Tensor, weight: Tensor, bias: Tensor, *codes: Tensor) -> Tensor:
     """With the rounding of x, as a layer that no kernel of ours precedes has it."""
     from kernels.quantize import quantize_rows
 
-    found = quantize_rows(x, E4M3)
-    return _product(True)(x, weight, bias, found.out, found.scale, *codes[2:])
+    rows = quantize_rows(x, E4M3)
+    return _product(True)(x, weight, bias, rows.out, rows.scale, *codes[2:])
 
 
 def _bf16(x: Tensor, weight: Tensor, bias: Tensor, *codes: Tensor) -> Tensor:

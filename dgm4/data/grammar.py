@@ -163,8 +163,8 @@ def swap_caption(own: Caption, donor: Caption) -> tuple[Caption, list[int]]:
     swapped = tuple(next(names) if word.role == "name" else word for word in donor)
     old, new = plain(own), plain(swapped)
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    kept = {i for block in matcher.get_matching_blocks() for i in range(block.b, block.b + block.size)}
-    return swapped, [i for i, w in enumerate(swapped) if i not in kept and w.role != "name"]
+    unchanged = {i for block in matcher.get_matching_blocks() for i in range(block.b, block.b + block.size)}
+    return swapped, [i for i, w in enumerate(swapped) if i not in unchanged and w.role != "name"]
 
 
 def describe(scene: Scene) -> str:

@@ -33,9 +33,9 @@ def enqueue(queue: Tensor, pointer: int, features: Tensor) -> int:
     """
     size = queue.shape[1]
     end = pointer + len(features)
-    kept = features[-size:]
-    columns = torch.arange(end - len(kept), end, device=queue.device) % size
-    queue[:, columns] = kept.T.to(queue.dtype)
+    newest = features[-size:]
+    columns = torch.arange(end - len(newest), end, device=queue.device) % size
+    queue[:, columns] = newest.T.to(queue.dtype)
     return end % size
 
 
@@ -76,8 +76,8 @@ def _across(
 
 def _within(query: Tensor, keys: Tensor, temperature: float | Tensor) -> Tensor:
     """One modality with itself: every row's own momentum feature is its positive, manipulated or not."""
-    own = torch.arange(len(query), device=query.device)
-    return F.cross_entropy(_logits(query, keys, temperature), own)
+    positives = torch.arange(len(query), device=query.device)
+    return F.cross_entropy(_logits(query, keys, temperature), positives)
 
 
 def mac(

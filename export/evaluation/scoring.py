@@ -144,9 +144,9 @@ class _Reader:
 
     def _collect(self, futures: Sequence[Future[Item | Problem]]) -> Iterator[Batch]:
         """Yield one batch, or none where nothing of it could be read."""
-        found = [future.result() for future in futures]
-        self.problems += [x for x in found if isinstance(x, Problem)]
-        items = [x for x in found if isinstance(x, Item)]
+        results = [future.result() for future in futures]
+        self.problems += [x for x in results if isinstance(x, Problem)]
+        items = [x for x in results if isinstance(x, Item)]
         if items:
             yield collate(items)
 

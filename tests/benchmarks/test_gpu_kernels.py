@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -99,14 +101,22 @@ def test_a_sweep_keeps_what_compiles(monkeypatch):
     assert rows[2]["error"] == 1
 
 
-def test_a_kernel_may_offer_its_own_schedules():
-    class Kernel:
-        @staticmethod
-        def candidates(queries, width):
-            return [(queries, width)]
+def test_a_kernels_schedules_come_first():
+    assert candidates([Tiles(5, 7, 4, 2)], [Tiles(8, 8, 4, 2), Tiles(5, 7, 4, 2)]) == [
+        Tiles(5, 7, 4, 2),
+        Tiles(8, 8, 4, 2),
+    ]
 
-    assert candidates(Kernel, [(8, 8), (5, 7)], 5, 7) == [(5, 7), (8, 8)]
-    assert candidates(object(), [Tiles(1, 2, 3, 4)], 5) == [Tiles(1, 2, 3, 4)]
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [("attention", (50, 257, 64, torch.bfloat16)), ("conv_fusion", (768, torch.bfloat16))],
+)
+def test_every_schedule_of_a_kernel_is_timed(module, shape):
+    offered = importlib.import_module(f"kernels.{module}").schedules(*shape)
+    given = importlib.import_module(f"benchmarks.kernels.{module}").benches(device="cpu", batch=1)
+    timed = [bench.candidates for bench in given if bench.candidates]
+    assert any(set(offered) <= set(candidates) for candidates in timed)
 
 
 def test_codes_mean_their_values():

@@ -59,8 +59,10 @@ def target_of(capability: int, driver: int) -> Target:
     Raises BuildError for a GPU that the kernels are not compiled for, and for a driver too old for it.
     """
     if capability not in TARGETS:
-        known = ", ".join(f"{c / 10:.1f}" for c in TARGETS)
-        raise BuildError(f"plugins: expected a GPU of compute capability {known}, got {capability / 10:.1f}")
+        expected = ", ".join(f"{c / 10:.1f}" for c in TARGETS)
+        raise BuildError(
+            f"plugins: expected a GPU of compute capability {expected}, got {capability / 10:.1f}"
+        )
     version = f"{driver // _DRIVER_STEP}.{driver % _DRIVER_STEP // 10}"
     oldest, read = _OLDEST_ISA.get(capability, _OLDEST), ptx_get_version(version)
     if read < oldest:
@@ -79,9 +81,9 @@ def compile_kernel(program: Program, target: Target) -> Kernel:
     compiled = program.compile(target.capability, ptx_version=target.isa)
     about = compiled.metadata
     ptx = trim(compiled.asm["ptx"], about.name, len(program.arguments))
-    found = re.search(r"^\.version (\d+)\.(\d+)$", ptx, re.MULTILINE)
-    if found is None or int(found[1] + found[2]) > target.isa:
-        raise BuildError(f"{about.name}: expected PTX up to {target.isa / 10}, got {found and found[0]}")
+    version = re.search(r"^\.version (\d+)\.(\d+)$", ptx, re.MULTILINE)
+    if version is None or int(version[1] + version[2]) > target.isa:
+        raise BuildError(f"{about.name}: expected PTX up to {target.isa / 10}, got {version and version[0]}")
     if about.shared > SHARED_LIMIT:
         logger.info(
             "%s, %d warps, %d stages: no tactic: it needs %d bytes of shared memory and a plugin gets %d",
@@ -96,16 +98,16 @@ def trim(ptx: str, entry: str, count: int) -> str:
     Raises BuildError where the code reads a parameter past them: a kernel with scratch memory is no plugin.
     """
     plain = _SECTIONS.sub("", _LINES.sub("", ptx))
-    found = re.search(rf"(?<=\.entry {re.escape(entry)}\(\n).*?(?=\n\))", plain, re.DOTALL)
-    declared = [] if found is None else found[0].split(",\n")
-    if found is None or len(declared) < count:
+    parameters = re.search(rf"(?<=\.entry {re.escape(entry)}\(\n).*?(?=\n\))", plain, re.DOTALL)
+    declared = [] if parameters is None else parameters[0].split(",\n")
+    if parameters is None or len(declared) < count:
         raise BuildError(f"{entry}: expected {count} parameters in its PTX, got {len(declared)}")
-    body = plain[found.end() :]
+    body = plain[parameters.end() :]
     for parameter in declared[count:]:
         name = parameter.split()[-1]
         if re.search(rf"\b{name}\b", body):
             raise BuildError(f"{entry} reads its hidden parameter {name}: it needs scratch memory")
-    return plain[: found.start()] + ",\n".join(declared[:count]) + body
+    return plain[: parameters.start()] + ",\n".join(declared[:count]) + body
 
 
 def assemble(kernel: Kernel, capability: int) -> tuple[int, int, int]:
