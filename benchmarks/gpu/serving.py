@@ -14,7 +14,7 @@ import numpy as np
 from engine import Predictor
 from engine.errors import EngineMismatchError
 from engine.manifest import Limits
-from engine.result import Prediction
+from engine.prediction import Prediction
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.trt import build as trt
@@ -84,9 +84,14 @@ def buckets(limits: Limits) -> list[tuple[int, int]]:
 def _export(folder: Path, precision: str, backend: str) -> Path:
     out = folder / precision
     if not out.exists():
-        limits = {"max_batch": MAX_BATCH, "max_tokens": MAX_TOKENS}
         options = ExportOptions(
-            out=out, model="asap", size="tiny", precision=precision, engine=backend == "tensorrt", **limits
+            out=out,
+            model="asap",
+            size="tiny",
+            precision=precision,
+            max_batch=MAX_BATCH,
+            max_tokens=MAX_TOKENS,
+            engine=backend == "tensorrt",
         )
         export_bundle(options, lambda stage: None)
     return out
