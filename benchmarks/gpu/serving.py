@@ -14,7 +14,7 @@ import numpy as np
 from engine import Predictor
 from engine.errors import EngineMismatchError
 from engine.manifest import Limits
-from engine.prediction import Prediction
+from engine.result import Prediction
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.trt import build as trt
