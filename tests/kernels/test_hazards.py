@@ -208,6 +208,19 @@ def test_what_is_not_finite_shows_where_torch_shows_it(name, operand, value):
         assert any(x.float().isnan().any() for x in got)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [7, 17, 32])
+def test_scores_that_are_all_minus_infinity_show(keys, masked):
+    """Only a row without a valid key is zeros; torch makes NaN of one whose valid keys all score -inf."""
+    query, key, value = normal(1, 3, 16), normal(1, keys, 16, seed=1).abs(), normal(1, keys, 16, seed=2)
+    query[0, 1, 3] = float("-inf")
+    valid = torch.ones(1, keys, dtype=torch.int64, device=DEVICE) if masked else None
+    got, _ = attention.launch(attention._attention_kernel, query, key, value, 1, valid)
+    want, _ = attention.attention_ref(query, key, value, 1, valid)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert got[0].isnan().all(1).tolist() == [False, True, False]
+
+
 def broken_kernels(value, operand):
     kernel, bias = normal(8, 3, 5, 5, seed=2) / 10, normal(8, seed=3)
     (kernel if operand == "weight" else bias).flatten()[1] = value
@@ -372,11 +385,17 @@ def test_no_patches_pool_to_zeros():
         assert torch.equal(call.launch(**operands), call.reference(**operands))
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("mean", [0, 5, 10])
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])], ids=str)
-def test_pooling_does_not_lose_accuracy_far_from_zero(mean, dtype):
-    """What the norm subtracts is summed from the rounded factors: the error at a mean of 10 is that at 0."""
-    tokens, query = normal(4, 64, 192) + mean, 3 * normal(12, 192, seed=3) / 192**0.5
+def test_pooling_does_not_lose_accuracy_far_from_zero(mean, shared, dtype):
+    """What the norm subtracts is summed from the rounded factors: the error at means of 10 is that at 0.
+
+    Softmax forgives an error of the scores that all tokens share; that of the weights shows with few of them.
+    """
+    patches = 3 if shared else 64
+    means = mean * (1 if shared else normal(4, patches, 1, seed=4))
+    tokens, query = normal(4, patches, 192) + means, 3 * normal(12, 192, seed=3) / 192**0.5
     vectors = [1 + normal(192, seed=i) / 10 for i in (1, 2)]
     operands = (tokens.to(dtype), *vectors, query)
     got = latent_pool.launch(latent_pool._pool_kernel, *operands)
