@@ -55,9 +55,7 @@ def build_into(
         except BuildError as error:
             if not source.fused or isinstance(error, BuildLimitError):
                 raise
-            logger.warning(
-                "%s cannot build with its fused attention, so one without: %s", builder.library, error
-            )
+            logger.warning("%s cannot fuse attention, building without: %s", builder.library, error)
         finally:
             for label in _DERIVED:
                 _beside(graph, label).unlink(missing_ok=True)

@@ -191,7 +191,7 @@ def found_of(*rows):
 
 def test_the_table_by_hand():
     lines = cli_bench.table(found_of(("ort", 1, 20.0), ("torch", 32, 400.0))).splitlines()
-    assert lines[0] == "asap base fp16: 24 tokens, pictures of 640 x 480"
+    assert lines[0] == "asap base fp16: 24 tokens, images of 640 x 480"
     assert lines[1:3] == ["Linux, 2 of 2 cores, load 0.5 at the start", "H200, 580.1"]
     assert lines[4].split()[:3] == ["backend", "device", "batch"]
     assert lines[5].split()[:8] == ["ort", "cpu", "1", "5", "20.0", "20.0", "20.0", "50.0"]

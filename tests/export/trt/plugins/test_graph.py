@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch.nn import functional as F
 
 from engine.errors import BuildError
 from export.trt.plugins.graph import plugin_graph
@@ -61,8 +62,9 @@ def test_kernels_are_packed_as_torch_packs_them(exported, tmp_path):
 
 
 def test_half_precision_is_packed_bit_for_bit(tmp_path):
-    weight = torch.randn(4 * 8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).half()
-    bias = torch.arange(32.0).half()
+    kernel = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)).half()
+    weight = torch.cat([F.pad(kernel, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)])
+    bias = torch.arange(8.0).half().repeat(4)
     source = made(tmp_path, weight, bias, width=8)
     assert plugin_graph(source, tmp_path / "plugins.onnx") == {NAME: 1}
     (packed,) = onnx.load_model(tmp_path / "plugins.onnx").graph.initializer
