@@ -59,6 +59,7 @@ GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("hammer", "asap", "cals")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items):
     """With --dist loadgroup a worker takes a whole file, and one takes all tests of the base networks.
 
