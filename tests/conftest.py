@@ -57,17 +57,27 @@ if importlib.util.find_spec("triton") and importlib.metadata.version("triton").s
 BINDINGS = Path(__file__).with_name("bindings.py")
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("hammer", "asap", "cals")
+BASE_FILES = (
+    "tests/dgm4/test_parity.py",
+    "tests/engine/backends/test_torch.py",
+    "tests/export/test_base.py",
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items):
-    """With --dist loadgroup a worker takes a whole file, and one takes all tests of the base networks.
+def pytest_xdist_make_scheduler(config, log):
+    """Give a worker whole files, and those with base networks to one worker.
 
-    So a network of 800 MB is drawn once, not once a file and worker.
+    So what a module's fixtures make is made once, and a network of 800 MB is drawn once. By groups, --dist
+    loadgroup, it cannot be done: xdist 3.8 writes them where pytest 9.2 does not read.
     """
-    for item in items:
-        whole = "base" if item.get_closest_marker("base") else item.path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(whole))
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "base networks" if file in BASE_FILES else file
+
+    return WholeFiles(config, log)
 
 
 def published_inputs(seed, batch, tokens, lengths):
