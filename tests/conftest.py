@@ -64,6 +64,7 @@ BASE_FILES = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Give a worker whole files, and those with base networks to one worker.
 
