@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from numbers import Real
 from time import perf_counter
 from typing import Literal, NamedTuple, cast, overload
 
@@ -21,7 +22,7 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
 from engine.inputs.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
 from engine.inputs.preparation import Item, Preparation, milliseconds
-from engine.inputs.preprocess import ImageInput, ImageOptions
+from engine.inputs.preprocess import ImageInput, ImageOptions, check_count
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
 from engine.manifest import Manifest, Thresholds
@@ -88,11 +89,12 @@ class Predictor:
         minutes. An engine is checked here and loaded at the first run: call `warm_up` to load it before.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks, EngineMismatchError for an engine of another machine, InputError for a threshold of an unknown
-        name or outside [0, 1] and for other image options than an `ImageOptions`.
+        name or outside [0, 1], a negative thumbnail and other image options than an `ImageOptions`.
         """
         if not isinstance(image_options, ImageOptions | None):
             kind = type(image_options).__name__
             raise InputError(f"image_options: expected an engine.ImageOptions, got {kind}")
+        check_count("thumbnail", thumbnail, least=0)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if rebuild:
             self.bundle = rebuilt(backend, self.bundle, device)
@@ -197,8 +199,9 @@ class Predictor:
         """
         if on_error not in ("raise", "return"):
             raise InputError(f'expected on_error "raise" or "return", got {on_error!r}')
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"expected a batch_size of at least 1, got {batch_size!r}")
+        check_count("batch_size", batch_size, least=1)
+        if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
+            raise InputError(f"expected an iterable of (image, caption) pairs, got {type(pairs).__name__}")
         return self._stream(pairs, min(batch_size, self.manifest.limits.max_batch), on_error)
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] = (_WARM_UP,), *, all_buckets: bool = False) -> None:
@@ -319,7 +322,7 @@ def _thresholds(defaults: Thresholds, given: Mapping[str, float]) -> Thresholds:
     if not isinstance(given, Mapping) or not set(given) <= set(names):
         raise InputError(f"thresholds: expected a mapping with some of {', '.join(names)}, got {given!r}")
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {value!r}")
     return replace(defaults, **given)
 

@@ -130,7 +130,7 @@ def _check_engine(options: ExportOptions) -> None:
         return
     if options.precision in CALIBRATED and options.calibration is None:
         raise InputError(
-            "calibration: expected with an engine in int8 or fp8, whose Q/DQ nodes have its scales"
+            "calibration: an engine in int8 or fp8 needs it (a folder of pairs); or leave the engine out"
         )
     builder = build.find_builder()
     if builder is None:
@@ -151,8 +151,8 @@ def _check_keep(options: ExportOptions) -> None:
     if options.keep_layers != "auto" and options.keep_layers < 0:
         raise InputError(f"keep_layers: expected {WHOLE.text} or auto, got {options.keep_layers}")
     if options.precision == "fp32":
-        raise InputError("keep_layers: expected a precision below fp32 with it")
+        raise InputError("keep_layers: needs a precision below fp32 (fp16, bf16, int8 or fp8)")
     if options.data is None and (options.calibration is None or options.keep_layers == "auto"):
         raise InputError(
-            "keep_layers: expected data with it, on whose pairs layers are compared and evaluated"
+            "keep_layers: needs data, or for a number of layers calibration: pairs to compare layers on"
         )

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from engine.errors import InputError
 from engine.files import replacing
+from engine.layout import MANIFEST
+from engine.manifest import FORMAT
 
 Rows = list[tuple[str, ...]]
 
 
 @contextlib.contextmanager
-def open_output(path: Path | None, source: Path | None = None, option: str = "--out") -> Iterator[IO[str]]:
+def open_output(
+    path: Path | None, inputs: Sequence[Path | None] = (), option: str = "--out"
+) -> Iterator[IO[str]]:
     """stdout, or a file that appears whole or not at all; raises InputError where it cannot be written.
 
-    `source` is an input file that must not be overwritten; `option` is what messages call the path.
+    `inputs` are files and folders of data that must not be overwritten; `option` is what messages call the
+    path.
     """
     if path is None:
         yield sys.stdout
         return
-    check_output(path, option)
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise InputError(f"{option} {path}: is the list itself; choose another name")
+    check_output(path, option, inputs)
     with _full_disk_as_input_error(path, option), replacing(path) as partial:
         try:
             file = partial.open("w", encoding="utf-8")
@@ -58,10 +62,30 @@ def write_whole(path: Path, content: bytes, option: str) -> None:
         raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
-def check_output(path: Path, option: str) -> None:
-    """Raise InputError unless `path` can be the name of a file; `option` is what messages call it."""
+def check_output(path: Path, option: str, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise InputError unless `path` can be a new file; `option` is what messages call it.
+
+    It may be neither a file of a bundle, which would then be altered, nor one of the `inputs`, nor a file in
+    one of them.
+    """
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{option} {path}: expected the name of a file in a folder that exists")
+    if any(is_bundle(folder) for folder in path.resolve().parents):
+        raise InputError(f"{option} {path}: lies in a bundle, which it would damage; choose another place")
+    for source in inputs:
+        if source is None or not path.exists() or not source.exists():
+            continue
+        if path.samefile(source) or source.resolve() in path.resolve().parents:
+            raise InputError(f"{option} {path}: would overwrite an input; choose another name")
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder's manifest says that it is a bundle."""
+    try:
+        fields = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
 
 
 def align(rows: Rows, left: int = 1) -> list[str]:

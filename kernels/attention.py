@@ -42,6 +42,7 @@ from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
     ceil_div,
+    check_axes,
     check_tensor,
     column_parts,
     dense_columns,
@@ -388,7 +389,9 @@ def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> t
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> None:
-    if query.dim() != 3 or heads < 1 or query.shape[-1] % heads:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_axes(name, tensor, "B, N, heads * d")
+    if heads < 1 or query.shape[-1] % heads:
         raise ValueError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
     batch, keys, columns = query.shape[0], key.shape[-2], query.shape[-1]
     check_tensor("key", key, (batch, keys, columns), query)

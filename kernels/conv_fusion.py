@@ -39,6 +39,7 @@ from kernels.jit import (
     SMALLEST_DOT,
     Tiles,
     ceil_div,
+    check_axes,
     check_tensor,
     dot_precision,
     jit,
@@ -304,11 +305,15 @@ def conv_fusion(
     if launchable(tokens):
         packed = pack(weight, bias, tokens.shape[-1]) if packed is None else packed
         return torch.ops.dgm4.conv_fusion(image, tokens, packed)
-    return conv_fusion_ref(image, tokens, weight, bias)
+    return conv_fusion_ref(image.to(tokens.dtype), tokens, weight, bias)
 
 
 def _check(image: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None) -> None:
+    for name, tensor, axes in (("image", image, "B, 3, S, S"), ("tokens", tokens, "B, 1 + G * G, D")):
+        check_axes(name, tensor, axes)
     batch, length, width = tokens.shape
+    if length < 2 or width < 1:
+        raise ValueError(f"tokens: expected [B, 1 + G * G, D] with G and D from 1, got {tuple(tokens.shape)}")
     size = STRIDE * math.isqrt(length - 1)
     kernels = weight.shape[0]
     if kernels == 0 or kernels % (POSITIONS * width):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from kernels.jit import (
     LOG2E,
     ceil_div,
+    check_axes,
     check_tensor,
     jit,
     launch_kernel,
@@ -143,6 +144,8 @@ def gaussian_guidance(box: Tensor, weight: Tensor, bias: Tensor, size: int) -> T
         out = (box.shape[0], weight.shape[0], side, side)
         return onnx_ops.emit(NAME, (box, weight, bias), [out], [weight.dtype], {"size": [size]})[0]
     channels = weight.shape[0]
+    check_axes("box", box, "B, 4")
+    check_axes("weight", weight, "C, 1, 3, 3")
     check_tensor("box", box, (len(box), 4), box)
     check_tensor("weight", weight, (channels, 1, KERNEL, KERNEL), box, same_dtype=False)
     check_tensor("bias", bias, (channels,), weight)

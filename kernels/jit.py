@@ -118,6 +118,14 @@ def check_tensor(
         raise TypeError(f"{name}: expected {like.dtype} as the rest, got {tensor.dtype}")
 
 
+def check_axes(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise ValueError unless `tensor` has `axes`, as "B, N, D", and TypeError unless it is floating."""
+    if tensor.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name}: expected [{axes}], got the shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
+
+
 @jit
 def load_tile(
     start: tl.tensor,

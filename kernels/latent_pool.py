@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from kernels.jit import (
     LOG2E,
     SMALLEST_DOT,
+    check_axes,
     check_tensor,
     column_parts,
     dense_columns,
@@ -198,6 +199,8 @@ def latent_pool(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> 
     if onnx_ops.exporting():
         shape = (tokens.shape[0], *query.shape)
         return onnx_ops.emit(NAME, (tokens, weight, bias, query), [shape], [tokens.dtype], {})[0]
+    check_axes("tokens", tokens, "B, P, D")
+    check_axes("query", query, "H, D")
     width = tokens.shape[-1]
     check_tensor("weight", weight, (width,), tokens, same_dtype=False)
     check_tensor("bias", bias, (width,), weight)

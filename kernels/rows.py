@@ -125,10 +125,12 @@ def launch_rows(
 
 
 def check_rows(x: Tensor) -> None:
-    """Raise ValueError unless the kernels take rows as wide as those of `x`."""
+    """Raise ValueError unless the kernels take rows as wide as `x` has, TypeError unless it is floating."""
     width = x.shape[-1] if x.dim() else 0
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"x: expected 1 to {MAX_WIDTH} columns, got the shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected floating point, got {x.dtype}")
 
 
 def check_codes(dtype: torch.dtype | None, scale: Tensor | None, x: Tensor) -> None:
@@ -139,8 +141,10 @@ def check_codes(dtype: torch.dtype | None, scale: Tensor | None, x: Tensor) -> N
         return
     if dtype is None:
         raise ValueError("scale: expected a dtype of codes beside it, got None")
-    if scale.numel() != 1 or scale.dtype != torch.float32:
-        raise ValueError(f"scale: expected one float32, got {scale.dtype} of shape {tuple(scale.shape)}")
+    if scale.numel() != 1 or scale.dim() > 1 or scale.dtype != torch.float32:
+        raise ValueError(
+            f"scale: expected one float32, [] or [1], got {scale.dtype} of shape {tuple(scale.shape)}"
+        )
     check_tensor("scale", scale, tuple(scale.shape), x, same_dtype=False)
 
 

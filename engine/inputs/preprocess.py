@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,22 @@ class ImageOptions:
     max_pixels: int = 64_000_000
     apply_orientation: bool = True
     background: tuple[int, int, int] = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a limit below 1 and for a colour other than three integers from 0 to 255."""
+        for name in ("max_bytes", "max_pixels"):
+            check_count(name, getattr(self, name), least=1)
+        colour = self.background
+        if not isinstance(colour, tuple | list) or len(colour) != 3:
+            raise InputError(f"background: expected (red, green, blue), got {colour!r}")
+        if not all(isinstance(x, Integral) and 0 <= x <= 255 for x in colour):
+            raise InputError(f"background: expected three integers from 0 to 255, got {colour!r}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise InputError unless `value` is an integer from `least`; `name` is what messages call it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 class Decoded(NamedTuple):

@@ -71,8 +71,10 @@ def run(options: argparse.Namespace) -> int:
     from export.evaluation.report import write_page, write_table
 
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(open_output(options.out))
-        page = stack.enter_context(open_output(options.html, None, "--html")) if options.html else None
+        out = stack.enter_context(open_output(options.out, [options.data]))
+        page = (
+            stack.enter_context(open_output(options.html, [options.data], "--html")) if options.html else None
+        )
         result = _evaluate(options)
         _report_problems(result)
         failures = None

@@ -20,7 +20,7 @@ from engine.predictor import THUMBNAIL_SIDE
 from engine.render import check_plot_path
 from export.cli.arguments import Verbs, add_backend
 from export.flags import POSITIVE
-from export.output import open_output
+from export.output import check_output, open_output
 
 Record = dict[str, Any]
 
@@ -61,7 +61,7 @@ def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
     if given not in ((True, True, False), (False, False, True)):
-        return "expected IMAGE and CAPTION, or --list FILE"
+        return "expected either IMAGE and CAPTION or --list FILE"
     if options.plot and options.list:
         return "--plot draws a single pair; use --html for a list"
     return None
@@ -71,11 +71,15 @@ def run(options: argparse.Namespace) -> int:
     """Predict the pairs; exit code 1 if any of them failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
+    inputs = [options.list, None if options.image is None else Path(options.image)]
     if options.plot:
         check_plot_path(options.plot)
+        check_output(options.plot, "--plot", inputs)
+        if options.out is not None and options.out.absolute() == options.plot.absolute():
+            raise InputError("--out and --plot name the same file; choose two")
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(_open_list(options.list)) if options.list else None
-        out = stack.enter_context(open_output(options.out, options.list))
+        out = stack.enter_context(open_output(options.out, inputs))
         predictor = stack.enter_context(_predictor(options))
         if lines is not None:
             return _predict_list(predictor, lines, out, options)

@@ -21,6 +21,24 @@ def test_image_options_of_another_kind_are_refused_at_once(bundle_dir):
         Predictor(bundle_dir, image_options={"max_bytes": 5})
 
 
+@pytest.mark.parametrize("thumbnail", [-1, "x", True, 1.5])
+def test_a_thumbnail_is_a_number_of_pixels(bundle_dir, thumbnail):
+    with pytest.raises(InputError, match="thumbnail: expected an integer of at least 0, got"):
+        Predictor(bundle_dir, thumbnail=thumbnail)
+
+
+@pytest.mark.parametrize("pairs", [None, 5, "a.jpg"])
+def test_a_stream_needs_an_iterable(predictor, pairs):
+    with pytest.raises(InputError, match="expected an iterable of"):
+        predictor.stream(pairs)
+
+
+def test_numbers_of_numpy_are_numbers(predictor, photo, bundle_dir):
+    assert len(list(predictor.stream([(photo, CAPTION)], batch_size=np.int64(1)))) == 1
+    with Predictor(bundle_dir, thresholds={"manipulated": np.float32(0.5)}, thumbnail=np.int64(8)) as other:
+        assert other.manifest.thresholds.manipulated == 0.5
+
+
 def test_the_answer_is_the_networks(predictor, photo, expected_outputs, network_input):
     result = predictor.predict(photo, CAPTION)
     _, tokens = predictor._preparation._tokenizer(CAPTION)

@@ -367,3 +367,22 @@ def test_a_size_that_cannot_be_read_is_an_input_error(photo, encode, tmp_path):
             read_size(other)
     with pytest.raises(InputError, match="cannot be read as an image"):
         read_size(tmp_path / ("x" * 5000))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"background": (0, 0)},
+        {"background": (300, 0, 0)},
+        {"background": (0, 0, -1)},
+        {"background": (0.5, 0, 0)},
+        {"background": "red"},
+        {"max_bytes": None},
+        {"max_bytes": -1},
+        {"max_pixels": 0},
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options):
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name}: expected"):
+        ImageOptions(**options)

@@ -187,8 +187,8 @@ def test_options_that_do_not_fit_exit_with_2_and_their_own_names(tmp_path, capsy
     for flags, message in {
         ("--strip-weights", "--version-compatible"): "the lean runtime",
         ("--profiles", "64x128"): "--profiles: profile 1 (64x128): expected 1..32 pairs",
-        ("--keep-layers", "3"): "--keep-layers: expected a precision below fp32",
-        ("--precision", "int8", "--workspace", "64"): "--calibration: expected with an engine in int8",
+        ("--keep-layers", "3"): "--keep-layers: needs a precision below fp32",
+        ("--precision", "int8", "--workspace", "64"): "--calibration: an engine in int8 or fp8 needs it",
     }.items():
         with pytest.raises(SystemExit) as stop:
             cli.main(["export", "--drawn", "--out", str(tmp_path / "b"), *flags])

@@ -339,7 +339,7 @@ def test_the_engines_graph_can_be_evaluated(whole, annotated):
     [
         ({"precision": "fp16"}, "calibration: expected precision int8 or fp8 with it, got fp16"),
         ({"calibration_pairs": 0}, "calibration_pairs: expected a whole number from 1, got 0"),
-        ({"keep_layers": "auto"}, "keep_layers: expected data with it"),
+        ({"keep_layers": "auto"}, "keep_layers: needs data"),
     ],
 )
 def test_options_that_do_not_fit(fields, message, data, tmp_path):
