@@ -66,7 +66,7 @@ def test_codes(normal, dtype, top):
         ({"bias": torch.zeros(1)}, "bias: expected the shape (8,), got (1,)"),
         ({"bias": torch.zeros(8, device="meta")}, "bias: expected it on cpu as the rest, got meta"),
         ({"dtype": torch.float16}, "dtype: expected one of torch.float8_e4m3fn, torch.int8, got"),
-        ({"scale": torch.ones(1).double()}, "scale: expected one float32, got torch.float64 of shape (1,)"),
+        ({"scale": torch.ones(1).double()}, "scale: expected one float32"),
         ({"scale": torch.ones(1, device="meta")}, "scale: expected it on cpu as the rest, got meta"),
         ({"dtype": None, "scale": torch.ones(1)}, "scale: expected a dtype of codes beside it"),
     ],

@@ -63,7 +63,7 @@ def test_by_hand():
         ({"x": torch.zeros(())}, "x: expected 1 to 8192 columns, got the shape ()"),
         ({"dtype": torch.float16}, "dtype: expected one of torch.float8_e4m3fn, torch.int8, got"),
         ({"dtype": None}, "dtype: expected one of torch.float8_e4m3fn, torch.int8, got None"),
-        ({"scale": torch.ones(1).double()}, "scale: expected one float32, got torch.float64 of shape (1,)"),
+        ({"scale": torch.ones(1).double()}, "scale: expected one float32"),
         ({"scale": torch.ones(1, device="meta")}, "scale: expected it on cpu as the rest, got meta"),
     ],
 )

@@ -164,7 +164,7 @@ def test_the_list_is_never_overwritten(served, photo, tmp_path, capsys):
     before = source.read_bytes()
     assert main(["predict", served, "--list", str(source), "--out", str(source)]) == 1
     assert source.read_bytes() == before
-    assert "is the list itself" in capsys.readouterr().err
+    assert "would overwrite an input" in capsys.readouterr().err
 
 
 def test_any_locale(served, photo):
