@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,18 +257,6 @@ def count_calls():
         return returned, calls["call"] + calls["c_call"]
 
     return count
-
-
-@pytest.fixture(scope="session")
-def in_threads():
-    """Run `work()` in so many threads at once and wait for all; the first exception of one is raised."""
-
-    def run(work, count):
-        with ThreadPoolExecutor(count) as pool:
-            for future in [pool.submit(work) for _ in range(count)]:
-                future.result()
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ import ctypes
 import dataclasses
 import importlib.util
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from helpers import differing
 
 from engine import Bundle, Predictor, backends
 from engine.backends import base, ort
@@ -192,21 +192,7 @@ def test_threads_agree_bit_for_bit(bundle_dir):
     backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
     generator = np.random.default_rng(2)
     cases = [feeds(1, 5) | {"image": generator.random((1, 3, 256, 256), np.float32)} for _ in range(4)]
-    serial = [backend.run(case) for case in cases]
-    wrong = []
-
-    def work() -> None:
-        for _ in range(20):
-            for case, expected in zip(cases, serial, strict=True):
-                answer = backend.run(case)
-                wrong.extend(name for name in expected if not np.array_equal(answer[name], expected[name]))
-
-    workers = [threading.Thread(target=work) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    assert differing(backend.run, cases, threads=8, turns=20) == []
 
 
 def test_a_cpu_backend_has_run_when_it_is_submitted(bundle_dir, photo, network_input):

@@ -6,6 +6,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from helpers import in_threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -250,7 +251,7 @@ def test_close(bundle_dir, photo):
         predictor.predict(photo, "a")
 
 
-def test_threads_share_a_predictor(predictor, photo, in_threads):
+def test_threads_share_a_predictor(predictor, photo):
     pairs = [(photo.rotate(30 * i), "obama " * (i + 1)) for i in range(4)]
     expected = [predictor.predict(*pair) for pair in pairs]
     wrong = []

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import draw_feeds, draw_text
 
 from engine import Bundle
 from engine.backends import graphs
@@ -166,17 +167,6 @@ def manifest(bundle_dir):
 @pytest.fixture
 def make_runner(cuda, tiny_network, manifest):
     return lambda name="asap": GraphRunner(tiny_network(name), LIMITS, manifest.preprocess, CPU)
-
-
-def draw_text(batch, tokens, seed=0):
-    random = np.random.default_rng(seed)
-    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
-    return {"input_ids": random.integers(1, 2000, (batch, tokens)) * mask, "attention_mask": mask}
-
-
-def draw_feeds(batch, tokens, seed=0):
-    image = np.random.default_rng(seed).standard_normal((batch, 3, 16, 16), dtype=np.float32)
-    return {"image": image.repeat(16, 2).repeat(16, 3), **draw_text(batch, tokens, seed)}
 
 
 def draw_images(sizes):

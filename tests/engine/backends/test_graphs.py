@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
+from helpers import differing
 
 from engine.backends.buckets import Bucket
 from engine.errors import BackendError
@@ -136,19 +135,7 @@ def test_threads_agree_bit_for_bit(make_runner, cuda, draw):
     def run(case):
         return runner.run(case, *case["input_ids"].shape)
 
-    serial, wrong = [run(case) for case in cases], []
-
-    def work():
-        for case, expected in zip(cases, serial, strict=True):
-            answer = run(case)
-            wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    assert differing(run, cases, threads=4) == []
 
 
 def test_images_become_the_networks_input(make_runner, cuda, draw, check_eager, network_input):

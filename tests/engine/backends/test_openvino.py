@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import differing, draw_feeds
 
 from engine import Bundle, Predictor, backends
 from engine.backends import base
@@ -27,16 +28,7 @@ EXACT = 2e-5  # float32 rounding, of answers around 1 and of the map's unbounded
 CASES = [(1, 2), (3, 17), (4, 50)]
 
 
-def feeds(batch, tokens, seed=0, size=256):
-    """Drawn pictures and captions of different lengths for a tiny network."""
-    random = np.random.default_rng(seed)
-    low = random.standard_normal((batch, 3, 16, 16), dtype=np.float32)
-    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
-    return {
-        "image": low.repeat(size // 16, 2).repeat(size // 16, 3),
-        "input_ids": random.integers(1, 100, (batch, tokens)) * mask,
-        "attention_mask": mask,
-    }
+feeds = functools.partial(draw_feeds, vocabulary=100)
 
 
 def relative(got, want):
@@ -148,20 +140,10 @@ def test_answers_are_the_callers_own(flat_copy):
     assert not np.array_equal(first["box"], third["box"])
 
 
-def test_threads_agree_bit_for_bit(loaded, in_threads):
+def test_threads_agree_bit_for_bit(loaded):
     backend = loaded("asap", "fp32", "openvino")
     cases = [feeds(batch, tokens, seed=batch) for batch, tokens in CASES]
-    serial = [backend.run(case) for case in cases]
-    wrong = []
-
-    def work():
-        for _ in range(3):
-            for case, expected in zip(cases, serial, strict=True):
-                answer = backend.run(case)
-                wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
-
-    in_threads(work, 4)
-    assert wrong == []
+    assert differing(backend.run, cases, threads=4, turns=3) == []
     assert 1 <= len(backend._network.idle) <= 4, "requests are used again"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+from helpers import draw_feeds
 
 from engine import Bundle, Predictor, backends
 from engine.backends import base, ort_gpu
@@ -21,14 +23,7 @@ SHAPES = "image:{0}x3x256x256,input_ids:{0}x{1},attention_mask:{0}x{1}"
 REAL = onnxruntime.InferenceSession
 
 
-def feeds(batch, tokens, seed=0):
-    random = np.random.default_rng(seed)
-    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
-    return {
-        "image": random.standard_normal((batch, 3, 256, 256), dtype=np.float32),
-        "input_ids": random.integers(1, 70, (batch, tokens)) * mask,
-        "attention_mask": mask,
-    }
+feeds = partial(draw_feeds, vocabulary=70)
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import differing, draw_feeds
 
 from engine import Bundle, Predictor, backends
 from engine.backends import graphs
@@ -33,18 +33,6 @@ def own_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def feeds(batch, tokens, seed=0):
-    """Drawn pictures and captions of different lengths for a tiny network."""
-    random = np.random.default_rng(seed)
-    low = random.standard_normal((batch, 3, 16, 16), dtype=np.float32)
-    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
-    return {
-        "image": low.repeat(16, 2).repeat(16, 3),
-        "input_ids": random.integers(1, 2000, (batch, tokens)) * mask,
-        "attention_mask": mask,
-    }
 
 
 def check_same(got, want, bound=EXACT, map_bound=EXACT_MAP):
@@ -106,13 +94,13 @@ def test_it_says_what_it_is(bundle, device):
 
 @pytest.mark.parametrize("shape", CASES)
 def test_answers_are_onnx_runtimes(name, shape, loaded):
-    inputs = feeds(*shape)
+    inputs = draw_feeds(*shape)
     check_same(loaded(name).run(inputs), loaded(name, backend="ort").run(inputs))
 
 
 def test_half_precision_is_near_onnx_runtimes(name, loaded):
     """The arithmetic here is float32, the weights are half's."""
-    inputs = feeds(4, 24)
+    inputs = draw_feeds(4, 24)
     check_near(loaded(name, "fp16").run(inputs), loaded(name, "fp16", "ort").run(inputs))
 
 
@@ -136,39 +124,20 @@ def test_outputs_are_the_published_ones(base, outputs_apart, manifest_template, 
     assert max(worst.values()) <= 2e-5, worst
 
 
-def in_threads(run, cases, turns):
-    """Answer the cases in four threads at once; the answers that differ from a serial run."""
-    serial = [run(case) for case in cases]
-    wrong = []
-
-    def work():
-        for _ in range(turns):
-            for case, expected in zip(cases, serial, strict=True):
-                answer = run(case)
-                wrong.extend(key for key in expected if not np.array_equal(answer[key], expected[key]))
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return wrong
-
-
 def test_threads_agree_bit_for_bit(loaded):
-    cases = [feeds(1, 5, seed) for seed in range(3)]
-    assert in_threads(loaded("asap").run, cases, 2) == []
+    cases = [draw_feeds(1, 5, seed) for seed in range(3)]
+    assert differing(loaded("asap").run, cases, threads=4, turns=2) == []
 
 
 def test_the_number_of_threads_is_the_one_given(loaded):
     torch.set_num_threads(2)
-    loaded("hammer").run(feeds(1, 4))
+    loaded("hammer").run(draw_feeds(1, 4))
     assert torch.get_num_threads() == 1
 
 
 def test_a_hosts_precision_does_not_reach_the_network(loaded, monkeypatch):
     """Neither autocast, which torch keeps by thread, nor what it keeps for the process."""
-    backend, inputs = loaded("asap"), feeds(2, 9)
+    backend, inputs = loaded("asap"), draw_feeds(2, 9)
     want, seen = backend.run(inputs), []
     network = graphs.outputs_of
     matmul = torch.backends.mkldnn.matmul
@@ -199,7 +168,7 @@ def test_predictor_serves_it(name, bundle):
 
 
 def test_read_only_inputs_are_read(loaded, recwarn):
-    inputs = feeds(1, 4)
+    inputs = draw_feeds(1, 4)
     want = loaded("hammer").run(inputs)
     for array in inputs.values():
         array.setflags(write=False)
@@ -212,7 +181,7 @@ def test_a_closed_backend_refuses(bundle):
     backend.close()
     backend.close()
     with pytest.raises(BackendError, match="the backend was closed; create another Predictor"):
-        backend.run(feeds(1, 4))
+        backend.run(draw_feeds(1, 4))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:-1", "mps", ""])
@@ -313,7 +282,7 @@ def test_a_manifest_of_other_outputs(copied, bundle):
 
 @pytest.mark.parametrize("ids", [2048, -1])
 def test_ids_outside_the_vocabulary(loaded, ids):
-    inputs = feeds(1, 4)
+    inputs = draw_feeds(1, 4)
     inputs["input_ids"][0, 1] = ids
     with pytest.raises(BackendError, match="input_ids: expected 0 to 2047, the vocabulary, got"):
         loaded("hammer").run(inputs)
@@ -323,7 +292,7 @@ def test_inputs_of_another_shape(loaded):
     with pytest.raises(
         BackendError, match=r"image: expected float32 of shape .*got float32 of shape \[1, 3, 8\]"
     ):
-        loaded("hammer").run(feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
+        loaded("hammer").run(draw_feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
 
 
 def test_a_failing_run_is_a_backend_error(bundle, monkeypatch):
@@ -334,7 +303,7 @@ def test_a_failing_run_is_a_backend_error(bundle, monkeypatch):
 
     monkeypatch.setattr(graphs, "outputs_of", fail)
     with pytest.raises(BackendError, match=r"torch failed on inputs of shape .*\[1, 4\].*: no room"):
-        backend.run(feeds(1, 4))
+        backend.run(draw_feeds(1, 4))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -347,7 +316,7 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
     backend = backends.create("torch", Bundle.open(bundle(name, precision).path), "cuda", 1)
     assert backend.device.startswith("cuda:")
     for seed, shape in enumerate([*CASES, *CASES]):
-        inputs = feeds(*shape, seed)
+        inputs = draw_feeds(*shape, seed)
         got, want = backend.run(inputs), loaded(name, precision).run(inputs)
         if precision == "fp32":
             check_same(got, want, 1e-4, 1e-4)
@@ -359,14 +328,16 @@ def test_captured_graphs_answer_as_the_cpu(name, precision, bundle, loaded):
 @pytest.mark.parametrize("interface", ["older", "newer"])
 def test_captured_graphs_are_exact_whatever_the_host_set(name, bundle, interface):
     """TF32 has 10 bits of a factor where float32 has 23."""
-    want = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(feeds(4, 50))
+    want = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(draw_feeds(4, 50))
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
     try:
         if interface == "older":
             torch.set_float32_matmul_precision("high")
         else:
             torch.backends.cudnn.conv.fp32_precision = "ieee"
-        got = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(feeds(4, 50))
+        got = backends.create("torch", Bundle.open(bundle(name, "fp32").path), "cuda", 1).run(
+            draw_feeds(4, 50)
+        )
     finally:
         torch.backends.cudnn.conv.fp32_precision = conv
         torch.set_float32_matmul_precision(matmul)
@@ -381,7 +352,7 @@ def test_batches_on_a_gpu_run_beside_each_other(name, bundle, network_input):
     for seed, (batch, tokens) in enumerate([(4, 50), (1, 9), (4, 40)]):
         shapes = random.integers(20, 600, (batch, 2))
         pictures = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-        text = feeds(batch, tokens, seed)
+        text = draw_feeds(batch, tokens, seed)
         text["image"] = np.stack([network_input(x) for x in pictures])
         wanted.append(backend.run(text))
         del text["image"]
@@ -395,8 +366,8 @@ def test_batches_on_a_gpu_run_beside_each_other(name, bundle, network_input):
 @needs_gpu
 def test_captured_graphs_agree_in_threads(name, bundle):
     backend = backends.create("torch", Bundle.open(bundle(name, "fp16").path), "cuda", 1)
-    cases = [feeds(1, 5), feeds(1, 9, seed=1), feeds(2, 20, seed=2)]
-    assert in_threads(backend.run, cases, 10) == []
+    cases = [draw_feeds(1, 5), draw_feeds(1, 9, seed=1), draw_feeds(2, 20, seed=2)]
+    assert differing(backend.run, cases, threads=4, turns=10) == []
 
 
 def test_a_calibrated_bundle_without_its_scales(bundle, tmp_path):

@@ -6,9 +6,11 @@ import gc
 import logging
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
+from helpers import draw_feeds
 
 from engine import Bundle, Predictor, backends
 from engine.backends import tensorrt, tensorrt_engine, tensorrt_lane
@@ -21,14 +23,7 @@ SMALL = ((1, 2), (2, 32))
 FULL = ((1, 2), (4, 127))
 
 
-def feeds(batch, tokens, seed=0):
-    random = np.random.default_rng(seed)
-    mask = (np.arange(tokens)[None] < random.integers(1, tokens + 1, batch)[:, None]).astype(np.int64)
-    return {
-        "image": random.standard_normal((batch, 3, 256, 256), dtype=np.float32),
-        "input_ids": random.integers(1, 70, (batch, tokens)) * mask,
-        "attention_mask": mask,
-    }
+feeds = partial(draw_feeds, vocabulary=70)
 
 
 @pytest.fixture
