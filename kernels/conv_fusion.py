@@ -232,6 +232,7 @@ def schedules(width: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     )
 
 
+# Long because the formatter gives each of the kernel's arguments a line.
 def launch(
     kernel: Any,
     image: Tensor,

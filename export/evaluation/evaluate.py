@@ -124,6 +124,7 @@ class Evaluation:
         return plain
 
 
+# Long by its signature, docstring and the fields of its result; the steps are functions already.
 def evaluate(
     bundle: str | Path | Bundle,
     data: str | Path,

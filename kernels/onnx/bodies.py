@@ -122,6 +122,7 @@ def _conv_fusion(name: str) -> onnx.FunctionProto:
     }}""")
 
 
+# Long because a body is a list of nodes; halves of it would share most of their names.
 def _gaussian_guidance(name: str) -> onnx.FunctionProto:
     """Write the standard-operator form."""
     pads = ", ".join([str(gaussian_guidance.PADDING)] * 4)
