@@ -1,8 +1,8 @@
 """Doubles of NVIDIA's driver and of TensorRT's runtime that really answer, on memory of the host.
 
 Work on a stream waits in a queue until somebody waits for the stream, so that what is read too early is not
-there; memory is born as NaN. `test_surface` and `test_cuda` hold both doubles to the real libraries. One file,
-since the two doubles share their queue and memory.
+there; memory is born as NaN. `test_surface` and `test_cuda` hold both doubles to the real libraries.
+One file, since the two doubles share their queue and memory.
 """
 
 from __future__ import annotations
