@@ -274,7 +274,7 @@ def launch(
     guided: bool = False,
     schedule: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch `kernel` or its wrapping by `schedule`, else by the first of `schedules`: (output, map or None)."""
+    """Launch `kernel` or its wrapping by `schedule`, else the first of `schedules`: (output, map or None)."""
     batch, n_queries, columns = query.shape
     n_keys, width = key.shape[1], columns // heads
     query, key, value = map(dense_columns, (query, key, value))
