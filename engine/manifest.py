@@ -25,6 +25,13 @@ INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
 
+# The demo weights of bundles that were written before a manifest said what kind its weights are.
+_FIRST_DEMOS = (
+    "63c148846bba7f7753c85ea8c297a413036ae6c5db530690ae7b23b640e42028",
+    "5de2f0947c266d7b73d93c43238baafc171d6ce890ad1dc073338ff1c8d5392e",
+    "87e49c3a2d3434fda3ee50252fe39e251e170a204ead026c6f169d4f53ad3d44",
+)
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _Count = Annotated[int, at_least(1)]
 _CountOrNone = Annotated[int, at_least(0)]
@@ -45,11 +52,28 @@ class ModelInfo(Record):
 
 @dataclass(frozen=True)
 class Weights(Record):
-    """Where the weights come from; `trained` is false for drawn ones."""
+    """Where the weights come from.
 
-    trained: bool
+    kind: "trained" for a user's checkpoint, "demo" for the weights that ship with the package, whose answers
+    say nothing about real images, "drawn" for weights drawn from a formula.
+    """
+
+    kind: Annotated[str, one_of("trained", "demo", "drawn")]
     source: str
     sha256: _Sha256 | None
+
+    @property
+    def trained(self) -> bool:
+        """Whether anybody trained them."""
+        return self.kind != "drawn"
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Tell the kind of weights of bundles that said only whether they were trained."""
+        if "kind" in raw or not isinstance(raw.get("trained"), bool):
+            return raw
+        kind = "demo" if raw.get("sha256") in _FIRST_DEMOS else "trained" if raw["trained"] else "drawn"
+        return {"kind": kind, **raw}
 
 
 @dataclass(frozen=True)
@@ -92,11 +116,19 @@ class Limits(Record):
 
 @dataclass(frozen=True)
 class Thresholds(Record):
-    """Scores in [0, 1] from which a prediction counts as manipulated."""
+    """Scores in [0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
 
     manipulated: _Score
-    types: _Score
+    face_swap: _Score
+    face_attribute: _Score
+    text_swap: _Score
+    text_attribute: _Score
     words: _Score
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Give each type the one threshold of bundles that had a single one for all of them."""
+        return {**dict.fromkeys(TYPES, raw["types"]), **raw} if "types" in raw else raw
 
 
 @dataclass(frozen=True)

@@ -33,19 +33,20 @@ def read_result(
             raise NumericalError(
                 f"{name}: the network's {output} holds NaN or infinity; no score is made of it"
             )
-    thresholds = manifest.thresholds
+    thresholds = vars(manifest.thresholds)
     score = float(softmax(item["logits_real_fake"])[1])
     types = dict(zip(manifest.types, sigmoid(item["logits_multicls"]).tolist(), strict=True))
     grid = manifest.preprocess.image_size // manifest.preprocess.patch_size
     scores = item.get("attention_map")
     return Result(
-        manipulated=score >= thresholds.manipulated,
+        manipulated=score >= thresholds["manipulated"],
         score=score,
         types=types,
-        detected=tuple(kind for kind, value in types.items() if value >= thresholds.types),
+        detected=tuple(kind for kind, value in types.items() if value >= thresholds[kind]),
         box=read_box(item["box"], size),
-        words=read_words(item["logits_tok"], tokens, thresholds.words),
+        words=read_words(item["logits_tok"], tokens, thresholds["words"]),
         size=size,
+        thresholds=dict(thresholds),
         heatmap=None if scores is None else read_heatmap(scores, grid),
     )
 

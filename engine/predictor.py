@@ -84,9 +84,9 @@ class Predictor:
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
         longer side in pixels of a Prediction's thumbnail, 0 for none; `thresholds` such as
-        {"manipulated": 0.8, "types": 0.5, "words": 0.6} replace the bundle's, each by itself. With `rebuild`
-        a bundle without an engine for this machine's GPU gets one first, on disk too, which can take many
-        minutes. An engine is checked here and loaded at the first run: call `warm_up` to load it before.
+        {"manipulated": 0.8, "face_swap": 0.5, "words": 0.6} replace the bundle's, each by itself, "types"
+        those of all four types. With `rebuild` a bundle without an engine for this machine's GPU gets one
+        first, on disk too, which can take many minutes. An engine is checked here and loaded at the first run: call `warm_up` to load it before.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks, EngineMismatchError for an engine of another machine, InputError for a threshold of an unknown
         name or outside [0, 1], a negative thumbnail and other image options than an `ImageOptions`.
@@ -99,7 +99,7 @@ class Predictor:
         if rebuild:
             self.bundle = rebuilt(backend, self.bundle, device)
         manifest = self.bundle.manifest
-        self._manifest = replace(manifest, thresholds=_thresholds(manifest.thresholds, thresholds or {}))
+        self._manifest = replace(manifest, thresholds=_thresholds(manifest, thresholds or {}))
         spec = self.manifest.preprocess
         tokenizer = CaptionTokenizer(
             self.bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, self.bundle.read(TOKENIZER)
@@ -316,15 +316,17 @@ class Predictor:
         )
 
 
-def _thresholds(defaults: Thresholds, given: Mapping[str, float]) -> Thresholds:
+def _thresholds(manifest: Manifest, given: Mapping[str, float]) -> Thresholds:
     """Replace some of the bundle's thresholds; raises InputError."""
-    names = vars(defaults)
+    defaults = manifest.thresholds
+    names = (*vars(defaults), "types")
     if not isinstance(given, Mapping) or not set(given) <= set(names):
         raise InputError(f"thresholds: expected a mapping with some of {', '.join(names)}, got {given!r}")
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {value!r}")
-    return replace(defaults, **given)
+    groups = dict.fromkeys(manifest.types, given["types"]) if "types" in given else {}
+    return replace(defaults, **groups | {name: x for name, x in given.items() if name != "types"})
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:

@@ -28,11 +28,11 @@ class Word:
 class Result:
     """What was decided for one image and its caption, as data; `engine.Prediction` can also be drawn.
 
-    manipulated: `score` reaches the bundle's threshold.
+    manipulated: `score` reaches its threshold.
     score: probability in [0, 1] that the pair is manipulated.
     types: probability in [0, 1] of face_swap, face_attribute, text_swap, text_attribute; independent of
         each other and of `score`.
-    detected: the types that reach the bundle's threshold; meaningful where `manipulated` is true.
+    detected: the types that reach their thresholds; meaningful where `manipulated` is true.
     box: (x1, y1, x2, y2) of the manipulated face, in pixels of the upright image, clipped to it. The
         network predicts a box for every image, so it is meaningful only where a face type is detected;
         None where the box is empty (the benchmark's "no box").
@@ -46,6 +46,8 @@ class Result:
         inference (with the normalisation), postprocess, and total, their sum. In a batch the inference time
         is the batch's divided by its size.
     warnings: short codes, each with detail after a colon.
+    thresholds: the scores from which the verdict, each type and a word count: manipulated, the four types,
+        words.
     model: name, size, precision, backend and device of the network.
     thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not stored.
 
@@ -61,6 +63,7 @@ class Result:
     size: tuple[int, int]
     caption: str = ""
     warnings: tuple[str, ...] = ()
+    thresholds: dict[str, float] = field(default_factory=dict)
     model: dict[str, str] = field(default_factory=dict)
     heatmap: np.ndarray | None = field(default=None, compare=False, repr=False)
     timing: dict[str, float] = field(default_factory=dict, compare=False)
@@ -78,6 +81,7 @@ class Result:
             "caption": self.caption,
             "size": list(self.size),
             "warnings": list(self.warnings),
+            "thresholds": dict(self.thresholds),
             "model": dict(self.model),
             "timing": dict(self.timing),
         }

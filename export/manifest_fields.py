@@ -60,7 +60,7 @@ def describe_export(
         outputs=_outputs(config),
         limits=Limits(options.max_batch, options.max_tokens),
         types=TYPES,
-        thresholds=Thresholds(THRESHOLD, THRESHOLD, THRESHOLD),
+        thresholds=Thresholds(**dict.fromkeys(("manipulated", *TYPES, "words"), THRESHOLD)),
         engines=tuple(engines),
         versions={
             "python": platform.python_version(),

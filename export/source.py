@@ -10,6 +10,7 @@ import safetensors.torch
 import dgm4
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
+from dgm4.shipped import demo_of
 from dgm4.tokenizer import build_tokenizer, vocabulary_of
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
@@ -45,7 +46,7 @@ def _load(job: Job) -> tuple[Detector, Weights]:
     with job.stage("load") as stage:
         if options.checkpoint is None:
             model = dgm4.seeded_model(options.model or "asap", options.size or "tiny", SEED)
-            weights = Weights(trained=False, source=f"drawn from seed {SEED}", sha256=None)
+            weights = Weights(kind="drawn", source=f"drawn from seed {SEED}", sha256=None)
         else:
             model, weights = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
@@ -61,7 +62,9 @@ def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weig
     name = options.model or (checkpoint.layout if trained else None)
     config = dgm4.model_config(name, options.size) if name and options.size else None
     source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
-    weights = Weights(trained, source, sha256_of(path))
+    digest = sha256_of(path)
+    kind = "demo" if demo_of(digest) else "trained" if trained else "drawn"
+    weights = Weights(kind, source, digest)
     return dgm4.load_state(checkpoint, options.model, config), weights
 
 

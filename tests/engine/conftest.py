@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine import Predictor
 from engine.manifest import manifest_digest
+from engine.network.config import TYPES
 
 WORDS = ["obama", "s", "the", "president", "speaks", "in", "person", "well", "known", "poison", "bottom"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -112,7 +113,7 @@ def base_manifest():
         "format_version": 1,
         "created": "2026-01-01T00:00:00Z",
         "model": {"name": "asap", "size": "tiny", "config": {"model": "asap", "width": 64}},
-        "weights": {"trained": True, "source": "checkpoint fake.pth", "sha256": "0" * 64},
+        "weights": {"kind": "trained", "source": "checkpoint fake.pth", "sha256": "0" * 64},
         "precision": "fp32",
         "preprocess": {
             "image_size": 256,
@@ -138,7 +139,7 @@ def base_manifest():
         ],
         "limits": {"max_batch": 4, "max_tokens": 127},
         "types": ["face_swap", "face_attribute", "text_swap", "text_attribute"],
-        "thresholds": {"manipulated": 0.5, "types": 0.5, "words": 0.5},
+        "thresholds": dict.fromkeys(("manipulated", *TYPES, "words"), 0.5),
         "files": {},
         "engines": [],
         "versions": {"dgm4": "0.1.0", "python": "3.11"},

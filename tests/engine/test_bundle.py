@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine import Bundle, Predictor
+from engine import manifest as manifests
 from engine.errors import BundleError
 from engine.manifest import parse_manifest
 
@@ -84,7 +85,7 @@ def test_a_manifest_that_is_no_json_object(data):
         ("format_version", True, "format_version: expected 1; update the package"),
         ("model", "asap", "model: expected an object, got 'asap'"),
         ("model/name", None, "model.name: expected a string, got None"),
-        ("weights/trained", 1, "weights.trained: expected true or false"),
+        ("weights/kind", 1, "weights.kind: expected one of trained, demo, drawn"),
         ("weights/sha256", "abc", "weights.sha256: expected 64"),
         ("precision", "fp4", "precision: expected one of fp32"),
         ("preprocess/resample", "nearest", "preprocess.resample: expected one of bicubic"),
@@ -291,3 +292,17 @@ def test_the_calibration_of_static_int8_is_read_where_it_is_recorded(bundle_dir)
     ):
         with pytest.raises(BundleError, match=message):
             parse_manifest(json.dumps(changed(manifest, path, value)).encode())
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [
+        ({"trained": True, "source": "x.pth", "sha256": "0" * 64}, "trained"),
+        ({"trained": False, "source": "drawn from seed 1", "sha256": None}, "drawn"),
+        ({"trained": True, "source": "asap.safetensors", "sha256": manifests._FIRST_DEMOS[1]}, "demo"),
+    ],
+)
+def test_manifest_of_an_older_release_is_read(weights, kind):
+    assert manifests.Weights.from_dict(weights).kind == kind
+    thresholds = manifests.Thresholds.from_dict({"manipulated": 0.5, "types": 0.4, "words": 0.3})
+    assert (thresholds.face_swap, thresholds.text_attribute, thresholds.words) == (0.4, 0.4, 0.3)

@@ -229,7 +229,7 @@ def test_empty_captions_are_answered(predictor, photo, caption):
 
 def test_untrained_weights_warn_in_every_prediction(bundle_copy, manifest_template, write_manifest, photo):
     manifest = manifest_template()
-    manifest["weights"] = {"trained": False, "source": "drawn from seed 1", "sha256": None}
+    manifest["weights"] = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None}
     write_manifest(bundle_copy, manifest)
     with Predictor(bundle_copy, threads=1) as predictor:
         for result in predictor.predict_batch([(photo, "a"), (photo, "")]):

@@ -22,7 +22,7 @@ from export.bundle.card import largest_text, model_card
 MANIFEST = Manifest(
     created="2026-11-28T00:00:00+00:00",
     model=ModelInfo("asap", "tiny", {"width": 64, "heads": 4}),
-    weights=Weights(trained=False, source="drawn from seed 1", sha256=None),
+    weights=Weights(kind="drawn", source="drawn from seed 1", sha256=None),
     precision="fp16",
     preprocess=Preprocess(
         256, 16, "bicubic", CLIP_MEAN, CLIP_STD, max_words=50, max_tokens=127, min_tokens=2
@@ -31,7 +31,7 @@ MANIFEST = Manifest(
     outputs=(TensorSpec("logits_tok", "float32", ("batch", "tokens - 1", 2)),),
     limits=Limits(max_batch=32, max_tokens=127),
     types=TYPES,
-    thresholds=Thresholds(0.5, 0.5, 0.5),
+    thresholds=Thresholds(0.5, 0.5, 0.5, 0.5, 0.5, 0.5),
     engines=(),
     versions={"dgm4": "0.1.0"},
     verification=(Verification(stage="onnx", against="torch fp32", max=2.5e-6, rms=1e-7, tolerance=1e-4),),
@@ -65,7 +65,7 @@ def test_card_tells_what_the_manifest_holds():
 
 
 def test_card_of_trained_weights_without_engines():
-    weights = Weights(trained=True, source="checkpoint best.pth", sha256="ab" * 32)
+    weights = Weights(kind="trained", source="checkpoint best.pth", sha256="ab" * 32)
     card = model_card(replace(MANIFEST, weights=weights, verification=()))
     assert "not trained" not in card
     assert "checkpoint best.pth" in card

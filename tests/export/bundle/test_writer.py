@@ -15,13 +15,14 @@ import pytest
 
 from engine.bundle import Bundle
 from engine.errors import BundleError
+from engine.network.config import TYPES
 from export.bundle import writer as bundle
 from export.bundle.writer import BundleWriter, sweep_partials
 
 ROOT = Path(__file__).resolve().parents[3]
 MANIFEST = {
     "model": {"name": "asap", "size": "tiny", "config": {"width": 64, "heads": 4, "vision_depth": 2}},
-    "weights": {"trained": False, "source": "drawn from seed 1", "sha256": None},
+    "weights": {"kind": "drawn", "source": "drawn from seed 1", "sha256": None},
     "precision": "fp16",
     "preprocess": {
         "image_size": 256,
@@ -46,7 +47,7 @@ MANIFEST = {
     ],
     "limits": {"max_batch": 32, "max_tokens": 127},
     "types": ["face_swap", "face_attribute", "text_swap", "text_attribute"],
-    "thresholds": {"manipulated": 0.5, "types": 0.5, "words": 0.5},
+    "thresholds": dict.fromkeys(("manipulated", *TYPES, "words"), 0.5),
     "engines": [],
     "versions": {"dgm4": "0.1.0", "python": "3.11.7"},
     "verification": [
@@ -276,7 +277,7 @@ def test_bundle_is_flat_and_of_regular_files(tmp_path, kind):
     ("fields", "cause"),
     [
         (
-            {"thresholds": {"manipulated": float("nan"), "types": 0.5, "words": 0.5}},
+            {"thresholds": dict.fromkeys(("manipulated", *TYPES, "words"), float("nan"))},
             "NaN is not a JSON number",
         ),
         ({"types": ["face_swap"]}, "types: expected .*, got"),

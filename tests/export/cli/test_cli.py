@@ -225,7 +225,7 @@ def test_without_an_argument_the_trained_demo_finds_the_face_and_the_words(tmp_p
     assert cli.main(["export", "--target", "none", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["bundle"] == "bundle-asap-tiny-fp32"
-    assert record["manifest"]["weights"]["trained"] is True
+    assert record["manifest"]["weights"]["kind"] == "demo"
     sample, truth = record["sample"], demo_record()["sample"]
     assert sample["warnings"] == []
     assert sample["manipulated"]
