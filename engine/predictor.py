@@ -83,10 +83,11 @@ class Predictor:
         """Open, verify and load a bundle.
 
         `threads` is the number of CPU threads of the network (None: every usable core); `thumbnail` the
-        longer side in pixels of a Prediction's thumbnail, 0 for none; `thresholds` such as
-        {"manipulated": 0.8, "face_swap": 0.5, "words": 0.6} replace the bundle's, each by itself, "types"
-        those of all four types. With `rebuild` a bundle without an engine for this machine's GPU gets one
-        first, on disk too, which can take many minutes. An engine is checked here and loaded at the first run: call `warm_up` to load it before.
+        longer side in pixels of a Prediction's thumbnail, 0 for none; `thresholds` such as {"manipulated":
+        0.8, "face_swap": 0.5, "words": 0.6} replace the bundle's, each by itself, "types" those of all four
+        types. With `rebuild` a bundle without an engine for this machine's GPU gets one first, on disk too,
+        which can take many minutes. An engine is checked here and loaded at the first run: call `warm_up` to
+        load it before.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks, EngineMismatchError for an engine of another machine, InputError for a threshold of an unknown
         name or outside [0, 1], a negative thumbnail and other image options than an `ImageOptions`.
