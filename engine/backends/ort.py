@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
 from pathlib import Path
 
 import onnxruntime
 
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Outputs
+from engine.backends.base import Backend, Outputs, has_vnni
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
@@ -64,17 +62,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # An x86 CPU without VNNI adds pairs of int8 products in 16 bits, which saturate: logits are a fifth off
     # without a word. Unsigned codes are exact there; with VNNI both are exact, and signed ones faster.
-    options.add_session_config_entry("session.x64quantprecision", "0" if _has_vnni() else "1")
+    options.add_session_config_entry("session.x64quantprecision", "0" if has_vnni() else "1")
     return options
-
-
-@functools.cache
-def _has_vnni() -> bool:
-    """Whether an x86 CPU adds int8 products in 32 bits; false where that cannot be told."""
-    try:
-        return re.search(r"\b(avx512_vnni|avx_vnni)\b", Path("/proc/cpuinfo").read_text()) is not None
-    except OSError:
-        return False
 
 
 class OrtBackend(Backend[onnxruntime.InferenceSession]):
