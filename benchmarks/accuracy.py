@@ -111,7 +111,7 @@ def key_of(record: Record) -> Key:
 
 
 def table(records: Iterable[Record]) -> str:
-    """The documentation's table: the demo's metrics in percent, its gate, and what agrees with float32."""
+    """The demo's metrics in percent, its gate, and what agrees with float32."""
     result = {key_of(record): record for record in records}
     head = ["network", "precision", *GATED, "gate", "same verdict", "same types"]
     head += ["drawn base: moved", "same verdict", "same types"]
