@@ -132,9 +132,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     cores = usable_cores()
     if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
         raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
-    module, function = _BACKENDS[name].create.split(":")
-    load: _Load = getattr(importlib.import_module(module), function)
-    return load(bundle, device, threads)
+    return _load(name)(bundle, device, threads)
 
 
 def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
@@ -156,6 +154,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _load(name: str) -> _Load:
+    """The function that loads a bundle; raises BackendError where the library does not even import."""
+    module, function = _BACKENDS[name].create.split(":")
+    try:
+        load: _Load = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a library raises what it likes, as RuntimeError without a home folder
+        kind = type(error).__name__
+        raise BackendError(f"the backend {name!r} cannot be imported: {kind}: {error}") from error
+    return load
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
