@@ -134,7 +134,9 @@ def _verdict_key(result: Result | Exception) -> str:
 
 def _card(result: Result, stored: bool) -> dict[str, Any]:
     """What the card's template shows, but for the image; `stored` is whether there is one."""
-    heat = heat_layer(result.heatmap, (_HEAT_SIDE,) * 2) if result.heatmap is not None else None
+    heat = None
+    if result.heatmap is not None and has_heat(result):
+        heat = _encode(heat_layer(result.heatmap, (_HEAT_SIDE, _HEAT_SIDE)), "WEBP", quality=60)
     return {
         "verdict": verdict(result),
         "manipulated": result.manipulated,
@@ -146,7 +148,7 @@ def _card(result: Result, stored: bool) -> dict[str, Any]:
         "caption": [
             (mark, list(run)) for mark, run in groupby(caption_pieces(result), lambda piece: piece.mark)
         ],
-        "heat": _encode(heat, "WEBP", quality=60) if heat is not None and has_heat(result) else None,
+        "heat": heat,
         "box": face_box(result),
     }
 
