@@ -76,6 +76,15 @@ class Weights(Record):
         return {"kind": kind, **raw}
 
 
+def weights_warning(weights: Weights) -> str | None:
+    """Why the answers of these weights must not be trusted, None for a user's own checkpoint."""
+    if weights.kind == "demo":
+        return "demo_weights: trained on made images; the answers say nothing about real ones"
+    if weights.kind == "drawn":
+        return f"untrained_weights: the scores mean nothing ({weights.source})"
+    return None
+
+
 @dataclass(frozen=True)
 class Preprocess(Record):
     """How the network's inputs are made; sizes in pixels, lengths in words and tokens."""

@@ -25,7 +25,7 @@ from engine.inputs.preparation import Item, Preparation, milliseconds
 from engine.inputs.preprocess import ImageInput, ImageOptions, check_count
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
-from engine.manifest import Manifest, Thresholds
+from engine.manifest import Manifest, Thresholds, weights_warning
 from engine.postprocess import read_result
 from engine.prediction import Prediction
 
@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def model(self) -> dict[str, str]:
-        """Name, size and precision of the model, and the backend and device that run it."""
+        """Name, size and precision of the model, the backend and device that run it, the kind of its weights."""
         info = self.manifest.model
         return {
             "name": info.name,
@@ -127,6 +127,7 @@ class Predictor:
             "precision": self.manifest.precision,
             "backend": self._backend.name,
             "device": self._backend.device,
+            "weights": self.manifest.weights.kind,
         }
 
     def predict(self, image: ImageInput, caption: Caption) -> Prediction:
@@ -331,7 +332,8 @@ def _thresholds(manifest: Manifest, given: Mapping[str, float]) -> Thresholds:
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
-    if manifest.weights.trained:
+    warning = weights_warning(manifest.weights)
+    if warning is None:
         return ()
-    logger.warning("the bundle's weights are untrained (%s)", manifest.weights.source)
-    return (f"untrained_weights: the scores mean nothing ({manifest.weights.source})",)
+    logger.warning("%s", warning)
+    return (warning,)

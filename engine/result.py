@@ -48,7 +48,8 @@ class Result:
     warnings: short codes, each with detail after a colon.
     thresholds: the scores from which the verdict, each type and a word count: manipulated, the four types,
         words.
-    model: name, size, precision, backend and device of the network.
+    model: name, size, precision, backend and device of the network, and the kind of its weights (trained,
+        demo or drawn).
     thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not stored.
 
     Equality leaves out heatmap, timing and thumbnail.
