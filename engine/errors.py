@@ -51,3 +51,17 @@ class EngineMismatchError(Dgm4Error):
     """An engine was built for another machine or library version; names both sides."""
 
     exit_code = 4
+
+
+_LONGEST = 120  # characters of what a user gave that a message repeats
+
+
+def shorten(text: str) -> str:
+    """Cut what a message repeats of a user's text to 120 characters, its beginning and its end."""
+    end = _LONGEST // 3
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - end - 3]}...{text[-end:]}"
+
+
+def quoted(value: object) -> str:
+    """`repr` of what a user gave, cut to 120 characters."""
+    return shorten(repr(value))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -114,8 +113,6 @@ class Backend(ABC, Generic[Network]):
             raise BackendError(f"{self.library} failed on inputs of shape {shapes}: {error}") from error
 
 
-def verified_graph(bundle: Bundle, model: str, data: str) -> Path:
-    """Return the path of the graph `model`, its weights `data` beside it verified too; raises BundleError."""
-    if data in bundle.manifest.files:
-        bundle.verified(data)
-    return bundle.verified(model)
+def graph_files(bundle: Bundle, model: str, data: str) -> list[str]:
+    """The graph `model` and, where the bundle has it, the file of its weights `data`."""
+    return [name for name in (model, data) if name == model or name in bundle.manifest.files]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +34,32 @@ def outputs_of(model: InferenceModel, inputs: Mapping[str, Tensor]) -> dict[str,
     return {name: x for name, x in model(**inputs)._asdict().items() if x is not None}
 
 
+class _Threads:
+    """Lends the runs of this process a number of torch's CPU threads, which is the whole process's setting."""
+
+    def __init__(self) -> None:
+        self._lock, self._runs, self._before = threading.Lock(), 0, 0
+
+    @contextmanager
+    def set_to(self, count: int) -> Iterator[None]:
+        """Run the block with `count` threads; then the process has what it had before the first of such runs."""
+        with self._lock:
+            if not self._runs:
+                self._before = torch.get_num_threads()
+            self._runs += 1
+        try:
+            # A thread that has run before keeps the number it had then, so each run sets it.
+            torch.set_num_threads(count)
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                torch.set_num_threads(self._before)
+
+
+_THREADS = _Threads()
+
+
 class EagerRunner:
     """Runs any shape on the CPU, with `threads` threads."""
 
@@ -41,10 +68,7 @@ class EagerRunner:
 
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Run one batch and return its outputs by name."""
-        # The number is the process's, but a thread that has run before keeps the one it had then.
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        with torch.inference_mode(), full_float32("cpu"):
+        with _THREADS.set_to(self._threads), torch.inference_mode(), full_float32("cpu"):
             inputs = {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
             return {name: x.numpy() for name, x in outputs_of(self._model, inputs).items()}
 
