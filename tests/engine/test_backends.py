@@ -14,8 +14,8 @@ from helpers import differing
 
 from engine import Bundle, Predictor, backends
 from engine.backends import base, ort
-from engine.backends.cores import visible_cores
 from engine.backends import torch as torch_backend
+from engine.backends.cores import visible_cores
 from engine.errors import BackendError, BundleError
 
 
