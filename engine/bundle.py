@@ -101,14 +101,15 @@ class Bundle:
     def held(self, *names: str) -> Iterator[None]:
         """Verify the files `names` for a block in which a library reads them by their paths.
 
-        `read` is for libraries that take a file's content. Raises BundleError where the manifest does not list
-        a file, and for one that was altered before the block, or is written or replaced within it.
+        `read` is for libraries that take a file's content. Raises BundleError where the manifest does not
+        list a file, and for one that was altered before the block, or is written or replaced within it.
         """
         states = {name: _check_digest(self.path / name, self._entry(name)) for name in names}
         yield
         for name, state in states.items():
-            if _state(self.path / name) != state:
-                raise BundleError(f"{self.path / name}: was replaced while it was loaded; {_remedy(name)}")
+            path = self.path / name
+            if not path.is_file() or _state(path.stat()) != state:
+                raise BundleError(f"{path}: was replaced while it was loaded; {_remedy(name)}")
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
@@ -169,7 +170,7 @@ def _why_none(root: Path, error: OSError | ValueError) -> str:
 
 
 def _list_files(root: Path) -> dict[str, int]:
-    """Return the size of every file of the directory but the manifest and hidden ones, which nothing reads."""
+    """Return the size of every file of the directory but the manifest and the hidden ones."""
     sizes = {}
     try:
         for entry in os.scandir(root):
@@ -195,21 +196,17 @@ def _check_digest(path: Path, entry: FileEntry) -> tuple[int, ...]:
     """Raise BundleError unless the file's SHA-256 agrees; return the state of the file that was hashed."""
     try:
         with path.open("rb") as file:
-            state = _state(file.fileno())
-            _check_size(path, os.fstat(file.fileno()).st_size, entry)
+            found = os.fstat(file.fileno())
+            _check_size(path, found.st_size, entry)
             digest = sha256_of(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     _compare(path, digest, entry)
-    return state
+    return _state(found)
 
 
-def _state(file: Path | int) -> tuple[int, ...]:
+def _state(found: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is written or another takes its place."""
-    try:
-        found = os.stat(file)
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from error
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def model(self) -> dict[str, str]:
-        """Name, size and precision of the model, the backend and device that run it, the kind of its weights."""
+        """Name, size, precision and kind of weights of the model, and the backend and device that run it."""
         info = self.manifest.model
         return {
             "name": info.name,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.backends.base import Backend
-from engine.backends.cores import usable_cores, visible_cores
+from engine.backends.cores import usable_cores as usable_cores
+from engine.backends.cores import visible_cores
 from engine.backends.cuda import load_library
 from engine.errors import BackendError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS

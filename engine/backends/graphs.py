@@ -35,14 +35,14 @@ def outputs_of(model: InferenceModel, inputs: Mapping[str, Tensor]) -> dict[str,
 
 
 class _Threads:
-    """Lends the runs of this process a number of torch's CPU threads, which is the whole process's setting."""
+    """Lends runs a number of torch's CPU threads, which is a setting of the whole process."""
 
     def __init__(self) -> None:
         self._lock, self._runs, self._before = threading.Lock(), 0, 0
 
     @contextmanager
     def set_to(self, count: int) -> Iterator[None]:
-        """Run the block with `count` threads; then the process has what it had before the first of such runs."""
+        """Run the block with `count` threads; afterwards the process has its own number again."""
         with self._lock:
             if not self._runs:
                 self._before = torch.get_num_threads()

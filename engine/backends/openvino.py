@@ -26,7 +26,8 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
     """Verify and load the bundle's `model.flat.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
         raise BackendError(
-            f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {quoted(device)}; 'torch' runs on a GPU"
+            f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {quoted(device)}; "
+            "'torch' runs on a GPU"
         )
     path, threads, manifest = bundle.path / FLAT_GRAPH, threads or usable_cores(), bundle.manifest
     # By path, not from memory: OpenVINO finds the weights beside a graph by the graph's path alone.
