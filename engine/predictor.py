@@ -20,9 +20,10 @@ from engine.backends.base import Pending
 from engine.backends.buckets import buckets
 from engine.bundle import Bundle
 from engine.errors import BackendError, InputError, NumericalError
+from engine.inputs.options import ImageOptions, check_count
 from engine.inputs.pairs import Caption, Pair, check_shapes, join_pairs, unpack_pair
 from engine.inputs.preparation import Item, Preparation, milliseconds
-from engine.inputs.preprocess import ImageInput, ImageOptions, check_count
+from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
 from engine.manifest import Manifest, Thresholds, weights_warning

@@ -129,7 +129,7 @@ def _check_threads(threads: object) -> int | None:
     if threads is None:
         return None
     cores = visible_cores()
-    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= cores:
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= int(threads) <= cores:
         raise BackendError(
             f"expected 1 to {cores} threads (the cores of this process) or None, got {quoted(threads)}"
         )
