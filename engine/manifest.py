@@ -258,6 +258,18 @@ class Manifest(Record):
         """What the logits are divided by: 1 where no scores were calibrated."""
         return Temperatures() if self.score_calibration is None else self.score_calibration.temperatures
 
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Refuse another format than this release reads."""
+        for name, expected, hint in (
+            ("format", FORMAT, ""),
+            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
+        ):
+            value = raw.get(name, NOTHING)
+            if type(value) is not type(expected) or value != expected:
+                fail(name, f"{expected!r}{hint}", value)
+        return raw
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **super().to_dict()}
@@ -317,16 +329,7 @@ def _load(data: bytes) -> Any:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
-    raw = _load(data)
-    if isinstance(raw, dict):
-        for name, expected, hint in (
-            ("format", FORMAT, ""),
-            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
-        ):
-            value = raw.get(name, NOTHING)
-            if type(value) is not type(expected) or value != expected:
-                fail(name, f"{expected!r}{hint}", value)
-    return Manifest.from_dict(raw)
+    return Manifest.from_dict(_load(data))
 
 
 def _refuse_constant(name: str) -> NoReturn:

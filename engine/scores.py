@@ -44,7 +44,9 @@ class Thresholds(Record):
         """Return these with some replaced by name, "types" those of all four; raises InputError."""
         names = (*DECISIONS, GROUP)
         if not isinstance(given, Mapping) or not set(given) <= set(names):
-            raise InputError(f"thresholds: expected a mapping with some of {', '.join(names)}, got {quoted(given)}")
+            raise InputError(
+                f"thresholds: expected a mapping with some of {', '.join(names)}, got {quoted(given)}"
+            )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
                 raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {quoted(value)}")

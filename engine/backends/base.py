@@ -63,11 +63,14 @@ class Backend(ABC, Generic[Network]):
     def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
         """Submit one batch of RGB images, uint8 [H, W, 3], and the other inputs by name.
 
-        The network gets what `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
+        A single image is that of all captions; `run` gets it as a view that repeats it. The network gets what
+        `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
         """
         spec = self._manifest.preprocess
-        pixels = [normalize_image(image, spec.mean, spec.std) for image in images]
-        return Finished(self.run({"image": np.stack(pixels), **text}))
+        pixels = np.stack([normalize_image(image, spec.mean, spec.std) for image in images])
+        if len(pixels) == 1:
+            pixels = np.broadcast_to(pixels, (len(text["input_ids"]), *pixels.shape[1:]))
+        return Finished(self.run({"image": pixels, **text}))
 
     def run(self, feeds: Arrays) -> Outputs:
         """Run one batch and return its outputs by name; `feeds` are the manifest's inputs by name.

@@ -17,6 +17,7 @@ from engine.backends.buckets import Arrays, Bucket, bucket_of, cut, fill
 from engine.backends.float32 import full_float32
 from engine.manifest import Limits, Preprocess
 from engine.network.model import InferenceModel
+from engine.network.output import Output
 from kernels.resize import pack, resize_into
 from kernels.resize_tables import Tables, make_tables
 
@@ -31,7 +32,12 @@ WriteImages = Callable[[Tensor], object]  # writes a batch's normalised images i
 
 def outputs_of(model: InferenceModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The network's outputs by name; without the map where it has none."""
-    return {name: x for name, x in model(**inputs)._asdict().items() if x is not None}
+    return by_name(model(**inputs))
+
+
+def by_name(output: Output) -> dict[str, Tensor]:
+    """Outputs by name; without the map where there is none."""
+    return {name: x for name, x in output._asdict().items() if x is not None}
 
 
 class _Threads:
@@ -69,8 +75,20 @@ class EagerRunner:
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Run one batch and return its outputs by name."""
         with _THREADS.set_to(self._threads), torch.inference_mode(), full_float32("cpu"):
-            inputs = {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
-            return {name: x.numpy() for name, x in outputs_of(self._model, inputs).items()}
+            if batch > 1 and not feeds["image"].strides[0]:  # one image, repeated by a view
+                return self._share(feeds, batch)
+            return {name: x.numpy() for name, x in outputs_of(self._model, _tensors(feeds)).items()}
+
+    def _share(self, feeds: Arrays, batch: int) -> dict[str, np.ndarray]:
+        """Answer several captions about one image, which the visual encoder sees once."""
+        inputs = _tensors({**feeds, "image": feeds["image"][:1]})
+        seen = [x.expand(batch, -1, -1) for x in self._model.see(inputs.pop("image"))]
+        outputs = by_name(self._model.answer(*seen, **inputs))
+        return {name: x.numpy() for name, x in outputs.items()}
+
+
+def _tensors(feeds: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
 
 
 class Inputs:

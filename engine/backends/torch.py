@@ -194,6 +194,8 @@ class GpuBackend(TorchBackend[GraphRunner]):
         """Start to copy and run one batch; see `Backend.submit`."""
         runner = self._open()
         sizes = self._check(text, [spec for spec in self._manifest.inputs if spec.name != "image"])
+        if len(images) == 1:
+            images = list(images) * sizes["batch"]
         if len(images) != sizes["batch"]:
             raise BackendError(f"expected {sizes['batch']} images for as many captions, got {len(images)}")
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 from engine.errors import InputError, quoted
 
@@ -16,13 +16,6 @@ def check_count(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}: expected an integer of at least {least}, got {quoted(value)}")
     return int(value)
-
-
-def check_score(name: str, value: object) -> float:
-    """Return a real number of any library as float; raises InputError outside [0, 1] and for what is none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise InputError(f"{name}: expected a number from 0 to 1, got {quoted(value)}")
-    return float(value)
 
 
 @dataclass(frozen=True)
