@@ -24,9 +24,9 @@ class Prediction(Result):
     >>> from engine import Predictor
     >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
     >>> prediction
-    Prediction(not manipulated 0.49; 2 of 2 words)
+    Prediction(manipulated 0.59; 2 of 2 words)
     >>> prediction.manipulated, list(prediction.types)[0], prediction.words[0].text
-    (False, 'face_swap', 'Obama')
+    (True, 'face_swap', 'Obama')
     """
 
     def __repr__(self) -> str:

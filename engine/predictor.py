@@ -41,9 +41,9 @@ class Predictor:
     scale for the whole batch, so that there a score can change slightly with it.
 
     >>> from engine import Predictor
-    >>> with Predictor("my-bundle", thresholds={"manipulated": 0.4}) as predictor:
+    >>> with Predictor("my-bundle", thresholds={"manipulated": 0.7}) as predictor:
     ...     predictor.predict("photo.jpg", "Obama speaks")
-    Prediction(manipulated 0.49; 2 of 2 words)
+    Prediction(not manipulated 0.59; 2 of 2 words)
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Predictor:
 
         >>> from engine import Predictor
         >>> predictor = Predictor("my-bundle")
-        >>> predictor("photo.jpg", "Obama speaks").detected
-        ('face_swap', 'face_attribute', 'text_swap', 'text_attribute')
+        >>> predictor("photo.jpg", "Obama speaks").manipulated
+        True
         >>> predictor.predict("photo.jpg", None).warnings[0].partition(":")[0]
         'no_caption'
         """
@@ -220,7 +220,7 @@ class Predictor:
         >>> from engine import Predictor
         >>> captions = ["Obama speaks", "the president in person"]
         >>> Predictor("my-bundle").predict_captions("photo.jpg", captions)
-        [Prediction(not manipulated 0.49; 2 of 2 words), Prediction(manipulated 0.56; 4 of 4 words)]
+        [Prediction(manipulated 0.59; 2 of 2 words), Prediction(manipulated 0.63; 4 of 4 words)]
         """
         check_list("a list of captions", captions)
         self._check_on_error(on_error)

@@ -27,8 +27,8 @@ ROOMS = {
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
-    "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest engine.bundle engine.inputs "
-    "engine.backends",
+    "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
+    "engine.bundle engine.inputs engine.backends",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages",
     "export.flags": "engine.errors",
