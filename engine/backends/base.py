@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -119,3 +122,12 @@ class Backend(ABC, Generic[Network]):
 def graph_files(bundle: Bundle, model: str, data: str) -> list[str]:
     """The graph `model` and, where the bundle has it, the file of its weights `data`."""
     return [name for name in (model, data) if name == model or name in bundle.manifest.files]
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether an x86 CPU adds int8 products in 32 bits; false where that cannot be told."""
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False

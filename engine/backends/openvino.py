@@ -13,7 +13,7 @@ from typing import NamedTuple
 import openvino  # without its telemetry: engine/startup.py
 
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Outputs, graph_files
+from engine.backends.base import Backend, Outputs, graph_files, has_vnni
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, quoted
@@ -74,6 +74,9 @@ def load_model(path: Path, threads: int) -> openvino.CompiledModel:
         "NUM_STREAMS": 1,
         # Two models that are pinned to the same core would share it while others idle.
         "ENABLE_CPU_PINNING": False,
+        # Its int8 products saturate without VNNI (engine/backends/ort.py), and it has no others: the same
+        # codes are multiplied as float32.
+        **({} if has_vnni() else {"LP_TRANSFORMS_MODE": "NO"}),
     }
     core = openvino.Core()
     # Mapped weights would change with their file.
