@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from PIL import Image
 
 from engine.inputs.sources import ImageInput
-from engine.markup import write_fragment
-from engine.render import check_plot_path, draw_card
 from engine.result import Result
 
 _VERDICTS = {True: "manipulated", False: "not manipulated", None: "no verdict"}
@@ -48,11 +46,12 @@ class Prediction(Result):
         image: ImageInput | None = None,
         font: str | os.PathLike[str] | None = None,
     ) -> Image.Image:
-        """Draw the verdict, the types, the words and, on the image, the heat map and the box.
+        """Draw the card: verdict, types, caption, and the image clean and with the heat map and the box.
 
-        The heat map is drawn only on a pair predicted as manipulated, the box only where a face type is
-        detected besides. `image` replaces the stored thumbnail, `font` (a TrueType file) the built-in one,
-        which has Latin letters only.
+        The heat map and the words' marks are left out on a pair that is not manipulated, the box where no
+        face type is detected. `image` replaces the stored thumbnail, `font` (a TrueType file) the built-in
+        one, which has little more than ASCII; letters that it lacks are drawn with an installed font, and
+        those that no font has are named on the card and in the log.
         Saves to `path` if given. Raises InputError for an unreadable `image` and for a `path` that is not an
         image file's, OSError where writing it or reading `font` fails.
 
@@ -61,6 +60,8 @@ class Prediction(Result):
         >>> prediction.plot("card.png").mode
         'RGB'
         """
+        from engine.render import check_plot_path, draw_card
+
         if path is not None:
             check_plot_path(path)
         card = draw_card(self, image, font)
@@ -69,11 +70,15 @@ class Prediction(Result):
         return card
 
     def to_html(self, image: ImageInput | None = None) -> str:
-        """Return a self-contained HTML fragment: the image as a data URI, the words marked, all escaped.
+        """Return the card as a self-contained HTML fragment: images as data URIs, no script, all escaped.
+
+        Raises InputError for an unreadable `image`, which replaces the stored thumbnail.
 
         >>> from engine import Predictor
         >>> fragment = Predictor("my-bundle").predict("photo.jpg", "Obama speaks").to_html()
         >>> "data:image/" in fragment
         True
         """
+        from engine.markup import write_fragment
+
         return write_fragment(self, image)
