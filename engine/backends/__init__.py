@@ -134,10 +134,7 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
-    threads = _check_threads(threads)
-    module, function = _BACKENDS[name].create.split(":")
-    load: _Load = getattr(importlib.import_module(module), function)
-    return load(bundle, device, threads)
+    return _load(name)(bundle, device, _check_threads(threads))
 
 
 def _check_threads(threads: object) -> int | None:
@@ -164,6 +161,17 @@ def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
     from engine.backends import tensorrt_target
 
     return tensorrt_target.rebuilt(bundle, device)
+
+
+def _load(name: str) -> _Load:
+    """The function that loads a bundle; raises BackendError where the library does not even import."""
+    module, function = _BACKENDS[name].create.split(":")
+    try:
+        load: _Load = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a library raises what it likes, as RuntimeError without a home folder
+        kind = type(error).__name__
+        raise BackendError(f"the backend {name!r} cannot be imported: {kind}: {error}") from error
+    return load
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
