@@ -101,13 +101,15 @@ def shown_types(result: Result) -> tuple[str, ...]:
     return () if result.manipulated is False else result.detected
 
 
-def has_box(result: Result) -> bool:
-    """Whether the box means something: a face type is detected, and the box is large enough for a face."""
-    if result.box is None or not FACE_TYPES & set(shown_types(result)):
-        return False
-    x1, y1, x2, y2 = result.box
-    width, height = result.size
-    return x2 - x1 >= _MIN_BOX_SIDE * width and y2 - y1 >= _MIN_BOX_SIDE * height
+def face_box(result: Result) -> tuple[float, float, float, float] | None:
+    """Return the box (x1, y1, x2, y2) in shares of the image, None where it means nothing.
+
+    It does where a face type is detected and it is large enough for a face.
+    """
+    if result.box is None or result.size is None or not FACE_TYPES & set(shown_types(result)):
+        return None
+    x1, y1, x2, y2 = (value / result.size[i % 2] for i, value in enumerate(result.box))
+    return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) >= _MIN_BOX_SIDE else None
 
 
 def has_heat(result: Result) -> bool:
@@ -119,7 +121,7 @@ def weak_types(result: Result) -> frozenset[str]:
     """Return the detected types without evidence: no marked word for a text type, no box for a face type."""
     shown = frozenset(shown_types(result))
     marked = any(word.manipulated for word in result.words)
-    return (shown & FACE_TYPES if not has_box(result) else frozenset()) | (
+    return (shown & FACE_TYPES if face_box(result) is None else frozenset()) | (
         shown & TEXT_TYPES if not marked else frozenset()
     )
 

@@ -19,7 +19,7 @@ from PIL import Image
 from engine.card import (
     caption_pieces,
     evidence_notes,
-    has_box,
+    face_box,
     has_heat,
     main_bar,
     model_name,
@@ -90,7 +90,7 @@ def write_fragment(result: Result, image: ImageInput | None = None) -> str:
     photo = read_photo(result, image)
     shown = None if photo is None else _Photo.of(fit_photo(photo, _FRAGMENT_LIMIT), _jpeg)
     stored = image is not None or result.thumbnail is not None
-    marked = has_box(result) or has_heat(result)
+    marked = face_box(result) is not None or has_heat(result)
     card = _card(result, stored) | {"photo": shown, "clean_beside": marked, "model": model_note(result)}
     return _environment().get_template("fragment.html").render(card=card)
 
@@ -134,7 +134,9 @@ def _verdict_key(result: Result | Exception) -> str:
 
 def _card(result: Result, stored: bool) -> dict[str, Any]:
     """What the card's template shows, but for the image; `stored` is whether there is one."""
-    heat = heat_layer(result.heatmap, (_HEAT_SIDE,) * 2) if result.heatmap is not None else None
+    heat = None
+    if result.heatmap is not None and has_heat(result):
+        heat = _encode(heat_layer(result.heatmap, (_HEAT_SIDE, _HEAT_SIDE)), "WEBP", quality=60)
     return {
         "verdict": verdict(result),
         "manipulated": result.manipulated,
@@ -146,18 +148,9 @@ def _card(result: Result, stored: bool) -> dict[str, Any]:
         "caption": [
             (mark, list(run)) for mark, run in groupby(caption_pieces(result), lambda piece: piece.mark)
         ],
-        "heat": _encode(heat, "WEBP", quality=60) if heat is not None and has_heat(result) else None,
-        "box": _box_percent(result.box, result.size) if result.box and has_box(result) else None,
+        "heat": heat,
+        "box": face_box(result),
     }
-
-
-def _box_percent(
-    box: tuple[float, float, float, float], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """The box's left, top, width and height in percent of the image's (width, height)."""
-    x1, y1, x2, y2 = box
-    width, height = size
-    return 100 * x1 / width, 100 * y1 / height, 100 * (x2 - x1) / width, 100 * (y2 - y1) / height
 
 
 @cache

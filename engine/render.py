@@ -18,7 +18,7 @@ from engine.card import (
     Piece,
     caption_pieces,
     evidence_notes,
-    has_box,
+    face_box,
     has_heat,
     main_bar,
     model_note,
@@ -155,8 +155,8 @@ def annotate(result: Result, photo: Image.Image) -> Image.Image:
     if result.heatmap is not None and has_heat(result):
         heat = heat_layer(result.heatmap, photo.size)
         photo.paste(heat, mask=heat.getchannel("A"))
-    if result.box is not None and has_box(result):
-        draw_box(photo, result.box, result.size)
+    if (box := face_box(result)) is not None:
+        draw_box(photo, box, (1, 1))
     return photo
 
 
@@ -185,7 +185,7 @@ def draw_box(
 
 def _draw_images_and_panel(result: Result, photo: Image.Image, fonts: Fonts) -> Image.Image:
     """Draw the images, clean and with evidence, and the panel beside or below them."""
-    count = 2 if has_box(result) or has_heat(result) else 1
+    count = 2 if face_box(result) or has_heat(result) else 1
     layout = choose_layout(photo.size, count)
     images = _draw_images(result, photo, layout, count, fonts)
     width, height = images.width // SCALE, images.height // SCALE

@@ -182,7 +182,9 @@ def _write(
 ) -> None:
     """Write each prediction as it comes."""
     if options.html:
-        out.writelines(write_page((head["image"] or f"line {head['line']}", x) for head, x in results))
+        named = ((head["image"] or f"line {head['line']}", result) for head, result in results)
+        for part in write_page(named):
+            out.write(part)
         return
     for head, result in results:
         out.write(_json_line(head, result, options.heatmap))

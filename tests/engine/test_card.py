@@ -8,7 +8,7 @@ from predictions import TYPES, make_prediction
 from engine.card import (
     caption_pieces,
     evidence_notes,
-    has_box,
+    face_box,
     has_heat,
     main_bar,
     percent,
@@ -75,7 +75,7 @@ def test_a_type_without_evidence_is_weak(fields, weak):
 
 def test_nothing_is_marked_on_a_pair_that_is_not_manipulated():
     innocent = make_prediction(manipulated=False)
-    assert not has_box(innocent) and not has_heat(innocent)
+    assert face_box(innocent) is None and not has_heat(innocent)
     assert not any(bar.detected for bar in type_bars(innocent))
     assert all(piece.mark is None for piece in caption_pieces(innocent))
 
