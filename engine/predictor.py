@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from numbers import Real
 from time import perf_counter
 from typing import Literal, NamedTuple, cast, overload
 
@@ -25,7 +24,7 @@ from engine.inputs.preparation import Item, Preparation, milliseconds
 from engine.inputs.preprocess import ImageInput, ImageOptions, check_count
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
-from engine.manifest import Manifest, Thresholds
+from engine.manifest import Manifest
 from engine.postprocess import read_result
 from engine.prediction import Prediction
 
@@ -100,7 +99,7 @@ class Predictor:
         if rebuild:
             self.bundle = rebuilt(backend, self.bundle, device)
         manifest = self.bundle.manifest
-        self._manifest = replace(manifest, thresholds=_thresholds(manifest, thresholds or {}))
+        self._manifest = replace(manifest, thresholds=manifest.thresholds.replaced(thresholds or {}))
         spec = self.manifest.preprocess
         tokenizer = CaptionTokenizer(
             self.bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, self.bundle.read(TOKENIZER)
@@ -315,19 +314,6 @@ class Predictor:
                 "thumbnail": item.thumbnail,
             }
         )
-
-
-def _thresholds(manifest: Manifest, given: Mapping[str, float]) -> Thresholds:
-    """Replace some of the bundle's thresholds; raises InputError."""
-    defaults = manifest.thresholds
-    names = (*vars(defaults), "types")
-    if not isinstance(given, Mapping) or not set(given) <= set(names):
-        raise InputError(f"thresholds: expected a mapping with some of {', '.join(names)}, got {given!r}")
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-            raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {value!r}")
-    groups = dict.fromkeys(manifest.types, given["types"]) if "types" in given else {}
-    return replace(defaults, **groups | {name: x for name, x in given.items() if name != "types"})
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
