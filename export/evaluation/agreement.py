@@ -137,7 +137,7 @@ def worst_cases(
     same = verdict & types.all(axis=1) & (tokens | padding).all(axis=1) & (parts[:, 3] <= 1 - _SAME_BOX)
     cases = [
         _read_case(samples[row], _row_of(ours, row), _row_of(theirs, row), parts[row], manifest, tokenizer)
-        for row in np.flatnonzero(~same)
+        for row in np.flatnonzero(~same).tolist()
     ]
     return tuple(sorted((case for case in cases if case.changes), key=_gravity, reverse=True)[:count])
 
@@ -197,19 +197,19 @@ def _read_case(
     labels = ours.token_labels[0, : len(tokens.ids) - 1]
     fake = np.zeros(len(tokens.words), dtype=bool)
     np.logical_or.at(fake, tokens.word_of[1:], labels == 1)
-    results = [
+    first, second = (
         read_result(_by_name(outputs), 0, tokens, size, manifest, sample.id) for outputs in (ours, theirs)
-    ]
+    )
     return Case(
         sample=sample,
-        changes=visible_changes(*results, iou=1 - parts[3]),
+        changes=visible_changes(first, second, 1 - float(parts[3])),
         total=float(parts.mean()),
         parts=dict(zip(PARTS, parts.tolist(), strict=True)),
         size=size,
         caption=caption,
         fake_words=tuple(fake.tolist()),
-        ours=results[0],
-        theirs=results[1],
+        ours=first,
+        theirs=second,
     )
 
 

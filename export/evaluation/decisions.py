@@ -49,7 +49,7 @@ def read_decisions(
     types = outputs.logits_multicls.astype(np.float64)
     truth = np.array([[name in sample.types for name in TYPES] for sample in samples])
     columns = [
-        Decisions(pairs, truth.any(axis=1), items),
+        Decisions(pairs, truth.sum(axis=1) > 0, items),
         *(Decisions(types[:, k], truth[:, k], items) for k in range(len(TYPES))),
         _read_words(tokens, outputs, items),
     ]
