@@ -15,6 +15,8 @@ from engine.bundle import Bundle
 from export.bundle.card import grouped, largest_text, score_calibration_text
 from export.cli.arguments import Verbs
 
+_KINDS = {"trained": "", "demo": " (the demo's)", "drawn": " (not trained)"}
+
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
@@ -44,7 +46,7 @@ def _describe(record: dict[str, Any]) -> str:
     model, weights = record["model"], record["weights"]
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
-        f"weights    {weights['kind']}, {weights['source']}",
+        f"weights    {weights['source']}{_KINDS[weights['kind']]}",
         f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
     ]
     lines += _precision_lines(record) + _score_lines(record)

@@ -13,7 +13,7 @@ from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
 from engine.markup import embed
 from export.evaluation.agreement import Case, shown_box
-from export.evaluation.curves import Judgement
+from export.evaluation.curves import Judgement, Reliability
 from export.evaluation.evaluate import Evaluation
 from export.evaluation.gate import Failures
 from export.evaluation.report import (
@@ -35,10 +35,11 @@ _CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], 
 
 
 class _Line(NamedTuple):
-    """A line of a plot: points (x, y) in [0, 1], and its class in the style sheet."""
+    """A line of `points` (x, y) in [0, 1], or `dots` (x, y, radius), and the class that styles it."""
 
-    points: Sequence[tuple[float, float]]
     style: str
+    points: Sequence[tuple[float, float]] = ()
+    dots: Sequence[tuple[float, float, float]] = ()
 
 
 class _Plot(NamedTuple):
@@ -88,19 +89,24 @@ def _with_meaning(rows: Rows) -> Rows:
 
 def _plots(judgement: Judgement) -> Iterator[_Plot]:
     """The ROC curve, the precision-recall curve and the reliability diagram of a decision."""
-    used, diagonal = judgement.in_use, _Line(((0, 0), (1, 1)), "guess")
+    used, diagonal = judgement.in_use, _Line("guess", ((0, 0), (1, 1)))
     found = used.found_rate.value if used.found_rate else None
     alarms = used.false_alarm_rate.value if used.false_alarm_rate else None
     roc = None if found is None or alarms is None else (alarms, found)
     recall = None if found is None or used.precision is None else (found, used.precision)
-    yield _Plot("ROC", "false alarms", "found", (diagonal, _Line(judgement.roc, "curve")), roc)
-    curve = (_Line(judgement.precision_recall, "curve"),)
+    yield _Plot("ROC", "false alarms", "found", (diagonal, _Line("curve", judgement.roc)), roc)
+    curve = (_Line("curve", judgement.precision_recall),)
     yield _Plot("Precision and recall", "found", "precision", curve, recall)
-    bins = [_Line([bin[:2] for bin in x.bins], "") for x in (judgement.raw, judgement.calibrated)]
-    lines: tuple[_Line, ...] = (diagonal, bins[1]._replace(style="curve dots"))
+    lines: tuple[_Line, ...] = (diagonal, _Line("curve", dots=_dots(judgement.calibrated)))
     if judgement.temperature != 1:
-        lines = (diagonal, bins[0]._replace(style="raw dots"), lines[1])
+        lines = (diagonal, _Line("raw", dots=_dots(judgement.raw)), lines[1])
     yield _Plot("Reliability", "score", "share manipulated", lines)
+
+
+def _dots(reliability: Reliability) -> list[tuple[float, float, float]]:
+    """A dot for each bin, whose area grows with its count."""
+    total = sum(count for _, _, count in reliability.bins)
+    return [(score, share, 2 + 8 * (count / total) ** 0.5) for score, share, count in reliability.bins]
 
 
 def _case(case: Case) -> dict[str, Any]:

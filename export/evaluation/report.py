@@ -38,6 +38,7 @@ MORE_TERMS = {
     "false alarms": "what is flagged though it is not manipulated",
     "found": "what is flagged and is manipulated (recall)",
     "precision": "of what is flagged, the share that is manipulated",
+    "AP": "of one type, the area under its precision-recall curve; P, R, F1: precision, recall, F1",
     "ECE": "expected calibration error: mean distance of a score from the share that is manipulated at it",
     "Brier": "mean squared distance of score and truth; lower is better",
 }
