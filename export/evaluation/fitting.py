@@ -47,9 +47,9 @@ def fit_temperature(decisions: Decisions) -> float | None:
 def fit_threshold(decisions: Decisions, temperature: float, rate: float) -> float | None:
     """Return the lowest threshold whose expected rate of false alarms on new values is at most `rate`.
 
-    Of n values that are not manipulated it flags fewer than rate * (n + 1), as conformal prediction has it
-    (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005), and lies halfway to the next
-    score above. None where there are fewer than `needed(rate)` of them, or too many score 1.
+    Of n values that are not manipulated it flags k with (k + 1) / (n + 1) <= rate, as conformal prediction
+    has it (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005), and lies halfway to the
+    next score above. None where there are fewer than `needed(rate)` of them, or too many score 1.
     """
     scores = decisions.scores(temperature)
     genuine = np.sort(scores[~decisions.truth])[::-1]

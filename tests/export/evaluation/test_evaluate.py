@@ -258,13 +258,14 @@ def test_the_bundles_own_normalisation_is_used(bundle, data, tmp_path):
     manifest["preprocess"]["mean"] = [0.5, 0.5, 0.5]
     (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
     opened = Bundle.open(path)
-    pairs = Pairs(read_split(data, "test").samples, running.open_tokenizer(opened), opened.manifest.preprocess)
+    pairs = pairs_of(opened, data)
     network = create("ort", opened, "cpu", 1)
     with Predictor(opened, threads=1) as predictor:
         for index, sample in enumerate(pairs.samples[:3]):
             answer = network.run(pairs.feeds([pairs.read(index)]))
             expected = predictor.predict(sample.picture, sample.text).score
-            assert softmax(answer["logits_real_fake"][0].astype(float))[1] == pytest.approx(expected, abs=1e-6)
+            found = softmax(answer["logits_real_fake"][0].astype(float))[1]
+            assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_foreign_shape_in_the_manifest_is_a_bundle_error(bundle, data, tmp_path):
