@@ -67,7 +67,8 @@ def _read_words(tokens: Sequence[Tokens], outputs: LabelledOutputs, items: np.nd
         word_of = caption.word_of[1:]
         margin = np.full(len(caption.words), -np.inf)
         truth = np.zeros(len(caption.words), dtype=bool)
-        np.maximum.at(margin, word_of, margins[row, : len(word_of)])
+        with np.errstate(invalid="ignore"):  # NaN is looked for in the result
+            np.maximum.at(margin, word_of, margins[row, : len(word_of)])
         np.logical_or.at(truth, word_of, outputs.token_labels[row, : len(word_of)] == 1)
         rows.append(Decisions(margin, truth, np.full(len(truth), items[row])))
     return Decisions(*map(np.concatenate, zip(*rows, strict=True)))
