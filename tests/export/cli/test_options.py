@@ -21,10 +21,12 @@ OPTIONS = {
     "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --json {ENGINE}",
     "rebuild": f"bundle {ENGINE}",
+    "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
+    "--on-bad --json",
     "predict": "bundle image caption --list --out --html --plot --heatmap --batch --backend --device "
     "--threads --rebuild --threshold",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
-    "--checkpoint --gate --on-bad --json --out --html",
+    "--threshold --checkpoint --gate --on-bad --json --out --html",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",

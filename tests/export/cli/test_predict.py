@@ -151,7 +151,6 @@ def test_a_name_that_is_none_is_a_usage_error(verb, option, message, capsys):
         (["{photo}", "x", "--plot", "absent/answer.png"], "folder that exists", 1),
         (["{photo}", "x", "--out", "."], "folder that exists", 1),
         (["{photo}", "x", "--out", "absent/x.jsonl"], "folder that exists", 1),
-        (["{photo}", "x", "--threshold", "3"], "from 0 to 1", 1),
         (["{photo}", "x", "--threads", "99999"], "usable cores", 4),
         (["absent.png", "x"], "'absent.png': no such file", 1),
         (["--list", "absent.jsonl"], "absent.jsonl: cannot read the list", 1),
