@@ -136,7 +136,8 @@ def evidence_notes(result: Result, stored: bool) -> list[str]:
     ]
     if reasons:
         notes.append(f"Weak evidence: {' and '.join(reasons)}.")
-    if result.size and max(result.size) < _TINY:
+    told = any(warning.startswith("tiny_image") for warning in result.warnings)
+    if result.size and max(result.size) < _TINY and not told:
         notes.append("Tiny image: {} x {} pixels.".format(*result.size))
     if result.size and not stored:
         notes.append("The image was not stored with the prediction.")

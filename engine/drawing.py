@@ -32,7 +32,7 @@ def mix(low: Color, high: Color, share: float) -> Color:
 class Sheet:
     """A white image that grows downwards: `y` is where the next part begins; `cut` returns what is drawn.
 
-    Positions and sizes are in units; SCALE pixels make one.
+    Positions and sizes are in units; SCALE pixels make one. `most` is the lowest position that can be drawn.
     """
 
     def __init__(self, width: int, fonts: Fonts, most: int = 2000) -> None:

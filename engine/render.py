@@ -49,7 +49,7 @@ HEAT: tuple[Color, ...] = ((49, 18, 99), (150, 25, 115), (220, 50, 60), (245, 11
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_HEAT_OPACITY = 0.6
-_MARGIN, _GAP = 28, 24
+_MARGIN, _GAP, _RIBBON = 28, 24, 40
 _WIDTH, _LEAST_WIDTH, _PANEL = 984, 740, 360
 _HEIGHT_BESIDE, _HEIGHT_ABOVE = 640, 460
 _PANEL_HEIGHT = {1: 350, 2: 220}  # about, by its columns
@@ -89,14 +89,14 @@ def draw_card(result: Result, image: ImageInput | None, font: str | os.PathLike[
         if photo is None
         else _draw_images_and_panel(result, photo, fonts)
     )
-    lower = _draw_caption(
-        result, upper.width // SCALE, fonts, image is not None or result.thumbnail is not None
-    )
-    card = Sheet(upper.width // SCALE + 2 * _MARGIN, fonts)
+    width, stored = upper.width // SCALE, image is not None or result.thumbnail is not None
+    lower = _draw_caption(result, width, fonts, stored)
+    height = (upper.height + lower.height) // SCALE
+    card = Sheet(width + 2 * _MARGIN, fonts, height + _RIBBON + 2 * _MARGIN + _GAP)
     if (text := ribbon(result)) is not None:
-        card.rectangle(0, 0, card.width, 40, AMBER)
+        card.rectangle(0, 0, card.width, _RIBBON, AMBER)
         card.text(_MARGIN, 10, text, _BODY)
-        card.y = 40
+        card.y = _RIBBON
     for part, space in ((upper, _MARGIN), (lower, _GAP)):
         card.paste(part, _MARGIN, card.y + space)
         card.y += space + part.height // SCALE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import email
 import io
@@ -16,6 +17,7 @@ import pytest
 
 import dgm4
 import engine
+from engine.packages import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dgm4", "engine", "export", "kernels")
@@ -72,7 +74,24 @@ def test_its_metadata(wheel):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.partition(">")[0] for line in required) == ["numpy", "pillow", "tokenizers", "tqdm"]
     extras = {"cpu", "gpu", "openvino", "torch", "trt", "rtx", "export", "train"}
-    assert extras <= set(metadata.get_all("Provides-Extra"))
+    assert extras | set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
+
+
+def imported():
+    """Top-level names of the modules that our packages import anywhere."""
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            if isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module.partition(".")[0]
+
+
+def test_every_library_is_required_or_has_an_extra():
+    """An installation without it can be told which. torch for CUDA brings Triton, clients their own."""
+    base = {"numpy", "PIL", "tokenizers", "tqdm"}
+    others = {"triton", "tritonclient"}
+    assert set(imported()) - sys.stdlib_module_names - set(PACKAGES) - base - others <= set(EXTRAS)
 
 
 @pytest.fixture(scope="module")

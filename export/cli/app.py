@@ -20,6 +20,7 @@ from engine.errors import Dgm4Error
 from engine.packages import lacking
 from export.cli import (
     bench,
+    calibrate,
     data,
     doctor,
     evaluate,
@@ -34,7 +35,10 @@ from export.cli import (
 from export.cli.stopping import exit_on_sigterm
 
 # Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only when it runs.
-VERBS = (export, rebuild, predict, evaluate, train, pretrain, bench, repository, inspect, doctor, data)
+VERBS = (
+    *(export, rebuild, calibrate, predict, evaluate, train, pretrain),
+    *(bench, repository, inspect, doctor, data),
+)
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
 

@@ -137,6 +137,7 @@ def test_a_ribbon_tells_of_weights_that_say_nothing(fields, text):
 
 
 def test_notes_tell_of_the_image():
-    assert "Tiny image: 24 x 20 pixels." in evidence_notes(make_prediction(size=(24, 20)), True)
+    assert evidence_notes(make_prediction(size=(24, 20)), True) == ["Tiny image: 24 x 20 pixels."]
+    assert evidence_notes(make_prediction(size=(2, 2), warnings=("tiny_image: 2 x 2 pixels",)), True) == []
     assert any("not stored" in note for note in evidence_notes(make_prediction(), False))
     assert evidence_notes(make_prediction(), True) == []
