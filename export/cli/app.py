@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from engine import __version__
+from engine.backends.cores import keep_to_quota
 from engine.errors import Dgm4Error
 from engine.packages import lacking
 from export.cli import (
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         with exit_on_sigterm():
+            keep_to_quota()
             code: int = options.run(options)
             sys.stdout.flush()
             return code
