@@ -135,7 +135,7 @@ def _targets(library: str, manifest: Manifest) -> Sequence[str]:
 
 def _fits(entry: EngineEntry, builder: build.BuilderInfo, targets: Sequence[str]) -> bool:
     """Whether the builder would build this engine again."""
-    wanted = set(targets) or {builder.compute_capability}
+    wanted: set[str | None] = {*targets} or {builder.compute_capability}
     numbers = (entry.version.split("."), (builder.version or "").split("."))  # one may have fewer
     same = all(mine == theirs for mine, theirs in zip(*numbers, strict=False))
     return entry.library == builder.library and same and wanted <= set(entry.compute_capabilities)

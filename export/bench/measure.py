@@ -120,7 +120,8 @@ def check_options(bundle: Bundle, options: BenchOptions) -> None:
         raise InputError(f"batch: expected at most {largest}, the bundle's limit, got {max(asked)}")
     if not spec.min_tokens <= options.tokens <= spec.max_tokens:
         raise InputError(
-            f"tokens: expected {spec.min_tokens} to {spec.max_tokens}, the bundle's limits, got {options.tokens}"
+            f"tokens: expected {spec.min_tokens} to {spec.max_tokens}, the bundle's limits, "
+            f"got {options.tokens}"
         )
 
 

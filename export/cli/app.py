@@ -34,7 +34,7 @@ from export.cli.parser import Parser
 from export.cli.stopping import exit_on_sigterm
 from export.output import ERRORS
 
-# By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only when it runs.
+# By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (predict,),
     "make a bundle": (export, rebuild, repository),
@@ -95,7 +95,7 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None or stream.closed:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=ERRORS)
 
@@ -121,11 +121,13 @@ def _fail(error: BaseException, code: int, verbose: int) -> int:
 def make_parser() -> Parser:
     """The parser of `dgm4` with all its verbs; a verb's parser sets `run` and `parser`."""
     parser = Parser(
-        prog="dgm4", description="Export multimodal deepfake detectors to verified bundles, and serve them."
+        prog="dgm4",
+        usage="%(prog)s [options] verb ...",
+        description="Export multimodal deepfake detectors to verified bundles, and serve them.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     parser.set_defaults(parser=parser)
-    verbs = parser.add_subparsers(title="verbs", metavar="verb", help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(prog="dgm4", metavar="verb", help=argparse.SUPPRESS)
     for verb in VERBS:
         verb.add_parser(verbs)
     parser.epilog = f"{_verbs_by_purpose(verbs)}\n\n{_EXAMPLES}"

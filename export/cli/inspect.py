@@ -34,7 +34,9 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify every file of a bundle and print what it is."""
-    if not options.layers and (options.data is not None or options.split != options.parser.get_default("split")):
+    if not options.layers and (
+        options.data is not None or options.split != options.parser.get_default("split")
+    ):
         options.parser.error("--data and --split are for --layers: give that too")
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()

@@ -12,16 +12,19 @@ from typing import Any, NoReturn
 
 from engine.errors import InputError
 
+_VERBS = "dgm4 --help lists the verbs"
 _UNBROKEN = 10_000  # columns of the usage's line, which a terminal breaks where it likes
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fills each paragraph of a text by itself, and leaves indented lines, which are examples, as they are."""
+    """Fills each paragraph of a text by itself; one with indented lines, which are examples, stays."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks = re.split(r"\n{2,}", text.strip("\n"))
         return "\n\n".join(
-            block if block.startswith(" ") or "\n  " in block else textwrap.fill(" ".join(block.split()), width)
+            block
+            if block.startswith(" ") or "\n  " in block
+            else textwrap.fill(" ".join(block.split()), width)
             for block in blocks
         )
 
@@ -33,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
         loudness = self.add_mutually_exclusive_group()
         loudness.add_argument(
             *("-v", "--verbose"),
@@ -42,7 +45,10 @@ class Parser(argparse.ArgumentParser):
             help="log what happens, and show the traceback of an error; -vv logs more",
         )
         loudness.add_argument(
-            *("-q", "--quiet"), action="store_true", default=argparse.SUPPRESS, help="errors only, no progress"
+            *("-q", "--quiet"),
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="errors only, no progress",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -61,24 +67,20 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(arguments)}{next(filter(None, hints), '')}")
 
     def _short_usage(self) -> str:
-        required = [
-            action
-            for action in self._actions
-            if action.required or not action.option_strings
-        ]
-        formatter = self.formatter_class(prog=f"{self.prog} [options]", width=_UNBROKEN)
-        formatter.add_usage(None, required, [])
+        required = [action for action in self._actions if action.required or not action.option_strings]
+        named = self.prog if self.usage else f"{self.prog} [options]"
+        formatter = HelpFormatter(prog=named, width=_UNBROKEN)
+        formatter.add_usage(self.usage, required, [])
         return f"{formatter.format_help().strip()}   ({self.prog} --help tells more)"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            what = "verb" if isinstance(action, argparse._SubParsersAction) else "value"
-            raise argparse.ArgumentError(
-                action if what == "value" else None,
-                f"unknown {what} {value!r}: expected one of {', '.join(choices)}"
-                f"{did_you_mean(str(value), choices)}",
-            )
+            hint = did_you_mean(str(value), choices)
+            if isinstance(action, argparse._SubParsersAction):
+                raise argparse.ArgumentError(None, f"no verb {value!r}{hint or '; ' + _VERBS}")
+            chosen = f"(choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {chosen}{hint}")
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:

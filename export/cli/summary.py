@@ -23,7 +23,10 @@ def summary(name: str, record: Record) -> str:
     verdict = "manipulated" if record["manipulated"] else "not manipulated"
     threshold = record["thresholds"].get("manipulated")
     counted = "" if threshold is None else f" (threshold {percent(threshold)})"
-    lines = [f"{name}: {verdict}", *row("probability", f"{percent(record['score'])} of manipulation{counted}")]
+    lines = [
+        f"{name}: {verdict}",
+        *row("probability", f"{percent(record['score'])} of manipulation{counted}"),
+    ]
     if record["manipulated"]:
         types = [f"{kind} {percent(record['types'][kind])}" for kind in record["detected"]]
         lines += row("types", ", ".join(types) or "none reaches its threshold")

@@ -23,8 +23,9 @@ def add_parser(verbs: Verbs) -> None:
         help="train a network on a data folder",
         description="Train HAMMER, ASAP or CALS on a folder in the published layout; several processes "
         "through torchrun. Checkpoints have the released layout.",
-        epilog="Ctrl-C and SIGTERM end the run after the update under way; --resume goes on there. Images that "
-        "cannot be read are counted and named; another one takes their place, and too many end the run.\n\n"
+        epilog="Ctrl-C and SIGTERM end the run after the update under way; --resume goes on there. Images "
+        "that cannot be read are counted and named; another takes their place, and too many end the run."
+        "\n\n"
         "examples:\n"
         "  dgm4 train --data DGM4 --out run --model asap --init ALBEF_4M.pth\n"
         "  dgm4 train --data sample-set --out run --size tiny --set epochs=2\n"

@@ -78,7 +78,7 @@ def preferred_batches(manifest: Manifest, options: ServerOptions) -> tuple[int, 
 
 
 def check_options(manifest: Manifest, plan: bool, options: ServerOptions) -> None:
-    """Raise InputError for options that fit neither the bundle nor each other; `plan`: an engine is served."""
+    """Raise InputError for options that do not fit the bundle or each other; `plan`: an engine is served."""
     if options.kind not in KINDS:
         raise InputError(f"kind: expected one of {', '.join(KINDS)}, got {options.kind!r}")
     if plan and options.kind == "cpu":

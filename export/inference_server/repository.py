@@ -27,6 +27,7 @@ from export.inference_server.config import (
     GRAPH_FILE,
     PLAN_FILE,
     ServerOptions,
+    check_options,
     preferred_batches,
     write_config,
 )

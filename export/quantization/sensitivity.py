@@ -49,7 +49,8 @@ def bundle_errors(
 ) -> list[LayerError]:
     """Errors of a bundle's layers on `count` pairs of the folder `data`, or on drawn inputs without one.
 
-    `progress` hears how many pairs each step took. Against float32 by the bundle's own weights; empty for a bundle in fp32. Raises BundleError, and
+    `progress` hears how many pairs each step took.
+    Against float32 by the bundle's own weights; empty for a bundle in fp32. Raises BundleError, and
     InputError for data that cannot be used.
     """
     manifest = bundle.manifest

@@ -18,7 +18,9 @@ def add_parser(verbs: Verbs) -> None:
         "make",
         help="write a small data set in the format of DGM4",
         description="Write a sample set in the format of DGM4, from images that ship with scikit-image.",
-        epilog="examples:\n  dgm4 data make --out sample-set\n  dgm4 data make --out small --pairs 400 --seed 2",
+        epilog="examples:\n"
+        "  dgm4 data make --out sample-set\n"
+        "  dgm4 data make --out small --pairs 400 --seed 2",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
