@@ -17,6 +17,7 @@ ROOMS = {
     "engine.layout": "",
     "engine.packages": "",
     "engine.files": "",
+    "engine.progress": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
@@ -28,7 +29,8 @@ ROOMS = {
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
     "engine.backends",
-    "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output",
+    "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output "
+    "engine.progress",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",
@@ -39,7 +41,7 @@ ROOMS = {
     "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
     "export.bundle export.flags export.graph kernels",
     "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.manifest engine.network.config export.output",
+    "engine.layout engine.manifest engine.network.config engine.progress export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
@@ -48,7 +50,7 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
+    "engine.layout engine.packages engine.progress export export.bench export.bundle export.evaluation export.flags "
     "export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }

@@ -133,13 +133,7 @@ class _Reader:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Item | Problem:
-        try:
-            return self.dataset[index]
-        except InputError as error:
-            if self.on_bad == "raise":
-                raise
-            sample = self.dataset.samples[index]
-            return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
+        return self.dataset[index] if self.on_bad == "raise" else self.dataset.read(index)
 
     def _collect(self, futures: Sequence[Future[Item | Problem]]) -> Iterator[Batch]:
         """Yield one batch, or none where nothing of it could be read."""
