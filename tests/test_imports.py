@@ -50,8 +50,8 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.progress export export.bench export.bundle export.evaluation export.flags "
-    "export.inference_server export.output export.quantization export.trt",
+    "engine.layout engine.packages engine.progress export export.bench export.bundle export.evaluation "
+    "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

@@ -7,7 +7,10 @@ that every process has its whole batch; in judging the sample is left out.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +95,8 @@ def make_loader(
 
     Workers for training outlive an epoch, with the images they keep.
     """
+    if workers:
+        _end_workers_at_exit()
     settings: dict[str, Any] = {"batch_size": batch} if order is None else {"batch_sampler": order}
     return DataLoader(
         _Replacing(pairs, replace=order is not None),
@@ -127,6 +132,19 @@ def _explain(error: str) -> str:
         )
     said = [line for line in error.splitlines() if line.strip()][-1:]
     return f"a process that reads images ended: {' '.join(said)}; if memory ran out, give fewer --workers"
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    """End the workers that are left: they ignore the signal by which multiprocessing would."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _start_worker(number: int) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import Dgm4Error
+from engine.errors import BackendError, Dgm4Error
 from engine.packages import version_of
 from export.cli import (
     bench,
@@ -74,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except Dgm4Error as error:
         return _fail(error, error.exit_code, verbose)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", *_PACKAGES):
+            raise
+        return _fail(_missing(package, options.parser.prog), BackendError.exit_code, verbose)
     except BrokenPipeError:
         # The reader of stdout went away; Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, _BAD_INPUT, verbose)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, 0)
+
+
+def _missing(package: str, verb: str) -> BackendError:
+    extra = "train" if verb.split()[1] in ("train", "pretrain", "data") else "export"
+    return BackendError(f"{verb} needs {package}, which is not installed: pip install 'dgm4[{extra}]'")
 
 
 def _open_streams() -> None:

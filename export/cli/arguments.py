@@ -54,7 +54,11 @@ def device(text: str) -> str:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+        "--device",
+        type=device,
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N or auto (%(default)s)",
     )
 
 
@@ -66,7 +70,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add --backend, --device and --threads."""
     parser.add_argument(
-        "--backend", type=backend, default="auto", help="as dgm4 doctor lists them (%(default)s)"
+        "--backend",
+        type=backend,
+        default="auto",
+        metavar="NAME",
+        help="as dgm4 doctor lists them (%(default)s)",
     )
     add_device(parser)
     add_threads(parser)

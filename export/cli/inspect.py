@@ -60,7 +60,7 @@ def _describe(record: dict[str, Any]) -> str:
     model, weights = record["model"], record["weights"]
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
-        f"weights    {weights['source']}{'' if weights['trained'] else ' (not trained)'}",
+        f"weights    {weights['source']} ({weights['kind']})",
         f"limits     batch {record['limits']['max_batch']}, tokens of a caption "
         f"{record['preprocess']['max_tokens']} (the graph takes {record['limits']['max_tokens']})",
     ]

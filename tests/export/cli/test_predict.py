@@ -108,6 +108,11 @@ def test_a_page_is_whole_and_in_its_file_alone(served, photo, tmp_path, capsys):
         ["--list", "pairs.jsonl", "--plot", "x.png"],
         ["photo.png", "x", "--batch", "0"],
         ["photo.png", "x", "--threads", "-3"],
+        ["photo.png", "x", "--threads", "99999"],
+        [".", "--html"],
+        ["photo.png", "x", "--html", "--json"],
+        ["photo.png", "x", "--resume", "--out", "x.jsonl"],
+        ["--list", "pairs.jsonl", "--resume"],
     ],
 )
 def test_usage(served, arguments, capsys):
@@ -140,10 +145,8 @@ def test_a_name_that_is_none_is_a_usage_error(verb, option, message, capsys):
         (["{photo}", "x", "--out", "."], "folder that exists", 1),
         (["{photo}", "x", "--out", "absent/x.jsonl"], "folder that exists", 1),
         (["{photo}", "x", "--threshold", "3"], "from 0 to 1", 1),
-        (["{photo}", "x", "--threads", "99999"], "usable cores", 4),
         (["absent.png", "x"], "'absent.png': no such file", 1),
         (["--list", "absent.jsonl"], "absent.jsonl: cannot read the list", 1),
-        (["--list", "."], ".: cannot read the list", 1),
     ],
 )
 def test_one_line_for_a_user_error(served, photo, tmp_path, arguments, message, code, capsys, monkeypatch):
