@@ -49,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _layers(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the error of each layer, with a bar."""
-    from export.quantization.sensitivity import bundle_errors
+    from export.quantization.sensitivity import PAIRS, bundle_errors
 
-    with progress_bar("layers", None, "pairs", not options.quiet) as bar:
+    with progress_bar("layers", PAIRS if options.data else None, "pairs", not options.quiet) as bar:
         errors = bundle_errors(bundle, options.data, options.split, progress=bar.update)
     return [asdict(error) for error in errors]
 

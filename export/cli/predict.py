@@ -25,7 +25,7 @@ from export.cli.pairs import STDIN, Entry, PairList
 from export.cli.plot import save_plot
 from export.cli.summary import printable, rounded, summary
 from export.flags import POSITIVE
-from export.output import check_output, open_output
+from export.output import check_output, full_disk_as_input_error, open_output
 
 Record = dict[str, Any]
 
@@ -163,6 +163,7 @@ def _predict_list(options: argparse.Namespace) -> int:
         if options.out is None or options.html:
             out = stack.enter_context(open_output(options.out, inputs))
         else:
+            stack.enter_context(full_disk_as_input_error(options.out, "--out"))
             out = answers = stack.enter_context(Answers(options.out))
             if options.resume:
                 done = answers.keep(pairs, _maker(predictor))

@@ -68,6 +68,23 @@ def test_a_finished_file_of_a_list_that_grew(stopped):
     assert stopped.read_text() == "".join(map(line_of, ENTRIES))
 
 
+def test_a_run_that_starts_anew_says_what_it_replaces(stopped, capsys):
+    capsys.readouterr()
+    with Answers(stopped) as answers:
+        answers.write(line_of(ENTRIES[0]))
+    assert (
+        "answers.jsonl.partial of an earlier run, kept for --resume, is replaced" in capsys.readouterr().err
+    )
+    assert stopped.read_text() == line_of(ENTRIES[0])
+
+
+def test_a_full_disk_keeps_what_is_there(stopped, capsys):
+    with pytest.raises(OSError, match="full"), Answers(stopped) as answers:
+        answers.keep(ENTRIES, MAKER)
+        raise OSError(28, "full")
+    assert "--resume goes on with it" in capsys.readouterr().err
+
+
 def test_without_an_earlier_run_it_starts(tmp_path):
     with Answers(tmp_path / "a.jsonl") as answers:
         assert answers.keep(ENTRIES, MAKER) == 0

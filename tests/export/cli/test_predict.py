@@ -219,7 +219,7 @@ def test_an_image_from_stdin(served, photo, capsys, monkeypatch):
 def test_a_long_list_is_taken_up_where_it_stopped(served, photo, tmp_path, capsys, monkeypatch):
     source, out = tmp_path / "list.csv", tmp_path / "answers.jsonl"
     source.write_text("image,caption\n" + "".join(f"photo.png,caption {n}\n" for n in range(5)))
-    arguments = ["predict", served, "--list", str(source), "--out", str(out), "--batch", "2"]
+    arguments = ["predict", served, "--list", str(source), "--out", str(out), "--batch", "1"]
     assert main(arguments) == 0
     whole = out.read_text().splitlines()
     assert "predict: 5 of 5 pairs" in capsys.readouterr().err
