@@ -45,7 +45,8 @@ def row(name: str, text: str) -> list[str]:
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     indent = " " * (_INDENT + 4)
     head = f"  {name:<{_INDENT}}  "
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
+    wrapper = textwrap.TextWrapper(width, head, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [head.rstrip()]
 
 
 def percent(share: float) -> str:
