@@ -15,10 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import BackendError, Dgm4Error
-from engine.packages import version_of
+from engine import __version__
+from engine.errors import Dgm4Error
+from engine.packages import lacking
 from export.cli import (
     bench,
+    calibrate,
     data,
     doctor,
     evaluate,
@@ -37,7 +39,7 @@ from export.output import ERRORS
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (predict,),
-    "make a bundle": (export, rebuild, repository),
+    "make a bundle": (export, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }
@@ -75,10 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Dgm4Error as error:
         return _fail(error, error.exit_code, verbose)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", *_PACKAGES):
-            raise
-        return _fail(_missing(package, options.parser.prog), BackendError.exit_code, verbose)
+        return _fail(wanted := lacking(options.parser.prog, error), wanted.exit_code, verbose)
     except BrokenPipeError:
         # The reader of stdout went away; Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,11 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, _BAD_INPUT, verbose)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, 0)
-
-
-def _missing(package: str, verb: str) -> BackendError:
-    extra = "train" if verb.split()[1] in ("train", "pretrain", "data") else "export"
-    return BackendError(f"{verb} needs {package}, which is not installed: pip install 'dgm4[{extra}]'")
 
 
 def _open_streams() -> None:
@@ -135,7 +129,7 @@ def make_parser() -> Parser:
         usage="%(prog)s [options] verb ...",
         description="Export multimodal deepfake detectors to verified bundles, and serve them.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(parser=parser)
     verbs = parser.add_subparsers(prog="dgm4", metavar="verb", help=argparse.SUPPRESS)
     for verb in VERBS:
@@ -153,7 +147,3 @@ def _verbs_by_purpose(verbs: argparse._SubParsersAction[Parser]) -> str:
         lines = [f"  {name:<{width}}  {helps[name]}" for _, name in zip(modules, names, strict=False)]
         groups.append("\n".join([f"{purpose}:", *lines]))
     return "\n\n".join(groups)
-
-
-def _version() -> str:
-    return version_of("dgm4") or "not installed"

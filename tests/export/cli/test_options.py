@@ -19,11 +19,13 @@ ENGINE = (
 COMMON = ("help", "verbose", "quiet")  # of every verb; export/cli/app.py reads them
 OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
-    "--data --split --out --calibration --calibration-pairs --keep-layers "
+    "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --plot --json {ENGINE}",
     "rebuild": f"bundle --force {ENGINE}",
     "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
     "--backend --device --threads --rebuild --threshold",
+    "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
+    "--on-bad --json",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
     "--checkpoint --gate --on-bad --json --out --html",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
