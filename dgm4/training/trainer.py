@@ -22,6 +22,7 @@ from dgm4.data.dataset import Batch, Item, PairDataset, collate, read_sidecar
 from dgm4.losses import WEIGHTS
 from dgm4.losses.contrastive import ALPHA
 from dgm4.metrics import summarise
+from dgm4.tokenizer import VOCABULARY, vocabulary_digest
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.optimizer import make_optimizer, make_schedule
@@ -299,6 +300,7 @@ class Trainer:
         """Write checkpoints, in the first process; `states` are the random streams of all."""
         if self.rank:
             return
+        vocabulary = self.place.out / VOCABULARY
         content = {
             "model": released_state(self.trainee),
             "optimizer": self.optimizer.state_dict(),
@@ -308,6 +310,7 @@ class Trainer:
             "epoch": self.progress.epoch,
             "progress": dict(vars(self.progress)),
             "random": states,
+            "vocabulary": vocabulary_digest(vocabulary) if vocabulary.is_file() else None,
         }
         for name in names:
             write_snapshot(self.place.out / name, content)

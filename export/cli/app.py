@@ -18,6 +18,7 @@ from engine.errors import Dgm4Error
 from engine.packages import version_of
 from export.cli import (
     bench,
+    convert,
     data,
     doctor,
     evaluate,
@@ -32,7 +33,20 @@ from export.cli import (
 from export.cli.stopping import exit_on_sigterm
 
 # Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only when it runs.
-VERBS = (export, rebuild, predict, evaluate, train, pretrain, bench, repository, inspect, doctor, data)
+VERBS = (
+    export,
+    convert,
+    rebuild,
+    predict,
+    evaluate,
+    train,
+    pretrain,
+    bench,
+    repository,
+    inspect,
+    doctor,
+    data,
+)
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 
 
