@@ -13,6 +13,7 @@ import logging
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,8 +178,11 @@ def _read_pickle(path: Path, zipped: bool, tensors_only: bool) -> Any:
     while True:
         known = [*_SAFE_GLOBALS, *((kind, name) for name, kind in foreign.items())]
         try:
-            with torch.serialization.safe_globals(known):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with warnings.catch_warnings(), torch.serialization.safe_globals(known), path.open("rb") as file:
+                warnings.simplefilter("ignore")  # of a protocol that the reader then refuses
+                misnamed = path.suffix == ".safetensors"  # which torch believes of a path
+                source, mapped = (file, False) if misnamed else (path, zipped)
+                content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
             break
         except _READ_ERRORS as error:
             # torch's own message advises to load the file unsafely; only names are taken from it.

@@ -339,7 +339,7 @@ def _datasets(
     """The splits "train" and "val"; raises InputError where one of them is empty."""
     sidecars = _read_sidecars(place.data) if options.model == "asap" else {}
     train = PairDataset(
-        read_split(place.data, "train").samples,
+        read_split(place.data, "train").usable(f"{place.data}, split train"),
         tokenizer,
         image_size,
         flip=options.flip,
@@ -348,9 +348,8 @@ def _datasets(
         captions=sidecars.get("captions"),
         explanations=sidecars.get("explanations"),
     )
-    val = PairDataset(read_split(place.data, "val").samples, tokenizer, image_size, cache=place.cache)
-    if not len(val):
-        raise InputError(f'{place.data}: expected pairs in the split "val" to evaluate on, got none')
+    judged = read_split(place.data, "val").usable(f"{place.data}, split val")
+    val = PairDataset(judged, tokenizer, image_size, cache=place.cache)
     return train, val
 
 

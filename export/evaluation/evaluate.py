@@ -143,7 +143,8 @@ def evaluate(
         opened.verified(TOKENIZER), manifest.preprocess.max_words, manifest.preprocess.max_tokens
     )
     annotations = read_split(data, options.split, options.on_bad)
-    dataset = PairDataset(_draw(annotations.samples, options), tokenizer, _image_size(manifest))
+    samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
+    dataset = PairDataset(samples, tokenizer, _image_size(manifest))
     reference = _load_reference(opened, options)
     network = _load_network(opened, options)
     try:

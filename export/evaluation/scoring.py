@@ -94,7 +94,9 @@ def score(
             batches.append(batch._replace(image=batch.image.new_empty(0)))
             started = perf_counter()
     if not batches:
-        raise InputError(f"expected at least one usable pair, got none of {len(dataset)}")
+        raise InputError(
+            f"expected at least one usable pair, got none of {len(dataset)}: {reader.problems[0].message}"
+        )
     samples = tuple(dataset.samples[i] for batch in batches for i in batch.indices.tolist())
     joined = {name: join_outputs(samples, batches, parts) for name, parts in outputs.items()}
     return Scored(samples, joined, tuple(reader.problems), seconds)

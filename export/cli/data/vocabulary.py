@@ -31,9 +31,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{options.out}: its folder does not exist; create it, or choose another --out")
     large = options.vocab or find_vocabulary()
     tokenizer = build_tokenizer(large, count_pieces(large))
-    texts = [sample.text for sample in read_split(options.data, "train", check_pictures=False).samples]
-    if not texts:
-        raise InputError(f"{options.data}: the split 'train' holds no usable caption to count the words of")
+    annotations = read_split(options.data, "train", check_pictures=False)
+    texts = [sample.text for sample in annotations.usable(f"{options.data}, split train")]
     for path in sorted((options.data / "metadata").glob("*s.json")):
         if path.stem in ("captions", "explanations"):
             texts += read_sidecar(path).values()

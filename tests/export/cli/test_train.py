@@ -93,7 +93,7 @@ def test_a_vocabulary_of_no_captions(tmp_path, capsys):
     (tmp_path / "metadata" / "train.json").write_text("[]")
     code = cli.main(["data", "vocabulary", "--data", str(tmp_path), "--out", str(tmp_path / "v.txt")])
     assert code == 1
-    assert "the split 'train' holds no usable caption" in capsys.readouterr().err
+    assert "split train: expected annotated pairs, got none of " in capsys.readouterr().err
     assert not (tmp_path / "v.txt").exists()
 
 
