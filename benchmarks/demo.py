@@ -167,7 +167,7 @@ def ship(work: Path, result: dict[str, Any], samples: list[Sample], answers: Lab
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's table: each run's metrics in percent; what each ablation changed, with its interval."""
+    """Each run's metrics in percent; what each ablation changed, with its interval."""
     head = ["run", *GATED, "IoU where a face", "training"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for run, record in result["runs"].items():

@@ -17,6 +17,7 @@ from engine.errors import BundleError
 from engine.layout import MANIFEST
 from engine.network.config import TYPES
 from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, within
+from engine.scores import ScoreCalibration, Temperatures, Thresholds
 
 FORMAT = "dgm4-bundle"
 FORMAT_VERSION = 1
@@ -24,6 +25,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
+NOT_STATED = "not stated"
 
 # The demo weights of bundles that were written before a manifest said what kind its weights are.
 _FIRST_DEMOS = (
@@ -36,7 +38,6 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _Count = Annotated[int, at_least(1)]
 _CountOrNone = Annotated[int, at_least(0)]
 _Difference = Annotated[float, within(0)]
-_Score = Annotated[float, within(0, 1)]
 _Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 _Positive = Check("three numbers > 0", lambda values: min(values) > 0)
 
@@ -55,12 +56,13 @@ class Weights(Record):
     """Where the weights come from.
 
     kind: "trained" for a user's checkpoint, "demo" for the weights that ship with the package, whose answers
-    say nothing about real images, "drawn" for weights drawn from a formula.
+    say nothing about real images, "drawn" for weights drawn from a formula. licence: the weights' own.
     """
 
     kind: Annotated[str, one_of("trained", "demo", "drawn")]
     source: str
     sha256: _Sha256 | None
+    licence: str = NOT_STATED
 
     @property
     def trained(self) -> bool:
@@ -74,6 +76,15 @@ class Weights(Record):
             return raw
         kind = "demo" if raw.get("sha256") in _FIRST_DEMOS else "trained" if raw["trained"] else "drawn"
         return {"kind": kind, **raw}
+
+
+def weights_warning(weights: Weights) -> str | None:
+    """Why the answers of these weights must not be trusted, None for a user's own checkpoint."""
+    if weights.kind == "demo":
+        return "demo_weights: trained on made images; the answers say nothing about real ones"
+    if weights.kind == "drawn":
+        return f"untrained_weights: the scores mean nothing ({weights.source})"
+    return None
 
 
 @dataclass(frozen=True)
@@ -121,23 +132,6 @@ class Limits(Record):
 
     max_batch: _Count
     max_tokens: _Count
-
-
-@dataclass(frozen=True)
-class Thresholds(Record):
-    """Scores in [0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
-
-    manipulated: _Score
-    face_swap: _Score
-    face_attribute: _Score
-    text_swap: _Score
-    text_attribute: _Score
-    words: _Score
-
-    @classmethod
-    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Give each type the one threshold of bundles that had a single one for all of them."""
-        return {**dict.fromkeys(TYPES, raw["types"]), **raw} if "types" in raw else raw
 
 
 @dataclass(frozen=True)
@@ -268,7 +262,25 @@ class Manifest(Record):
     kept_layers: tuple[str, ...] = ()
     calibration: Calibration | None = None
     vocabulary: Vocabulary | None = None
+    score_calibration: ScoreCalibration | None = None
     files: dict[str, FileEntry]
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """What the logits are divided by: 1 where no scores were calibrated."""
+        return Temperatures() if self.score_calibration is None else self.score_calibration.temperatures
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Refuse another format than this release reads."""
+        for name, expected, hint in (
+            ("format", FORMAT, ""),
+            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
+        ):
+            value = raw.get(name, NOTHING)
+            if type(value) is not type(expected) or value != expected:
+                fail(name, f"{expected!r}{hint}", value)
+        return raw
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""
@@ -329,16 +341,7 @@ def _load(data: bytes) -> Any:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
-    raw = _load(data)
-    if isinstance(raw, dict):
-        for name, expected, hint in (
-            ("format", FORMAT, ""),
-            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
-        ):
-            value = raw.get(name, NOTHING)
-            if type(value) is not type(expected) or value != expected:
-                fail(name, f"{expected!r}{hint}", value)
-    return Manifest.from_dict(raw)
+    return Manifest.from_dict(_load(data))
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from dgm4.config import TYPES, ModelConfig
+from engine import __version__
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.manifest import (
     INPUTS,
@@ -21,6 +23,7 @@ from engine.manifest import (
     Verification,
 )
 from engine.packages import version_of
+from export.bundle.licences import licence_of
 from export.graph.trace import outputs_of
 from export.options import ExportOptions
 from export.stages import Calibrated, Lowered, Source
@@ -28,7 +31,7 @@ from export.stages import Calibrated, Lowered, Source
 MAX_WORDS, MIN_TOKENS = 50, 2
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
 THRESHOLD = 0.5
-_PACKAGES = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")
 
 
 def describe_export(
@@ -44,7 +47,7 @@ def describe_export(
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=ModelInfo(config.name, config.size, config.to_dict()),
-        weights=source.weights,
+        weights=replace(source.weights, licence=licence_of(source.weights.kind, options.licence)),
         precision=options.precision,
         preprocess=Preprocess(
             image_size=config.image_size,
@@ -64,7 +67,8 @@ def describe_export(
         engines=tuple(engines),
         versions={
             "python": platform.python_version(),
-            **{name: version_of(name) or "not installed" for name in _PACKAGES},  # dgm4 may run in place
+            "dgm4": __version__,
+            **{name: version_of(name) or "not installed" for name in _PACKAGES},
         },
         verification=tuple(Verification(**difference.to_dict()) for difference in checks),
         files={},

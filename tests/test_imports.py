@@ -15,20 +15,22 @@ ROOMS = {
     "kernels": "",
     "engine.errors": "",
     "engine.layout": "",
-    "engine.packages": "",
+    "engine.packages": "engine.errors",
     "engine.files": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
-    "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema",
+    "engine.scores": "engine.errors engine.network.config engine.schema",
+    "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
-    "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
-    "engine.backends",
-    "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output",
+    "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
+    "engine.bundle engine.inputs engine.backends",
+    "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
+    "engine.packages",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",

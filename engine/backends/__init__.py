@@ -6,14 +6,19 @@ import fnmatch
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.backends.base import Backend
+from engine.backends.cores import usable_cores as usable_cores
+from engine.backends.cores import visible_cores
 from engine.backends.cuda import load_library
-from engine.errors import BackendError
+from engine.errors import BackendError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
+from engine.packages import find_conflict, install_command
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle
@@ -25,13 +30,15 @@ class _Kind(NamedTuple):
     """What a backend requires: libraries, the function that loads it, the file that it reads of a bundle.
 
     `libraries` are modules ("a|b" for either); `part` is a file inside the first of them that only some of
-    its builds contain, and `package` the one that does. `gpu`: it needs an NVIDIA GPU. `asked`: "auto" never
-    chooses it; long test runs with OpenVINO ended three times in a signal of unknown cause.
+    its builds contain, and `package` the one that does. The `extra` of `dgm4` installs them. `gpu`: it needs
+    an NVIDIA GPU. `asked`: "auto" never chooses it; long test runs with OpenVINO ended three times in a
+    signal of unknown cause.
     """
 
     libraries: tuple[str, ...]
     create: str
     reads: str
+    extra: str
     part: str = ""
     package: str = ""
     gpu: bool = False
@@ -45,22 +52,23 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
         else f"libonnxruntime_providers_{provider}.so"
     )
     create = f"engine.backends.ort_gpu:{create}"
-    return _Kind(("onnxruntime",), create, FLAT_GRAPH, f"capi/{part}", "onnxruntime-gpu", gpu=True)
+    return _Kind(("onnxruntime",), create, FLAT_GRAPH, "gpu", f"capi/{part}", "onnxruntime-gpu", gpu=True)
 
 
 # The best first, those for a GPU after the others; `create` documents what "auto" chooses. Dynamic int8,
 # which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, _Kind] = {
-    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH),
-    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS),
-    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, asked=True),
+    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH, "cpu"),
+    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS, "torch"),
+    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, "openvino", asked=True),
     "tensorrt": _Kind(
-        ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", gpu=True
+        ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", "trt", gpu=True
     ),
     "ort-cuda": _ort_gpu("create_cuda", "cuda"),
     "ort-tensorrt": _ort_gpu("create_tensorrt", "tensorrt"),
 }
 _DRIVER = "an NVIDIA driver"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 # Precisions whose graph is only for TensorRT: ONNX Runtime's CPU provider has no products in bfloat16.
@@ -82,6 +90,18 @@ def describe() -> dict[str, str | None]:
     return {name: " and ".join(_missing(name)) or None for name in _BACKENDS}
 
 
+def remedy(name: str) -> str | None:
+    """The command that installs the libraries which the backend lacks; None where it lacks none."""
+    kind = _BACKENDS[name]
+    if not _missing_libraries(kind):
+        return None
+    if kind.part and (conflict := find_conflict()):
+        return conflict
+    # The package for the CPU would hide the other, or be hidden by it.
+    first = "pip uninstall -y onnxruntime && " if kind.part and _found(kind.libraries[0]) else ""
+    return first + install_command(kind.extra)
+
+
 def serving(bundle: Bundle) -> dict[str, str | None]:
     """The backends that can read the bundle, each with its missing requirements, or None."""
     missing = describe()
@@ -97,28 +117,36 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     Raises BackendError for an unknown or missing backend or device, EngineMismatchError for an engine of
     another machine, BundleError for a model that does not load.
     """
-    if not isinstance(device, str):
-        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if not isinstance(device, str) or _DEVICE.fullmatch(device) is None:
+        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(device)}")
     present, suited = available(), _suited(bundle)
     if name == "auto":
         name = _choose(bundle, device, present, suited)
-    if name not in _BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
+    if not isinstance(name, str) or name not in _BACKENDS:
+        raise BackendError(f"unknown backend {quoted(name)}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
         needed = " and ".join(_missing(name) or _BACKENDS[name].libraries)
-        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
+        how = f": {command}" if (command := remedy(name)) else ""
+        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed{how}")
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
         why = f"needs {_BACKENDS[name].reads}; this {precision} bundle does not contain it"
         if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
-    cores = usable_cores()
-    if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
-        raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
-    module, function = _BACKENDS[name].create.split(":")
-    load: _Load = getattr(importlib.import_module(module), function)
-    return load(bundle, device, threads)
+    return _load(name)(bundle, device, _check_threads(threads))
+
+
+def _check_threads(threads: object) -> int | None:
+    """The number as an int; raises BackendError unless it is None or an integer from 1 to the cores here."""
+    if threads is None:
+        return None
+    cores = visible_cores()
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= int(threads) <= cores:
+        raise BackendError(
+            f"expected 1 to {cores} threads (the cores of this process) or None, got {quoted(threads)}"
+        )
+    return int(threads)
 
 
 def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
@@ -127,7 +155,7 @@ def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
     Can take many minutes. Raises BackendError where `name` is not a backend of engines or the build fails.
     """
     if name not in ("auto", "tensorrt"):
-        raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {name!r}")
+        raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {quoted(name)}")
     if not _has_driver():
         raise BackendError(f"an engine is rebuilt for this machine's GPU, which needs {_DRIVER}")
     from engine.backends import tensorrt_target
@@ -135,11 +163,15 @@ def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
     return tensorrt_target.rebuilt(bundle, device)
 
 
-def usable_cores() -> int:
-    """Number of CPU cores that this process may run on (its affinity mask where the system has one)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _load(name: str) -> _Load:
+    """The function that loads a bundle; raises BackendError where the library does not even import."""
+    module, function = _BACKENDS[name].create.split(":")
+    try:
+        load: _Load = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a library raises what it likes, as RuntimeError without a home folder
+        kind = type(error).__name__
+        raise BackendError(f"the backend {name!r} cannot be imported: {kind}: {error}") from error
+    return load
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
@@ -153,8 +185,9 @@ def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) 
     on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
     if not on_cpu:
         served = [name for name in suited if not _BACKENDS[name].gpu]
+        command = install_command(*(_BACKENDS[name].extra for name in served[:1]))
         raise BackendError(
-            f"no backend is installed that serves this bundle; install one of {_libraries(served)}"
+            f"no backend is installed that serves this bundle; install one of {_libraries(served)}: {command}"
         )
     return on_cpu[0]
 
@@ -193,12 +226,16 @@ def _has_driver() -> bool:
 def _missing(name: str) -> list[str]:
     """Missing requirements of a backend."""
     kind = _BACKENDS[name]
+    return _missing_libraries(kind) + ([_DRIVER] if kind.gpu and not _has_driver() else [])
+
+
+def _missing_libraries(kind: _Kind) -> list[str]:
     missing = [
         library.replace("|", " or ") for library in kind.libraries if not any(map(_found, library.split("|")))
     ]
     if kind.part and not missing and not _has_part(kind):
         missing.append(kind.package)
-    return missing + ([_DRIVER] if kind.gpu and not _has_driver() else [])
+    return missing
 
 
 def _found(library: str) -> bool:

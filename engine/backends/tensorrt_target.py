@@ -19,9 +19,9 @@ from pathlib import Path
 
 from engine.backends.cuda import Gpu, open_gpu
 from engine.bundle import Bundle
-from engine.errors import BackendError, Dgm4Error, EngineMismatchError
+from engine.errors import BackendError, Dgm4Error, EngineMismatchError, quoted
 from engine.manifest import EngineEntry
-from engine.packages import version_of
+from engine.packages import install_command, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def find_gpu(device: str) -> Gpu:
     match = _DEVICE.fullmatch(device)
     if match is None:
         raise BackendError(
-            f"the backend 'tensorrt' runs on device 'auto', 'cuda' or 'cuda:N', got {device!r}"
+            f"the backend 'tensorrt' runs on device 'auto', 'cuda' or 'cuda:N', got {quoted(device)}"
         )
     return open_gpu(int(match[1] or 0))
 
@@ -66,7 +66,8 @@ def choose(bundle: Bundle, gpu: Gpu) -> EngineEntry:
     versions = installed()
     if not versions:
         raise BackendError(
-            "the backend 'tensorrt' needs TensorRT or TensorRT-RTX: pip install tensorrt, or tensorrt-rtx"
+            f"the backend 'tensorrt' needs TensorRT or TensorRT-RTX: {install_command('trt')}, or "
+            f"{install_command('rtx')}"
         )
     engines = sorted(bundle.manifest.engines, key=lambda entry: entry.library)
     reasons = {entry.file: _mismatch(entry, bundle, gpu, versions) for entry in engines}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import html
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import IO, Any, cast
 
 from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
+from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.render import check_plot_path
 from export.cli.arguments import Verbs, add_backend
@@ -26,10 +26,6 @@ Record = dict[str, Any]
 
 _BAD_INPUT = 1
 _SHOWN = 60  # characters of a faulty line that a message repeats
-_PAGE_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>dgm4 predict</title></head><body>
-"""
-_PAGE_TAIL = "</body></html>\n"
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -186,11 +182,12 @@ def _write(
 ) -> None:
     """Write each prediction as it comes."""
     if options.html:
-        out.write(_PAGE_HEAD)
+        named = ((head["image"] or f"line {head['line']}", result) for head, result in results)
+        for part in write_page(named):
+            out.write(part)
+        return
     for head, result in results:
-        out.write(_fragment(head, result) if options.html else _json_line(head, result, options.heatmap))
-    if options.html:
-        out.write(_PAGE_TAIL)
+        out.write(_json_line(head, result, options.heatmap))
 
 
 def _json_line(head: Record, result: Prediction | Dgm4Error, heatmap: bool) -> str:
@@ -199,14 +196,6 @@ def _json_line(head: Record, result: Prediction | Dgm4Error, heatmap: bool) -> s
     else:
         body = {"error": str(result), "kind": type(result).__name__}
     return json.dumps({**head, **body}, allow_nan=False) + "\n"
-
-
-def _fragment(head: Record, result: Prediction | Dgm4Error) -> str:
-    name = head["image"] or f"line {head['line']}"
-    heading = f"<h2>{html.escape(name)}</h2>\n"
-    if isinstance(result, Prediction):
-        return heading + result.to_html()
-    return f"{heading}<p>{html.escape(str(result))}</p>\n"
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from PIL import Image
 
 from dgm4.metrics import Interval
+from engine.drawing import INK, MANIPULATED, TRACK, WHITE, Color, mix
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
 from engine.markup import css, embed, escape
-from engine.render import BOX, EMPTY, INK, MANIPULATED, PRISTINE, TRACK, WHITE, Color, draw_box, mix
+from engine.render import BOX, EMPTY, PRISTINE, draw_box
 from export.evaluation.agreement import Case
 from export.evaluation.evaluate import Comparison, Evaluation
 from export.evaluation.gate import GATED, GATES, GateFailure

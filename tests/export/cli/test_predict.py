@@ -99,6 +99,18 @@ def test_a_page_is_whole_and_in_its_file_alone(served, photo, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_list_becomes_one_page_with_the_errors_in_their_place(served, photo, tmp_path):
+    lines = ['{"image": "photo.png", "caption": "one"}', "<b>", '{"image": "absent.png", "caption": "two"}']
+    source, page = tmp_path / "pairs.jsonl", tmp_path / "page.html"
+    source.write_text("\n".join(lines))
+    assert main(["predict", served, "--list", str(source), "--html", "--out", str(page)]) == 1
+    text = page.read_text(encoding="utf-8")
+    assert [text.count(x) for x in ("<article", "<style>", '<p class="reason">')] == [3, 1, 2]
+    assert "<b>3</b> pairs" in text and "<b>2</b> errors" in text
+    assert "line 2</bdi>" in text and "got &#39;&lt;b&gt;&#39;</p>" in text
+    assert "absent.png</bdi>" in text and '<p class="reason">no such file' in text
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
