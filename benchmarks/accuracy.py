@@ -93,10 +93,12 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
         settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, batch=batch, graph=graph)
         result = evaluate(out, data, settings, progress=True)
     if result.comparison is None:
-        raise RuntimeError(f"{out}: no float32 network to compare with: {result.note}")
+        raise RuntimeError(f"{out}: no float32 network to compare with: {result.notes}")
     failures = check_gate(precision, result.scores.metrics, result.comparison.scores.metrics)
+    record = result.to_dict()
+    del record["decisions"]  # curves, which no table here shows
     return {
-        **result.to_dict(),
+        **record,
         "bundle": out.name,
         "data": data.name,
         "weights": weights,

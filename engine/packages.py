@@ -12,6 +12,8 @@ EXTRAS = {
     "openvino": "openvino",
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
+    "jinja2": "evaluate",
+    "sklearn": "evaluate",
     "torch": "export",
     "safetensors": "export",
     "onnx": "export",

@@ -6,7 +6,7 @@ A detector decides on a pair ("manipulated"), on each type of manipulation, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
@@ -98,3 +98,8 @@ class ScoreCalibration(Record):
     false_alarms: _Score
     level: _Score
     reached: dict[str, Rate]
+
+    def problems(self) -> Iterator[tuple[str, str, object]]:
+        """See `Record.problems`."""
+        if DECISIONS[0] not in self.reached or not set(self.reached) <= set(DECISIONS):
+            yield "reached", f"{DECISIONS[0]} and others of {', '.join(DECISIONS)}", sorted(self.reached)

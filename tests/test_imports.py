@@ -33,7 +33,8 @@ ROOMS = {
     "engine.packages",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
-    "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",
+    "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
+    "engine.scores",
     "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
     "engine.network.config kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
@@ -41,7 +42,7 @@ ROOMS = {
     "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
     "export.bundle export.flags export.graph kernels",
     "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.manifest engine.network.config export.output",
+    "engine.layout engine.manifest engine.network.config engine.scores export.bundle export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
@@ -50,8 +51,8 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
-    "export.inference_server export.output export.quantization export.trt",
+    "engine.layout engine.packages engine.scores export export.bench export.bundle export.evaluation "
+    "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dgm4.data.annotations import Sample
-from dgm4.data.dataset import IGNORED, Batch, PairDataset, collate
+from dgm4.data.dataset import Batch, PairDataset, collate
+from dgm4.data.labels import join_outputs
 from dgm4.metrics import LabelledOutputs
 from dgm4.model import Output
 
@@ -34,35 +34,9 @@ def collect(
             output = predict(to_device(part, device))._asdict()
             outputs.append({name: output[name].float().cpu().numpy() for name in _READ})
             batches.append(part._replace(image=part.image.new_empty(0)))
-    return join_outputs(data.samples, batches, outputs)
-
-
-def join_outputs(
-    samples: Sequence[Sample], batches: Sequence[Batch], outputs: Sequence[Mapping[str, np.ndarray]]
-) -> LabelledOutputs:
-    """Join the outputs of batches of `samples`, in their order; tokens are padded to the longest of all.
-
-    `outputs` holds the arrays of `Output` by name, one mapping a batch.
-    """
-    width = max(batch.token_labels.shape[1] for batch in batches)
-    labels = np.full((len(samples), width), IGNORED)
-    logits = np.zeros((len(samples), width, 2), dtype=np.float32)
-    row = 0
-    for batch, part in zip(batches, outputs, strict=True):
-        count, length = batch.token_labels.shape
-        labels[row : row + count, :length] = batch.token_labels.numpy()
-        logits[row : row + count, :length] = part["logits_tok"]
-        row += count
-    return LabelledOutputs(
-        labels=np.array([sample.fake_cls for sample in samples]),
-        logits_real_fake=np.concatenate([part["logits_real_fake"] for part in outputs]),
-        logits_multicls=np.concatenate([part["logits_multicls"] for part in outputs]),
-        pred_box=np.concatenate([part["box"] for part in outputs]),
-        true_box=np.concatenate([batch.box.numpy() for batch in batches]),
-        # What a network says of padding depends on the batch.
-        logits_tok=np.where(labels[..., None] == IGNORED, 0, logits).astype(np.float32),
-        token_labels=labels,
-    )
+    boxes = np.concatenate([batch.box.numpy() for batch in batches])
+    labels = [batch.token_labels.numpy() for batch in batches]
+    return join_outputs(data.samples, boxes, labels, outputs)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

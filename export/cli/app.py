@@ -19,6 +19,7 @@ from engine.errors import Dgm4Error
 from engine.packages import lacking
 from export.cli import (
     bench,
+    calibrate,
     convert,
     data,
     doctor,
@@ -35,18 +36,8 @@ from export.cli.stopping import exit_on_sigterm
 
 # Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only when it runs.
 VERBS = (
-    export,
-    convert,
-    rebuild,
-    predict,
-    evaluate,
-    train,
-    pretrain,
-    bench,
-    repository,
-    inspect,
-    doctor,
-    data,
+    *(export, convert, rebuild, calibrate, predict, evaluate, train, pretrain),
+    *(bench, repository, inspect, doctor, data),
 )
 _BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from engine.backends import known
+from engine.scores import DECISIONS, GROUP
 from export.flags import POSITIVE
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -35,6 +36,35 @@ def device(text: str) -> str:
     if _DEVICE.fullmatch(text) is None:
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
+
+
+def threshold(text: str) -> tuple[str, float]:
+    """A threshold and what it is of: NAME=P, or P for the verdict."""
+    name, _, number = text.rpartition("=")
+    name = name or DECISIONS[0]
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if name not in (*DECISIONS, GROUP) or not 0 <= value <= 1:
+        names = ", ".join((*DECISIONS, GROUP))
+        expected = f"P or NAME=P with P from 0 to 1 and NAME one of {names}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return name, value
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+    """Add --threshold, which may be given several times: `dict(options.thresholds)`."""
+    parser.add_argument(
+        "--threshold",
+        dest="thresholds",
+        type=threshold,
+        action="append",
+        default=[],
+        metavar="[NAME=]P",
+        help=f"score from which a pair is manipulated, or NAME is: {', '.join(DECISIONS[1:])}, or "
+        f"{GROUP} for all four",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

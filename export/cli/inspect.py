@@ -12,8 +12,10 @@ from typing import Any
 
 from engine.backends import serving
 from engine.bundle import Bundle
-from export.bundle.card import grouped, largest_text
+from export.bundle.card import grouped, largest_text, score_calibration_text
 from export.cli.arguments import Verbs
+
+_KINDS = {"trained": "", "demo": " (the demo's)", "drawn": " (not trained)"}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -44,10 +46,10 @@ def _describe(record: dict[str, Any]) -> str:
     model, weights = record["model"], record["weights"]
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
-        f"weights    {weights['source']}{'' if weights['trained'] else ' (not trained)'}",
+        f"weights    {weights['source']}{_KINDS[weights['kind']]}",
         f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
     ]
-    lines += _precision_lines(record)
+    lines += _precision_lines(record) + _score_lines(record)
     for name, entry in record["files"].items():
         lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
     lines += [f"engine     {_engine_text(engine)}" for engine in record["engines"]]
@@ -90,6 +92,14 @@ def _precision_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"float32    {len(floating)} modules: {', '.join(grouped(floating))}")
     if kept := record["kept_layers"]:
         lines.append(f"kept       a step above {record['precision']}: {', '.join(kept)}")
+    return lines
+
+
+def _score_lines(record: dict[str, Any]) -> list[str]:
+    """Thresholds, and how the scores were calibrated."""
+    lines = ["thresholds " + ", ".join(f"{name} {x:.4g}" for name, x in record["thresholds"].items())]
+    if calibration := record.get("score_calibration"):
+        lines.append(f"calibrated {score_calibration_text(calibration)}")
     return lines
 
 

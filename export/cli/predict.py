@@ -18,7 +18,7 @@ from engine.errors import Dgm4Error, InputError
 from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.render import check_plot_path
-from export.cli.arguments import Verbs, add_backend
+from export.cli.arguments import Verbs, add_backend, add_thresholds
 from export.flags import POSITIVE
 from export.output import check_output, open_output
 
@@ -49,7 +49,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch", type=POSITIVE, default=8, metavar="N", help="pairs a run (%(default)s)")
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
-    add("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
+    add_thresholds(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -104,7 +104,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         threads=options.threads,
         rebuild=options.rebuild,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
-        thresholds=None if options.threshold is None else {"manipulated": options.threshold},
+        thresholds=dict(options.thresholds),
     )
 
 
