@@ -20,6 +20,7 @@ OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
     "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --json {ENGINE}",
+    "convert": "checkpoint out --state",
     "rebuild": f"bundle {ENGINE}",
     "predict": "bundle image caption --list --out --html --plot --heatmap --batch --backend --device "
     "--threads --rebuild --threshold",
