@@ -22,6 +22,7 @@ from engine.packages import lacking
 from export.cli import (
     bench,
     calibrate,
+    convert,
     data,
     doctor,
     evaluate,
@@ -40,7 +41,7 @@ from export.output import ERRORS
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (predict,),
-    "make a bundle": (export, calibrate, rebuild, repository),
+    "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }

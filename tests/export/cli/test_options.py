@@ -21,6 +21,7 @@ OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
     "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --plot --json {ENGINE}",
+    "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
     "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
     "--backend --device --threads --rebuild --threshold",
