@@ -14,9 +14,10 @@ import pytest
 
 from benchmarks import accuracy, demo, engines
 from dgm4.training.options import TrainOptions
-from engine import ImageOptions, backends, errors, manifest
+from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
 from export.cli.app import make_parser
+from export.bundle.licences import UPSTREAM
 from export.evaluation.gate import GATES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +100,9 @@ def records():
     """The records of the manifest by name."""
     return {
         name: kind
-        for name, kind in vars(manifest).items()
-        if isinstance(kind, type) and issubclass(kind, Record) and kind.__module__ == manifest.__name__
+        for module in (manifest, scores)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, Record) and kind.__module__ == module.__name__
     }
 
 
@@ -166,6 +168,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "to_rows",
     }
     assert found - fields == {row[0].strip("`") for row in tables("serving", "Warnings")[1:]}
 
@@ -175,3 +178,7 @@ def test_stages(tables):
     assert {*re.findall(r'job\.stage\("(\w+)"\)', source)} == {
         row[0].strip("`") for row in tables("export", "Stages")[1:]
     }
+
+
+def test_licences(tables):
+    assert {row[0]: row[1] for row in tables("licences")[1:]} == UPSTREAM
