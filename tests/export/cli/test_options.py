@@ -27,7 +27,7 @@ OPTIONS = {
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
-    "--checkpoint --gate --on-bad --json --out --html",
+    "--checkpoint --gate --on-bad --json --out --html --threshold",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",
