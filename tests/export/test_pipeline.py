@@ -87,7 +87,8 @@ def test_manifest_says_what_it_is(name, precision, bundle):
     assert dgm4.ModelConfig.from_dict(manifest["model"]["config"]) == dgm4.model_config(name, "tiny")
     assert manifest["precision"] == precision
     assert "calibration" not in manifest, "for static int8 alone"
-    assert manifest["weights"] == {"kind": "drawn", "source": "drawn from seed 1", "sha256": None}
+    weights = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None, "licence": "Apache-2.0"}
+    assert manifest["weights"] == weights
     assert [x["name"] for x in manifest["outputs"]] == list(outputs_of(dgm4.model_config(name)))
     assert manifest["types"] == list(dgm4.TYPES)
     assert manifest["preprocess"]["max_words"] == 50
@@ -174,7 +175,8 @@ def test_checkpoint_is_exported_with_its_hash(tiny, tmp_path):
         options(tmp_path / "bundle", model=None, size=None, checkpoint=path), stages.append
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert manifest["weights"] == {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest}
+    weights = {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest, "licence": "not stated"}
+    assert manifest["weights"] == weights
     state = safetensors.torch.load_file(tmp_path / "bundle" / "model.safetensors")
     assert torch.equal(state["itm_head.0.weight"], model.state_dict()["itm_head.0.weight"])
 
