@@ -17,6 +17,10 @@ from engine.manifest import FORMAT
 
 Rows = list[tuple[str, ...]]
 
+# File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9. In JSON that is an
+# escape, and names the file again.
+ERRORS = "backslashreplace"
+
 
 @contextlib.contextmanager
 def open_output(
@@ -31,9 +35,9 @@ def open_output(
         yield sys.stdout
         return
     check_output(path, option, inputs)
-    with _full_disk_as_input_error(path, option), replacing(path) as partial:
+    with full_disk_as_input_error(path, option), replacing(path) as partial:
         try:
-            file = partial.open("w", encoding="utf-8")
+            file = partial.open("w", encoding="utf-8", errors=ERRORS)
         except OSError as error:
             raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
         with file:
@@ -41,7 +45,8 @@ def open_output(
 
 
 @contextlib.contextmanager
-def _full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
+def full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
+    """Raise InputError, which names the option, where the disk of `path` is full."""
     try:
         yield
     except OSError as error:  # of the caller's block too, so no other kind is taken for ours

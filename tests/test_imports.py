@@ -17,6 +17,7 @@ ROOMS = {
     "engine.layout": "",
     "engine.packages": "engine.errors",
     "engine.files": "",
+    "engine.progress": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
@@ -30,7 +31,7 @@ ROOMS = {
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
-    "engine.packages",
+    "engine.packages engine.progress",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
@@ -42,7 +43,8 @@ ROOMS = {
     "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
     "export.bundle export.flags export.graph kernels",
     "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.manifest engine.network.config engine.scores export.bundle export.output",
+    "engine.layout engine.manifest engine.network.config engine.progress engine.scores export.bundle "
+    "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
@@ -51,7 +53,8 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.scores export export.bench export.bundle export.evaluation "
+    "engine.layout engine.packages engine.progress engine.scores export export.bench export.bundle "
+    "export.evaluation "
     "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }

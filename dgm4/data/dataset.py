@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dgm4.config import TYPES
-from dgm4.data.annotations import Box, Sample
+from dgm4.data.annotations import Box, Problem, Sample
 from dgm4.data.labels import encode, label_tokens, normalize_box
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, normalize_image, resize_image
@@ -135,6 +135,14 @@ class PairDataset(Dataset[Item]):
             caption_ids=self._side_text(self.captions, sample),
             explanation_ids=self._side_text(self.explanations, sample),
         )
+
+    def read(self, index: int) -> Item | Problem:
+        """Return one sample, or what is wrong with its image or box."""
+        try:
+            return self[index]
+        except InputError as error:
+            sample = self.samples[index]
+            return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
 
     def _is_flipped(self, index: int) -> bool:
         random = np.random.default_rng((self.seed, int(self._epoch), index))

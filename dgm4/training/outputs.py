@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from dgm4.data.dataset import Batch, PairDataset, collate
+from dgm4.data.dataset import Batch, PairDataset
 from dgm4.data.labels import join_outputs
 from dgm4.metrics import LabelledOutputs
 from dgm4.model import Output
+from dgm4.training.reading import Unreadable, load, make_loader
+from engine.errors import InputError
+from engine.progress import progress_bar
 
 _READ = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 
@@ -23,20 +25,33 @@ def collect(
     batch: int,
     device: torch.device,
     workers: int = 0,
+    progress: bool = False,
+    unreadable: Unreadable | None = None,
 ) -> LabelledOutputs:
-    """Run `predict` over all of `data` and return outputs and labels, tokens padded to the longest."""
+    """Run `predict` over all of `data` and return outputs and labels, tokens padded to the longest.
+
+    An image that cannot be read is counted by `unreadable` and left out; raises InputError where there are
+    too many, or no other.
+    """
+    unreadable = unreadable or Unreadable("val", len(data))
     batches: list[Batch] = []
     outputs: list[dict[str, np.ndarray]] = []
-    # A generator of its own, since an iterator draws a number: torch's own stream stays where it was.
-    loader = DataLoader(data, batch, collate_fn=collate, num_workers=workers, generator=torch.Generator())
-    with torch.inference_mode():
-        for part in loader:
+    with torch.inference_mode(), progress_bar("judge", len(data), "pairs", progress) as bar:
+        for part, problems in load(make_loader(data, workers, batch)):
+            unreadable.add(problems)
+            bar.update(len(problems))
+            if part is None:
+                continue
             output = predict(to_device(part, device))._asdict()
             outputs.append({name: output[name].float().cpu().numpy() for name in _READ})
             batches.append(part._replace(image=part.image.new_empty(0)))
+            bar.update(len(part.indices))
+    if not batches:
+        raise InputError(f"expected at least one readable image, got none of {len(data)}")
+    samples = [data.samples[i] for part in batches for i in part.indices.tolist()]
     boxes = np.concatenate([batch.box.numpy() for batch in batches])
     labels = [batch.token_labels.numpy() for batch in batches]
-    return join_outputs(data.samples, boxes, labels, outputs)
+    return join_outputs(samples, boxes, labels, outputs)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -23,6 +23,7 @@ def add_parser(verbs: Verbs) -> None:
         "thresholds keep to a rate of false alarms: the share of pairs, types and words that are flagged "
         "though they are not manipulated. Half of the split fits them, the other half measures what they "
         "reach. The bundle itself stays as it is.",
+        epilog="examples:\n  dgm4 calibrate my-bundle --data DGM4 --false-alarms 0.01",
     )
     add = parser.add_argument
     add("bundle", type=Path)
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
     out = options.out or Path(f"{options.bundle.resolve()}-calibrated")
     settings = read_options(CalibrateOptions, options)
-    result = calibrate(options.bundle, options.data, out, settings, progress=sys.stderr.isatty())
+    result = calibrate(options.bundle, options.data, out, settings, progress=not options.quiet)
     sys.stdout.write(
         json.dumps(result.to_dict(), allow_nan=False) + "\n" if options.json else write_calibration(result)
     )

@@ -18,6 +18,7 @@ def add_parser(verbs: Verbs) -> None:
         help="pretrain a small visual encoder",
         description="Teach a ViT which patches lie in a manipulated face; what it writes is for dgm4 train "
         "--init-vision, where there is no DeiT of that size.",
+        epilog="examples:\n  dgm4 pretrain --data sample-set --size tiny --out vision.pth",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -39,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     tokenizer, _ = tokenizer_of(find_vocabulary(model_config(recipe.model, recipe.size).vocabulary))
     start = time.perf_counter()
-    loss = pretrain(recipe, options.data, options.out, tokenizer, options.device, options.cache)
+    place = (options.data, options.out)
+    loss = pretrain(recipe, *place, tokenizer, options.device, options.cache, progress=not options.quiet)
     seconds = round(time.perf_counter() - start, 1)
     sys.stdout.write(json.dumps({"out": str(options.out), "loss": loss, "seconds": seconds}) + "\n")
     return 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
-from export.cli.arguments import Verbs
+from export.cli.arguments import Verbs, add_device
+from export.cli.stopping import stop_first
 from export.flags import WHOLE, read_options
+from export.output import write_whole
 
 if TYPE_CHECKING:
     from dgm4.training.trainer import Place, Progress
@@ -23,6 +26,13 @@ def add_parser(verbs: Verbs) -> None:
         help="train a network on a data folder",
         description="Train HAMMER, ASAP or CALS on a folder in the published layout; several processes "
         "through torchrun. Checkpoints have the released layout.",
+        epilog="Ctrl-C and SIGTERM end the run after the update under way; --resume goes on there. Images "
+        "that cannot be read are counted and named; another takes their place, and too many end the run."
+        "\n\n"
+        "examples:\n"
+        "  dgm4 train --data DGM4 --out run --model asap --init ALBEF_4M.pth\n"
+        "  dgm4 train --data sample-set --out run --size tiny --set epochs=2\n"
+        "  dgm4 train --data DGM4 --out run --model asap --resume",
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
@@ -34,7 +44,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--init", type=Path, metavar="FILE", help="start from a checkpoint, or from ALBEF's")
     add("--init-vision", metavar="FILE", help="DeiT for the visual encoder: a file or timm:NAME")
     add("--resume", action="store_true", help="go on where the run in --out ended")
-    add("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
+    add_device(parser)
     add("--workers", type=WHOLE, default=0, metavar="N", help="processes that read images")
     add("--cache", action="store_true", help="keep decoded images in memory, 0.2 MB each")
     add("--save-every", type=WHOLE, default=0, metavar="N", help="save every N updates too")
@@ -49,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from dgm4.tokenizer import VOCABULARY, find_vocabulary
     from dgm4.training.initialise import Initialisation
     from dgm4.training.processes import leave
-    from dgm4.training.trainer import Place, Trainer
+    from dgm4.training.trainer import LAST, Place, Trainer
     from export.cli.recipe import recipe_of, tokenizer_of
 
     recipe = recipe_of(options, options.model)
@@ -61,22 +71,34 @@ def run(options: argparse.Namespace) -> int:
     initialisation = None
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)
-    place = read_options(Place, options)
+    place = read_options(Place, options, progress=not options.quiet)
     trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
     if trainer.rank == 0:
-        copy.write_bytes(vocabulary.read_bytes())
-    progress = trainer.run()
+        write_whole(copy, vocabulary.read_bytes(), "--out")
+    with stop_first(trainer.stop) as signals:
+        progress = trainer.run()
+    finished = progress.epoch >= recipe.epochs
     if trainer.rank == 0:
-        sys.stdout.write(_summary(place, progress, recipe.epochs) + "\n")
+        sys.stdout.write(_summary(place, progress, finished) + "\n")
+        if signals and not finished:
+            sys.stderr.write(
+                f"dgm4: stopped after update {progress.update}, which {place.out / LAST} holds; go on with: "
+                f"{_resuming(options.arguments)}\n"
+            )
     leave()
-    return 0
+    return 128 + signals[0] if signals and not finished else 0
 
 
-def _summary(place: Place, progress: Progress, epochs: int) -> str:
+def _resuming(arguments: list[str]) -> str:
+    """The command that goes on with the run of these arguments."""
+    given = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return shlex.join(["dgm4", *given])
+
+
+def _summary(place: Place, progress: Progress, finished: bool) -> str:
     from dgm4.training.trainer import BEST, LAST
 
     record = {name: getattr(progress, name) for name in ("epoch", "update", "seconds")}
     best = progress.best if progress.epoch else None
     written = [str(place.out / name) for name in (BEST, LAST) if (place.out / name).is_file()]
-    finished = progress.epoch >= epochs
     return json.dumps({"finished": finished, **record, "best": best, "checkpoints": written})

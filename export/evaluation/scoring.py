@@ -6,7 +6,6 @@ networks do.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,6 @@ from time import perf_counter
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from dgm4.data.annotations import Box, Problem, Sample
 from dgm4.data.labels import join_outputs, label_tokens, normalize_box
@@ -26,6 +24,7 @@ from engine.inputs.preparation import Item, Preparation
 from engine.inputs.preprocess import ImageOptions, normalize_image
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
+from engine.progress import progress_bar
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
@@ -107,7 +106,7 @@ def score(
     labels: list[np.ndarray] = []
     outputs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in networks}
     seconds = dict.fromkeys([*networks, WAITING], 0.0)
-    with tqdm(total=len(pairs), unit="pair", file=sys.stderr, disable=not progress) as bar:
+    with progress_bar("evaluate", len(pairs), "pairs", progress) as bar:
         started = perf_counter()
         for batch in reader.batches(batch_size):
             feeds = pairs.feeds(batch)

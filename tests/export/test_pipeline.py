@@ -87,8 +87,8 @@ def test_manifest_says_what_it_is(name, precision, bundle):
     assert dgm4.ModelConfig.from_dict(manifest["model"]["config"]) == dgm4.model_config(name, "tiny")
     assert manifest["precision"] == precision
     assert "calibration" not in manifest, "for static int8 alone"
-    weights = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None, "licence": "Apache-2.0"}
-    assert manifest["weights"] == weights
+    drawn = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None, "licence": "Apache-2.0"}
+    assert manifest["weights"] == drawn
     assert [x["name"] for x in manifest["outputs"]] == list(outputs_of(dgm4.model_config(name)))
     assert manifest["types"] == list(dgm4.TYPES)
     assert manifest["preprocess"]["max_words"] == 50
