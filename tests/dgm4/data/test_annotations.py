@@ -118,20 +118,12 @@ def test_a_file_with_a_backslash_in_its_name_is_read(read, data):
     assert sample.picture == file.resolve()
 
 
-@pytest.mark.parametrize("image", [r"..\..\etc\passwd", r"origin\..\..\x.jpg", r"\etc\passwd"])
-def test_a_path_written_on_windows_stays_inside(image, read):
-    assert read(record(image=image)).counts() == {"path_outside": 1}
-
-
 def test_none_usable_says_of_how_many_and_why(read):
     annotations = read(*[record(id=i, image=f"origin/absent{i}.jpg") for i in range(7)], [])
     with pytest.raises(InputError) as caught:
         annotations.usable("DGM4, split test")
-    assert str(caught.value).startswith(
-        "DGM4, split test: expected annotated pairs, got none of 8 usable, most often picture_missing: "
-        "record 0: expected the picture"
-    )
-    assert "absent0.jpg" in str(caught.value)
+    start = "DGM4, split test: expected annotated pairs, got none of 8 usable, most often picture_missing: "
+    assert str(caught.value).startswith(f"{start}record 0: expected the picture")
     assert read(record()).usable("x") == read(record()).samples
 
 
@@ -206,6 +198,8 @@ BAD = {
             "a\0b",
             "DGM4/",
             "..",
+            r"..\..\etc\passwd",
+            r"origin\..\..\x.jpg",
         )
     ],
     "picture_missing": [
