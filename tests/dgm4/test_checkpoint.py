@@ -292,12 +292,6 @@ def test_unknown_width(tmp_path):
         dgm4.load_checkpoint(path)
 
 
-def test_the_small_size_has_the_vocabulary_of_its_training(tmp_path):
-    config = replace(dgm4.model_config("hammer", "tiny"), vocabulary=77)
-    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
-    assert dgm4.load_checkpoint(path).config == config
-
-
 def test_width_cannot_be_read(tmp_path):
     state = published("asap", small("asap"))
     del state["visual_encoder.cls_token"]
@@ -307,18 +301,51 @@ def test_width_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("side", [14, 2, 3, 7])
-def test_positions_of_another_grid_are_resampled(side, tmp_path):
-    """Bicubic without aligned corners; the position of [CLS] passes by."""
+def test_positions_of_an_initialisation_are_resampled(side, tmp_path, caplog):
+    """Bicubic without aligned corners; the position of [CLS] passes by, and the log tells."""
     config = small("hammer")
-    state = published("hammer", config)
     other = torch.from_numpy(draw("pos_embed", (1, side**2 + 1, config.width), 5))
-    path = save(tmp_path / "checkpoint.pth", state | {"visual_encoder.pos_embed": other})
+    path = save(tmp_path / "ALBEF.pth", albef(config) | {"visual_encoder.pos_embed": other})
     got = dgm4.load_checkpoint(path, config=config).visual_encoder.pos_embed.detach()
     field = other[0, 1:].reshape(side, side, config.width).permute(2, 0, 1)[None]
     field = F.interpolate(field, size=(4, 4), mode="bicubic", align_corners=False)
     want = torch.cat([other[0, :1], field[0].permute(1, 2, 0).reshape(16, config.width)])
     assert torch.equal(got[0, 0], other[0, 0])
     assert (got[0] - want).abs().max() <= 1e-6
+    assert f"positions of a {side} x {side} grid are resampled to 4 x 4" in caplog.text
+
+
+def test_a_trained_grid_is_kept_or_refused(name, tmp_path, caplog):
+    """The resolution is the checkpoint's own; another one that is asked for is an error."""
+    config = replace(dgm4.model_config(name, "tiny"), image_size=128)
+    path = save(tmp_path / "checkpoint.pth", whole_file(published(name, config)))
+    assert_loaded(network := dgm4.load_checkpoint(path), live(config))
+    assert network.config == config
+    with pytest.raises(CheckpointError, match=r"pos_embed: expected \[1, 257, 128\], got \[1, 65, 128\]"):
+        dgm4.load_checkpoint(path, config=dgm4.model_config(name, "tiny"))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("change", [{"positions": 128}, {"vocabulary": 77}])
+def test_rows_of_the_text_are_the_checkpoints(change, tmp_path):
+    config = replace(dgm4.model_config("hammer", "tiny"), **change)
+    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
+    assert dgm4.load_checkpoint(path).config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_depth": 5}, r"unexpected \(visual_encoder\.blocks\.4\."),
+        ({"text_depth": 3}, r"missing \(text_encoder\.bert\.encoder\.layer\.3\."),
+        ({"patch_size": 8}, r"misshapen \(visual_encoder\.patch_embed\.proj\.weight"),
+    ],
+)
+def test_another_depth_or_patch_is_refused(change, message, tmp_path):
+    config = replace(dgm4.model_config("hammer", "tiny"), **change)
+    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
+    with pytest.raises(CheckpointError, match=message):
+        dgm4.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
