@@ -26,7 +26,7 @@ from dgm4.data.grammar import (
     write_caption,
 )
 from dgm4.data.photographs import draw_photograph, has_portraits
-from dgm4.data.scenes import Kind, Scene, draw_grain, draw_scene, draw_view, render, side_of
+from dgm4.data.scenes import Kind, Scene, draw_scene, draw_view, expose, render, side_of
 from dgm4.data.sources import SPLITS, Split
 from dgm4.data.subjects import caption_of
 
@@ -161,8 +161,7 @@ def paint(pair: Pair) -> Image.Image:
     picture = render(pair.scene)
     if pair.forgery is not None:
         picture = forge(picture, pair.scene, pair.forgery, stream(pair.seed, pair.split, pair.index, 3))
-    picture = picture + draw_grain(stream(pair.seed, pair.split, pair.index, 4), pair.scene)
-    return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
+    return expose(stream(pair.seed, pair.split, pair.index, 4), picture, pair.scene)
 
 
 def description(pair: Pair) -> str:

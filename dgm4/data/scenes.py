@@ -212,6 +212,12 @@ def grade(picture: np.ndarray, scene: Scene) -> np.ndarray:
     return np.asarray(np.clip(graded, 0, 1), np.float32)
 
 
+def expose(rng: np.random.Generator, picture: np.ndarray, scene: Scene) -> Image.Image:
+    """The 8-bit image of a graded one, with the camera's grain over all of it."""
+    picture = picture + draw_grain(rng, scene)
+    return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
+
+
 def draw_grain(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     """The camera's grain [H, W, 1], the same in all channels."""
     width, height = scene.size
