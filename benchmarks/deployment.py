@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.results import ResultFile
 from dgm4.config import MODEL_NAMES, SIZES
 from engine.errors import BackendError
+from engine.packages import install_command
 from export.sample import SAMPLE_CAPTION, sample_photograph
 
 STARTS = 5
@@ -99,7 +100,7 @@ def run(result: ResultFile, network: str, folder: Path, size: str = "base") -> d
     """Measure one network, writing after every precision."""
     image = sample_photograph()
     if image is None:
-        raise BackendError("the sample photograph needs scikit-image: pip install -e '.[export]'")
+        raise BackendError(f"the sample photograph needs scikit-image: {install_command('export')}")
     record: dict[str, Any] = {"network": network}
     for precision in PRECISIONS:
         bundle = folder / precision

@@ -1,14 +1,44 @@
 """Production serving of a dgm4 bundle: `Predictor(bundle).predict(image, caption)`.
 
-Importing this package loads neither torch nor a backend's library and touches no GPU.
+Importing this package loads neither torch nor a backend's library and touches no GPU. It keeps ONNX Runtime,
+OpenVINO and Hugging Face's hub from sending usage data (`engine.startup`).
 """
 
-from engine import errors
+from engine import errors, startup
 from engine.bundle import Bundle
-from engine.errors import Dgm4Error
+from engine.errors import (
+    BackendError,
+    BuildError,
+    BundleError,
+    CheckpointError,
+    Dgm4Error,
+    EngineMismatchError,
+    InputError,
+    NumericalError,
+    VerificationError,
+)
 from engine.inputs.preprocess import ImageOptions
 from engine.prediction import Prediction
 from engine.predictor import Predictor
 from engine.result import Word
 
-__all__ = ["Bundle", "Dgm4Error", "ImageOptions", "Prediction", "Predictor", "Word", "errors"]
+__version__ = "0.1.0"  # the only place that says it; pyproject.toml reads it here
+__all__ = [
+    "BackendError",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Dgm4Error",
+    "EngineMismatchError",
+    "ImageOptions",
+    "InputError",
+    "NumericalError",
+    "Prediction",
+    "Predictor",
+    "VerificationError",
+    "Word",
+    "errors",
+]
+
+startup.prepare()

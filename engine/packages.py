@@ -1,8 +1,26 @@
-"""Versions of installed packages."""
+"""Which packages are installed, and the command that installs the others."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+
+from engine.errors import BackendError
+
+# The extra of `dgm4` that brings each module.
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "tensorrt": "trt",
+    "tensorrt_rtx": "rtx",
+    "torch": "export",
+    "safetensors": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "skimage": "export",
+    "timm": "train",
+    "transformers": "train",
+}
 
 
 def version_of(*packages: str) -> str | None:
@@ -13,3 +31,38 @@ def version_of(*packages: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def install_command(*extras: str) -> str:
+    """The command that adds these extras to an installed `dgm4`, be it a wheel or a clone."""
+    return f'pip install "dgm4[{",".join(extras)}]"'
+
+
+def require(user: str, *modules: str) -> None:
+    """Raise BackendError, naming the command to install them, where `user` needs modules that are absent."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        extras = dict.fromkeys(_EXTRAS[module] for module in missing)
+        raise BackendError(f"{user} needs {', '.join(missing)}: {install_command(*extras)}")
+
+
+def lacking(user: str, error: ModuleNotFoundError) -> BackendError:
+    """The error of `require` for a failed import; raises `error` itself where no extra has the module."""
+    module = (error.name or "").partition(".")[0]
+    if module not in _EXTRAS:
+        raise error
+    return BackendError(f"{user} needs {module}: {install_command(_EXTRAS[module])}")
+
+
+def find_conflict() -> str | None:
+    """What is wrong with the packages of ONNX Runtime, and the commands that mend it; None if nothing is.
+
+    The two share one folder, so that the one installed last hides the other, and removing either breaks both.
+    """
+    packages = ("onnxruntime", "onnxruntime-gpu")
+    if None in map(version_of, packages):
+        return None
+    return (
+        f"{' and '.join(packages)} are both installed and overwrite each other: pip uninstall -y "
+        f"{' '.join(packages)}, then {install_command('cpu')} or {install_command('gpu')}, not both"
+    )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from dgm4.config import TYPES, ModelConfig
+from engine import __version__
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.manifest import (
     INPUTS,
@@ -28,7 +29,7 @@ from export.stages import Calibrated, Lowered, Source
 MAX_WORDS, MIN_TOKENS = 50, 2
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
 THRESHOLD = 0.5
-_PACKAGES = ("dgm4", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")
 
 
 def describe_export(
@@ -64,7 +65,8 @@ def describe_export(
         engines=tuple(engines),
         versions={
             "python": platform.python_version(),
-            **{name: version_of(name) or "not installed" for name in _PACKAGES},  # dgm4 may run in place
+            "dgm4": __version__,
+            **{name: version_of(name) or "not installed" for name in _PACKAGES},
         },
         verification=tuple(Verification(**difference.to_dict()) for difference in checks),
         files={},

@@ -15,7 +15,7 @@ ROOMS = {
     "kernels": "",
     "engine.errors": "",
     "engine.layout": "",
-    "engine.packages": "",
+    "engine.packages": "engine.errors",
     "engine.files": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
@@ -28,7 +28,8 @@ ROOMS = {
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
     "engine.backends",
-    "dgm4": "engine.errors engine.files engine.inputs engine.network.config engine.network.output",
+    "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
+    "engine.packages",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BackendError, InputError
+from engine.packages import install_command
 
 # What a captioner with a chat template is told beside the image; the others are shown the image alone.
 CAPTION_PROMPT = "Describe this news photograph in one or two sentences: who is seen, and what they do."
@@ -199,8 +200,7 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise BackendError(
-            "describing pictures needs transformers, which is not installed: "
-            "pip install -e '.[train]' in a clone of the project"
+            f"describing pictures needs transformers, which is not installed: {install_command('train')}"
         ) from error
     return transformers
 

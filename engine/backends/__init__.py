@@ -14,6 +14,7 @@ from engine.backends.base import Backend
 from engine.backends.cuda import load_library
 from engine.errors import BackendError
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
+from engine.packages import find_conflict, install_command
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle
@@ -25,13 +26,15 @@ class _Kind(NamedTuple):
     """What a backend requires: libraries, the function that loads it, the file that it reads of a bundle.
 
     `libraries` are modules ("a|b" for either); `part` is a file inside the first of them that only some of
-    its builds contain, and `package` the one that does. `gpu`: it needs an NVIDIA GPU. `asked`: "auto" never
-    chooses it; long test runs with OpenVINO ended three times in a signal of unknown cause.
+    its builds contain, and `package` the one that does. The `extra` of `dgm4` installs them. `gpu`: it needs
+    an NVIDIA GPU. `asked`: "auto" never chooses it; long test runs with OpenVINO ended three times in a
+    signal of unknown cause.
     """
 
     libraries: tuple[str, ...]
     create: str
     reads: str
+    extra: str
     part: str = ""
     package: str = ""
     gpu: bool = False
@@ -45,17 +48,17 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
         else f"libonnxruntime_providers_{provider}.so"
     )
     create = f"engine.backends.ort_gpu:{create}"
-    return _Kind(("onnxruntime",), create, FLAT_GRAPH, f"capi/{part}", "onnxruntime-gpu", gpu=True)
+    return _Kind(("onnxruntime",), create, FLAT_GRAPH, "gpu", f"capi/{part}", "onnxruntime-gpu", gpu=True)
 
 
 # The best first, those for a GPU after the others; `create` documents what "auto" chooses. Dynamic int8,
 # which ONNX Runtime runs fastest, has no flat graph.
 _BACKENDS: dict[str, _Kind] = {
-    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH),
-    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS),
-    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, asked=True),
+    "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH, "cpu"),
+    "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS, "torch"),
+    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, "openvino", asked=True),
     "tensorrt": _Kind(
-        ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", gpu=True
+        ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", "trt", gpu=True
     ),
     "ort-cuda": _ort_gpu("create_cuda", "cuda"),
     "ort-tensorrt": _ort_gpu("create_tensorrt", "tensorrt"),
@@ -82,6 +85,18 @@ def describe() -> dict[str, str | None]:
     return {name: " and ".join(_missing(name)) or None for name in _BACKENDS}
 
 
+def remedy(name: str) -> str | None:
+    """The command that installs the libraries which the backend lacks; None where it lacks none."""
+    kind = _BACKENDS[name]
+    if not _missing_libraries(kind):
+        return None
+    if kind.part and (conflict := find_conflict()):
+        return conflict
+    # The package for the CPU would hide the other, or be hidden by it.
+    first = "pip uninstall -y onnxruntime && " if kind.part and _found(kind.libraries[0]) else ""
+    return first + install_command(kind.extra)
+
+
 def serving(bundle: Bundle) -> dict[str, str | None]:
     """The backends that can read the bundle, each with its missing requirements, or None."""
     missing = describe()
@@ -106,7 +121,8 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
         needed = " and ".join(_missing(name) or _BACKENDS[name].libraries)
-        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed")
+        how = f": {command}" if (command := remedy(name)) else ""
+        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed{how}")
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
         why = f"needs {_BACKENDS[name].reads}; this {precision} bundle does not contain it"
@@ -153,8 +169,9 @@ def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) 
     on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
     if not on_cpu:
         served = [name for name in suited if not _BACKENDS[name].gpu]
+        command = install_command(*(_BACKENDS[name].extra for name in served[:1]))
         raise BackendError(
-            f"no backend is installed that serves this bundle; install one of {_libraries(served)}"
+            f"no backend is installed that serves this bundle; install one of {_libraries(served)}: {command}"
         )
     return on_cpu[0]
 
@@ -193,12 +210,16 @@ def _has_driver() -> bool:
 def _missing(name: str) -> list[str]:
     """Missing requirements of a backend."""
     kind = _BACKENDS[name]
+    return _missing_libraries(kind) + ([_DRIVER] if kind.gpu and not _has_driver() else [])
+
+
+def _missing_libraries(kind: _Kind) -> list[str]:
     missing = [
         library.replace("|", " or ") for library in kind.libraries if not any(map(_found, library.split("|")))
     ]
     if kind.part and not missing and not _has_part(kind):
         missing.append(kind.package)
-    return missing + ([_DRIVER] if kind.gpu and not _has_driver() else [])
+    return missing
 
 
 def _found(library: str) -> bool:

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import openvino
+import openvino  # without its telemetry: engine/startup.py
 
 from engine.backends import usable_cores
 from engine.backends.base import Backend, Outputs, verified_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import onnxruntime
@@ -16,6 +17,9 @@ from engine.layout import GRAPH, GRAPH_DATA
 from engine.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # set by `engine`, too late where it was imported before
+    onnxruntime.disable_telemetry_events()
 
 _LOG_ERRORS = 3
 

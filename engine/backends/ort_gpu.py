@@ -27,6 +27,7 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
 from engine.layout import FLAT_GRAPH, GRAPH_DATA
 from engine.manifest import Manifest
+from engine.packages import find_conflict, install_command
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,8 @@ def _load(
 ) -> onnxruntime.InferenceSession:
     """Load the graph; raises BackendError where a provider does not start: the CPU would run instead."""
     wanted = [provider for provider, _ in providers]
-    _check_providers(name, wanted, onnxruntime.get_available_providers(), "install onnxruntime-gpu instead")
+    instead = find_conflict() or f"pip uninstall -y onnxruntime && {install_command('gpu')}"
+    _check_providers(name, wanted, onnxruntime.get_available_providers(), instead)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # no common base

@@ -21,7 +21,7 @@ from engine.backends.cuda import Gpu, open_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError
 from engine.manifest import EngineEntry
-from engine.packages import version_of
+from engine.packages import install_command, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def choose(bundle: Bundle, gpu: Gpu) -> EngineEntry:
     versions = installed()
     if not versions:
         raise BackendError(
-            "the backend 'tensorrt' needs TensorRT or TensorRT-RTX: pip install tensorrt, or tensorrt-rtx"
+            f"the backend 'tensorrt' needs TensorRT or TensorRT-RTX: {install_command('trt')}, or "
+            f"{install_command('rtx')}"
         )
     engines = sorted(bundle.manifest.engines, key=lambda entry: entry.library)
     reasons = {entry.file: _mismatch(entry, bundle, gpu, versions) for entry in engines}

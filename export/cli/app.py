@@ -14,8 +14,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from engine import __version__
 from engine.errors import Dgm4Error
-from engine.packages import version_of
+from engine.packages import lacking
 from export.cli import (
     bench,
     data,
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except Dgm4Error as error:
         return _fail(error, error.exit_code, options.verbose)
+    except ModuleNotFoundError as error:
+        return _fail(wanted := lacking(options.parser.prog, error), wanted.exit_code, options.verbose)
     except BrokenPipeError:
         # The reader of stdout went away; Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,13 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dgm4", description="Export multimodal deepfake detectors to verified bundles, and serve them."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
     for verb in VERBS:
         verb.add_parser(verbs)
     return parser
-
-
-def _version() -> str:
-    return version_of("dgm4") or "not installed"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import BackendError, NumericalError, VerificationError
+from engine.errors import NumericalError, VerificationError
+from engine.packages import require
 from export.cli.arguments import Verbs, add_backend, add_data
 from export.flags import POSITIVE, read_options
 from export.output import open_output
@@ -62,11 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and write the report; raises VerificationError where --gate was given and the gate failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
-    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise BackendError(
-            f"evaluate needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
-        )
+    require("dgm4 evaluate", *_NEEDED)
     from export.evaluation.gate import check_gate
     from export.evaluation.report import write_page, write_table
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import Bundle, Predictor
-from engine.errors import BackendError, InputError
+from engine.errors import InputError
+from engine.packages import require
 from export.cli.arguments import Verbs
 from export.cli.repository import summary
 from export.flags import add_flags, as_option, read_options
@@ -19,7 +19,7 @@ from export.options import ExportOptions, check_options
 if TYPE_CHECKING:
     from export.stages import Stage
 
-_NEEDED = ("torch", "onnx", "onnxscript", "safetensors")
+_NEEDED = ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
 _GRAPHS = ("fp32", "fp16", "int8")  # precisions whose ONNX graph Triton Inference Server can run
 
 
@@ -42,11 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Export, then run the bundle on a sample pair; see `export.pipeline`."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
-    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise BackendError(
-            f"export needs {', '.join(missing)}: pip install -e '.[export]' in a clone of the project"
-        )
+    require("dgm4 export", *_NEEDED)
     from export.pipeline import export_bundle
 
     stages: list[Stage] = []

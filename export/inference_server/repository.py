@@ -43,7 +43,7 @@ _README = """# Model repository for NVIDIA Triton Inference Server
 {models}
 
 ```sh
-tritonserver --model-repository=/path/to/this/directory
+ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository=/path/to/this/directory
 python client.py {first} photo.jpg "Caption of the photo" --url localhost:8000
 ```
 

@@ -14,7 +14,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def loaded_after(code: str) -> set[str]:
-    command = [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"]
+    command = [sys.executable, "-c", f"{code}\nimport sys\nprint(*filter(sys.modules.get, sys.modules))"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 

@@ -330,7 +330,7 @@ def test_without_transformers_the_command_to_install_it_is_named(causal, monkeyp
     monkeypatch.setitem(sys.modules, "transformers", None)
     for kind in (Captioner, Instructor):
         with pytest.raises(
-            BackendError, match=r"transformers, which is not installed: pip install -e '\.\[train\]'"
+            BackendError, match=r"transformers, which is not installed: pip install .dgm4\[train\]"
         ):
             kind(causal, "cpu")
 

@@ -124,7 +124,7 @@ def test_a_truncated_or_altered_engine_is_not_read(machine, engine_bundle, damag
 def test_no_library(machine, engine_bundle, monkeypatch):
     machine()
     monkeypatch.setattr(tensorrt_target, "installed", dict)
-    with pytest.raises(BackendError, match="needs TensorRT or TensorRT-RTX: pip install tensorrt, or"):
+    with pytest.raises(BackendError, match="needs TensorRT or TensorRT-RTX: .*dgm4.trt.*, or .*dgm4.rtx"):
         Predictor(engine_bundle(), backend="tensorrt")
 
 
