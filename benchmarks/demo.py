@@ -35,10 +35,11 @@ from dgm4.metrics import (
     per_type,
     summarise,
 )
-from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE, release
+from dgm4.shipped import DEMO, RECIPES, RECORD, SAMPLE
 from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer, count_pieces
 from dgm4.training.options import TrainOptions, read_recipe
 from dgm4.training.outputs import collect
+from dgm4.training.release import release
 from dgm4.training.snapshot import load_released, read_snapshot
 from dgm4.training.trainer import BEST, LOG, make_trainee
 from engine.files import sha256_of

@@ -21,6 +21,7 @@ from engine.manifest import (
     check_digest,
     parse_manifest,
 )
+from engine.shipped import locate
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,14 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], engines: bool = True) -> Bundle:
         """Read the manifest of the bundle at `path` and compare the directory with it.
 
+        A name such as "demo:asap" stands for a bundle that ships with the package (`engine.shipped`).
         Without `engines` its prebuilt engines may be missing or damaged: for a caller that builds them again.
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
         that is missing, foreign, of another size, or a link out of the directory.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
-        root = Path(path)
+        root = locate(path)
         manifest = parse_manifest(check_digest(_read_manifest(root)))
         sizes = _list_files(root)
         optional = set() if engines else {entry.file for entry in manifest.engines}

@@ -25,7 +25,7 @@ from engine.inputs.preparation import Item, Preparation, milliseconds
 from engine.inputs.preprocess import ImageInput, ImageOptions, check_count
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
-from engine.manifest import Manifest, Thresholds, weights_warning
+from engine.manifest import Manifest, Thresholds
 from engine.postprocess import read_result
 from engine.prediction import Prediction
 
@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def model(self) -> dict[str, str]:
-        """Name, size and precision of the model, the backend and device that run it, the kind of its weights."""
+        """Name, size and precision of the model, what runs it and where, and the kind of its weights."""
         info = self.manifest.model
         return {
             "name": info.name,
@@ -332,7 +332,7 @@ def _thresholds(manifest: Manifest, given: Mapping[str, float]) -> Thresholds:
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
-    warning = weights_warning(manifest.weights)
+    warning = manifest.weights.warning
     if warning is None:
         return ()
     logger.warning("%s", warning)

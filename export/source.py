@@ -14,7 +14,7 @@ from dgm4.shipped import demo_of
 from dgm4.tokenizer import build_tokenizer, vocabulary_of
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
-from engine.manifest import Weights
+from engine.manifest import FIRST_DEMOS, Weights
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -63,7 +63,7 @@ def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weig
     config = dgm4.model_config(name, options.size) if name and options.size else None
     source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
     digest = sha256_of(path)
-    kind = "demo" if demo_of(digest) else "trained" if trained else "drawn"
+    kind = "demo" if demo_of(digest) or digest in FIRST_DEMOS else "trained" if trained else "drawn"
     weights = Weights(kind, source, digest)
     return dgm4.load_state(checkpoint, options.model, config), weights
 

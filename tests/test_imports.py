@@ -21,7 +21,8 @@ ROOMS = {
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema",
-    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest",
+    "engine.shipped": "engine.errors engine.layout",
+    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
@@ -29,7 +30,7 @@ ROOMS = {
     "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
     "engine.backends",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
-    "engine.packages",
+    "engine.packages engine.shipped",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
 from export.cli.arguments import Verbs, add_backend, add_data
@@ -18,6 +20,8 @@ from export.output import open_output
 if TYPE_CHECKING:
     from export.evaluation.evaluate import Evaluation
     from export.evaluation.gate import GateFailure
+
+log = logging.getLogger(__name__)
 
 _NEEDED = ("torch", "safetensors")
 
@@ -99,8 +103,11 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
 
     reference = "required" if options.gate and options.reference == "auto" else options.reference
     settings = read_options(EvaluateOptions, options, reference=reference)
+    bundle = Bundle.open(options.bundle)
+    if (warning := bundle.manifest.weights.warning) is not None:
+        log.warning("%s", warning)
     try:
-        return evaluate(options.bundle, options.data, settings, progress=sys.stderr.isatty())
+        return evaluate(bundle, options.data, settings, progress=sys.stderr.isatty())
     except NumericalError as error:
         if options.gate:
             raise VerificationError(f"the accuracy gate failed: {error}") from error

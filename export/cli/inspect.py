@@ -15,6 +15,12 @@ from engine.bundle import Bundle
 from export.bundle.card import grouped, largest_text
 from export.cli.arguments import Verbs
 
+_KINDS = {
+    "trained": "trained",
+    "demo": "demo: trained on made images, no detector of real manipulations",
+    "drawn": "not trained",
+}
+
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
@@ -44,7 +50,7 @@ def _describe(record: dict[str, Any]) -> str:
     model, weights = record["model"], record["weights"]
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
-        f"weights    {weights['source']}{'' if weights['trained'] else ' (not trained)'}",
+        f"weights    {weights['source']}; {_KINDS[weights['kind']]}",
         f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
     ]
     lines += _precision_lines(record)
