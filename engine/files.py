@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import math
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+# What this process is writing and how each is removed. A handler that ends the process, and an exception
+# that strikes before a with block has begun or while it cleans up, would leave them behind.
+_unfinished: dict[Path, Callable[[Path], object]] = {}
+os.register_at_fork(after_in_child=_unfinished.clear)  # they are the parent's
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """Let `remove_unfinished` delete this file or folder if it is called inside the block."""
+    begin_unfinished(path, _delete)
+    try:
+        yield
+    finally:
+        end_unfinished(path)
+
+
+def begin_unfinished(path: Path, remove: Callable[[Path], object]) -> None:
+    """Let `remove_unfinished` call `remove` with this path, until `end_unfinished`."""
+    _unfinished[path] = remove
+
+
+def end_unfinished(path: Path) -> None:
+    """The path is finished, or gone."""
+    _unfinished.pop(path, None)
+
+
+@atexit.register
+def remove_unfinished() -> None:
+    """Remove the files and folders that this process is still writing; for one that is about to end."""
+    for path, remove in list(_unfinished.items()):
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -23,13 +65,14 @@ def replacing(path: Path, only_writer: bool = False) -> Iterator[Path]:
     Raises OSError.
     """
     partial = path.with_name(f".{path.name}.partial") if only_writer else temporary_name(path)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with unfinished(partial):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:

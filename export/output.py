@@ -17,6 +17,10 @@ from engine.manifest import FORMAT
 
 Rows = list[tuple[str, ...]]
 
+# File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9. In JSON that is an
+# escape, and names the file again.
+ERRORS = "backslashreplace"
+
 
 @contextlib.contextmanager
 def open_output(
@@ -33,7 +37,7 @@ def open_output(
     check_output(path, option, inputs)
     with _full_disk_as_input_error(path, option), replacing(path) as partial:
         try:
-            file = partial.open("w", encoding="utf-8")
+            file = partial.open("w", encoding="utf-8", errors=ERRORS)
         except OSError as error:
             raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
         with file:

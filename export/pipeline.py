@@ -30,9 +30,14 @@ from export.stages import Calibrated, Job, Lowered, Source, Stage
 from export.trt import build
 
 
-def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> dict[str, Any]:
-    """Export and return the manifest that was written; `report` hears of every finished stage.
+def export_bundle(
+    options: ExportOptions,
+    report: Callable[[Stage], None],
+    begin: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Export and return the manifest that was written.
 
+    `begin` hears the name of every stage as it begins, `report` of every finished one.
     Raises InputError for options that do not fit, CheckpointError, VerificationError (then no bundle is
     written), BuildError, BundleError where the bundle cannot be written.
     """
@@ -41,7 +46,7 @@ def export_bundle(options: ExportOptions, report: Callable[[Stage], None]) -> di
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder}: expected the data folder (with origin, manipulation and metadata)")
     with BundleWriter(options.out) as writer:
-        job = Job(options, writer, report)
+        job = Job(options, writer, report, begin)
         source = load_source(job)
         calibrated = None if options.calibration is None else calibrate_source(job, source)
         lowered, accuracy = _lower_and_evaluate(job, source, calibrated)

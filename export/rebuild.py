@@ -26,11 +26,12 @@ from export.trt.profiles import Shapes
 logger = logging.getLogger(__name__)
 
 
-def rebuild(path: Path, options: EngineOptions | None = None) -> str:
+def rebuild(path: Path, options: EngineOptions | None = None, keep_fitting: bool = False) -> str:
     """Build an engine of the bundle at `path` and publish the bundle with it; a line on the engine.
 
     Engines for other machines stay; those of another graph, missing or damaged go. Without `options` an
     engine of several profiles is followed by one of the same. The bundle is replaced whole, in one step.
+    With `keep_fitting` an engine of the same library, version and GPU stays, and nothing is built or written.
     Raises BundleError for one that is damaged, InputError for options that do not fit it, BackendError where
     nothing here can build an engine of it, BuildError where the builder fails; the bundle is then as it was.
     """
@@ -47,6 +48,11 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
     options.check(limits.max_batch, limits.max_tokens)
     whole = _verified(bundle)
     current = [entry for entry in current if entry.file in whole]
+    targets = _targets(builder.library, manifest)
+    if keep_fitting:
+        for entry in current:
+            if _fits(entry, builder, targets):
+                return f"{entry.file} was fine; --force builds it again"
     dropped = {CARD, *(entry.file for entry in manifest.engines)} - {entry.file for entry in current}
     with BundleWriter(bundle.path) as writer:
         for name in manifest.files:
@@ -54,7 +60,6 @@ def rebuild(path: Path, options: EngineOptions | None = None) -> str:
                 _carry(bundle.path / name, writer.path(name))
         tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
         shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
-        targets = _targets(builder.library, manifest)
         entry, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
         engines = (*(other for other in current if other.file != entry.file), entry)
         manifest = replace(manifest, engines=engines)
@@ -126,6 +131,14 @@ def _targets(library: str, manifest: Manifest) -> Sequence[str]:
             c for entry in manifest.engines if entry.library == library for c in entry.compute_capabilities
         ]
         return tuple(dict.fromkeys(capabilities)) or default_targets(library, manifest.precision)
+
+
+def _fits(entry: EngineEntry, builder: build.BuilderInfo, targets: Sequence[str]) -> bool:
+    """Whether the builder would build this engine again."""
+    wanted: set[str | None] = {*targets} or {builder.compute_capability}
+    numbers = (entry.version.split("."), (builder.version or "").split("."))  # one may have fewer
+    same = all(mine == theirs for mine, theirs in zip(*numbers, strict=False))
+    return entry.library == builder.library and same and wanted <= set(entry.compute_capabilities)
 
 
 def _carry(source: Path, target: Path) -> None:

@@ -64,15 +64,20 @@ class OpenStage:
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same throughout an export: options, the bundle being written, who hears of stages."""
+    """What stays the same throughout an export: options, the bundle being written, who hears of stages.
+
+    `begin` hears the name of each stage, `report` what became of it.
+    """
 
     options: ExportOptions
     writer: BundleWriter
     report: Callable[[Stage], None]
+    begin: Callable[[str], None] = lambda name: None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[OpenStage]:
-        """Time a stage and report it; a stage that raises or fails a comparison is not reported."""
+        """Announce a stage, time and report it; one that raises or fails a comparison is not reported."""
+        self.begin(name)
         start = time.perf_counter()
         current = OpenStage()
         yield current

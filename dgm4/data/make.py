@@ -15,12 +15,13 @@ from typing import Any
 from dgm4.data.pair import Pair, description, draw_pair, explanation, paint
 from dgm4.data.sources import PHOTOS, SPLITS, Split, data_file
 from engine.errors import InputError
+from engine.files import unfinished
 
 RECORD = "sample.json"
 FORMAT = "dgm4-sample-set"
 VERSION = 2  # goes up whenever the same seed would give other files
 _PARTS = {"train": 10 / 13, "val": 1 / 13, "test": 2 / 13}
-_FEWEST = 6  # two of each split: a swapped caption is another pair's
+FEWEST = 6  # two of each split: a swapped caption is another pair's
 _README = """# Sample set
 
 {total} pairs of a picture and its caption in the format of DGM4 (train {train}, val {val}, test {test}),
@@ -53,8 +54,8 @@ def make_sample_set(
     scikit-image is missing.
     """
     out = Path(out).resolve()
-    if pairs < _FEWEST or seed < 0:
-        raise InputError(f"expected at least {_FEWEST} pairs and a seed from 0, got {pairs} and {seed}")
+    if pairs < FEWEST or seed < 0:
+        raise InputError(f"expected at least {FEWEST} pairs and a seed from 0, got {pairs} and {seed}")
     check_out(out)
     data_file("lfw_subset.npy")
     with _publishing(out) as folder:
@@ -100,16 +101,17 @@ def _publishing(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}"
     folder, old = out.parent / f"{stem}.partial", out.parent / f"{stem}.old"
-    folder.mkdir()
-    try:
-        yield folder
-        check_out(out)
-        if os.path.lexists(out):
-            out.rename(old)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with unfinished(folder):
+        folder.mkdir()
+        try:
+            yield folder
+            check_out(out)
+            if os.path.lexists(out):
+                out.rename(old)
+            folder.rename(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_splits(

@@ -95,11 +95,12 @@ class Bench:
 def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, batch: None) -> Bench:
     """Measure; `report` hears of every turn as (backend, batch).
 
-    Raises InputError for batches or tokens outside the bundle's limits, BackendError where no backend
-    serves the bundle.
+    Raises InputError as `check_options` does, BackendError where no backend serves the bundle, and what the
+    bundle's files raise.
     """
+    check_options(bundle, options)
     caption = make_caption(bundle, options.tokens)
-    batches = _batches(bundle, options.batches)
+    batches = batches_of(bundle, options)
     info = bundle.manifest.model
     model = {"name": info.name, "size": info.size, "precision": bundle.manifest.precision}
     result = Bench(str(bundle.path), model, options, describe_machine())
@@ -108,17 +109,25 @@ def bench(bundle: Bundle, options: BenchOptions, report: Report = lambda name, b
         for batch in batches:
             result.rows += _measure(loaded, batch, caption, result, report)
     if not result.rows:
-        raise BackendError(
-            "; ".join(["nothing was measured", *(f"{n}: {e}" for n, e in result.failed.items())])
-        )
+        raise _failure("nothing was measured", result)
     return result
 
 
-def _batches(bundle: Bundle, asked: Sequence[int]) -> list[int]:
-    largest = bundle.manifest.limits.max_batch
+def check_options(bundle: Bundle, options: BenchOptions) -> None:
+    """Raise InputError for batches or tokens outside the bundle's limits."""
+    largest, asked, spec = bundle.manifest.limits.max_batch, options.batches, bundle.manifest.preprocess
     if asked and max(asked) > largest:
         raise InputError(f"batch: expected at most {largest}, the bundle's limit, got {max(asked)}")
-    return [batch for batch in asked or BATCHES if batch <= largest]
+    if not spec.min_tokens <= options.tokens <= spec.max_tokens:
+        raise InputError(
+            f"tokens: expected {spec.min_tokens} to {spec.max_tokens}, the bundle's limits, "
+            f"got {options.tokens}"
+        )
+
+
+def batches_of(bundle: Bundle, options: BenchOptions) -> list[int]:
+    """The batches that will be measured."""
+    return [n for n in options.batches or BATCHES if n <= bundle.manifest.limits.max_batch]
 
 
 def make_caption(bundle: Bundle, tokens: int) -> str:
@@ -127,10 +136,6 @@ def make_caption(bundle: Bundle, tokens: int) -> str:
     Its words are made of one letter each: how many pieces a word has depends on the vocabulary.
     """
     spec = bundle.manifest.preprocess
-    if not spec.min_tokens <= tokens <= spec.max_tokens:
-        raise InputError(
-            f"tokens: expected {spec.min_tokens} to {spec.max_tokens}, the bundle's limits, got {tokens}"
-        )
     tokenizer = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
     words: list[str] = []
     left, places = tokens - 1, min(tokens - 1, spec.max_words)
@@ -161,9 +166,15 @@ def _load(bundle: Bundle, result: Bench, stack: ExitStack) -> dict[str, Server]:
             stack.callback(server.close)
             loaded[name] = server
     if not loaded:
-        reasons = [*map(str, result.failed.values()), *result.absent.values()]
-        raise BackendError("no backend here serves this bundle: " + "; ".join(reasons))
+        raise _failure("no backend here serves this bundle", result)
     return loaded
+
+
+def _failure(what: str, result: Bench) -> Dgm4Error:
+    """The error of a run without figures, of the kind of the first backend's that failed."""
+    reasons = {**result.failed, **result.absent}
+    kind = next((type(error) for error in result.failed.values()), BackendError)
+    return kind("; ".join([what, *(f"{name}: {reason}" for name, reason in reasons.items())]))
 
 
 def _measure(

@@ -8,7 +8,6 @@ process from the work of a living one, in another container too.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import ctypes
@@ -20,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import BufferedReader
@@ -29,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.errors import BundleError
-from engine.files import sha256_of, temporary_name
+from engine.files import begin_unfinished, end_unfinished, sha256_of, temporary_name
 from engine.layout import MANIFEST
 from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
 from export.bundle.write_errors import as_bundle_error, refusal, write_error
@@ -42,11 +41,6 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 # A network file system may have no locks on directories: nothing is swept there.
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-
-# Temporary directories of this process and the bundles they are to become. KeyboardInterrupt can strike
-# before a with block has begun or while it cleans up; what is left then goes when the process ends.
-_live: dict[Path, Path] = {}
-os.register_at_fork(after_in_child=_live.clear)
 
 
 class BundleWriter:
@@ -83,9 +77,9 @@ class BundleWriter:
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
-            _live.pop(directory, None)
+            end_unfinished(directory)
         except OSError as leftover:
-            _live.pop(directory, None)
+            end_unfinished(directory)
             log.warning("%s could not be removed (%s); the next export sweeps it", directory, leftover)
         finally:
             self._directory = None
@@ -135,7 +129,7 @@ class BundleWriter:
 
     def add_text(self, name: str, content: str) -> Path:
         """Write `content` in UTF-8 as the file `name` and return its path; raises `BundleError`."""
-        return self.add_bytes(name, content.encode())
+        return self.add_bytes(name, content.encode(errors="backslashreplace"))  # a name may be Latin-1
 
     def preview(self, manifest: Mapping[str, Any]) -> Path:
         """Make the unpublished directory one that `engine.Bundle` opens, to try it; return its path.
@@ -260,14 +254,14 @@ def _make_locked(out: Path) -> tuple[Path, int]:
     """Create and lock a temporary sibling; a sweep may remove it before it is locked, so look again."""
     while True:
         path = temporary_name(out)
-        _live[path] = out
+        begin_unfinished(path, _remover(out))
         path.mkdir()
         with contextlib.suppress(FileNotFoundError):
             lock = _lock_directory(path)
             if path.exists():
                 return path, lock
             os.close(lock)
-        del _live[path]
+        end_unfinished(path)
 
 
 def _lock_directory(directory: Path) -> int:
@@ -371,12 +365,13 @@ def _remove_tree(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-@atexit.register
-def remove_unfinished() -> None:
-    """Remove what this process has not published; a bundle that was set aside for a moment comes back."""
-    for directory, out in list(_live.items()):
+def _remover(out: Path) -> Callable[[Path], None]:
+    """What removes the temporary directory of a bundle `out`; one that was set aside comes back."""
+
+    def remove(directory: Path) -> None:
         aside = _aside(directory)
         if aside.exists():
             _clear_stale(aside, out)
-        if directory.exists():
-            _remove_tree(directory)
+        _remove_tree(directory)
+
+    return remove

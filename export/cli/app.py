@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine import __version__
 from engine.errors import Dgm4Error
@@ -20,68 +21,131 @@ from engine.packages import lacking
 from export.cli import (
     bench,
     data,
+    demo,
     doctor,
     evaluate,
     export,
     inspect,
+    models,
     predict,
     pretrain,
     rebuild,
     repository,
     train,
 )
+from export.cli.parser import Parser
 from export.cli.stopping import exit_on_sigterm
+from export.output import ERRORS
 
-# Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only when it runs.
-VERBS = (export, rebuild, predict, evaluate, train, pretrain, bench, repository, inspect, doctor, data)
-_BAD_INPUT, _INTERRUPTED = 1, 128 + signal.SIGINT
+# By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
+PURPOSES = {
+    "answer": (demo, predict, models),
+    "make a bundle": (export, rebuild, repository),
+    "judge it": (evaluate, bench, inspect, doctor),
+    "train": (train, pretrain, data),
+}
+VERBS = tuple(verb for verbs in PURPOSES.values() for verb in verbs)
+_STDERR = 2
+_BAD_INPUT, _USAGE, _INTERRUPTED = 1, 2, 128 + signal.SIGINT
+_PACKAGES = ("dgm4", "engine", "export", "kernels")  # whose log -v shows; not Pillow's
+_EXAMPLES = """\
+examples:
+  dgm4 demo
+  dgm4 export --out my-bundle
+  dgm4 predict my-bundle photo.jpg "What the caption says"
+  dgm4 predict my-bundle --list pairs.csv --out answers.jsonl
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's error shows one line, no trace."""
-    options = make_parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _open_streams()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options, unknown = make_parser().parse_known_args(given)
+    if unknown:
+        options.parser.unrecognized(unknown)
+    options.arguments = given
+    verbose = getattr(options, "verbose", 0)
+    options.quiet = getattr(options, "quiet", False)
+    _set_up_log(verbose, options.quiet)
+    if "run" not in options:
+        options.parser.print_help(sys.stderr)
+        return _USAGE
     try:
         with exit_on_sigterm():
             code: int = options.run(options)
             sys.stdout.flush()
             return code
     except Dgm4Error as error:
-        return _fail(error, error.exit_code, options.verbose)
+        return _fail(error, error.exit_code, verbose)
     except ModuleNotFoundError as error:
-        return _fail(wanted := lacking(options.parser.prog, error), wanted.exit_code, options.verbose)
+        return _fail(wanted := lacking(options.parser.prog, error), wanted.exit_code, verbose)
     except BrokenPipeError:
         # The reader of stdout went away; Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(error, _BAD_INPUT, options.verbose)
+        return _fail(error, _BAD_INPUT, verbose)
     except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, False)
+        return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, 0)
 
 
-def _fail(error: BaseException, code: int, verbose: bool) -> int:
+def _open_streams() -> None:
+    """Give each standard stream that is closed the null device, and the others UTF-8 whatever the locale.
+
+    A file opened later would take the number of a closed stream, and get what libraries write there.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=ERRORS)
+
+
+def _set_up_log(verbose: int, quiet: bool) -> None:
+    logging.basicConfig(
+        level=logging.ERROR if quiet else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    level = {0: logging.NOTSET, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    for name in _PACKAGES:
+        logging.getLogger(name).setLevel(level)
+
+
+def _fail(error: BaseException, code: int, verbose: int) -> int:
     if verbose:
         logging.getLogger(__name__).error("traceback", exc_info=error)
     sys.stderr.write(f"dgm4: error: {error}\n")
     return code
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of `dgm4` with all its verbs; a verb's parser sets `run` and `parser`."""
-    parser = argparse.ArgumentParser(
-        prog="dgm4", description="Export multimodal deepfake detectors to verified bundles, and serve them."
+    parser = Parser(
+        prog="dgm4",
+        usage="%(prog)s [options] verb ...",
+        description="Export multimodal deepfake detectors to verified bundles, and serve them.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="verb")
+    parser.set_defaults(parser=parser)
+    verbs = parser.add_subparsers(prog="dgm4", metavar="verb", help=argparse.SUPPRESS)
     for verb in VERBS:
         verb.add_parser(verbs)
+    parser.epilog = f"{_verbs_by_purpose(verbs)}\n\n{_EXAMPLES}"
     return parser
+
+
+def _verbs_by_purpose(verbs: argparse._SubParsersAction[Parser]) -> str:
+    """The verbs under their purposes, a line each."""
+    helps = {action.dest: action.help for action in verbs._choices_actions}
+    width = max(map(len, helps))
+    groups, names = [], iter(helps)
+    for purpose, modules in PURPOSES.items():
+        lines = [f"  {name:<{width}}  {helps[name]}" for _, name in zip(modules, names, strict=False)]
+        groups.append("\n".join([f"{purpose}:", *lines]))
+    return "\n\n".join(groups)

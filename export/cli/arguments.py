@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from engine.backends import known
-from export.flags import POSITIVE
+from engine.backends import known, usable_cores
+from export.cli.parser import Parser, did_you_mean
+from export.flags import Number
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
@@ -25,9 +26,22 @@ def counts(text: str) -> tuple[int, ...]:
 
 def backend(text: str) -> str:
     """The name of a backend, installed or not, or auto."""
-    if text not in ("auto", *known()):
-        raise argparse.ArgumentTypeError(f"expected auto or one of {', '.join(known())}, got {text!r}")
+    return text if text == "auto" else backend_name(text, "auto or ")
+
+
+def backend_name(text: str, more: str = "") -> str:
+    """The name of a backend, installed or not."""
+    if text not in known():
+        raise argparse.ArgumentTypeError(
+            f"expected {more}one of {', '.join(known())}, got {text!r}{did_you_mean(text, known())}"
+        )
     return text
+
+
+def threads(text: str) -> int:
+    """A number of this machine's cores."""
+    cores = usable_cores()
+    return int(Number(f"1 to {cores} threads, the usable cores", int, 1, cores)(text))
 
 
 def device(text: str) -> str:
@@ -46,7 +60,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads."""
-    parser.add_argument("--threads", type=POSITIVE, metavar="N", help="CPU threads; all cores by default")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads; all cores by default")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.cli.arguments import Verbs, add_device, add_threads, counts
+from engine.backends import serving
+from engine.progress import progress_bar
+from export.cli.arguments import Verbs, add_device, add_threads, backend_name, counts
+from export.cli.parser import usage_errors
 from export.flags import POSITIVE, SECONDS, read_options
 
 if TYPE_CHECKING:
@@ -29,12 +32,16 @@ def add_parser(verbs: Verbs) -> None:
         description="Latency percentiles and throughput of every backend that serves the bundle, end to end "
         "(decoded image and caption in, prediction out) and of the model alone, one call after another.",
         epilog="The backends take turns. Columns after 'model' are the time of inference alone, then the "
-        "medians of what comes before and after it. With torch on a GPU the resize counts as inference.",
+        "medians of what comes before and after it. With torch on a GPU the resize counts as inference.\n\n"
+        "examples:\n"
+        "  dgm4 bench my-bundle\n"
+        "  dgm4 bench my-bundle --backend ort --backend torch --batch 1,32 --seconds 10",
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
         "--backend",
         action="append",
+        type=backend_name,
         default=[],
         metavar="NAME",
         help="again for another; all that serve it",
@@ -57,23 +64,26 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and write the figures; the exit code is that of the first backend that failed."""
-    from tqdm import tqdm
-
     from engine import Bundle
-    from export.bench.measure import BenchOptions, bench
+    from export.bench.measure import TURNS, BenchOptions, batches_of, bench, check_options
     from export.output import open_output
 
     settings = read_options(
         BenchOptions, options, backends=tuple(dict.fromkeys(options.backend)), batches=options.batch
     )
+    bundle = Bundle.open(options.bundle)
+    with usage_errors(options.parser):
+        check_options(bundle, settings)
+    backends = settings.backends or [name for name, need in serving(bundle).items() if need is None]
+    turns = TURNS * len(batches_of(bundle, settings)) * len(backends)
     with open_output(options.out) as out:
-        with tqdm(unit="turn", leave=False, disable=None) as bar:  # None: only where stderr is a terminal
+        with progress_bar("bench", turns, "turns", not options.quiet) as bar:
 
             def report(name: str, batch: int) -> None:
-                bar.set_description(f"batch {batch}: {name}", refresh=False)
+                bar.set_postfix_str(f"{name}, batch {batch}", refresh=False)
                 bar.update()
 
-            result = bench(Bundle.open(options.bundle), settings, report)
+            result = bench(bundle, settings, report)
         out.write(json.dumps(result.to_dict(), allow_nan=False) + "\n" if options.json else table(result))
     for name, error in result.failed.items():
         sys.stderr.write(f"dgm4: {name} was not measured: {error}\n")

@@ -30,7 +30,11 @@ _PACKAGES = (
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
-    parser = verbs.add_parser("doctor", help="show what this machine can do")
+    parser = verbs.add_parser(
+        "doctor",
+        help="show what this machine can do",
+        epilog="examples:\n  dgm4 doctor\n  dgm4 doctor --json",
+    )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=run, parser=parser)
 

@@ -33,7 +33,10 @@ def add_parser(verbs: Verbs) -> None:
         help="measure a bundle on annotated pairs",
         description="The task's metrics of a bundle, beside those of the float32 network on the same pairs.",
         epilog="With --gate, exit code 3 where AUC, mAP, IoUmean or text_F1 lies further from float32 than "
-        "the precision may: 1 point for int8 and fp8, 0.2 for fp16 and bf16, 0.02 for fp32.",
+        "the precision may: 1 point for int8 and fp8, 0.2 for fp16 and bf16, 0.02 for fp32.\n\n"
+        "examples:\n"
+        "  dgm4 evaluate my-bundle --data DGM4 --gate\n"
+        "  dgm4 evaluate my-bundle --data DGM4 --limit 1000 --html report.html",
     )
     add = parser.add_argument
     add("bundle", type=Path)
@@ -107,7 +110,7 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
     if (warning := bundle.manifest.weights.warning) is not None:
         log.warning("%s", warning)
     try:
-        return evaluate(bundle, options.data, settings, progress=sys.stderr.isatty())
+        return evaluate(bundle, options.data, settings, progress=not options.quiet)
     except NumericalError as error:
         if options.gate:
             raise VerificationError(f"the accuracy gate failed: {error}") from error

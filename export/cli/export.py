@@ -6,18 +6,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine import Bundle, Predictor
 from engine.errors import InputError
 from engine.packages import require
+from engine.render import check_plot_path
+from export.cli import repository
 from export.cli.arguments import Verbs
-from export.cli.repository import summary
+from export.cli.plot import save_plot
+from export.cli.stage_lines import StageLines
+from export.cli.summary import row, summary
 from export.flags import add_flags, as_option, read_options
 from export.options import ExportOptions, check_options
-
-if TYPE_CHECKING:
-    from export.stages import Stage
+from export.output import check_output
 
 _NEEDED = ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
 _GRAPHS = ("fp32", "fp16", "int8")  # precisions whose ONNX graph Triton Inference Server can run
@@ -25,7 +27,16 @@ _GRAPHS = ("fp32", "fp16", "int8")  # precisions whose ONNX graph Triton Inferen
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
-    parser = verbs.add_parser("export", help="make a bundle of a checkpoint", description="Make a bundle.")
+    parser = verbs.add_parser(
+        "export",
+        help="make a bundle of a checkpoint",
+        description="Make a bundle of a checkpoint, verified stage by stage, and try it on a sample. Without "
+        "--checkpoint it is made of the trained demo.",
+        epilog="examples:\n"
+        "  dgm4 export --out demo\n"
+        "  dgm4 export --checkpoint best.pth --precision int8 --out my-bundle\n"
+        "  dgm4 export --checkpoint best.pth --data DGM4 --target 8.6,8.9 --out my-bundle",
+    )
     add_flags(parser, ExportOptions)
     parser.add_argument("--drawn", action="store_true", help="drawn weights in place of the trained demo's")
     parser.add_argument(
@@ -34,6 +45,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--triton-repository", type=Path, metavar="DIR", help="write one too, as dgm4 repository does"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the prediction for the sample")
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of lines")
     parser.set_defaults(run=run, parser=parser)
 
@@ -45,14 +57,10 @@ def run(options: argparse.Namespace) -> int:
     require("dgm4 export", *_NEEDED)
     from export.pipeline import export_bundle
 
-    stages: list[Stage] = []
-
-    def report(stage: Stage) -> None:
-        stages.append(stage)
-        sys.stderr.write(_line(stage))
-
     out = options.out or _default_out(options)
-    image = _check_sample_place(out)
+    if options.plot is not None:
+        check_plot_path(options.plot)
+        check_output(options.plot, "--plot", [options.checkpoint])
     if options.triton_repository is not None:
         _check_repository(options.triton_repository, out)
     chosen = _export_options(options, out)
@@ -60,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
         check_options(chosen)
     except InputError as error:
         options.parser.error(as_option(str(error), ExportOptions))
-    manifest = export_bundle(chosen, report)
-    result = _try(out, image, manifest["weights"]["sha256"])
+    with StageLines(not options.quiet) as lines:
+        manifest = export_bundle(chosen, lines.end, lines.begin)
+    result = _try(out, options.plot, manifest["weights"]["sha256"])
     if options.triton_repository is not None:
         sys.stderr.write(_write_repository(out, options.triton_repository))
     if options.json:
-        record = {"bundle": str(out), "stages": [s.to_dict() for s in stages], "manifest": manifest}
+        stages = [stage.to_dict() for stage in lines.finished]
+        record = {"bundle": str(out), "stages": stages, "manifest": manifest}
         sys.stdout.write(json.dumps({**record, "sample": result}, allow_nan=False) + "\n")
     elif result is not None:
         sys.stdout.write(_summary(result))
@@ -75,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     default = options.parser.get_default
+    if options.checkpoint is not None and options.drawn:
+        return "--drawn takes no checkpoint: leave out one of --drawn and --checkpoint"
     if options.calibration is None and options.calibration_pairs != default("calibration_pairs"):
         return "--calibration-pairs says how --calibration DIR is read: give that too"
     if options.data is None and options.split != default("split"):
@@ -91,12 +103,7 @@ def _export_options(options: argparse.Namespace, out: Path) -> ExportOptions:
 
 
 def _checkpoint(options: argparse.Namespace) -> Path | None:
-    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise.
-
-    Raises InputError where a file and drawn weights are asked for at once.
-    """
-    if options.checkpoint is not None and options.drawn:
-        raise InputError("--drawn takes no checkpoint: leave out one of --drawn and --checkpoint")
+    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise."""
     if options.checkpoint is not None or options.drawn or options.size == "base":
         path: Path | None = options.checkpoint
         return path
@@ -110,23 +117,6 @@ def _default_out(options: argparse.Namespace) -> Path:
     return Path(f"bundle-{options.checkpoint.stem if options.checkpoint else name}-{options.precision}")
 
 
-def _line(stage: Stage) -> str:
-    """One line a stage: name, seconds, what it did, and its distance from the stage before."""
-    distances = "".join(
-        f" | from the {d.against}: max {d.max:.1e}, RMS {d.rms:.1e} (allowed: {d.kind} {d.tolerance:g})"
-        for d in stage.differences
-    )
-    return f"{stage.name:<10}{stage.seconds:7.1f} s  {stage.text}{distances}\n"
-
-
-def _check_sample_place(bundle: Path) -> Path:
-    """Where the sample is drawn; raises InputError for a file there that no earlier export made."""
-    image = bundle.with_name(f"{bundle.name}-sample.png")
-    if image.exists() and not (image.is_file() and bundle.is_dir()):
-        raise InputError(f"{image}: the sample is drawn there; move what is there, or choose another --out")
-    return image
-
-
 def _check_repository(repository: Path, bundle: Path) -> None:
     """Raise before the export where the repository could not be written after it."""
     from export.inference_server.repository import RepositoryWriter
@@ -138,15 +128,18 @@ def _check_repository(repository: Path, bundle: Path) -> None:
     RepositoryWriter.check_replaceable(repository.resolve(), overwrite=True)
 
 
-def _write_repository(bundle: Path, repository: Path) -> str:
+def _write_repository(bundle: Path, place: Path) -> str:
     """Make a model repository of the finished bundle; what it serves, in lines."""
     from export.inference_server.repository import name_models, write_repository
 
-    return summary(repository, write_repository(name_models([Bundle.open(bundle)]), repository))
+    return repository.summary(place, write_repository(name_models([Bundle.open(bundle)]), place))
 
 
-def _try(bundle: Path, image: Path, weights: str | None) -> dict[str, Any] | None:
-    """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph."""
+def _try(bundle: Path, plot: Path | None, weights: str | None) -> dict[str, Any] | None:
+    """Run the finished bundle once on a sample, as production would: the demo's own, or a photograph.
+
+    The prediction is drawn into the file `plot`, if one is given.
+    """
     from export.sample import choose_sample
 
     sample = choose_sample(weights)
@@ -158,30 +151,16 @@ def _try(bundle: Path, image: Path, weights: str | None) -> dict[str, Any] | Non
     with Predictor(bundle) as predictor:
         predictor.warm_up()
         prediction = predictor.predict(sample.image, sample.caption)
-    try:
-        prediction.plot(image)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{image}: cannot be written: {reason}; the bundle itself is whole") from error
-    head = {"picture": sample.image.name, "truth": sample.truth, "drawn": str(image)}
+    if plot is not None:
+        save_plot(prediction, plot, "; the bundle itself is whole")
+    head = {"picture": sample.image.name, "truth": sample.truth, "drawn": plot and str(plot)}
     return {**head, **prediction.to_dict(heatmap=False)}
 
 
 def _summary(result: dict[str, Any]) -> str:
     """The prediction for the sample in a few lines."""
-    verdict = "manipulated" if result["manipulated"] else "pristine"
-    types = ", ".join(f"{name} {score:.2f}" for name, score in result["types"].items())
-    box = "none" if result["box"] is None else ", ".join(f"{x:.0f}" for x in result["box"])
-    marked = " ".join(f"[{w['text']}]" if w["manipulated"] else w["text"] for w in result["words"])
-    timing = ", ".join(f"{name} {ms:.1f}" for name, ms in result["timing"].items())
-    lines = [
-        f"{result['picture']}: {verdict} (score {result['score']:.3f})",
-        f"  types    {types}",
-        f"  box      {box} (pixels of the image: x1, y1, x2, y2)",
-        f"  words    {marked}",
-        *([f"  truth    {result['truth']}"] if result["truth"] else []),
-        f"  timing   {timing} (ms)",
-        f"  drawn    {result['drawn']}",
-        *(f"  warning  {warning}" for warning in result["warnings"]),
-    ]
-    return "\n".join(lines) + "\n"
+    lines = row("truth", result["truth"]) if result["truth"] else []
+    lines += row("timing", ", ".join(f"{name} {ms:.1f}" for name, ms in result["timing"].items()) + " (ms)")
+    if result["drawn"]:
+        lines += row("drawn", result["drawn"])
+    return summary(result["picture"], result) + "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.backends import serving
 from engine.bundle import Bundle
+from engine.progress import progress_bar
 from export.bundle.card import grouped, largest_text
 from export.cli.arguments import Verbs
 
@@ -24,7 +25,11 @@ _KINDS = {
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4`."""
-    parser = verbs.add_parser("inspect", help="verify a bundle and show what it is")
+    parser = verbs.add_parser(
+        "inspect",
+        help="verify a bundle and show what it is",
+        epilog="examples:\n  dgm4 inspect my-bundle\n  dgm4 inspect my-bundle --layers --data DGM4",
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--layers", action="store_true", help="each Linear layer's error against float32 too")
     parser.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
@@ -35,15 +40,26 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify every file of a bundle and print what it is."""
+    if not options.layers and (
+        options.data is not None or options.split != options.parser.get_default("split")
+    ):
+        options.parser.error("--data and --split are for --layers: give that too")
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
     record = bundle.describe() | {"backends": serving(bundle)}
     if options.layers:
-        from export.quantization.sensitivity import bundle_errors
-
-        record["layers"] = [asdict(x) for x in bundle_errors(bundle, options.data, options.split)]
+        record["layers"] = _layers(bundle, options)
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
     return 0
+
+
+def _layers(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the error of each layer, with a bar."""
+    from export.quantization.sensitivity import bundle_errors
+
+    with progress_bar("layers", None, "pairs", not options.quiet) as bar:
+        errors = bundle_errors(bundle, options.data, options.split, progress=bar.update)
+    return [asdict(error) for error in errors]
 
 
 def _describe(record: dict[str, Any]) -> str:
@@ -51,7 +67,8 @@ def _describe(record: dict[str, Any]) -> str:
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
         f"weights    {weights['source']}; {_KINDS[weights['kind']]}",
-        f"limits     batch {record['limits']['max_batch']}, tokens {record['limits']['max_tokens']}",
+        f"limits     batch {record['limits']['max_batch']}, tokens of a caption "
+        f"{record['preprocess']['max_tokens']} (the graph takes {record['limits']['max_tokens']})",
     ]
     lines += _precision_lines(record)
     for name, entry in record["files"].items():

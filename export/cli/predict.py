@@ -1,35 +1,60 @@
-"""`dgm4 predict`: one pair or a JSON-lines list in, JSON lines or one HTML page out."""
+"""`dgm4 predict`: one pair or a list in; a summary, JSON lines or one HTML page out."""
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import html
+import itertools
 import json
 import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, Protocol, cast
 
 from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
 from engine.predictor import THUMBNAIL_SIDE
+from engine.progress import progress_bar
 from engine.render import check_plot_path
+from export.cli.answers import Answers, Maker
 from export.cli.arguments import Verbs, add_backend
+from export.cli.pairs import STDIN, Entry, PairList
+from export.cli.plot import save_plot
+from export.cli.summary import printable, rounded, summary
 from export.flags import POSITIVE
 from export.output import check_output, open_output
 
 Record = dict[str, Any]
 
 _BAD_INPUT = 1
-_SHOWN = 60  # characters of a faulty line that a message repeats
 _PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dgm4 predict</title></head><body>
 """
 _PAGE_TAIL = "</body></html>\n"
+_EPILOG = """
+A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
+as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
+list. A failed item gives a line with its error, and exit code 1.
+
+With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
+stopped goes on there with --resume.
+
+On a terminal the answers are summed up for reading; elsewhere, and with --json, each is a line of JSON.
+
+examples:
+  dgm4 predict my-bundle photo.jpg "What the caption says" --plot card.png
+  dgm4 predict my-bundle --list pairs.csv --out answers.jsonl --resume
+  dgm4 predict my-bundle --list photos/ --html --out page.html
+"""
+
+
+class _Sink(Protocol):
+    """What answers are written to."""
+
+    def write(self, text: str, /) -> object: ...
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -37,16 +62,17 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "predict",
         help="classify images with captions",
-        description="Classify one pair (IMAGE CAPTION), or the pairs of a JSON-lines list.",
-        epilog='A line of the list: {"image": "photo.jpg", "caption": "..."} ("text" does for "caption"; '
-        "paths are relative to the list). A failed item gives a line with its error, and exit code 1.",
+        description="Classify one pair (IMAGE CAPTION), or the pairs of a list.",
+        epilog=_EPILOG,
     )
     add = parser.add_argument
     add("bundle", type=Path)
-    add("image", nargs="?", help="image file (JPEG, PNG, WebP, BMP, GIF)")
+    add("image", nargs="?", help="image file (JPEG, PNG, WebP, BMP, GIF); - for stdin")
     add("caption", nargs="?")
-    add("--list", type=Path, metavar="FILE", help="JSON-lines list of pairs; - for stdin")
+    add("--list", type=Path, metavar="FILE", help="list of pairs, or a folder of them; - for stdin")
     add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
+    add("--resume", action="store_true", help="keep what a stopped run of the same list has answered")
+    add("--json", action="store_true", help="JSON lines on a terminal too")
     add("--html", action="store_true", help="write a page instead of JSON lines")
     add("--plot", type=Path, metavar="FILE", help="draw the prediction of a single pair")
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
@@ -60,10 +86,16 @@ def add_parser(verbs: Verbs) -> None:
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
+    if given == (True, False, False) and Path(options.image).is_dir():
+        return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
         return "expected either IMAGE and CAPTION or --list FILE"
     if options.plot and options.list:
         return "--plot draws a single pair; use --html for a list"
+    if options.html and options.json:
+        return "--html and --json are two forms of the same answers: leave out one"
+    if options.resume and (options.html or options.list is None or options.out is None):
+        return "--resume is for JSON lines: it needs --list and --out, and goes without --html"
     return None
 
 
@@ -71,33 +103,22 @@ def run(options: argparse.Namespace) -> int:
     """Predict the pairs; exit code 1 if any of them failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
-    inputs = [options.list, None if options.image is None else Path(options.image)]
+    if options.list is not None:
+        return _predict_list(options)
+    image = None if options.image == str(STDIN) else Path(options.image)
     if options.plot:
         check_plot_path(options.plot)
-        check_output(options.plot, "--plot", inputs)
+        check_output(options.plot, "--plot", [image])
         if options.out is not None and options.out.absolute() == options.plot.absolute():
             raise InputError("--out and --plot name the same file; choose two")
-    with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(_open_list(options.list)) if options.list else None
-        out = stack.enter_context(open_output(options.out, inputs))
-        predictor = stack.enter_context(_predictor(options))
-        if lines is not None:
-            return _predict_list(predictor, lines, out, options)
+    with open_output(options.out, [image]) as out, _predictor(options) as predictor:
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
-        prediction = predictor.predict(options.image, os.fsencode(options.caption))
+        caption = os.fsencode(options.caption)
+        prediction = predictor.predict(sys.stdin.buffer.read() if image is None else options.image, caption)
         _write(out, options, [({"image": options.image}, prediction)])
         if options.plot:
-            _plot(prediction, options.plot)
-        return 0
-
-
-def _plot(prediction: Prediction, path: Path) -> None:
-    """Draw the prediction; raises InputError where it cannot be written."""
-    try:
-        prediction.plot(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--plot {path}: cannot be written: {reason}; choose another place") from error
+            save_plot(prediction, options.plot)
+    return 0
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:
@@ -113,92 +134,93 @@ def _predictor(options: argparse.Namespace) -> Predictor:
 
 
 class _Reader:
-    """Pairs of a list for `Predictor.stream`; keeps what the record of each prediction starts with.
+    """Pairs of a list for `Predictor.stream`; `pending` are those without a prediction yet."""
 
-    `pending` holds, for every pair that was handed over and has no prediction yet, the line's number, image
-    and id, and what was wrong with the line.
-    """
-
-    def __init__(self, lines: Iterable[bytes], base: Path) -> None:
-        self.lines, self.base = lines, base
-        self.pending: deque[tuple[Record, InputError | None]] = deque()
+    def __init__(self, entries: Iterable[Entry], base: Path) -> None:
+        self.entries, self.base = entries, base
+        self.pending: deque[Entry] = deque()
 
     def __iter__(self) -> Iterator[object]:
-        for number, line in enumerate(self.lines, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                record = _parse(line, number)
-            except InputError as error:
-                self.pending.append(({"line": number, "image": None}, error))
+        for entry in self.entries:
+            self.pending.append(entry)
+            if entry.error is not None or entry.image is None:
                 yield None  # no pair: the predictor returns an error in its place
             else:
-                head: Record = {name: record[name] for name in ("image", "id") if name in record}
-                self.pending.append(({"line": number, **head}, None))
-                yield self.base / record["image"], record["caption"]
+                yield self.base / entry.image, entry.caption
 
 
-def _predict_list(
-    predictor: Predictor, lines: Iterable[bytes], out: IO[str], options: argparse.Namespace
-) -> int:
+def _predict_list(options: argparse.Namespace) -> int:
     """Stream the list through the predictor, one record a line, in order."""
-    reader = _Reader(lines, Path.cwd() if str(options.list) == "-" else options.list.parent)
+    pairs = PairList(options.list)
+    inputs = [] if options.list == STDIN or options.list.is_dir() else [options.list]
+    if options.out is not None:
+        check_output(options.out, "--out", inputs)
+    total = pairs.count(options.out)
     failed = done = 0
+    with contextlib.ExitStack() as stack:
+        predictor = stack.enter_context(_predictor(options))
+        out: _Sink
+        if options.out is None or options.html:
+            out = stack.enter_context(open_output(options.out, inputs))
+        else:
+            out = answers = stack.enter_context(Answers(options.out))
+            if options.resume:
+                done = answers.keep(pairs, _maker(predictor))
+        reader = _Reader(itertools.islice(pairs, done, None), pairs.base)
+        stream = predictor.stream(cast(Iterable[Any], reader), batch_size=options.batch, on_error="return")
+        # Answers on a terminal show by themselves how far it is.
+        shown = not options.quiet and (options.out is not None or not sys.stdout.isatty())
+        bar = stack.enter_context(progress_bar("predict", total, "pairs", shown, initial=done))
 
-    from tqdm import tqdm
+        def predictions() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
+            nonlocal failed, done
+            for result in stream:
+                entry = reader.pending.popleft()
+                failed += isinstance(entry.error or result, Dgm4Error)
+                done += 1
+                bar.update()
+                yield entry.head(), entry.error or result
 
-    def predictions() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
-        nonlocal failed, done
-        pairs = cast(Iterable[Any], reader)
-        stream = predictor.stream(pairs, batch_size=options.batch, on_error="return")
-        for result in tqdm(stream, unit="pair", disable=not sys.stderr.isatty()):
-            head, wrong = reader.pending.popleft()
-            failed += isinstance(wrong or result, Dgm4Error)
-            done += 1
-            yield head, wrong or result
-
-    _write(out, options, predictions())
+        _write(out, options, predictions())
     if failed:
         sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error\n")
     return _BAD_INPUT if failed else 0
 
 
-def _parse(line: bytes, number: int) -> Record:
-    """Read one line of a list: {"image", "caption", "id"?}; raises InputError naming its number."""
-    shown = line.decode(errors="replace").strip()[:_SHOWN]
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or numbers and nesting past reason
-        raise InputError(f"line {number} of the list: expected JSON in UTF-8, got {shown!r}") from error
-    if isinstance(record, dict) and "caption" not in record:
-        record["caption"] = record.get("text")
-    if not isinstance(record, dict) or not all(isinstance(record.get(n), str) for n in ("image", "caption")):
-        raise InputError(
-            f'line {number} of the list: expected {{"image": path, "caption": text}}, got {shown!r}'
-        )
-    return record
+def _maker(predictor: Predictor) -> Maker:
+    """What answers of the same run have in common."""
+    model = {name: predictor.model[name] for name in ("name", "size", "precision")}
+    return {"model": model, "thresholds": vars(predictor.manifest.thresholds)}
 
 
 def _write(
-    out: IO[str], options: argparse.Namespace, results: Iterable[tuple[Record, Prediction | Dgm4Error]]
+    out: _Sink, options: argparse.Namespace, results: Iterable[tuple[Record, Prediction | Dgm4Error]]
 ) -> None:
     """Write each prediction as it comes."""
     if options.html:
         out.write(_PAGE_HEAD)
     for head, result in results:
-        out.write(_fragment(head, result) if options.html else _json_line(head, result, options.heatmap))
+        out.write(_text(head, result, options))
     if options.html:
         out.write(_PAGE_TAIL)
 
 
-def _json_line(head: Record, result: Prediction | Dgm4Error, heatmap: bool) -> str:
+def _text(head: Record, result: Prediction | Dgm4Error, options: argparse.Namespace) -> str:
+    """A prediction or an error as a page's part, for reading on a terminal, or as a line of JSON."""
+    if options.html:
+        return _fragment(head, result)
     if isinstance(result, Prediction):
-        body = result.to_dict(heatmap)
-    else:
-        body = {"error": str(result), "kind": type(result).__name__}
-    return json.dumps({**head, **body}, allow_nan=False) + "\n"
+        record = result.to_dict(options.heatmap)
+        if not options.json and options.out is None and sys.stdout.isatty():
+            return summary(head["image"], record)
+        return _json_line({**head, **rounded(record)})
+    if not options.json and options.out is None and sys.stdout.isatty():
+        return printable(f"line {head['line']}: error: {result}") + "\n"
+    return _json_line({**head, "error": str(result), "kind": type(result).__name__})
+
+
+def _json_line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _fragment(head: Record, result: Prediction | Dgm4Error) -> str:
@@ -207,17 +229,3 @@ def _fragment(head: Record, result: Prediction | Dgm4Error) -> str:
     if isinstance(result, Prediction):
         return heading + result.to_html()
     return f"{heading}<p>{html.escape(str(result))}</p>\n"
-
-
-@contextlib.contextmanager
-def _open_list(path: Path) -> Iterator[Iterable[bytes]]:
-    """Open the list; raises InputError where it cannot be read."""
-    if str(path) == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the list: {error.strerror}") from error
-    with file:
-        yield file

@@ -18,6 +18,7 @@ def add_parser(verbs: Verbs) -> None:
         help="pretrain a small visual encoder",
         description="Teach a ViT which patches lie in a manipulated face; what it writes is for dgm4 train "
         "--init-vision, where there is no DeiT of that size.",
+        epilog="examples:\n  dgm4 pretrain --data sample-set --size tiny --out vision.pth",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -18,20 +18,25 @@ def add_parser(verbs: Verbs) -> None:
         "rebuild",
         help="put an engine for this machine into a bundle",
         description="Build the bundle's engine for this machine's GPU and TensorRT. Engines for others stay.",
+        epilog="An engine that fits this machine is left as it is, unless options say how to build it.\n\n"
+        "examples:\n  dgm4 rebuild my-bundle\n  dgm4 rebuild my-bundle --profiles 1x32,32x128",
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--force", action="store_true", help="build again what fits, too")
     add_flags(parser.add_argument_group("how the engine is built"), EngineOptions)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Rebuild, and say on stderr what was built."""
+    """Rebuild, and say on stderr what was built, or that nothing had to be."""
     from export.rebuild import rebuild
 
     chosen = read_options(EngineOptions, options)
+    keep_fitting = not options.force and chosen == EngineOptions()
     try:
         chosen.check_alone()
-    except InputError as error:
+        line = rebuild(options.bundle, chosen, keep_fitting)
+    except InputError as error:  # what else fails has another kind
         options.parser.error(as_option(str(error), EngineOptions))
-    sys.stderr.write(rebuild(options.bundle, chosen) + "\n")
+    sys.stderr.write(f"{line}\n")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,14 @@ from dgm4.tokenizer import build_tokenizer, count_pieces
 from dgm4.training.options import TrainOptions, check_fields, read_recipe
 from engine.errors import InputError
 from engine.inputs.text import CaptionTokenizer
+from export.cli.parser import did_you_mean, usage_errors
 
 
 def recipe_of(options: argparse.Namespace, model: str | None = None) -> TrainOptions:
-    """The recipe's settings, with what the command line says over them; raises InputError."""
+    """The recipe's settings, with what the command line says over them.
+
+    Raises InputError for a recipe that cannot be used; a setting on the command line is an error of usage.
+    """
     settings = read_recipe(options.recipe) if options.recipe else {}
     if model:
         settings["model"] = model
@@ -23,12 +26,23 @@ def recipe_of(options: argparse.Namespace, model: str | None = None) -> TrainOpt
         settings["size"] = options.size
     types = {field.name: type(field.default) for field in fields(TrainOptions)}
     given = {}
-    for setting in options.set or []:
-        name, equals, text = setting.partition("=")
-        if not equals or name not in types:
-            raise InputError(f"--set {setting}: expected NAME=VALUE with one of {', '.join(types)}")
-        given[name] = _parse(name, text, types[name])
-    return TrainOptions(**(settings | check_fields(given, "--set")))
+    with usage_errors(options.parser):
+        for setting in options.set or []:
+            name, equals, text = setting.partition("=")
+            if not equals or name not in types:
+                raise InputError(
+                    f"--set {setting}: expected NAME=VALUE with one of {', '.join(types)}"
+                    f"{did_you_mean(name, types)}"
+                )
+            given[name] = _parse(name, text, types[name])
+        given = check_fields(given, "--set")
+    try:
+        return TrainOptions(**(settings | given))
+    except InputError as error:
+        name = str(error).partition(":")[0]
+        if name in given:
+            options.parser.error(f"--set {error}")
+        raise
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
@@ -45,7 +59,5 @@ def _parse(name: str, text: str, kind: type) -> Any:
 def tokenizer_of(vocabulary: Path) -> tuple[CaptionTokenizer, int]:
     """The tokenizer of a vocabulary, and its number of pieces."""
     pieces = count_pieces(vocabulary)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        file.write_text(build_tokenizer(vocabulary, pieces).to_str(), encoding="utf-8")
-        return CaptionTokenizer(file), pieces
+    content = build_tokenizer(vocabulary, pieces).to_str().encode()
+    return CaptionTokenizer(vocabulary, content=content), pieces

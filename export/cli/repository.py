@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from export.cli.arguments import Verbs, add_threads, counts
+from export.cli.arguments import Verbs, counts
+from export.cli.parser import usage_errors
 from export.flags import POSITIVE, WHOLE, read_options
 
 
@@ -18,6 +19,9 @@ def add_parser(verbs: Verbs) -> None:
         help="write a model repository for NVIDIA Triton Inference Server",
         description="Write a directory that tritonserver --model-repository takes: of each bundle the ONNX "
         "graph or the TensorRT plan, its configuration, and what a client needs.",
+        epilog="examples:\n"
+        "  dgm4 repository my-bundle --out models\n"
+        "  dgm4 repository fp16 int8 --out models --kind gpu --preferred 8,32",
     )
     parser.add_argument("bundle", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the repository")
@@ -43,7 +47,9 @@ def add_parser(verbs: Verbs) -> None:
         metavar="N[,N]",
         help="batches sent at once; 8 and the largest",
     )
-    add_threads(parser)
+    parser.add_argument(
+        "--threads", type=POSITIVE, metavar="N", help="CPU threads of an instance; all of the server's cores"
+    )
     parser.add_argument(
         "--accelerate", action="store_true", help="let ONNX Runtime build TensorRT engines on the server"
     )
@@ -56,11 +62,13 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--name is for a single bundle")
     from engine import Bundle
     from export.inference_server.config import ServerOptions
-    from export.inference_server.repository import name_models, write_repository
+    from export.inference_server.repository import check_models, name_models, write_repository
 
     settings = read_options(ServerOptions, options, queue_delay_us=options.queue_delay)
     bundles = [Bundle.open(path) for path in options.bundle]
-    named = name_models(bundles) if options.name is None else {options.name: bundles[0]}
+    with usage_errors(options.parser):
+        named = name_models(bundles) if options.name is None else {options.name: bundles[0]}
+        check_models(named, settings)
     manifest = write_repository(named, options.out, settings)
     sys.stdout.write(summary(options.out, manifest))
     return 0

@@ -1,4 +1,4 @@
-"""What an export does when it is asked to stop."""
+"""What a command does when it is asked to stop."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from export.bundle.writer import remove_unfinished
+from engine.files import remove_unfinished
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """On SIGTERM or SIGHUP inside the block remove unfinished bundles and exit with 128 + number.
+    """On SIGTERM or SIGHUP inside the block remove unfinished files and exit with 128 + number.
 
     Main thread only. The process ends in the handler itself: an exception raised there can strike
     inside a lock or a destructor, where it is lost or leaves a thread waiting for ever. A SIGHUP that
@@ -29,6 +31,33 @@ def exit_on_sigterm() -> Iterator[None]:
     finally:
         for number in handled:
             signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def stop_first(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Let the first SIGINT, SIGTERM or SIGHUP inside the block call `stop`; the next acts as before it.
+
+    Yields a list that holds the signal's number from then on. Main thread only.
+    """
+    before = {number: signal.getsignal(number) for number in _REQUESTS}
+    received: list[int] = []
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        put_back()
+        stop()
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield received
+    finally:
+        put_back()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

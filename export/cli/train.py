@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
-from export.cli.arguments import Verbs
+from export.cli.arguments import Verbs, add_device
 from export.flags import WHOLE, read_options
 
 if TYPE_CHECKING:
@@ -23,6 +23,13 @@ def add_parser(verbs: Verbs) -> None:
         help="train a network on a data folder",
         description="Train HAMMER, ASAP or CALS on a folder in the published layout; several processes "
         "through torchrun. Checkpoints have the released layout.",
+        epilog="Ctrl-C and SIGTERM end the run after the update under way; --resume goes on there. Images "
+        "that cannot be read are counted and named; another takes their place, and too many end the run."
+        "\n\n"
+        "examples:\n"
+        "  dgm4 train --data DGM4 --out run --model asap --init ALBEF_4M.pth\n"
+        "  dgm4 train --data sample-set --out run --size tiny --set epochs=2\n"
+        "  dgm4 train --data DGM4 --out run --model asap --resume",
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
@@ -34,7 +41,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--init", type=Path, metavar="FILE", help="start from a checkpoint, or from ALBEF's")
     add("--init-vision", metavar="FILE", help="DeiT for the visual encoder: a file or timm:NAME")
     add("--resume", action="store_true", help="go on where the run in --out ended")
-    add("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
+    add_device(parser)
     add("--workers", type=WHOLE, default=0, metavar="N", help="processes that read images")
     add("--cache", action="store_true", help="keep decoded images in memory, 0.2 MB each")
     add("--save-every", type=WHOLE, default=0, metavar="N", help="save every N updates too")

@@ -6,7 +6,6 @@ networks do.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dgm4.data.annotations import Problem, Sample
 from dgm4.data.dataset import Batch, Item, PairDataset, collate
@@ -28,6 +26,7 @@ from engine.backends import usable_cores
 from engine.backends.float32 import full_float32
 from engine.errors import InputError
 from engine.manifest import INPUTS
+from engine.progress import progress_bar
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
@@ -81,7 +80,7 @@ def score(
     batches: list[Batch] = []
     outputs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in networks}
     seconds = dict.fromkeys([*networks, WAITING], 0.0)
-    with tqdm(total=len(dataset), unit="pair", file=sys.stderr, disable=not progress) as bar:
+    with progress_bar("evaluate", len(dataset), "pairs", progress) as bar:
         started = perf_counter()
         for batch in reader.batches(batch_size):
             seconds[WAITING] += perf_counter() - started

@@ -53,7 +53,7 @@ def write_config(name: str, manifest: Manifest, engine: EngineEntry | None, opti
 
     Raises InputError for options that do not fit the bundle or each other.
     """
-    _check(manifest, engine, options)
+    check_options(manifest, engine is not None, options)
     platform = ONNX if engine is None else PLAN
     fields = {
         "name": name,
@@ -77,21 +77,22 @@ def preferred_batches(manifest: Manifest, options: ServerOptions) -> tuple[int, 
     return tuple(sorted(set(options.preferred or (min(_USUAL_BATCH, largest), largest))))
 
 
-def _check(manifest: Manifest, engine: EngineEntry | None, options: ServerOptions) -> None:
+def check_options(manifest: Manifest, plan: bool, options: ServerOptions) -> None:
+    """Raise InputError for options that do not fit the bundle or each other; `plan`: an engine is served."""
     if options.kind not in KINDS:
         raise InputError(f"kind: expected one of {', '.join(KINDS)}, got {options.kind!r}")
-    if engine is not None and options.kind == "cpu":
+    if plan and options.kind == "cpu":
         raise InputError("kind: a TensorRT plan runs on a GPU; leave out the plan or choose kind gpu")
     if options.preferred and max(options.preferred) > manifest.limits.max_batch:
         raise InputError(
             f"preferred: expected batches up to {manifest.limits.max_batch}, the bundle's limit, "
             f"got {max(options.preferred)}"
         )
-    if options.accelerate and (engine is not None or options.kind == "cpu"):
+    if options.accelerate and (plan or options.kind == "cpu"):
         raise InputError("accelerate is for ONNX Runtime on a GPU: leave it out with a plan or kind cpu")
     if options.accelerate and manifest.precision == "int8" and manifest.calibration is None:
         raise InputError("accelerate: TensorRT takes int8 from a calibrated graph, not from a dynamic one")
-    if options.threads is not None and engine is not None:
+    if options.threads is not None and plan:
         raise InputError("threads are those of ONNX Runtime: leave them out with a plan")
 
 

@@ -27,6 +27,7 @@ from export.inference_server.config import (
     GRAPH_FILE,
     PLAN_FILE,
     ServerOptions,
+    check_options,
     preferred_batches,
     write_config,
 )
@@ -106,14 +107,22 @@ def write_repository(
     holds nothing that the server runs, and where `out` holds something else or cannot be written.
     """
     options = options or ServerOptions()
-    for name in bundles:
-        if not _NAME.fullmatch(name):
-            raise InputError(f"expected a model's name of letters, digits, '_', '-' and '.', got {name!r}")
+    check_models(bundles, options)
     with RepositoryWriter(out) as writer:
         records = {name: _write_model(writer, name, bundle, options) for name, bundle in bundles.items()}
         writer.add_bytes(CLIENT, Path(__file__).with_name("client.py").read_bytes())
         writer.add_text(README, _readme({n: b.manifest for n, b in bundles.items()}, options))
         return writer.commit({"models": records})
+
+
+def check_models(bundles: Mapping[str, Bundle], options: ServerOptions) -> None:
+    """Raise InputError for a name that no model may have, and for options that do not fit a bundle."""
+    for name, bundle in bundles.items():
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"name: expected a model's name of letters, digits, '_', '-' and '.', got {name!r}"
+            )
+        check_options(bundle.manifest, options.plan, options)
 
 
 def name_models(bundles: Sequence[Bundle]) -> dict[str, Bundle]:

@@ -41,10 +41,15 @@ class LayerError:
 
 
 def bundle_errors(
-    bundle: Bundle, data: Path | None = None, split: str = "test", count: int = PAIRS
+    bundle: Bundle,
+    data: Path | None = None,
+    split: str = "test",
+    count: int = PAIRS,
+    progress: Callable[[int], object] = lambda pairs: None,
 ) -> list[LayerError]:
     """Errors of a bundle's layers on `count` pairs of the folder `data`, or on drawn inputs without one.
 
+    `progress` hears how many pairs each step took.
     Against float32 by the bundle's own weights; empty for a bundle in fp32. Raises BundleError, and
     InputError for data that cannot be used.
     """
@@ -58,7 +63,7 @@ def bundle_errors(
         spec = manifest.preprocess
         words = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
         batches = _drawn_pairs(data, count, words, spec.image_size, split)
-    return layer_errors(reference, lowered, manifest.precision, batches, manifest.kept_layers)
+    return layer_errors(reference, lowered, manifest.precision, batches, manifest.kept_layers, progress)
 
 
 def _drawn_pairs(
@@ -95,10 +100,11 @@ def layer_errors(
     precision: str,
     batches: Iterable[Mapping[str, Tensor]],
     keep: Iterable[str] = (),
+    progress: Callable[[int], object] = lambda pairs: None,
 ) -> list[LayerError]:
     """Compare `lowered`, made of `reference`'s tensors, with it layer by layer; the largest own error first.
 
-    `batches` hold inputs by name.
+    `batches` hold inputs by name; `progress` as for `bundle_errors`.
     """
     names = [name for name, _ in lowered_layers(reference, precision)]
     sums = {name: _Sums() for name in names}
@@ -106,6 +112,7 @@ def layer_errors(
         for batch in batches:
             for part in _parts(batch):
                 _add(sums, reference, lowered, part)
+                progress(len(part["image"]))
     higher = set(keep)
     return sorted((x.error(name, name in higher) for name, x in sums.items()), key=_harm, reverse=True)
 

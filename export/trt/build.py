@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import BackendError, BuildError
-from engine.files import temporary_name
+from engine.files import temporary_name, unfinished
 from engine.packages import version_of
 from export.trt.features import Features
 from export.trt.probe import no_gpu
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")  # 7.5 has no float32 products
+RTX_KNOWN = (*RTX_CAPABILITIES, "12.1")  # it knows 7.5 too, without the float32 products of our networks
 WORKER = (sys.executable, "-P", "-m", "export.trt.worker")
 
 _PROBE_LIMIT_S = 60.0
@@ -138,14 +138,15 @@ def build_engine(
     library = spec.library or _choose_library()
     partial = temporary_name(out)
     start = time.monotonic()
-    try:
-        with BuildProcess(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
-            with _progress_or_bar(progress) as show:
-                build.follow(show)
-            done = build.result()
-        _move_engine(partial, out, done["engine_bytes"])
-    finally:
-        partial.unlink(missing_ok=True)
+    with unfinished(partial):
+        try:
+            with BuildProcess(worker or WORKER, _request(spec, library, partial), spec.time_limit_s) as build:
+                with _progress_or_bar(progress) as show:
+                    build.follow(show)
+                done = build.result()
+            _move_engine(partial, out, done["engine_bytes"])
+        finally:
+            partial.unlink(missing_ok=True)
     return _report(library, time.monotonic() - start, done, build.warnings)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.progress import progress_bar
 from export.cli.arguments import Verbs, add_data, add_device
 from export.flags import POSITIVE
 
@@ -21,7 +22,8 @@ def add_parser(verbs: Verbs) -> None:
         "transformers library; nothing is downloaded. Texts that are there already are kept.",
         epilog="Without --instructor only captions.json is written, without --captioner only "
         "explanations.json; images without a caption are then explained by their news caption alone. "
-        "One run at a time may write a folder.",
+        "One run at a time may write a folder."
+        "\n\nexamples:\n  dgm4 data describe --data DGM4 --captioner blip/ --instructor flan-t5/",
     )
     add_data(parser)
     parser.add_argument(
@@ -53,21 +55,15 @@ def run(options: argparse.Namespace) -> int:
     instructor = Instructor(options.instructor, options.device) if options.instructor else None
     record: dict[str, Any] = {"data": str(options.data), "pictures": len(samples)}
     if captioner:
-        with _bar(len(samples), "captions") as bar:
+        with progress_bar("captions", len(samples), "images", not options.quiet) as bar:
             done = library.write_captions(options.data, samples, captioner, pace, bar.update)
         record["captions"] = vars(done)
     if instructor:
-        with _bar(len(samples), "explanations") as bar:
+        with progress_bar("explanations", len(samples), "images", not options.quiet) as bar:
             done = library.write_explanations(options.data, samples, instructor, pace, bar.update)
         record["explanations"] = vars(done)
     sys.stdout.write(json.dumps(record) + "\n")
     return 0
-
-
-def _bar(total: int, name: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit="image", file=sys.stderr, disable=None)
 
 
 def _hush_transformers() -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from engine.progress import progress_bar
 from export.cli.arguments import Verbs
 from export.flags import POSITIVE, WHOLE
 
@@ -17,6 +18,9 @@ def add_parser(verbs: Verbs) -> None:
         "make",
         help="write a small data set in the format of DGM4",
         description="Write a sample set in the format of DGM4, from images that ship with scikit-image.",
+        epilog="examples:\n"
+        "  dgm4 data make --out sample-set\n"
+        "  dgm4 data make --out small --pairs 400 --seed 2",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
@@ -28,11 +32,11 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the sample set; stdout tells how many pairs of each class there are."""
-    from tqdm import tqdm
+    from dgm4.data.make import FEWEST, make_sample_set
 
-    from dgm4.data.make import make_sample_set
-
-    with tqdm(total=options.pairs, unit="pair", file=sys.stderr, disable=None) as bar:
+    if options.pairs < FEWEST:
+        options.parser.error(f"argument --pairs: expected a whole number from {FEWEST}, got {options.pairs}")
+    with progress_bar("make", options.pairs, "pairs", not options.quiet) as bar:
         counts = make_sample_set(options.out, options.pairs, options.seed, bar.update)
     sys.stdout.write(json.dumps({"out": str(options.out), "counts": counts}) + "\n")
     return 0

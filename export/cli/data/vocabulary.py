@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from engine.errors import InputError
 from export.cli.arguments import Verbs
+from export.cli.parser import usage_errors
 from export.flags import POSITIVE
+from export.output import check_output, write_whole
 
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb to the sub-parsers of `dgm4 data`."""
-    parser = verbs.add_parser("vocabulary", help="choose a small vocabulary for a data folder")
+    parser = verbs.add_parser(
+        "vocabulary",
+        help="choose a small vocabulary for a data folder",
+        description="Choose the word pieces that the captions and side-cars of a data folder need.",
+        epilog="examples:\n  dgm4 data vocabulary --data DGM4 --out vocab.txt --size 4096",
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=POSITIVE, default=2048, metavar="N", help="pieces (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -21,14 +30,13 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the vocabulary of the folder's captions and side-cars, one word piece a line."""
+    """Write the vocabulary, one word piece a line; stdout tells what was written."""
     from dgm4.data.annotations import read_split
     from dgm4.data.dataset import read_sidecar
-    from dgm4.data.pieces import small_vocabulary
+    from dgm4.data.pieces import check_size, small_vocabulary
     from dgm4.tokenizer import build_tokenizer, count_pieces, find_vocabulary
 
-    if not options.out.resolve().parent.is_dir():
-        raise InputError(f"{options.out}: its folder does not exist; create it, or choose another --out")
+    check_output(options.out, "--out", [options.data, options.vocab])
     large = options.vocab or find_vocabulary()
     tokenizer = build_tokenizer(large, count_pieces(large))
     texts = [sample.text for sample in read_split(options.data, "train", check_pictures=False).samples]
@@ -37,11 +45,13 @@ def run(options: argparse.Namespace) -> int:
     for path in sorted((options.data / "metadata").glob("*s.json")):
         if path.stem in ("captions", "explanations"):
             texts += read_sidecar(path).values()
+    known = large.read_text(encoding="utf-8").splitlines()
+    with usage_errors(options.parser):
+        check_size(options.size, known)
     pieces = small_vocabulary(
-        large.read_text(encoding="utf-8").splitlines(),
-        texts,
-        lambda text: tokenizer.encode(text, add_special_tokens=False).tokens,
-        options.size,
+        known, texts, lambda text: tokenizer.encode(text, add_special_tokens=False).tokens, options.size
     )
-    options.out.write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    write_whole(options.out, ("\n".join(pieces) + "\n").encode(), "--out")
+    record = {"out": str(options.out), "pieces": len(pieces), "texts": len(texts), "of": str(large)}
+    sys.stdout.write(json.dumps(record) + "\n")
     return 0

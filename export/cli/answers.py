@@ -1,0 +1,118 @@
+"""The answers to a long list in a file: what a stopped run has written serves the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from engine.errors import InputError
+from engine.inputs.text import read_caption
+from export.cli.pairs import Entry
+from export.output import ERRORS
+
+SUFFIX = ".partial"
+Maker = Mapping[str, Mapping[str, Any]]
+
+
+class Answers:
+    """Context manager that writes lines to `<out>.partial`, which becomes `out` when the block ends.
+
+    After an exception or a signal the lines so far stay there, and `keep` finds them. `write` is that of a
+    file.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.partial = out, out.with_name(out.name + SUFFIX)
+        self._file: IO[str] | None = None
+
+    def keep(self, entries: Iterable[Entry], made_by: Maker) -> int:
+        """Keep the answers of a stopped run, or those of the whole file; return how many there are.
+
+        `entries` are the list's; of each answer the fields in `made_by` have to hold what
+        stands there. A torn last line goes. Raises InputError where an answer is not of the list's pair.
+        """
+        if not self.partial.exists():
+            if not self.out.exists():
+                return 0
+            shutil.copyfile(self.out, self.partial)
+        end = count = 0
+        entry_of = iter(entries)
+        with self.partial.open("rb") as file:
+            for line in file:
+                record = _parse(line)
+                if record is None:
+                    break
+                self._check(record, next(entry_of, None), count + 1)
+                _check_maker(record, made_by, self.partial)
+                end, count = end + len(line), count + 1
+        os.truncate(self.partial, end)
+        self._file = self._open("a")
+        return count
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def write(self, text: str) -> None:
+        """Write a line."""
+        if self._file is None:
+            self._file = self._open("w")
+        self._file.write(text)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None and kind is None:
+            self._file = self._open("w")  # of a list without pairs
+        if self._file is None:
+            return
+        self._file.flush()
+        if kind is None:
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            self.partial.replace(self.out)
+        elif self.partial.stat().st_size == 0:
+            self.partial.unlink()
+        else:
+            sys.stderr.write(f"dgm4: {self.partial} holds the answers so far; --resume goes on with it\n")
+
+    def _open(self, mode: str) -> IO[str]:
+        # By the line: a process that is killed leaves one torn line at most.
+        return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
+
+    def _check(self, record: dict[str, Any], entry: Entry | None, number: int) -> None:
+        theirs = {name: record.get(name) for name in ("line", "image", "id", "caption") if name in record}
+        if entry is not None:
+            ours = {**entry.head(), "caption": read_caption(entry.caption)[0]}
+            if all(ours.get(name) == value for name, value in theirs.items()):
+                return
+        now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
+        raise InputError(
+            f"{self.partial}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
+            f"where the list now has {now}; leave out --resume to start anew"
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a whole line, or None."""
+    try:
+        record = json.loads(line.decode()) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _check_maker(record: dict[str, Any], made_by: Maker, path: Path) -> None:
+    for name, value in made_by.items():
+        theirs = {key: record[name].get(key) for key in value} if name in record else value
+        if theirs != value:
+            raise InputError(
+                f"{path}: its answers are of another bundle or other options ({name} was {theirs}, is "
+                f"{value}); give the same, or leave out --resume to start anew"
+            )

@@ -1,0 +1,104 @@
+"""The parser of `dgm4` and of each of its verbs: short usage, suggestions, help in paragraphs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from engine.errors import InputError
+
+_VERBS = "dgm4 --help lists the verbs"
+_UNBROKEN = 10_000  # columns of the usage's line, which a terminal breaks where it likes
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills each paragraph of a text by itself; one with indented lines, which are examples, stays."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = re.split(r"\n{2,}", text.strip("\n"))
+        return "\n\n".join(
+            block
+            if block.startswith(" ") or "\n  " in block
+            else textwrap.fill(" ".join(block.split()), width)
+            for block in blocks
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the verb's own usage in one line, and what was probably meant.
+
+    Each takes -v and -q, so that they may stand before and after the verb.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+        loudness = self.add_mutually_exclusive_group()
+        loudness.add_argument(
+            *("-v", "--verbose"),
+            action="count",
+            default=argparse.SUPPRESS,
+            help="log what happens, and show the traceback of an error; -vv logs more",
+        )
+        loudness.add_argument(
+            *("-q", "--quiet"),
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="errors only, no progress",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Show the usage in one line and the reason in the next; exit with 2."""
+        self.exit(2, f"{self._short_usage()}\n{self.prog}: error: {message}\n")
+
+    def unrecognized(self, arguments: Iterable[str]) -> NoReturn:
+        """Refuse arguments that nothing reads, with the options that are spelled nearly so."""
+        arguments = list(arguments)
+        hints = [
+            hint
+            for argument in arguments
+            if argument.startswith("-")
+            for hint in [did_you_mean(argument.partition("=")[0], self._option_string_actions)]
+        ]
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{next(filter(None, hints), '')}")
+
+    def _short_usage(self) -> str:
+        required = [action for action in self._actions if action.required or not action.option_strings]
+        named = self.prog if self.usage else f"{self.prog} [options]"
+        formatter = HelpFormatter(prog=named, width=_UNBROKEN)
+        formatter.add_usage(self.usage, required, [])
+        return f"{formatter.format_help().strip()}   ({self.prog} --help tells more)"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), choices)
+            if isinstance(action, argparse._SubParsersAction):
+                raise argparse.ArgumentError(None, f"no verb {value!r}{hint or '; ' + _VERBS}")
+            chosen = f"(choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {chosen}{hint}")
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """A question that names what is spelled most like `text`; empty where nothing is."""
+    close = difflib.get_close_matches(text, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextlib.contextmanager
+def usage_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Report an InputError of the block, which only checks arguments, as an error of usage.
+
+    A message that begins with the name of an option's value gets the option's own.
+    """
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        option = f"--{re.split('[: ]', message, maxsplit=1)[0].replace('_', '-')}"
+        known = parser._option_string_actions
+        parser.error(f"{option}{message[len(option) - 2 :]}" if option in known else message)

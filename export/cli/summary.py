@@ -1,0 +1,73 @@
+"""A prediction for people: a few lines on a terminal; and its numbers as a machine reads them."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from typing import Any
+
+Record = dict[str, Any]
+
+_INDENT = 11  # columns of a line's name
+_WIDEST = 100
+_SCORE_DIGITS, _PIXEL_DIGITS, _MS_DIGITS = 6, 1, 2
+_FACE = ("face_swap", "face_attribute")
+
+
+def summary(name: str, record: Record) -> str:
+    """Lines on the prediction `record` (`Prediction.to_dict`) for the image `name`.
+
+    Of a pair that is not manipulated only the verdict and the warnings; types, box and words mean nothing
+    there. The box is of a face, so it is given where a face type is detected.
+    """
+    verdict = "manipulated" if record["manipulated"] else "not manipulated"
+    threshold = record["thresholds"].get("manipulated")
+    counted = "" if threshold is None else f" (threshold {percent(threshold)})"
+    lines = [
+        f"{name}: {verdict}",
+        *row("probability", f"{percent(record['score'])} of manipulation{counted}"),
+    ]
+    if record["manipulated"]:
+        types = [f"{kind} {percent(record['types'][kind])}" for kind in record["detected"]]
+        lines += row("types", ", ".join(types) or "none reaches its threshold")
+        if record["box"] is not None and any(kind in record["detected"] for kind in _FACE):
+            x1, y1, x2, y2 = (f"{x:.0f}" for x in record["box"])
+            lines += row("face", f"from ({x1}, {y1}) to ({x2}, {y2}), in pixels")
+        marked = [f"[{w['text']}]" if w["manipulated"] else w["text"] for w in record["words"]]
+        lines += row("words", " ".join(marked))
+    for warning in record["warnings"]:
+        lines += row("warning", warning)
+    return "\n".join(map(printable, lines)) + "\n"
+
+
+def row(name: str, text: str) -> list[str]:
+    """A named line of a summary, filled to the terminal."""
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    indent = " " * (_INDENT + 4)
+    head = f"  {name:<{_INDENT}}  "
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
+
+
+def percent(share: float) -> str:
+    """A probability in percent; never 0 or 100, which no network knows."""
+    if share > 0.999:
+        return "> 99.9 %"
+    return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
+
+
+def printable(text: str) -> str:
+    """The text with what would move a terminal's cursor replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def rounded(record: Record) -> Record:
+    """A prediction's record without digits that mean nothing: probabilities to 1e-6, pixels to 0.1."""
+    short = dict(record)
+    short["score"] = round(record["score"], _SCORE_DIGITS)
+    short["types"] = {kind: round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
+    short["words"] = [{**word, "score": round(word["score"], _SCORE_DIGITS)} for word in record["words"]]
+    short["box"] = record["box"] and [round(x, _PIXEL_DIGITS) for x in record["box"]]
+    short["timing"] = {stage: round(ms, _MS_DIGITS) for stage, ms in record["timing"].items()}
+    if record.get("heatmap") is not None:
+        short["heatmap"] = [[round(x, _SCORE_DIGITS) for x in line] for line in record["heatmap"]]
+    return short
