@@ -64,7 +64,7 @@ ABLATIONS = {
 }
 # What a run that starts from finished weights changes in its recipe.
 # Without bfloat16 units, as on the machine that trained the present demo, bf16 takes many times longer.
-CONTINUED = {"epochs": 4, "lr": 4e-4, "lr_vision": 2e-4, "warmup_epochs": 0.3, "precision": "fp32"}
+CONTINUED = {"epochs": 1, "lr": 4e-4, "lr_vision": 2e-4, "warmup_epochs": 0.1, "precision": "fp32"}
 RUNS: dict[str, tuple[str, dict[str, bool]]] = {m: (m, {}) for m in MODEL_NAMES} | ABLATIONS
 
 
