@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,3 +121,12 @@ def verified_graph(bundle: Bundle, model: str, data: str) -> Path:
     if data in bundle.manifest.files:
         bundle.verified(data)
     return bundle.verified(model)
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether an x86 CPU adds int8 products in 32 bits; false where that cannot be told."""
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import openvino  # without its telemetry: engine/startup.py
 
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Outputs, verified_graph
+from engine.backends.base import Backend, Outputs, has_vnni, verified_graph
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
@@ -76,6 +76,9 @@ def load_model(path: Path, threads: int) -> openvino.CompiledModel:
         "NUM_STREAMS": 1,
         # Two models that are pinned to the same core would share it while others idle.
         "ENABLE_CPU_PINNING": False,
+        # Its int8 products saturate without VNNI (engine/backends/ort.py), and it has no others: the same
+        # codes are multiplied as float32.
+        **({} if has_vnni() else {"LP_TRANSFORMS_MODE": "NO"}),
     }
     core = openvino.Core()
     try:

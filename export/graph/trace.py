@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -23,6 +25,7 @@ from engine.network.model import InferenceModel
 from kernels.onnx import ops as onnx_ops
 from kernels.onnx.bodies import bodies
 
+_FLOATS = "DequantizeLinear"
 _IR_VERSION = 10  # the newest that every supported runtime reads
 _TRACE_BATCH, _TRACE_TOKENS = 2, 12
 
@@ -91,6 +94,7 @@ def _finish(path: Path, opset: int) -> onnx.ModelProto:
     proto.ir_version = _IR_VERSION
     proto.producer_name, proto.producer_version = "dgm4", ""
     graph = proto.graph
+    give_own_codes(graph)
     for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
     # Inferred shapes of the traced example; quantisers trip over them.
@@ -98,6 +102,44 @@ def _finish(path: Path, opset: int) -> onnx.ModelProto:
     path.write_bytes(proto.SerializeToString())
     onnx.checker.check_model(path, full_check=True)
     return proto
+
+
+def give_own_codes(graph: onnx.GraphProto) -> None:
+    """Let each product read int8 codes of its own, in place: initializers over the same bytes of the file.
+
+    ONNX Runtime makes codes unsigned where a CPU needs it (engine/backends/ort.py), product by product, and
+    fails at shared ones. CALS's two pools share a layer.
+    """
+    codes = {x.name: x for x in graph.initializer if x.data_type == onnx.TensorProto.INT8 and x.dims}
+    floats = {
+        node.output[0]: node for node in graph.node if node.op_type == _FLOATS and node.input[0] in codes
+    }
+    nodes = list(graph.node)
+    for node, i, fresh in _repeated_reads(nodes, floats):
+        own = onnx.NodeProto()
+        own.CopyFrom(floats[node.input[i]])
+        own.name = own.output[0] = node.input[i] = fresh
+        nodes.insert(0, own)  # it reads initializers alone
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for node, i, fresh in _repeated_reads(graph.node, codes):
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(codes[node.input[i]])
+        tensor.name = node.input[i] = fresh
+
+
+def _repeated_reads(
+    nodes: Iterable[onnx.NodeProto], names: Collection[str]
+) -> list[tuple[onnx.NodeProto, int, str]]:
+    """Every input but the first that reads one of `names`: its node, its index and a name of its own."""
+    reads, repeated = Counter[str](), []
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            if name in names:
+                if reads[name]:
+                    repeated.append((node, i, f"{name}_{reads[name]}"))
+                reads[name] += 1
+    return repeated
 
 
 def flatten(path: Path, flat: Path) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from engine.errors import BuildError
-from export.graph.trace import data_of
+from export.graph.trace import data_of, give_own_codes
 from kernels.attention import MASKED, PLAIN
 from kernels.onnx.ops import DOMAIN
 
@@ -138,7 +138,7 @@ def _fresh(target: Path) -> Iterator[None]:
 
 
 def _use_runtime_attention(path: Path) -> None:
-    """Replace attention nodes of the graph at `path` by ONNX Runtime's operator, in place.
+    """Replace attention nodes of the graph at `path` by ONNX Runtime's operator, and share no codes.
 
     It saves the transposes of the standard-operator body, about a tenth of the int8 network's work. It does
     not output the map of MGCA, so that node keeps its body.
@@ -160,6 +160,7 @@ def _use_runtime_attention(path: Path) -> None:
     model.functions.extend(functions)
     if _RUNTIME not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(_RUNTIME, 1))
+    give_own_codes(model.graph)
     path.write_bytes(model.SerializeToString())
 
 

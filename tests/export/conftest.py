@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.backends import usable_cores
+from engine.backends.ort import session_options
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +130,7 @@ def session_of():
     def load(path):
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = usable_cores()
+        options = session_options(usable_cores())
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load

@@ -20,7 +20,7 @@ from export.engine_stage import no_engine
 from export.evaluation.evaluate import EvaluateOptions, evaluate
 from export.graph.parity import INT8, compare, onnx_outputs
 from export.graph.rewrite import rewrite
-from export.graph.trace import outputs_of
+from export.graph.trace import give_own_codes, outputs_of
 from export.options import ExportOptions
 from export.pipeline import export_bundle
 from export.quantization.calibrate import calibrate
@@ -208,6 +208,24 @@ def test_without_a_scale_a_layer_rounds_as_dynamic_int8(session_of):
     (want,) = session_of(model.SerializeToString()).run(None, {"x": x})
     layer = QdqLinear(torch.tensor(codes), torch.ones(8), None)
     assert np.abs(layer(torch.tensor(x)).numpy() - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_products_have_codes_of_their_own(session_of, tmp_path):
+    """CALS's two pools share a layer; ONNX Runtime on a CPU without VNNI fails at codes that are shared."""
+    random = np.random.default_rng(5)
+    layer = QdqLinear(torch.tensor(random.integers(-127, 128, (8, 8)).astype(np.int8)), torch.ones(8), None)
+    layer.scale = torch.tensor(0.02)
+    twice = torch.nn.Sequential(layer, torch.nn.Tanh(), layer)
+    x, path = torch.tensor(random.standard_normal((3, 8)).astype(np.float32)), tmp_path / "twice.onnx"
+    torch.onnx.export(twice, (x,), path, dynamo=True, opset_version=20, input_names=["x"], verbose=False)
+    model = onnx.load(path)
+    give_own_codes(model.graph)
+    read = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    codes = [tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2]
+    assert len(codes) == 2 and all(read.count(name) == 1 for name in codes)
+    onnx.checker.check_model(model, full_check=True)
+    (got,) = session_of(model.SerializeToString()).run(None, {"x": x.numpy()})
+    assert np.abs(got - twice(x).numpy()).max() <= 1e-5 * np.abs(got).max()
 
 
 def test_answers_are_near_float_on_pairs(name, exported, quantized, reader):
