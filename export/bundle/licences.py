@@ -27,7 +27,7 @@ def licence_of(kind: str, stated: str | None) -> str:
 
 
 def licence_note(weights: Weights) -> str:
-    """Markdown for a model card: the weights' licence; where it is not stated, that of what they derive from."""
+    """Markdown for a model card: the weights' licence, or where none is stated those of their sources."""
     text = f"Weights: {weights.licence}. Code of `dgm4`: {OWN}."
     if weights.kind != "trained" or weights.licence != NOT_STATED:
         return text
