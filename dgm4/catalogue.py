@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from dgm4.config import MODEL_NAMES, SIZES
@@ -16,6 +17,9 @@ _PARAMETERS = {
     ("cals", "base"): 235_861_455,
     ("cals", "tiny"): 2_971_775,
 }
+# Of the weights: those that ship are ours, the published ones' are as their authors state them.
+_DEMO_LICENCE = "Apache-2.0"
+_LICENCES = {"hammer": "S-Lab License 1.0, non-commercial", "asap": "not stated", "cals": "not stated"}
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,15 @@ class ModelEntry:
     """A network at one size.
 
     parameters: how many it has at inference. weights: "demo" where weights ship, trained on made images; None
-    where you bring a checkpoint. bundle: the name of a ready bundle for `Predictor`, None without one.
+    where you bring a checkpoint. licence: that of the weights that ship, else of the published ones. bundle:
+    the name of a ready bundle for `Predictor`, None without one.
     """
 
     name: str
     size: str
     parameters: int
     weights: str | None
+    licence: str
     bundle: str | None
 
 
@@ -42,14 +48,17 @@ def list_models() -> list[ModelEntry]:
     Raises CheckpointError where the demo's record is not installed.
     """
     demos, ready = demo_record()["networks"], shipped_bundles()
-    return [
-        ModelEntry(
-            name=name,
-            size=size,
-            parameters=_PARAMETERS[name, size],
-            weights="demo" if size == "tiny" and name in demos else None,
-            bundle=f"demo:{name}" if size == "tiny" and f"demo:{name}" in ready else None,
+    entries = []
+    for name, size in itertools.product(MODEL_NAMES, SIZES):
+        shipped, bundle = size == "tiny" and name in demos, f"demo:{name}"
+        entries.append(
+            ModelEntry(
+                name=name,
+                size=size,
+                parameters=_PARAMETERS[name, size],
+                weights="demo" if shipped else None,
+                licence=_DEMO_LICENCE if shipped else _LICENCES[name],
+                bundle=bundle if shipped and bundle in ready else None,
+            )
         )
-        for name in MODEL_NAMES
-        for size in SIZES
-    ]
+    return entries

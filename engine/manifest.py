@@ -24,6 +24,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
+NOT_STATED = "not stated"
 
 # The demo weights of bundles that were written before a manifest said what kind its weights are.
 FIRST_DEMOS = (
@@ -55,12 +56,13 @@ class Weights(Record):
     """Where the weights come from.
 
     kind: "trained" for a user's checkpoint, "demo" for the weights that ship with the package, whose answers
-    say nothing about real images, "drawn" for weights drawn from a formula.
+    say nothing about real images, "drawn" for weights drawn from a formula. licence: the weights' own.
     """
 
     kind: Annotated[str, one_of("trained", "demo", "drawn")]
     source: str
     sha256: _Sha256 | None
+    licence: str = NOT_STATED
 
     @property
     def trained(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 
 from engine.errors import BackendError
@@ -25,6 +24,8 @@ _EXTRAS = {
 
 def version_of(*packages: str) -> str | None:
     """Version of the first of these distributions that is installed; None if none is."""
+    import importlib.metadata  # which costs as much as the rest of `import engine`
+
     for package in packages:
         try:
             return importlib.metadata.version(package)

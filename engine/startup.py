@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-class _KernelsFinder(MetaPathFinder):
+class _KernelsFinder:
     """Finds our modules of `kernels` where Hugging Face's package of that name hides them.
 
     Two wheels share one folder, and need no help. A clone or an editable install lies elsewhere, and Python
@@ -25,7 +24,7 @@ class _KernelsFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `MetaPathFinder`; asked last, for names that no other finder knows."""
+        """See `importlib.abc.MetaPathFinder`; asked last, for names that no other finder knows."""
         if fullname.rpartition(".")[0] != "kernels":
             return None
         return PathFinder.find_spec(fullname, [str(_ROOT / "kernels")], target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from dgm4.config import TYPES, ModelConfig
@@ -22,6 +23,7 @@ from engine.manifest import (
     Verification,
 )
 from engine.packages import version_of
+from export.bundle.licences import licence_of
 from export.graph.trace import outputs_of
 from export.options import ExportOptions
 from export.stages import Calibrated, Lowered, Source
@@ -45,7 +47,7 @@ def describe_export(
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=ModelInfo(config.name, config.size, config.to_dict()),
-        weights=source.weights,
+        weights=replace(source.weights, licence=licence_of(source.weights.kind, options.licence)),
         precision=options.precision,
         preprocess=Preprocess(
             image_size=config.image_size,

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.layout import GRAPH
 from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Verification
+from export.bundle.licences import licence_note
 
 _NOTES = {
     "drawn": "> **These weights are not trained** ({source}). The bundle proves the way from network to "
@@ -43,6 +44,7 @@ def model_card(manifest: Manifest) -> str:
         title,
         _TASK.format(name=model.name.upper(), types=types),
         "## Run\n\n" + _RUN,
+        "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),
         "## Preprocessing\n\n" + _preprocessing(manifest.preprocess),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from export.cli.arguments import Verbs
 
-_HEAD = ("name", "size", "parameters", "weights", "ready bundle")
+_HEAD = ("name", "size", "parameters", "weights", "licence of the weights", "ready bundle")
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
     rows = [_HEAD]
     for entry in entries:
         size = f"{entry.parameters / 1e6:.1f} M"
-        rows.append((entry.name, entry.size, size, entry.weights or "your checkpoint", entry.bundle or "-"))
+        weights = entry.weights or "your checkpoint"
+        rows.append((entry.name, entry.size, size, weights, entry.licence, entry.bundle or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

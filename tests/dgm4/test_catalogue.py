@@ -8,6 +8,7 @@ import torch
 
 import dgm4
 from dgm4.model import build
+from export.bundle.licences import OWN, UPSTREAM
 
 
 @pytest.mark.parametrize("entry", dgm4.list_models(), ids=lambda entry: f"{entry.name}-{entry.size}")
@@ -24,6 +25,11 @@ def test_every_network_is_listed_at_every_size():
         (name, "tiny"): "demo" for name in dgm4.MODEL_NAMES
     }
     assert [entry.bundle for entry in entries.values() if entry.bundle] == ["demo:asap"]
+
+
+def test_licences_are_those_that_cards_state():
+    for entry in dgm4.list_models():
+        assert entry.licence == (OWN if entry.weights else UPSTREAM[f"{entry.name.upper()} (code, weights)"])
 
 
 def test_the_list_needs_no_torch():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from dgm4 import tokenizer
 from dgm4.tokenizer import build_tokenizer, find_vocabulary
-from engine.errors import BackendError, InputError
+from engine.errors import InputError
 
 SIZE = 30522
 WRITTEN = [
@@ -108,7 +109,8 @@ def test_an_unreadable_vocabulary_is_refused(tmp_path):
             build_tokenizer(path, SIZE)
 
 
-def test_without_the_package_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_CARRIER", "no-such-package-here")
-    with pytest.raises(BackendError, match="install no-such-package-here or give the vocabulary file"):
-        find_vocabulary()
+def test_the_vocabulary_is_the_one_that_was_published():
+    notice = (Path(__file__).resolve().parents[2] / "NOTICE").read_text(encoding="utf-8")
+    digest = hashlib.sha256(find_vocabulary().read_bytes()).hexdigest()
+    assert digest == "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+    assert f"{find_vocabulary().name}, SHA-256 {digest}" in " ".join(notice.split())

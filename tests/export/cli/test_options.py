@@ -18,7 +18,7 @@ ENGINE = (
 )
 OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
-    "--data --split --out --calibration --calibration-pairs --keep-layers "
+    "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --json {ENGINE}",
     "rebuild": f"bundle {ENGINE}",
     "predict": "bundle image caption --list --out --html --plot --heatmap --batch --backend --device "

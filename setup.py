@@ -1,5 +1,0 @@
-"""Build entry point; pyproject.toml holds the metadata."""
-
-from setuptools import setup
-
-setup()
