@@ -10,7 +10,7 @@ from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 
 
 def answers(changed=None):
-    """Four candidates; the first has a wrong box, the second a wrong word, the last fits better than the third."""
+    """Four candidates: a wrong box, a wrong word, two that are right, of which the last fits better."""
     labels = np.array(["face_swap&text_attribute"] * 4)
     tokens = np.array([[0, 1, 1], [0, 1, 1], [0, 1, TOKEN_PADDING], [0, 1, TOKEN_PADDING]])
     said = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1]])
