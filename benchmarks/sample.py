@@ -6,6 +6,7 @@ Hopper's. The pair is made, so what was done to it is known.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +36,14 @@ _QUALITY = 92
 
 
 def candidates(folder: Path) -> Iterator[Sample]:
-    """Write each candidate's image into `folder` and yield its pair, the least visible forgeries first."""
-    for strength in _STRENGTHS:
-        for crop in range(_CROPS):
-            rng = np.random.default_rng([crop])
-            scene = _as_taken(take(rng, PORTRAIT, whole_face=True))
-            path = folder / f"{crop:02d}-{strength}.jpg"
+    """Write each candidate's image into `folder` and yield its pair: by caption, the least visible first."""
+    for caption, strength, crop in itertools.product(CAPTIONS, _STRENGTHS, range(_CROPS)):
+        rng = np.random.default_rng([crop])
+        scene = _as_taken(take(rng, PORTRAIT, whole_face=True))
+        path = folder / f"{crop:02d}-{strength}.jpg"
+        if not path.exists():
             swap_face(rng, scene, strength).save(path, quality=_QUALITY)
-            for caption in CAPTIONS:
-                yield _sample(path, scene.people[0].box, caption)
+        yield _sample(path, scene.people[0].box, caption)
 
 
 def swap_face(rng: np.random.Generator, scene: Scene, strength: float) -> Image.Image:
