@@ -31,24 +31,25 @@ ERRORS = {
     ("hammer", "int8 static"): 1.34,
     ("hammer", "fp8"): 1.80,
     ("hammer", "fp8 static"): 1.06,
-    ("asap", "fp16"): 0.0520,
-    ("asap", "bf16"): 0.415,
-    ("asap", "int8 dynamic"): 1.01,
-    ("asap", "int8 static"): 1.00,
-    ("asap", "fp8"): 2.79,
+    ("asap", "fp16"): 0.0408,
+    ("asap", "bf16"): 0.389,
+    ("asap", "int8 dynamic"): 0.659,
+    ("asap", "int8 static"): 1.46,
+    ("asap", "fp8"): 2.54,
     ("asap", "fp8 static"): 2.78,
-    ("cals", "fp16"): 0.0371,
-    ("cals", "bf16"): 0.302,
-    ("cals", "int8 dynamic"): 0.515,
-    ("cals", "int8 static"): 0.975,
-    ("cals", "fp8"): 1.83,
-    ("cals", "fp8 static"): 1.90,
+    ("cals", "fp16"): 0.0311,
+    ("cals", "bf16"): 0.280,
+    ("cals", "int8 dynamic"): 0.387,
+    ("cals", "int8 static"): 0.665,
+    ("cals", "fp8"): 1.21,
+    ("cals", "fp8 static"): 0.822,
 }
 
 
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
-    make_sample_set(folder := tmp_path_factory.mktemp("data") / "set", 52, seed=7)
+    """Most of its test pairs have a manipulated face: without one a box is nearly 0, and any error large."""
+    make_sample_set(folder := tmp_path_factory.mktemp("data") / "set", 52, seed=16)
     return folder
 
 
