@@ -5,7 +5,7 @@ training split), lets each bundle and the float32 network answer the same pairs 
 (`dgm4 data make --out DIR`), and writes metrics, differences with paired bootstrap intervals, and agreement.
 The networks are the trained tiny ones that ship with the package, on the whole test split, and the base ones
 with weights drawn from the formula of the golden numbers, on a few pairs: what those answer means nothing,
-but rounding must not change it. stdout gets the README's table.
+but rounding must not change it. stdout gets the documentation's table.
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ def measure(key: Key, data: Path, folder: Path, pairs: int | None) -> Record:
         settings = EvaluateOptions(checkpoint=checkpoint, worst=0, limit=pairs, batch=batch, graph=graph)
         result = evaluate(out, data, settings, progress=True)
     if result.comparison is None:
-        raise RuntimeError(f"{out}: no float32 network to compare with: {result.note}")
+        raise RuntimeError(f"{out}: no float32 network to compare with: {result.notes}")
     failures = check_gate(precision, result.scores.metrics, result.comparison.scores.metrics)
+    record = result.to_dict()
+    del record["decisions"]  # curves, which no table here shows
     return {
-        **result.to_dict(),
+        **record,
         "bundle": out.name,
         "data": data.name,
         "weights": weights,
@@ -111,7 +113,7 @@ def key_of(record: Record) -> Key:
 
 
 def table(records: Iterable[Record]) -> str:
-    """The README's table: the demo's metrics in percent, its gate, and what agrees with float32."""
+    """The demo's metrics in percent, its gate, and what agrees with float32."""
     result = {key_of(record): record for record in records}
     head = ["network", "precision", *GATED, "gate", "same verdict", "same types"]
     head += ["drawn base: moved", "same verdict", "same types"]

@@ -217,7 +217,7 @@ def ship_sample(plan: Plan, tokenizer: CaptionTokenizer) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's table: each run's metrics in percent; what each ablation changed, with its interval."""
+    """Each run's metrics in percent; what each ablation changed, with its interval."""
     head = ["run", *GATED, "IoU where a face", "false alarms", "training"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for run, record in result["runs"].items():

@@ -17,10 +17,10 @@ from engine.errors import (
     NumericalError,
     VerificationError,
 )
-from engine.inputs.preprocess import ImageOptions
+from engine.inputs.options import ImageOptions
 from engine.prediction import Prediction
 from engine.predictor import Predictor
-from engine.result import Word
+from engine.result import Word, to_rows
 
 __version__ = "0.1.0"  # the only place that says it; pyproject.toml reads it here
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "VerificationError",
     "Word",
     "errors",
+    "to_rows",
 ]
 
 startup.prepare()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BundleError
+from engine.errors import BundleError, shorten
 from engine.files import sha256_of
 from engine.layout import ENGINE_SUFFIX, MANIFEST
 from engine.manifest import (
@@ -29,11 +31,21 @@ _MAX_MANIFEST_BYTES = 4 * 2**20
 
 
 class Bundle:
-    """A bundle's directory whose manifest was read; all of its files are there, and no others."""
+    """A bundle's directory whose manifest was read; all of its files are there, and no others.
 
-    def __init__(self, path: Path, manifest: Manifest):
+    `path` is absolute, so that a later change of the working directory does not matter. A Bundle is pickled
+    by its path, and opened again where it is unpickled.
+
+    >>> from engine import Bundle, Predictor
+    >>> bundle = Bundle.open("my-bundle")
+    >>> Predictor(bundle).manifest.model.name
+    'asap'
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, engines: bool = True):
         self.path = path
         self.manifest = manifest
+        self._engines = engines
         self._verified: set[str] = set()
         self._lock = threading.Lock()
 
@@ -43,12 +55,15 @@ class Bundle:
 
         A name such as "demo:asap" stands for a bundle that ships with the package (`engine.shipped`).
         Without `engines` its prebuilt engines may be missing or damaged: for a caller that builds them again.
+        Links to files are followed, as a cache of downloads makes them, and hidden files are ignored.
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
-        that is missing, foreign, of another size, or a link out of the directory.
+        that is missing, foreign or of another size.
+
+        >>> from engine import Bundle
+        >>> Bundle.open("my-bundle").manifest.precision
+        'fp32'
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
-        root = locate(path)
+        root = _absolute(locate(path))
         manifest = parse_manifest(check_digest(_read_manifest(root)))
         sizes = _list_files(root)
         optional = set() if engines else {entry.file for entry in manifest.engines}
@@ -61,12 +76,19 @@ class Bundle:
         for name in set(manifest.files) - optional:
             _check_size(root / name, sizes[name], manifest.files[name])
         logger.debug("opened the bundle %s: %s", root, manifest.model.name)
-        return cls(root, manifest)
+        return cls(root, manifest, engines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.manifest, self._engines)
 
     def verified(self, name: str) -> Path:
         """Return the path of the file `name` once its SHA-256 agrees; hashes each file only once.
 
         Raises BundleError where the manifest does not list `name` or the file was altered.
+
+        >>> from engine import Bundle
+        >>> Bundle.open("my-bundle").verified("model.onnx").name
+        'model.onnx'
         """
         entry, path = self._entry(name), self.path / name
         with self._lock:
@@ -80,6 +102,10 @@ class Bundle:
 
         Between `verified` and a library's own reading of the path, the file can be replaced. Raises
         BundleError where the manifest does not list `name` or the file was altered.
+
+        >>> from engine import Bundle
+        >>> Bundle.open("my-bundle").read("README.md")[:1]
+        b'#'
         """
         entry, path = self._entry(name), self.path / name
         try:
@@ -90,6 +116,26 @@ class Bundle:
         _compare(path, sha256_of(content), entry)
         return content
 
+    @contextmanager
+    def held(self, *names: str) -> Iterator[None]:
+        """Verify the files `names` for a block in which a library reads them by their paths.
+
+        `read` is for libraries that take a file's content. Raises BundleError where the manifest does not
+        list a file, and for one that was altered before the block, or is written or replaced within it.
+
+        >>> from engine import Bundle
+        >>> bundle = Bundle.open("my-bundle")
+        >>> with bundle.held("model.onnx"):
+        ...     (bundle.path / "model.onnx").is_file()
+        True
+        """
+        states = {name: _check_digest(self.path / name, self._entry(name)) for name in names}
+        yield
+        for name, state in states.items():
+            path = self.path / name
+            if not path.is_file() or _state(path.stat()) != state:
+                raise BundleError(f"{path}: was replaced while it was loaded; {_remedy(name)}")
+
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
         if entry is None:
@@ -99,17 +145,42 @@ class Bundle:
         return entry
 
     def verify_all(self) -> None:
-        """Verify every file of the bundle; raises BundleError naming the first altered one."""
+        """Verify every file of the bundle; raises BundleError naming the first altered one.
+
+        >>> from engine import Bundle
+        >>> Bundle.open("my-bundle").verify_all()
+        """
         for name in self.manifest.files:
             self.verified(name)
 
     def describe(self) -> dict[str, Any]:
-        """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes."""
+        """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes.
+
+        >>> from engine import Bundle
+        >>> Bundle.open("my-bundle").describe()["model"]["name"]
+        'asap'
+        """
         fields = self.manifest.to_dict()
         # As in every release: the key is there for an engine of a single kind of GPU too.
         fields["engines"] = [{"hardware": None, **engine} for engine in fields["engines"]]
         total = sum(entry.bytes for entry in self.manifest.files.values())
         return {"path": str(self.path), "total_bytes": total, **fields}
+
+
+def _absolute(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
+    try:
+        return Path(os.fsdecode(path)).absolute()
+    except OSError as error:  # the working directory is gone
+        raise BundleError(f"{path}: not a bundle, the working directory cannot be found: {error}") from error
+
+
+def _reopen(path: Path, manifest: Manifest, engines: bool) -> Bundle:
+    bundle = Bundle.open(path, engines)
+    if bundle.manifest != manifest:
+        raise BundleError(f"{path}: holds another bundle than when it was pickled; make the Predictor again")
+    return bundle
 
 
 def _read_manifest(root: Path) -> bytes:
@@ -118,7 +189,7 @@ def _read_manifest(root: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{root}: not a bundle, {_why_none(root, error)}") from error
+        raise BundleError(f"{shorten(str(root))}: not a bundle, {_why_none(root, error)}") from error
     if len(data) > _MAX_MANIFEST_BYTES:
         raise BundleError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes")
     return data
@@ -128,23 +199,23 @@ def _why_none(root: Path, error: OSError | ValueError) -> str:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         there = "a file" if root.is_file() else "a directory without one" if root.is_dir() else "nothing"
         return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {there}"
-    return f"its {MANIFEST} cannot be read: {error}"
+    reason = getattr(error, "strerror", None) or error
+    return f"its {MANIFEST} cannot be read: {reason}"
 
 
 def _list_files(root: Path) -> dict[str, int]:
-    """Return the size of every file of the directory but the manifest."""
+    """Return the size of every file of the directory but the manifest and the hidden ones."""
     sizes = {}
     try:
-        real_root = root.resolve(strict=True)
         for entry in os.scandir(root):
-            if not Path(entry.path).resolve(strict=True).is_relative_to(real_root):
-                raise BundleError(f"{root}: {entry.name} is a link out of the bundle; copy the file itself")
+            if entry.name == MANIFEST or entry.name.startswith("."):
+                continue
             if not entry.is_file():
-                raise BundleError(
-                    f"{root}: {entry.name} is not a file, so it cannot be in the manifest; remove it"
+                kind = (
+                    "a link to nothing" if entry.is_symlink() and not Path(entry).exists() else "not a file"
                 )
-            if entry.name != MANIFEST:
-                sizes[entry.name] = entry.stat().st_size
+                raise BundleError(f"{root}: {entry.name} is {kind}; {_remedy(entry.name)}, or remove it")
+            sizes[entry.name] = entry.stat().st_size
     except OSError as error:
         raise BundleError(f"{root}: cannot list the bundle: {error}") from error
     return sizes
@@ -155,14 +226,22 @@ def _check_size(path: Path, size: int, entry: FileEntry) -> None:
         raise BundleError(f"{path}: expected {entry.bytes} bytes, got {size}; {_remedy(path.name)}")
 
 
-def _check_digest(path: Path, entry: FileEntry) -> None:
+def _check_digest(path: Path, entry: FileEntry) -> tuple[int, ...]:
+    """Raise BundleError unless the file's SHA-256 agrees; return the state of the file that was hashed."""
     try:
         with path.open("rb") as file:
-            _check_size(path, os.fstat(file.fileno()).st_size, entry)
+            found = os.fstat(file.fileno())
+            _check_size(path, found.st_size, entry)
             digest = sha256_of(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     _compare(path, digest, entry)
+    return _state(found)
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written or another takes its place."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _compare(path: Path, digest: str, entry: FileEntry) -> None:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 
 class Dgm4Error(Exception):
-    """Base class of all errors that this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose.
+
+    >>> from engine import Dgm4Error, InputError, Predictor
+    >>> try:
+    ...     Predictor("my-bundle").predict("nowhere.jpg", "Obama speaks")
+    ... except InputError as error:  # or Dgm4Error, for all of them
+    ...     print(error)
+    'nowhere.jpg': no such file; expected the path of an image (addresses are not fetched)
+    """
 
     exit_code = 1
 
@@ -51,3 +59,17 @@ class EngineMismatchError(Dgm4Error):
     """An engine was built for another machine or library version; names both sides."""
 
     exit_code = 4
+
+
+_LONGEST = 120  # characters of what a user gave that a message repeats
+
+
+def shorten(text: str) -> str:
+    """Cut what a message repeats of a user's text to 120 characters, its beginning and its end."""
+    end = _LONGEST // 3
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - end - 3]}...{text[-end:]}"
+
+
+def quoted(value: object) -> str:
+    """`repr` of what a user gave, cut to 120 characters."""
+    return shorten(repr(value))

@@ -17,6 +17,7 @@ from engine.errors import BundleError
 from engine.layout import MANIFEST
 from engine.network.config import TYPES
 from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, within
+from engine.scores import ScoreCalibration, Temperatures, Thresholds
 
 FORMAT = "dgm4-bundle"
 FORMAT_VERSION = 1
@@ -37,7 +38,6 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _Count = Annotated[int, at_least(1)]
 _CountOrNone = Annotated[int, at_least(0)]
 _Difference = Annotated[float, within(0)]
-_Score = Annotated[float, within(0, 1)]
 _Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 _Positive = Check("three numbers > 0", lambda values: min(values) > 0)
 
@@ -123,23 +123,6 @@ class Limits(Record):
 
     max_batch: _Count
     max_tokens: _Count
-
-
-@dataclass(frozen=True)
-class Thresholds(Record):
-    """Scores in [0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
-
-    manipulated: _Score
-    face_swap: _Score
-    face_attribute: _Score
-    text_swap: _Score
-    text_attribute: _Score
-    words: _Score
-
-    @classmethod
-    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Give each type the one threshold of bundles that had a single one for all of them."""
-        return {**dict.fromkeys(TYPES, raw["types"]), **raw} if "types" in raw else raw
 
 
 @dataclass(frozen=True)
@@ -269,7 +252,25 @@ class Manifest(Record):
     float32_layers: tuple[str, ...] = ()
     kept_layers: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    score_calibration: ScoreCalibration | None = None
     files: dict[str, FileEntry]
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """What the logits are divided by: 1 where no scores were calibrated."""
+        return Temperatures() if self.score_calibration is None else self.score_calibration.temperatures
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Refuse another format than this release reads."""
+        for name, expected, hint in (
+            ("format", FORMAT, ""),
+            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
+        ):
+            value = raw.get(name, NOTHING)
+            if type(value) is not type(expected) or value != expected:
+                fail(name, f"{expected!r}{hint}", value)
+        return raw
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""
@@ -330,16 +331,7 @@ def _load(data: bytes) -> Any:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
-    raw = _load(data)
-    if isinstance(raw, dict):
-        for name, expected, hint in (
-            ("format", FORMAT, ""),
-            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
-        ):
-            value = raw.get(name, NOTHING)
-            if type(value) is not type(expected) or value != expected:
-                fail(name, f"{expected!r}{hint}", value)
-    return Manifest.from_dict(raw)
+    return Manifest.from_dict(_load(data))
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,79 +1,199 @@
-"""A prediction as a self-contained HTML fragment: no script, no external address, everything escaped."""
+"""Predictions as HTML: a fragment for one, a page for a list; self-contained, all escaped by Jinja2."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from engine.card import (
+    caption_pieces,
+    evidence_notes,
+    face_box,
+    has_heat,
+    main_bar,
+    model_name,
+    model_note,
+    percent,
+    ribbon,
+    shown_types,
+    threshold_percent,
+    type_bars,
+    verdict,
+)
+from engine.drawing import Color
 from engine.inputs.preprocess import ImageInput
-from engine.render import INK, MANIPULATED, MUTED, TRACK, Color, annotate, caption_pieces, verdict, word_color
-from engine.result import Result, Word
+from engine.render import BOX, HEAT, fit_photo, heat_layer, read_photo
+from engine.result import Result
 
-_PICTURE_LIMIT = (640, 640)
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+# The most (width, height) in pixels.
+_FRAGMENT_LIMIT, _LIST_LIMIT = (640, 480), (320, 320)
+_HEAT_SIDE = 64
 _JPEG_QUALITY = 88
+# A list's image is encoded at the first of these qualities that keeps it so small.
+_LIST_QUALITIES, _LIST_BYTES = (75, 50, 30), 14_000
+_REASON = 240  # characters of an error
+# What a message says of the item, which the heading of its card says already.
+_ITEM = re.compile(r"^(item \d+( \('.*'\))?|line \d+ of the list): ", re.DOTALL)
+
+
+class _Photo(NamedTuple):
+    """An image of a card: a data URI, and the size in pixels, which holds its place until it is shown."""
+
+    source: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, photo: Image.Image, encode: Callable[[Image.Image], str]) -> _Photo:
+        """Encode an image."""
+        return cls(encode(photo), *photo.size)
+
+
+@dataclass
+class _Summary:
+    """What the head of a page tells about its pairs; written after them, shown above them."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    types: dict[str, None] = field(default_factory=dict)
+    models: dict[str, None] = field(default_factory=dict)
+    ribbons: dict[str, None] = field(default_factory=dict)
+
+    def add(self, result: Result | Exception) -> None:
+        """Count one pair."""
+        self.verdicts[_verdict_key(result)] += 1
+        if isinstance(result, Result):
+            self.types |= dict.fromkeys(result.types)
+            self.models[model_name(result)] = None
+            if (text := ribbon(result)) is not None:
+                self.ribbons[text] = None
 
 
 def write_fragment(result: Result, image: ImageInput | None = None) -> str:
-    """Return the fragment: the annotated photograph, verdict, types, caption and warnings.
+    """Return the fragment: the image, clean and with its evidence, verdict, types, caption and warnings.
 
     `image` replaces the stored thumbnail. Raises InputError where it cannot be read.
     """
-    headline, color = verdict(result)
-    panel = [
-        f'<h3 style="margin:0 0 12px;font-size:24px;color:{css(color)}">{headline}</h3>',
-        _bar("score", result.score, color),
-        '<hr style="border:0;border-top:2px solid #e5e7eb;margin:14px 0">',
-    ]
-    for kind, score in result.types.items():
-        active = result.manipulated and kind in result.detected
-        panel.append(_bar(kind.replace("_", " "), score, MANIPULATED if active else MUTED))
-    notes = [" ".join(result.model.values()), *result.warnings]
-    panel += [f'<div style="color:{css(MUTED)};font-size:13px">{escape(note)}</div>' for note in notes]
-    return (
-        f'<div style="font-family:system-ui,sans-serif;color:{css(INK)};background:#fff;'
-        'padding:20px;max-width:1060px">'
-        '<div style="display:flex;flex-wrap:wrap;gap:28px">'
-        f'<div style="flex:1 1 320px">{_image(result, image)}</div>'
-        f'<div style="flex:1 1 280px">{"".join(panel)}</div></div>'
-        '<p dir="auto" style="font-size:18px;line-height:1.8;overflow-wrap:anywhere">'
-        f"{_caption(result)}</p></div>\n"
+    photo = read_photo(result, image)
+    shown = None if photo is None else _Photo.of(fit_photo(photo, _FRAGMENT_LIMIT), _jpeg)
+    stored = image is not None or result.thumbnail is not None
+    marked = face_box(result) is not None or has_heat(result)
+    card = _card(result, stored) | {"photo": shown, "clean_beside": marked, "model": model_note(result)}
+    return _environment().get_template("fragment.html").render(card=card)
+
+
+def write_page(results: Iterable[tuple[str, Result | Exception]]) -> Iterator[str]:
+    """Yield a whole HTML document, part by part as the results come: (name, prediction or its error) each.
+
+    Only one pair is held at a time. The page counts, sorts and filters its pairs; without scripts it is a
+    plain list.
+    """
+    summary = _Summary()
+    environment = _environment()
+    script = environment.get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    pairs = (_pair(number, name, result, summary) for number, (name, result) in enumerate(results, start=1))
+    template = environment.get_template("page.html")
+    yield from map(str, template.generate(pairs=pairs, summary=summary, script=script, script_digest=digest))
+
+
+def _pair(number: int, name: str, result: Result | Exception, summary: _Summary) -> dict[str, Any]:
+    """What the page's template shows of one pair."""
+    summary.add(result)
+    pair = {"number": number, "name": name, "verdict": _verdict_key(result)}
+    if isinstance(result, Exception):
+        return pair | {"error": _reason(result), "card": None, "score": None, "types": ()}
+    photo = read_photo(result, None)
+    shown = None if photo is None else _Photo.of(fit_photo(photo, _LIST_LIMIT), _small)
+    card = _card(result, result.thumbnail is not None) | {"photo": shown, "clean_beside": False}
+    return pair | {"error": None, "card": card, "score": result.score, "types": shown_types(result)}
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the item, which the heading names, and not too long to read."""
+    reason = _ITEM.sub("", str(error))
+    return reason if len(reason) <= _REASON else reason[: _REASON - 3] + "..."
+
+
+def _verdict_key(result: Result | Exception) -> str:
+    return "error" if isinstance(result, Exception) else verdict(result).lower().replace(" ", "-")
+
+
+def _card(result: Result, stored: bool) -> dict[str, Any]:
+    """What the card's template shows, but for the image; `stored` is whether there is one."""
+    heat = None
+    if result.heatmap is not None and has_heat(result):
+        heat = _encode(heat_layer(result.heatmap, (_HEAT_SIDE, _HEAT_SIDE)), "WEBP", quality=60)
+    return {
+        "verdict": verdict(result),
+        "manipulated": result.manipulated,
+        "ribbon": ribbon(result),
+        "main": main_bar(result),
+        "types": type_bars(result),
+        "notes": [*evidence_notes(result, stored), *result.warnings],
+        # Runs of pieces with one mark.
+        "caption": [
+            (mark, list(run)) for mark, run in groupby(caption_pieces(result), lambda piece: piece.mark)
+        ],
+        "heat": heat,
+        "box": face_box(result),
+    }
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("engine"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: _allowed(value) if type(value) is str else value,
     )
-
-
-def _image(result: Result, image: ImageInput | None) -> str:
-    return embed(annotate(result, image, _PICTURE_LIMIT))
+    environment.filters |= {"percent": percent, "threshold": threshold_percent}
+    environment.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT))}
+    return environment
 
 
 def embed(photo: Image.Image) -> str:
     """Return an <img> with the image itself as its source, as JPEG."""
+    return f'<img alt="the image" style="max-width:100%" src="{_jpeg(photo)}">'
+
+
+def _jpeg(photo: Image.Image) -> str:
+    return _encode(photo, "JPEG", quality=_JPEG_QUALITY)
+
+
+def _small(photo: Image.Image) -> str:
+    """An image of a list, in few bytes; one that is all noise has half its sides."""
+    for quality in _LIST_QUALITIES:
+        source = _encode(photo, "WEBP", quality)
+        if len(source) <= _LIST_BYTES:
+            return source
+    return _encode(photo.reduce(2), "WEBP", _LIST_QUALITIES[-1])
+
+
+def _encode(image: Image.Image, kind: str, quality: int) -> str:
+    """An image as a data URI."""
     buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="the picture" style="max-width:100%" src="data:image/jpeg;base64,{data}">'
-
-
-def _bar(label: str, score: float, color: Color) -> str:
-    return (
-        f'<div style="display:flex;justify-content:space-between"><span>{escape(label)}</span>'
-        f"<span>{score:.1%}</span></div>"
-        f'<div style="background:{css(TRACK)};border-radius:4px;margin:3px 0 12px">'
-        f'<div style="width:{score:.1%};height:8px;border-radius:4px;background:{css(color)}"></div></div>'
-    )
-
-
-def _caption(result: Result) -> str:
-    return "".join(
-        escape(text) if word is None else _mark(text, word) for text, word in caption_pieces(result)
-    )
-
-
-def _mark(text: str, word: Word) -> str:
-    line = f";border-bottom:2px solid {css(MANIPULATED)}" if word.manipulated else ""
-    style = f"color:inherit;border-radius:4px;padding:1px 2px;background:{css(word_color(word))}{line}"
-    return f'<mark title="{word.score:.1%}" style="{style}">{escape(text)}</mark>'
+    image.save(buffer, kind, quality=quality)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def css(color: Color) -> str:
@@ -83,7 +203,8 @@ def css(color: Color) -> str:
 
 def escape(text: str) -> str:
     """Escape for HTML; control characters, which it does not allow, become U+FFFD."""
-    allowed = "".join(
-        c if c >= " " and not "\x7f" <= c <= "\x9f" or c in "\t\n\r" else "\ufffd" for c in text
-    )
-    return html.escape(allowed, quote=True)
+    return html.escape(_allowed(text), quote=True)
+
+
+def _allowed(text: str) -> str:
+    return "".join(c if c >= " " and not "\x7f" <= c <= "\x9f" or c in "\t\n\r" else "\ufffd" for c in text)

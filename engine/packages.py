@@ -7,15 +7,18 @@ import importlib.util
 from engine.errors import BackendError
 
 # The extra of `dgm4` that brings each module.
-_EXTRAS = {
+EXTRAS = {
     "onnxruntime": "cpu",
     "openvino": "openvino",
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
+    "jinja2": "evaluate",
+    "sklearn": "evaluate",
     "torch": "export",
     "safetensors": "export",
     "onnx": "export",
     "onnxscript": "export",
+    "scipy": "export",
     "skimage": "export",
     "timm": "train",
     "transformers": "train",
@@ -43,16 +46,16 @@ def require(user: str, *modules: str) -> None:
     """Raise BackendError, naming the command to install them, where `user` needs modules that are absent."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        extras = dict.fromkeys(_EXTRAS[module] for module in missing)
+        extras = dict.fromkeys(EXTRAS[module] for module in missing)
         raise BackendError(f"{user} needs {', '.join(missing)}: {install_command(*extras)}")
 
 
 def lacking(user: str, error: ModuleNotFoundError) -> BackendError:
     """The error of `require` for a failed import; raises `error` itself where no extra has the module."""
     module = (error.name or "").partition(".")[0]
-    if module not in _EXTRAS:
+    if module not in EXTRAS:
         raise error
-    return BackendError(f"{user} needs {module}: {install_command(_EXTRAS[module])}")
+    return BackendError(f"{user} needs {module}: {install_command(EXTRAS[module])}")
 
 
 def find_conflict() -> str | None:

@@ -33,9 +33,10 @@ def read_result(
             raise NumericalError(
                 f"{name}: the network's {output} holds NaN or infinity; no score is made of it"
             )
-    thresholds = vars(manifest.thresholds)
-    score = float(softmax(item["logits_real_fake"])[1])
-    types = dict(zip(manifest.types, sigmoid(item["logits_multicls"]).tolist(), strict=True))
+    thresholds, temperatures = vars(manifest.thresholds), vars(manifest.temperatures)
+    score = float(softmax(item["logits_real_fake"] / temperatures["manipulated"])[1])
+    by_type = item["logits_multicls"] / [temperatures[name] for name in manifest.types]
+    types = dict(zip(manifest.types, sigmoid(by_type).tolist(), strict=True))
     grid = manifest.preprocess.image_size // manifest.preprocess.patch_size
     scores = item.get("attention_map")
     return Result(
@@ -44,7 +45,7 @@ def read_result(
         types=types,
         detected=tuple(kind for kind, value in types.items() if value >= thresholds[kind]),
         box=read_box(item["box"], size),
-        words=read_words(item["logits_tok"], tokens, thresholds["words"]),
+        words=read_words(item["logits_tok"] / temperatures["words"], tokens, thresholds["words"]),
         size=size,
         thresholds=dict(thresholds),
         heatmap=None if scores is None else read_heatmap(scores, grid),

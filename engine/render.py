@@ -1,89 +1,71 @@
-"""Draws a prediction as one image: the photograph with its evidence, the verdict, the caption's words.
+"""Draws a prediction as one image: the photograph, its evidence, the verdict, the types, the caption.
 
-Pillow only. Colours are fixed; sizes are in pixels of the drawn card.
+Pillow only. The card is laid out in units of two pixels each, so that it is sharp on a dense screen.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from engine.card import (
+    Bar,
+    Piece,
+    caption_pieces,
+    evidence_notes,
+    face_box,
+    has_heat,
+    main_bar,
+    model_note,
+    ribbon,
+    threshold_percent,
+    type_bars,
+    verdict,
+)
+from engine.drawing import INK, MANIPULATED, MUTED, SCALE, TRACK, WHITE, Color, Sheet
 from engine.errors import InputError
+from engine.fonts import Fonts
 from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
-from engine.result import Result, Word
+from engine.result import Result
+from engine.typeset import lacks_shaping
 
-Color = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+logger = logging.getLogger(__name__)
 
-WHITE: Color = (255, 255, 255)
-INK: Color = (31, 41, 51)
-MUTED: Color = (107, 114, 128)
-TRACK: Color = (229, 231, 235)
 EMPTY: Color = (209, 213, 219)
-MANIPULATED: Color = (198, 40, 40)
 PRISTINE: Color = (46, 125, 50)
 BOX: Color = (0, 229, 255)
+# A bar says how much, not good or bad: its colour only tells whether its threshold is reached.
+REACHED: Color = (51, 65, 85)
+BELOW: Color = (148, 163, 184)
+AMBER: Color = (255, 193, 7)
+DARK_AMBER: Color = (161, 83, 0)
 # From no evidence to full evidence; between the anchors the colours are mixed.
 HEAT: tuple[Color, ...] = ((49, 18, 99), (150, 25, 115), (220, 50, 60), (245, 110, 20), (255, 190, 30))
 
-# Only these say that a face was manipulated, so only with them the box means something.
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-FACE_TYPES = frozenset({"face_swap", "face_attribute"})
-_MARGIN = 28
-_PICTURE_WIDTH = 620
-_PICTURE_HEIGHT = 620
-_PANEL_WIDTH = 360
-_LINE = 34
-_MAX_LINES = 12
 _MAX_HEAT_OPACITY = 0.6
-_BODY = 19
-_SMALL = 14
-_TITLE = 32
+_MARGIN, _GAP, _RIBBON = 28, 24, 40
+_WIDTH, _LEAST_WIDTH, _PANEL = 984, 740, 360
+_HEIGHT_BESIDE, _HEIGHT_ABOVE = 640, 460
+_PANEL_HEIGHT = {1: 350, 2: 220}  # about, by its columns
+_MAX_LINES = 12
+_TITLE, _BODY, _SMALL = 32, 19, 14
+_LEADING, _SMALL_LEADING = 36, 22
+# Below this longer side the pixels of an image are shown as squares, not blurred; and how large they grow.
+_SQUARES, _SQUARES_SIDE = 128, 200
 
 
-class Piece(NamedTuple):
-    """A piece of the caption: a scored word, or the text between two words."""
+class Layout(NamedTuple):
+    """Where the images stand: beside or above the panel, side by side or stacked, each within `slot`."""
 
-    text: str
-    word: Word | None
-
-
-def caption_pieces(result: Result) -> Iterator[Piece]:
-    """Split the caption into its words and what stands between them; joined they give the caption."""
-    position = 0
-    for word in result.words:
-        if word.start > position:
-            yield Piece(result.caption[position : word.start], None)
-        yield Piece(result.caption[word.start : word.end], word)
-        position = word.end
-    if position < len(result.caption):
-        yield Piece(result.caption[position:], None)
-
-
-def verdict(result: Result) -> tuple[str, Color]:
-    """Return the headline and its colour."""
-    return ("Manipulated", MANIPULATED) if result.manipulated else ("Not manipulated", PRISTINE)
-
-
-def annotate(result: Result, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
-    """Return the photograph within `limit` (width, height), with the heat map and box of a manipulated pair.
-
-    `image` replaces the stored thumbnail; with neither, a grey field of the same shape is drawn.
-    """
-    photo = _photograph(result, image, limit)
-    if not result.manipulated:
-        return photo
-    if result.heatmap is not None:
-        photo = _blend_heat(photo, result.heatmap)
-    if result.box is not None and FACE_TYPES & set(result.detected):
-        draw_box(photo, result.box, result.size)
-    return photo
+    beside: bool
+    across: bool
+    slot: tuple[float, float]  # width and height in units
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> None:
@@ -96,58 +78,96 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
 
 
 def draw_card(result: Result, image: ImageInput | None, font: str | os.PathLike[str] | None) -> Image.Image:
-    """Draw the whole card: photograph on the left, verdict and types on the right, caption below."""
-    photo = annotate(result, image, (_PICTURE_WIDTH, _PICTURE_HEIGHT))
-    body, small = _font(font, _BODY), _font(font, _SMALL)
-    width = 3 * _MARGIN + _PICTURE_WIDTH + _PANEL_WIDTH
-    rows = list(_wrap(result, body, width - 2 * _MARGIN))
-    top = 2 * _MARGIN + max(photo.height, _panel_height(result))
-    height = top + _LINE * len(rows) + _MARGIN
-    card = Image.new("RGB", (width, height), WHITE)
-    card.paste(photo, (_MARGIN, _MARGIN))
-    draw = ImageDraw.Draw(card)
-    _draw_panel(draw, result, (2 * _MARGIN + _PICTURE_WIDTH, _MARGIN), font)
-    _draw_caption(draw, rows, top, body, small)
-    return card
+    """Draw the whole card; its size follows the image's shape and the caption.
+
+    Raises InputError where `image` cannot be read, OSError where `font` cannot.
+    """
+    fonts = Fonts(font)
+    photo = read_photo(result, image)
+    upper = (
+        _draw_panel(result, _LEAST_WIDTH, fonts, columns=2)
+        if photo is None
+        else _draw_images_and_panel(result, photo, fonts)
+    )
+    width, stored = upper.width // SCALE, image is not None or result.thumbnail is not None
+    lower = _draw_caption(result, width, fonts, stored)
+    height = (upper.height + lower.height) // SCALE
+    card = Sheet(width + 2 * _MARGIN, fonts, height + _RIBBON + 2 * _MARGIN + _GAP)
+    if (text := ribbon(result)) is not None:
+        card.rectangle(0, 0, card.width, _RIBBON, AMBER)
+        card.text(_MARGIN, 10, text, _BODY)
+        card.y = _RIBBON
+    for part, space in ((upper, _MARGIN), (lower, _GAP)):
+        card.paste(part, _MARGIN, card.y + space)
+        card.y += space + part.height // SCALE
+    card.y += _MARGIN - 8
+    return card.cut()
 
 
-def mix(low: Color, high: Color, share: float) -> Color:
-    """Return the colour `share` of the way from `low` to `high`."""
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
-    return red, green, blue
+def choose_layout(size: tuple[int, int], count: int) -> Layout:
+    """Choose where `count` images of one size, (width, height) in pixels, fill most of the card."""
+
+    def candidate(beside: bool, across: bool) -> tuple[float, Layout]:
+        columns, rows = (count, 1) if across else (1, count)
+        width, height = (_WIDTH - _PANEL - _GAP, _HEIGHT_BESIDE) if beside else (_WIDTH, _HEIGHT_ABOVE)
+        slot = (width - (columns - 1) * _GAP) / columns, (height - (rows - 1) * _GAP) / rows
+        scale = min(slot[0] / size[0], slot[1] / size[1], 1.0)
+        block = columns * (scale * size[0] + _GAP), rows * (scale * size[1] + _GAP)
+        card = (
+            (block[0] + _PANEL) * max(block[1], _PANEL_HEIGHT[1])
+            if beside
+            else max(block[0], _LEAST_WIDTH) * (block[1] + _PANEL_HEIGHT[2])
+        )
+        return count * scale**2 * size[0] * size[1] / card, Layout(beside, across, slot)
+
+    candidates = [candidate(beside, across) for beside in (True, False) for across in (True, False)]
+    return max(candidates, key=lambda scored: scored[0])[1]
 
 
-def word_color(word: Word) -> Color:
-    """Background of a word: white at score 0, strongest at 1; words below the threshold stay pale."""
-    return mix(WHITE, MANIPULATED, (0.25 + 0.45 * word.score) if word.manipulated else 0.2 * word.score)
+def read_photo(result: Result, image: ImageInput | None) -> Image.Image | None:
+    """Return `image`, else the thumbnail, else a grey field; None for a pair without an image."""
+    if image is not None:
+        return decode_image(image).rgb
+    if result.thumbnail is not None or not result.size:
+        return result.thumbnail
+    scale = min(1.0, 512 / max(result.size))
+    width, height = (max(1, round(side * scale)) for side in result.size)
+    return Image.new("RGB", (width, height), EMPTY)
 
 
-def _font(path: str | os.PathLike[str] | None, size: int) -> Font:
-    return ImageFont.load_default(size) if path is None else ImageFont.truetype(os.fspath(path), size)
-
-
-def _photograph(result: Result, image: ImageInput | None, limit: tuple[int, int]) -> Image.Image:
-    photo = result.thumbnail if image is None else decode_image(image).rgb
-    if photo is None:
-        photo = Image.new("RGB", result.size if max(result.size) <= 1024 else (256, 256), EMPTY)
+def fit_photo(photo: Image.Image, limit: tuple[float, float]) -> Image.Image:
+    """Return the image within `limit` (width, height) in pixels; a small one is not enlarged into a blur."""
     scale = min(limit[0] / photo.width, limit[1] / photo.height)
-    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    resample = Image.Resampling.BICUBIC
     if scale < 1:
-        photo = make_thumbnail(photo, max(size))
-    return photo.resize(size, Image.Resampling.BICUBIC)
+        photo, scale = make_thumbnail(photo, max(1, round(max(photo.size) * scale))), 1.0
+    elif max(photo.size) < _SQUARES:
+        scale = max(1, int(min(scale, _SQUARES_SIDE * SCALE / max(photo.size))))
+        resample = Image.Resampling.NEAREST
+    else:
+        scale = min(scale, SCALE)
+    return photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))), resample)
 
 
-def _blend_heat(photo: Image.Image, heatmap: np.ndarray) -> Image.Image:
-    """Blend the map over the image, more opaque where its value in [0, 1] is higher."""
-    field = Image.fromarray(heatmap.astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC)
+def annotate(result: Result, photo: Image.Image) -> Image.Image:
+    """Return a copy of the photograph with the heat map and the box, where they mean something."""
+    photo = photo.copy()
+    if result.heatmap is not None and has_heat(result):
+        heat = heat_layer(result.heatmap, photo.size)
+        photo.paste(heat, mask=heat.getchannel("A"))
+    if (box := face_box(result)) is not None:
+        draw_box(photo, box, (1, 1))
+    return photo
+
+
+def heat_layer(heatmap: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Return a heat map in [0, 1] as RGBA of (width, height) pixels, more opaque where it is higher."""
+    field = Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     values = np.clip(np.asarray(field), 0.0, 1.0)
     anchors = np.linspace(0.0, 1.0, len(HEAT))
     channels = [np.interp(values, anchors, [color[c] for color in HEAT]) for c in range(3)]
-    opacity = (_MAX_HEAT_OPACITY * values)[..., None]
-    pixels = np.asarray(photo, dtype=np.float32)
-    return Image.fromarray(
-        np.rint(pixels * (1 - opacity) + np.stack(channels, -1) * opacity).astype(np.uint8)
-    )
+    layers = np.stack([*channels, 255 * _MAX_HEAT_OPACITY * values], -1)
+    return Image.fromarray(np.rint(layers).astype(np.uint8), "RGBA")
 
 
 def draw_box(
@@ -156,131 +176,131 @@ def draw_box(
     """Draw a box (x1, y1, x2, y2), given in pixels of a (width, height) image, on `photo` of any size."""
     draw = ImageDraw.Draw(photo)
     scale = (photo.width / size[0], photo.height / size[1])
-    x1, y1, x2, y2 = (value * scale[i % 2] for i, value in enumerate(box))
-    x2, y2 = min(x2, photo.width - 1), min(y2, photo.height - 1)
+    last = (photo.width - 1, photo.height - 1)
+    x1, y1, x2, y2 = (min(value * scale[i % 2], last[i % 2]) for i, value in enumerate(box))
     for grow, shade in ((1, INK), (0, color)):
         corners = (max(x1 - grow, 0), max(y1 - grow, 0), x2 + grow, y2 + grow)
         draw.rectangle(corners, outline=shade, width=3 + 2 * grow)
 
 
-def _panel_height(result: Result) -> int:
-    return 190 + 46 * len(result.types) + 22 * (2 + len(result.warnings))
+def _draw_images_and_panel(result: Result, photo: Image.Image, fonts: Fonts) -> Image.Image:
+    """Draw the images, clean and with evidence, and the panel beside or below them."""
+    count = 2 if face_box(result) or has_heat(result) else 1
+    layout = choose_layout(photo.size, count)
+    images = _draw_images(result, photo, layout, count, fonts)
+    width, height = images.width // SCALE, images.height // SCALE
+    if layout.beside:
+        whole = max(_LEAST_WIDTH, width + _GAP + _PANEL)
+        panel = _draw_panel(result, whole - width - _GAP, fonts, columns=1)
+        corner = width + _GAP, 0
+    else:
+        whole = max(_LEAST_WIDTH, width)
+        panel = _draw_panel(result, whole, fonts, columns=2)
+        corner = 0, height + _GAP
+    sheet = Sheet(whole, fonts)
+    sheet.paste(images, 0, 0)
+    sheet.paste(panel, *corner)
+    sheet.y = max(height, corner[1] + panel.height // SCALE)
+    return sheet.cut()
 
 
-def _draw_panel(
-    draw: ImageDraw.ImageDraw,
-    result: Result,
-    corner: tuple[int, int],
-    font: str | os.PathLike[str] | None,
-) -> None:
-    x, y = corner
-    body, small = _font(font, _BODY), _font(font, _SMALL)
-    headline, color = verdict(result)
-    draw.text((x, y - 6), headline, INK if color == PRISTINE else color, _font(font, _TITLE))
-    y = _draw_bar(draw, (x, y + 44), "score", result.score, color, body)
-    draw.line((x, y + 6, x + _PANEL_WIDTH, y + 6), TRACK, 2)
-    y += 20
-    for kind, score in result.types.items():
-        active = result.manipulated and kind in result.detected
-        y = _draw_bar(draw, (x, y), kind.replace("_", " "), score, MANIPULATED if active else MUTED, body)
-    y += 8
-    if result.manipulated and result.heatmap is not None:
-        y = _draw_legend(draw, (x, y), small)
-    for line in _notes(result):
-        draw.text((x, y), _fit(line, small, _PANEL_WIDTH), MUTED, small)
-        y += 22
+def _draw_images(result: Result, photo: Image.Image, layout: Layout, count: int, fonts: Fonts) -> Image.Image:
+    """Draw the clean image, the one with evidence, and the heat map's scale."""
+    clean = fit_photo(photo, (layout.slot[0] * SCALE, layout.slot[1] * SCALE))
+    images = [clean, annotate(result, clean)][:count]
+    width, height = -(-clean.width // SCALE), -(-clean.height // SCALE)
+    steps = (width + _GAP, 0) if layout.across else (0, height + _GAP)
+    block = Sheet(max(width + steps[0] * (count - 1), 180), fonts)
+    for number, part in enumerate(images):
+        block.paste(part, steps[0] * number, steps[1] * number)
+    block.y = height + steps[1] * (count - 1)
+    if has_heat(result):
+        _draw_scale(block)
+    return block.cut()
 
 
-def _notes(result: Result) -> list[str]:
-    model = " ".join(result.model.get(key, "") for key in ("name", "size", "precision", "backend"))
-    total = result.timing.get("total")
-    return [model + (f", {total:.0f} ms" if total is not None else ""), *map(_printable, result.warnings)]
+def _draw_scale(sheet: Sheet) -> None:
+    """Draw the heat map's scale below what is there."""
+    y, label = sheet.y + 12, "patch evidence  0"
+    left = sheet.length(label, _SMALL) + 8
+    sheet.text(0, y, label, _SMALL, MUTED)
+    width = min(sheet.width - left - 20, 240)
+    sheet.gradient(left, y + 3, width, 10, HEAT)
+    sheet.text(left + width + 8, y, "1", _SMALL, MUTED)
+    sheet.y += 34
 
 
-def _draw_bar(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], label: str, score: float, color: Color, font: Font
-) -> int:
-    """Draw a labelled bar and return the y below it."""
-    x, y = corner
-    value = f"{score:.1%}"
-    draw.text((x, y), label, INK, font)
-    draw.text((x + _PANEL_WIDTH - font.getlength(value), y), value, INK, font)
-    draw.rectangle((x, y + 27, x + _PANEL_WIDTH, y + 34), TRACK)
-    draw.rectangle((x, y + 27, x + round(_PANEL_WIDTH * score), y + 34), color)
-    return y + 46
+def _draw_panel(result: Result, width: int, fonts: Fonts, columns: int) -> Image.Image:
+    """Draw the verdict with its bar, and the types below it or in a second column."""
+    column = width if columns == 1 else (width - 2 * _GAP) // 2
+    left, right = Sheet(column, fonts, 600), Sheet(column, fonts, 600)
+    left.text(0, 0, verdict(result), _TITLE, MANIPULATED if result.manipulated else INK)
+    left.y = 56
+    draw_bar(left, main_bar(result), named=True)
+    types = left if columns == 1 else right
+    if columns == 1:
+        left.rectangle(0, left.y, column, 1, TRACK)
+        left.y += 18
+    for bar in type_bars(result):
+        draw_bar(types, bar, named=False)
+    panel = Sheet(width, fonts, 600)
+    panel.paste(left.cut(), 0, 0)
+    if columns == 2:
+        panel.paste(right.cut(), width - column, 0)
+    panel.y = max(left.y, right.y)
+    return panel.cut()
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], font: Font) -> int:
-    """Draw the heat map's scale and return the y below it."""
-    x, y = corner
-    label = "patch evidence  0"
-    draw.text((x, y), label, MUTED, font)
-    left = x + round(font.getlength(label)) + 8
-    right = x + _PANEL_WIDTH - 18
-    for column in range(left, right):
-        position = (column - left) / (right - left) * (len(HEAT) - 1)
-        index = min(int(position), len(HEAT) - 2)
-        draw.line((column, y + 3, column, y + 13), mix(HEAT[index], HEAT[index + 1], position - index))
-    draw.text((right + 8, y), "1", MUTED, font)
-    return y + 26
+def draw_bar(sheet: Sheet, bar: Bar, named: bool) -> None:
+    """Draw a labelled bar with its threshold as a tick, whose value stands below where `named`."""
+    reached = bar.detected or named
+    sheet.text(0, sheet.y, bar.label, _BODY, INK if reached else MUTED)
+    if bar.weak:
+        sheet.text(sheet.length(bar.label, _BODY) + 10, sheet.y + 4, "weak", _SMALL, DARK_AMBER)
+    taken = sheet.length(bar.label, _BODY) + sheet.length(bar.value, _BODY)
+    size = _BODY if taken < sheet.width - _GAP // 2 else _SMALL
+    left, top = sheet.width - sheet.length(bar.value, size), sheet.y + _BODY - size
+    sheet.text(left, top, bar.value, size, INK if reached else MUTED)
+    y = sheet.y + 30
+    sheet.rectangle(0, y, sheet.width, 8, TRACK, 4)
+    if bar.score is not None:
+        sheet.rectangle(0, y, max(8, sheet.width * bar.score), 8, REACHED if reached else BELOW, 4)
+    sheet.y += 50
+    if bar.threshold is None:
+        return
+    tick = min(sheet.width * bar.threshold, sheet.width - 2)
+    sheet.rectangle(tick - 1, y - 4, 4, 16, WHITE)
+    sheet.rectangle(tick, y - 4, 2, 16, INK)
+    if named:
+        text = f"threshold {threshold_percent(bar.threshold)}"
+        length = sheet.length(text, _SMALL)
+        sheet.text(min(max(tick - length / 2, 0), sheet.width - length), y + 16, text, _SMALL, MUTED)
+        sheet.y += 24
 
 
-def _wrap(result: Result, font: Font, width: int) -> Iterator[list[Piece]]:
-    """Break the caption into at most _MAX_LINES rows that fit `width` pixels."""
-    row: list[Piece] = []
-    used = 0.0
-    count = 1
-    for piece in _atoms(result, font, width):
-        length = font.getlength(piece.text)
-        if used + length > width and row:
-            if count == _MAX_LINES:
-                yield [*row, Piece(" ...", None)]
-                return
-            yield row
-            row, used, count = [], 0.0, count + 1
-        if row or not piece.text.isspace():
-            row.append(piece)
-            used += length
-    if row:
-        yield row
+def _draw_caption(result: Result, width: int, fonts: Fonts, stored: bool) -> Image.Image:
+    """Draw the caption and the notes."""
+    sheet = Sheet(width, fonts)
+    sheet.y = 4  # of a mark above its word
+    sheet.paragraph(caption_pieces(result), _BODY, _LEADING, _MAX_LINES)
+    sheet.y += 8
+    known = [*evidence_notes(result, stored), *result.warnings]
+    for note in [*_drawing_notes(result.caption, known, fonts), *known]:
+        sheet.paragraph([Piece(note, None)], _SMALL, _SMALL_LEADING, 3, DARK_AMBER)
+    sheet.paragraph([Piece(model_note(result), None)], _SMALL, _SMALL_LEADING, 3, MUTED)
+    return sheet.cut()
 
 
-def _atoms(result: Result, font: Font, width: int) -> Iterator[Piece]:
-    """The caption's pieces, printable, white space as one space, none wider than `width`."""
-    for piece in caption_pieces(result):
-        for text in re.findall(r"\s+|\S+", piece.text):
-            shown = " " if text.isspace() else _fit(_printable(text), font, width)
-            yield Piece(shown, piece.word)
-
-
-def _draw_caption(
-    draw: ImageDraw.ImageDraw, rows: list[list[Piece]], top: int, font: Font, small: Font
-) -> None:
-    for number, row in enumerate(rows):
-        x, y = float(_MARGIN), top + number * _LINE
-        for text, word in row:
-            length = font.getlength(text)
-            if word is not None:
-                draw.rounded_rectangle((x - 2, y - 1, x + length + 2, y + 25), 4, word_color(word))
-                if word.manipulated:
-                    draw.line((x, y + 26, x + length, y + 26), MANIPULATED, 2)
-            draw.text((x, y), text, INK, font)
-            x += length
-
-
-def _fit(text: str, font: Font, width: int) -> str:
-    """Shorten `text` with an ellipsis until it is at most `width` pixels wide."""
-    if font.getlength(text) <= width:
-        return text
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if font.getlength(text[:middle] + "...") <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return text[:low] + "..."
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+def _drawing_notes(caption: str, notes: list[str], fonts: Fonts) -> list[str]:
+    """Tell, on the card and in the log, which text cannot be drawn as it should."""
+    for note in notes:
+        fonts.runs(note, _SMALL)
+    told = []
+    if fonts.missing:
+        letters = " ".join(f"U+{ord(c):04X}" for c in sorted(fonts.missing)[:5])
+        told.append(f"Some letters cannot be drawn, such as {letters}: install a font that has them.")
+    if lacks_shaping(caption):
+        told.append("Right-to-left letters are not joined: this Pillow was built without raqm.")
+    for note in told:
+        logger.warning("%s", note)
+    return told

@@ -1,4 +1,4 @@
-"""Dataclasses that are read from JSON and written as JSON, each mistake a BundleError by the field's path.
+"""Dataclasses that are read from JSON and written as JSON, each mistake an error by the field's path.
 
 The annotation of a field is its schema:
 
@@ -20,9 +20,20 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, NoReturn, Self, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    NoReturn,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from engine.errors import BundleError
+from engine.errors import BundleError, Dgm4Error, quoted
 from engine.layout import MANIFEST
 
 _NAMES = {
@@ -72,13 +83,23 @@ def matching(pattern: str, expected: str) -> Check:
     return Check(expected, lambda value: compiled.fullmatch(value) is not None)
 
 
+class _Mismatch(Exception):
+    """A field that is not what its annotation says."""
+
+
 class Record:
-    """Base of frozen dataclasses that a JSON object holds."""
+    """Base of frozen dataclasses that a JSON object holds; messages call that object `document`."""
+
+    document: ClassVar[str] = MANIFEST
+    error: ClassVar[type[Dgm4Error]] = BundleError
 
     @classmethod
     def from_dict(cls, raw: object, path: str = "") -> Self:
-        """Read a parsed JSON object; `path` is where it stands. Raises BundleError naming a wrong field."""
-        record: Self = _read_record(cls, raw, path)
+        """Read a parsed JSON object; `path` is where it stands. Raises `error` naming a wrong field."""
+        try:
+            record: Self = _read_record(cls, raw, path)
+        except _Mismatch as mismatch:
+            raise cls.error(f"{cls.document}: {mismatch}") from None
         return record
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,10 +195,8 @@ def _read_list(kinds: tuple[Any, ...], value: Any, path: str, expected: str | No
 
 
 def fail(path: str, expected: str, value: object) -> NoReturn:
-    """Raise the BundleError of a field of the manifest; NOTHING as `value` for one that is missing."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    raise BundleError(f"{MANIFEST}: {path}: expected {expected}, got {text}")
+    """Refuse the field at `path` of the record being read; NOTHING as `value` for one that is missing."""
+    raise _Mismatch(f"{path}: expected {expected}, got {quoted(value)}")
 
 
 def _join(path: str, name: str) -> str:

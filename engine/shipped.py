@@ -19,14 +19,14 @@ def shipped_bundles() -> list[str]:
     return [f"{_PREFIX}{path.parent.name.removesuffix(_SUFFIX)}" for path in found]
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
-    """Return the path of the bundle that a name such as "demo:asap" stands for, any other path as it is.
+def locate(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the path of the bundle that a name such as "demo:asap" stands for, anything else as it is.
 
     Raises BundleError for a name whose bundle does not ship.
     """
-    name = os.fspath(path)
+    name = str(path)
     if not name.startswith(_PREFIX):
-        return Path(path)
+        return path
     known = shipped_bundles()
     folder = _folder()
     if name not in known or folder is None:

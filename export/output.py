@@ -35,7 +35,7 @@ def open_output(
         yield sys.stdout
         return
     check_output(path, option, inputs)
-    with _full_disk_as_input_error(path, option), replacing(path) as partial:
+    with full_disk_as_input_error(path, option), replacing(path) as partial:
         try:
             file = partial.open("w", encoding="utf-8", errors=ERRORS)
         except OSError as error:
@@ -45,7 +45,8 @@ def open_output(
 
 
 @contextlib.contextmanager
-def _full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
+def full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
+    """Raise InputError, which names the option, where the disk of `path` is full."""
     try:
         yield
     except OSError as error:  # of the caller's block too, so no other kind is taken for ours

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.backends.tensorrt_target import find_gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
-from engine.layout import CARD, GRAPH, MANIFEST
+from engine.layout import CARD, GRAPH
 from engine.manifest import EngineEntry, Manifest
 from export.bundle.card import model_card
+from export.bundle.copying import carry, stored_fields
 from export.bundle.writer import BundleWriter
 from export.trt import build
 from export.trt.engine_file import build_into, graph_of
@@ -57,14 +54,14 @@ def rebuild(path: Path, options: EngineOptions | None = None, keep_fitting: bool
     with BundleWriter(bundle.path) as writer:
         for name in manifest.files:
             if name not in dropped:
-                _carry(bundle.path / name, writer.path(name))
+                carry(bundle.path / name, writer.path(name))
         tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
         shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
         entry, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
         engines = (*(other for other in current if other.file != entry.file), entry)
         manifest = replace(manifest, engines=engines)
         writer.add_text(CARD, model_card(manifest))
-        writer.commit({**_unknown_fields(bundle), **manifest.to_dict()})
+        writer.commit({**stored_fields(bundle), **manifest.to_dict()})
     return line
 
 
@@ -79,12 +76,6 @@ def _check_graph(manifest: Manifest) -> None:
         raise BackendError(
             "TensorRT takes int8 from calibrated Q/DQ nodes: export again with --calibration, or use 'ort'"
         )
-
-
-def _unknown_fields(bundle: Bundle) -> dict[str, Any]:
-    """What a newer release wrote into the manifest and this one does not read; it stays."""
-    fields = json.loads((bundle.path / MANIFEST).read_bytes())
-    return {name: value for name, value in fields.items() if name != "sha256"}
 
 
 def _builder() -> build.BuilderInfo:
@@ -139,14 +130,3 @@ def _fits(entry: EngineEntry, builder: build.BuilderInfo, targets: Sequence[str]
     numbers = (entry.version.split("."), (builder.version or "").split("."))  # one may have fewer
     same = all(mine == theirs for mine, theirs in zip(*numbers, strict=False))
     return entry.library == builder.library and same and wanted <= set(entry.compute_capabilities)
-
-
-def _carry(source: Path, target: Path) -> None:
-    """Hard-link a file into the new bundle, or copy it where that fails; raises BundleError."""
-    try:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-    except OSError as error:
-        raise BundleError(f"{source}: cannot be copied into the new bundle: {error.strerror}") from error

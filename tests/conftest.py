@@ -21,6 +21,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+import engine  # noqa: F401 (it switches off what ONNX Runtime sends, before any test imports that)
+
 # Each worker keeps to its own cores, and so do the children of its tests: with a thread for every core in
 # every worker a third of the CPU's time went into threads that spin while they wait for one another.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0"

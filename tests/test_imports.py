@@ -17,23 +17,26 @@ ROOMS = {
     "engine.layout": "",
     "engine.packages": "engine.errors",
     "engine.files": "",
+    "engine.progress": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
-    "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema",
+    "engine.scores": "engine.errors engine.network.config engine.schema",
+    "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
     "engine.shipped": "engine.errors engine.layout",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
-    "engine": "engine.errors engine.files engine.layout engine.manifest engine.bundle engine.inputs "
-    "engine.backends",
+    "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
+    "engine.bundle engine.inputs engine.backends",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
-    "engine.packages engine.shipped",
+    "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
-    "export.bundle": "engine engine.errors engine.files engine.layout engine.manifest",
+    "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
+    "engine.scores",
     "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
     "engine.network.config kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
@@ -41,7 +44,8 @@ ROOMS = {
     "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
     "export.bundle export.flags export.graph kernels",
     "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.manifest engine.network.config export.output",
+    "engine.layout engine.manifest engine.network.config engine.progress engine.scores export.bundle "
+    "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
     "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
@@ -50,8 +54,9 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages export export.bench export.bundle export.evaluation export.flags "
-    "export.inference_server export.output export.quantization export.trt",
+    "engine.layout engine.packages engine.progress engine.scores export export.bench export.bundle "
+    "export.evaluation "
+    "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

@@ -108,10 +108,15 @@ class _Unusable(Exception):
 def read_split(
     data: str | Path, split: str, on_error: OnError = "skip", check_pictures: bool = True
 ) -> Annotations:
-    """Read DATA/metadata/<split>.json of a data folder in the published layout; see `read_annotations`."""
+    """Read the annotations of a split of a data folder in the published layout; see `read_annotations`."""
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    return read_annotations([Path(data) / "metadata" / f"{split}.json"], data, on_error, check_pictures)
+    return read_annotations([split_file(data, split)], data, on_error, check_pictures)
+
+
+def split_file(data: str | Path, split: str) -> Path:
+    """Return DATA/metadata/<split>.json, the annotation file of a split."""
+    return Path(data) / "metadata" / f"{split}.json"
 
 
 def read_annotations(

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dgm4.config import TYPES
-from dgm4.data.annotations import MAX_WORDS, Box, Sample, clip_box
+from dgm4.data.annotations import Box, Problem, Sample
+from dgm4.data.labels import encode, label_tokens, normalize_box
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, normalize_image, resize_image
-from engine.inputs.text import CaptionTokenizer, CleanCaption, Tokens, clean_caption, read_caption
+from engine.inputs.text import CaptionTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,14 @@ class PairDataset(Dataset[Item]):
             explanation_ids=self._side_text(self.explanations, sample),
         )
 
+    def read(self, index: int) -> Item | Problem:
+        """Return one sample, or what is wrong with its image or box."""
+        try:
+            return self[index]
+        except InputError as error:
+            sample = self.samples[index]
+            return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
+
     def _is_flipped(self, index: int) -> bool:
         random = np.random.default_rng((self.seed, int(self._epoch), index))
         return bool(random.random() < _FLIP_PROBABILITY)
@@ -150,54 +159,14 @@ class PairDataset(Dataset[Item]):
     def _side_text(self, texts: Mapping[str, str] | None, sample: Sample) -> Tensor | None:
         if texts is None:
             return None
-        tokens, _ = _encode(texts.get(sample.image, sample.text), self._tokenizer)
+        tokens, _ = encode(texts.get(sample.image, sample.text), self._tokenizer)
         return torch.from_numpy(tokens.ids)
-
-
-def normalize_box(sample: Sample, width: int, height: int) -> Box | None:
-    """Return a sample's box as (cx, cy, w, h) in [0, 1] of its image of `width` x `height` pixels.
-
-    The networks' plain resize keeps these fractions. Raises InputError where the box leaves the image.
-    """
-    if sample.box is None:
-        return None
-    clipped = clip_box(sample.box, width, height)
-    if clipped is None:
-        raise InputError(
-            f"{_name(sample)} ({sample.picture}): expected a box inside the picture of {width} x {height} "
-            f"pixels, got {list(sample.box)}; correct the annotation or leave the sample out"
-        )
-    x1, y1, x2, y2 = clipped
-    return (x1 + x2) / (2 * width), (y1 + y2) / (2 * height), (x2 - x1) / width, (y2 - y1) / height
 
 
 def flip_box(box: Box) -> Box:
     """Mirror (cx, cy, w, h), fractions of the image, from left to right."""
     cx, cy, w, h = box
     return 1 - cx, cy, w, h
-
-
-def label_tokens(sample: Sample, tokenizer: CaptionTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return the caption's ids, int64 [n] with [CLS] first, and their labels without [CLS], int64 [n - 1].
-
-    A word piece is 1 where its word is among the sample's fake words, else 0. Words that the tokenizer cuts
-    off have no label.
-    """
-    tokens, cleaned = _encode(sample.text, tokenizer)
-    annotated = annotated_positions(cleaned)
-    fake = [annotated[span.start] in sample.fake_words for span in tokens.words]
-    return tokens.ids, np.array(fake, dtype=np.int64)[tokens.word_of[1:]]
-
-
-def annotated_positions(cleaned: CleanCaption) -> dict[int, int]:
-    """Map the start of each of the caption's spans to the index that annotations give its word.
-
-    Annotations count words split on ' '; a tab or newline on its own makes two spans of one such word.
-    """
-    return {
-        span.start: cleaned.text.count(" ", 0, start)
-        for span, (start, _) in zip(cleaned.spans, cleaned.bounds, strict=True)
-    }
 
 
 def read_sidecar(path: str | Path) -> dict[str, str]:
@@ -259,19 +228,9 @@ def _pad_side_texts(rows: Sequence[Tensor | None]) -> tuple[Tensor | None, Tenso
     return _pad(present) if present else (None, None)
 
 
-def _encode(text: str, tokenizer: CaptionTokenizer) -> tuple[Tokens, CleanCaption]:
-    """Clean and tokenise a text as the engine does, cut to the words that annotations can name."""
-    cleaned = clean_caption(read_caption(text)[0], MAX_WORDS)
-    return tokenizer.encode(cleaned), cleaned
-
-
 def _read_picture(sample: Sample, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    rgb = decode_image(sample.picture, name=_name(sample), options=_AS_STORED).rgb
+    rgb = decode_image(sample.picture, name=f"sample {sample.id}", options=_AS_STORED).rgb
     return np.asarray(resize_image(rgb, image_size)), rgb.size
-
-
-def _name(sample: Sample) -> str:
-    return f"sample {sample.id}"
 
 
 def _count_missing(

@@ -15,14 +15,14 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(without_nan(line)) + "\n")
 
 
-def keep_lines(path: Path, update: int) -> None:
-    """Drop the lines of epochs that a run taken up at `update` trains again, and a torn last one."""
+def keep_lines(path: Path, epoch: int) -> None:
+    """Drop the lines of epochs that a run taken up after `epoch` of them judges again, and a torn last."""
     if not path.is_file():
         return
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(text)["update"] <= update:
+            if json.loads(text)["epoch"] <= epoch:
                 lines.append(text)
         except ValueError:
             continue  # the run was killed while it wrote

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from dgm4.data.annotations import Sample
-from dgm4.data.dataset import IGNORED, Batch, PairDataset, collate
+from dgm4.data.dataset import Batch, PairDataset
+from dgm4.data.labels import join_outputs
 from dgm4.metrics import LabelledOutputs
 from dgm4.model import Output
+from dgm4.training.reading import Unreadable, load, make_loader
+from engine.errors import InputError
+from engine.progress import progress_bar
 
 _READ = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 
@@ -23,46 +25,33 @@ def collect(
     batch: int,
     device: torch.device,
     workers: int = 0,
+    progress: bool = False,
+    unreadable: Unreadable | None = None,
 ) -> LabelledOutputs:
-    """Run `predict` over all of `data` and return outputs and labels, tokens padded to the longest."""
+    """Run `predict` over all of `data` and return outputs and labels, tokens padded to the longest.
+
+    An image that cannot be read is counted by `unreadable` and left out; raises InputError where there are
+    too many, or no other.
+    """
+    unreadable = unreadable or Unreadable("val", len(data))
     batches: list[Batch] = []
     outputs: list[dict[str, np.ndarray]] = []
-    # A generator of its own, since an iterator draws a number: torch's own stream stays where it was.
-    loader = DataLoader(data, batch, collate_fn=collate, num_workers=workers, generator=torch.Generator())
-    with torch.inference_mode():
-        for part in loader:
+    with torch.inference_mode(), progress_bar("judge", len(data), "pairs", progress) as bar:
+        for part, problems in load(make_loader(data, workers, batch)):
+            unreadable.add(problems)
+            bar.update(len(problems))
+            if part is None:
+                continue
             output = predict(to_device(part, device))._asdict()
             outputs.append({name: output[name].float().cpu().numpy() for name in _READ})
             batches.append(part._replace(image=part.image.new_empty(0)))
-    return join_outputs(data.samples, batches, outputs)
-
-
-def join_outputs(
-    samples: Sequence[Sample], batches: Sequence[Batch], outputs: Sequence[Mapping[str, np.ndarray]]
-) -> LabelledOutputs:
-    """Join the outputs of batches of `samples`, in their order; tokens are padded to the longest of all.
-
-    `outputs` holds the arrays of `Output` by name, one mapping a batch.
-    """
-    width = max(batch.token_labels.shape[1] for batch in batches)
-    labels = np.full((len(samples), width), IGNORED)
-    logits = np.zeros((len(samples), width, 2), dtype=np.float32)
-    row = 0
-    for batch, part in zip(batches, outputs, strict=True):
-        count, length = batch.token_labels.shape
-        labels[row : row + count, :length] = batch.token_labels.numpy()
-        logits[row : row + count, :length] = part["logits_tok"]
-        row += count
-    return LabelledOutputs(
-        labels=np.array([sample.fake_cls for sample in samples]),
-        logits_real_fake=np.concatenate([part["logits_real_fake"] for part in outputs]),
-        logits_multicls=np.concatenate([part["logits_multicls"] for part in outputs]),
-        pred_box=np.concatenate([part["box"] for part in outputs]),
-        true_box=np.concatenate([batch.box.numpy() for batch in batches]),
-        # What a network says of padding depends on the batch.
-        logits_tok=np.where(labels[..., None] == IGNORED, 0, logits).astype(np.float32),
-        token_labels=labels,
-    )
+            bar.update(len(part.indices))
+    if not batches:
+        raise InputError(f"expected at least one readable image, got none of {len(data)}")
+    samples = [data.samples[i] for part in batches for i in part.indices.tolist()]
+    boxes = np.concatenate([batch.box.numpy() for batch in batches])
+    labels = [batch.token_labels.numpy() for batch in batches]
+    return join_outputs(samples, boxes, labels, outputs)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

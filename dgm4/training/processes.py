@@ -52,6 +52,15 @@ def wait() -> None:
         dist.barrier()
 
 
+def any_process(here: bool, device: torch.device) -> bool:
+    """Whether it holds in any process; all of them have to ask."""
+    if not dist.is_initialized():
+        return here
+    count = torch.tensor(int(here), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
 def leave() -> None:
     """Leave the group, if there is one, at the end of the program."""
     if dist.is_initialized():

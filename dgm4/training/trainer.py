@@ -14,25 +14,27 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgm4.config import ModelConfig, model_config
 from dgm4.data.annotations import read_split
-from dgm4.data.dataset import Batch, Item, PairDataset, collate, read_sidecar
+from dgm4.data.dataset import Batch, PairDataset, read_sidecar
 from dgm4.losses import WEIGHTS
 from dgm4.losses.contrastive import ALPHA
 from dgm4.metrics import summarise
+from dgm4.model import Output
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.optimizer import make_optimizer, make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
 from dgm4.training.outputs import collect, to_device
-from dgm4.training.processes import join, pick_device, random_states, set_random_state, wait
+from dgm4.training.processes import any_process, join, pick_device, random_states, set_random_state, wait
+from dgm4.training.reading import Unreadable, load, make_loader
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Terms, Trainee
 from engine.errors import BackendError, InputError, NumericalError
 from engine.inputs.text import CaptionTokenizer
+from engine.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,10 @@ class Progress:
         self.epoch, self.batch, self.epoch_seconds, self.sums = self.epoch + 1, 0, 0.0, {}
 
 
+class _Stopped(Exception):
+    """The run was asked to stop while it was judged."""
+
+
 class Trainer:
     """One run. Create it with a recipe and a place, then `run`."""
 
@@ -129,6 +135,9 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, options, updates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         self.progress = Progress()
+        self._asked = False
+        splits = {"train": self.train, "val": self.val}
+        self._unreadable = {split: Unreadable(split, len(pairs)) for split, pairs in splits.items()}
         place.out.mkdir(parents=True, exist_ok=True)
         if place.resume:
             self._resume(place.out / LAST)
@@ -137,12 +146,14 @@ class Trainer:
             torch.manual_seed(options.seed + self.rank)
 
     def run(self) -> Progress:
-        """Train to the end, or to `stop_after`; return how far it came.
+        """Train to the end, to `stop_after` or to where `stop` finds it; return how far it came.
 
         Writes `checkpoint_last.pth` and, by the sum of AUC, mAP, IoU and token F1 on the split "val",
         `checkpoint_best.pth`, both in the released layout, and one line of JSON an epoch in `log.jsonl`,
-        whose losses are means over the epoch's batches of the first process. Raises NumericalError where a
-        loss or a gradient is no longer finite.
+        whose losses are means over the epoch's batches of the first process. The epoch is saved before it is
+        judged, too: a run that ends meanwhile is taken up there. An image that cannot be read is counted, and
+        the next sample takes its place. Raises NumericalError where a loss or a gradient is no longer finite,
+        InputError for too many unreadable images, BackendError where a worker fails.
         """
         model, loader = self._parallel(), self._loader()
         while self.progress.epoch < self.options.epochs and not self._stopped():
@@ -152,8 +163,16 @@ class Trainer:
             self._close_epoch()
         return self.progress
 
+    def stop(self) -> None:
+        """Let `run` save and return after the update under way; a signal's handler may call it."""
+        self._asked = True
+
     def _stopped(self) -> bool:
-        return 0 < self.place.stop_after <= self.progress.update
+        """Whether the run ends between these two updates, the same in every process."""
+        if self.progress.batch % self.options.accumulate:
+            return False
+        reached = 0 < self.place.stop_after <= self.progress.update
+        return any_process(self._asked, self.device) or reached
 
     def _save_due(self) -> bool:
         """Whether the batch just trained ended an update after which to save."""
@@ -170,33 +189,29 @@ class Trainer:
             self.trainee, devices, find_unused_parameters=True, forward_sync_buffers=False
         )
 
-    def _loader(self) -> DataLoader[Item]:
-        """Batches of the epoch that `order` is at; workers outlive it, with the images they keep."""
-        workers = self.place.workers
-        return DataLoader(
-            self.train,
-            batch_sampler=self.order,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # an iterator draws from it, not from dropout's stream
-        )
+    def _loader(self) -> DataLoader[Any]:
+        """Batches of the epoch that `order` is at."""
+        pin = self.device.type == "cuda"
+        return make_loader(self.train, self.place.workers, order=self.order, pin=pin)
 
-    def _epoch(self, model: nn.Module, loader: DataLoader[Item]) -> None:
+    def _epoch(self, model: nn.Module, loader: DataLoader[Any]) -> None:
         """Train one epoch, or what is left of it, or to where the run is to stop."""
         model.train()
         progress = self.progress
         self.order.seek(progress.epoch, progress.batch)
         self.train.set_epoch(progress.epoch)
         clock = time.perf_counter()
-        with self._bar() as bar:
-            for batch in loader:
+        label = f"epoch {progress.epoch + 1} of {self.options.epochs}"
+        with progress_bar(label, self.order.whole, "batches", self._shown, progress.batch) as bar:
+            for batch, problems in load(loader):
+                self._unreadable["train"].add(problems)
+                if batch is None:
+                    raise InputError(f"{self.place.data}: no image of a whole batch can be read")
                 values = self._step(model, to_device(batch, self.device))
                 now = time.perf_counter()
                 progress.count(values, now - clock)
                 clock = now
-                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+                bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
                 bar.update()
                 within = self._stopped() and progress.batch < self.order.whole
                 if within or self._save_due():
@@ -251,43 +266,48 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype)
 
-    def _bar(self) -> tqdm[Any]:
-        """Losses and the time left of the epoch, on a terminal."""
-        progress = self.progress
-        return tqdm(
-            total=self.order.whole,
-            initial=progress.batch,
-            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
-            unit="batch",
-            disable=None if self.place.progress and self.rank == 0 else True,
-        )
+    @property
+    def _shown(self) -> bool:
+        return self.place.progress and self.rank == 0
 
     def _close_epoch(self) -> None:
-        """Judge on the split "val", write the line of the log and the checkpoints."""
+        """Save, then judge on the split "val" and write the line of the log and the checkpoints."""
+        states = random_states(self.device)
+        self._save((LAST,), states)
+        if self.rank:
+            self.progress.close_epoch()
+        else:
+            with contextlib.suppress(_Stopped):
+                self._record_epoch(self.validate(), states)
+        wait()
+
+    def _record_epoch(self, metrics: dict[str, float], states: list[dict[str, Any]]) -> None:
         progress = self.progress
         losses = {name: total / self.order.whole for name, total in progress.sums.items()}
         seconds = progress.epoch_seconds
         progress.close_epoch()
-        states = random_states(self.device)
-        if self.rank == 0:
-            metrics = self.validate()
-            score = sum(metrics[name] for name in _SCORE if not math.isnan(metrics[name]))
-            names = (BEST, LAST) if score > progress.best else (LAST,)
-            progress.best = max(score, progress.best)
-            line = {"epoch": progress.epoch, "update": progress.update, "seconds": round(seconds, 1)}
-            rates = self.schedule.get_last_lr()
-            append_line(self.place.out / LOG, {**line, "lr": rates, "train": losses, "val": metrics})
-            log.info("epoch %d: loss %.4f, val %s", progress.epoch, losses["loss"], metrics)
-            self._save(names, states)
-        wait()
+        score = sum(metrics[name] for name in _SCORE if not math.isnan(metrics[name]))
+        names = (BEST, LAST) if score > progress.best else (LAST,)
+        progress.best = max(score, progress.best)
+        line = {"epoch": progress.epoch, "update": progress.update, "seconds": round(seconds, 1)}
+        rates = self.schedule.get_last_lr()
+        append_line(self.place.out / LOG, {**line, "lr": rates, "train": losses, "val": metrics})
+        log.info("epoch %d: loss %.4f, val %s", progress.epoch, losses["loss"], metrics)
+        self._save(names, states)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the online network on the split "val"; see `dgm4.metrics.summarise`."""
         self.trainee.eval()
-        place, batch = self.place, self.options.batch
+        place, batch, unreadable = self.place, self.options.batch, self._unreadable["val"]
         with self._autocast():
-            outputs = collect(self.trainee.predict, self.val, batch, self.device, place.workers)
+            judged = (self._predict, self.val, batch, self.device, place.workers)
+            outputs = collect(*judged, progress=self._shown, unreadable=unreadable)
         return summarise(*outputs)
+
+    def _predict(self, batch: Batch) -> Output:
+        if self._asked:
+            raise _Stopped
+        return self.trainee.predict(batch)
 
     def _config(self) -> dict[str, Any]:
         """What a run has to have in common with one that it takes up."""
@@ -327,7 +347,7 @@ class Trainer:
         self.progress = Progress(**content["progress"])
         set_random_state(content["random"][self.rank], self.device)
         if self.rank == 0:
-            keep_lines(path.with_name(LOG), self.progress.update)
+            keep_lines(path.with_name(LOG), self.progress.epoch)
 
 
 def _datasets(

@@ -16,23 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgm4.config import model_config
 from dgm4.data.annotations import read_split
-from dgm4.data.dataset import Batch, PairDataset, collate
+from dgm4.data.dataset import Batch, PairDataset
 from dgm4.losses.boxes import box_giou, box_l1
 from dgm4.losses.maps import patch_mask
 from dgm4.training.optimizer import make_schedule
 from dgm4.training.options import TrainOptions
 from dgm4.training.order import BatchOrder
 from dgm4.training.outputs import to_device
+from dgm4.training.reading import Unreadable, load, make_loader
 from dgm4.training.snapshot import write_snapshot
 from dgm4.training.trainee import initialise
 from dgm4.vision import VisionTransformer
 from engine.errors import InputError, NumericalError
 from engine.inputs.text import CaptionTokenizer
+from engine.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -124,18 +124,22 @@ def pretrain(
     trainee = PatchTrainee(options).to(device)
     optimizer = torch.optim.AdamW(trainee.parameters(), options.lr_vision, weight_decay=options.weight_decay)
     schedule = make_schedule(optimizer, options, options.epochs * order.whole)
+    unreadable = Unreadable("train", len(samples))
     mean = float("nan")
-    with tqdm(total=options.epochs * order.whole, unit="batch", disable=None if progress else True) as bar:
+    with progress_bar("pretrain", options.epochs * order.whole, "batches", progress) as bar:
         for epoch in range(options.epochs):
             dataset.set_epoch(epoch)
             order.seek(epoch)
             total = 0.0
-            for batch in DataLoader(dataset, batch_sampler=order, collate_fn=collate):
+            for batch, problems in load(make_loader(dataset, 0, order=order)):
+                unreadable.add(problems)
+                if batch is None:
+                    raise InputError(f"{data}: no image of a whole batch can be read")
                 loss = _update(trainee, batch, optimizer, options, device)
                 schedule.step()
                 total += loss
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             mean = total / order.whole
             log.info("epoch %d of %d: loss %.4f", epoch + 1, options.epochs, mean)
             if not math.isfinite(mean):

@@ -6,13 +6,17 @@ import fnmatch
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.backends.base import Backend
+from engine.backends.cores import usable_cores as usable_cores
+from engine.backends.cores import visible_cores
 from engine.backends.cuda import load_library
-from engine.errors import BackendError
+from engine.errors import BackendError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 from engine.packages import find_conflict, install_command
 
@@ -64,6 +68,7 @@ _BACKENDS: dict[str, _Kind] = {
     "ort-tensorrt": _ort_gpu("create_tensorrt", "tensorrt"),
 }
 _DRIVER = "an NVIDIA driver"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 # Precisions whose graph is only for TensorRT: ONNX Runtime's CPU provider has no products in bfloat16.
@@ -112,13 +117,13 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     Raises BackendError for an unknown or missing backend or device, EngineMismatchError for an engine of
     another machine, BundleError for a model that does not load.
     """
-    if not isinstance(device, str):
-        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if not isinstance(device, str) or _DEVICE.fullmatch(device) is None:
+        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(device)}")
     present, suited = available(), _suited(bundle)
     if name == "auto":
         name = _choose(bundle, device, present, suited)
-    if name not in _BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; known are auto, {', '.join(_BACKENDS)}")
+    if not isinstance(name, str) or name not in _BACKENDS:
+        raise BackendError(f"unknown backend {quoted(name)}; known are auto, {', '.join(_BACKENDS)}")
     if name not in present:
         needed = " and ".join(_missing(name) or _BACKENDS[name].libraries)
         how = f": {command}" if (command := remedy(name)) else ""
@@ -129,12 +134,19 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
-    cores = usable_cores()
-    if threads is not None and not (type(threads) is int and 1 <= threads <= cores):
-        raise BackendError(f"expected 1 to {cores} threads (the usable cores) or None, got {threads!r}")
-    module, function = _BACKENDS[name].create.split(":")
-    load: _Load = getattr(importlib.import_module(module), function)
-    return load(bundle, device, threads)
+    return _load(name)(bundle, device, _check_threads(threads))
+
+
+def _check_threads(threads: object) -> int | None:
+    """The number as an int; raises BackendError unless it is None or an integer from 1 to the cores here."""
+    if threads is None:
+        return None
+    cores = visible_cores()
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= int(threads) <= cores:
+        raise BackendError(
+            f"expected 1 to {cores} threads (the cores of this process) or None, got {quoted(threads)}"
+        )
+    return int(threads)
 
 
 def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
@@ -143,7 +155,7 @@ def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
     Can take many minutes. Raises BackendError where `name` is not a backend of engines or the build fails.
     """
     if name not in ("auto", "tensorrt"):
-        raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {name!r}")
+        raise BackendError(f"an engine is rebuilt for the backend 'tensorrt' (or 'auto'), got {quoted(name)}")
     if not _has_driver():
         raise BackendError(f"an engine is rebuilt for this machine's GPU, which needs {_DRIVER}")
     from engine.backends import tensorrt_target
@@ -151,11 +163,15 @@ def rebuilt(name: str, bundle: Bundle, device: str = "auto") -> Bundle:
     return tensorrt_target.rebuilt(bundle, device)
 
 
-def usable_cores() -> int:
-    """Number of CPU cores that this process may run on (its affinity mask where the system has one)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _load(name: str) -> _Load:
+    """The function that loads a bundle; raises BackendError where the library does not even import."""
+    module, function = _BACKENDS[name].create.split(":")
+    try:
+        load: _Load = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a library raises what it likes, as RuntimeError without a home folder
+        kind = type(error).__name__
+        raise BackendError(f"the backend {name!r} cannot be imported: {kind}: {error}") from error
+    return load
 
 
 def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:

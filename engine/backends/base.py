@@ -66,11 +66,14 @@ class Backend(ABC, Generic[Network]):
     def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
         """Submit one batch of RGB images, uint8 [H, W, 3], and the other inputs by name.
 
-        The network gets what `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
+        A single image is that of all captions; `run` gets it as a view that repeats it. The network gets what
+        `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
         """
         spec = self._manifest.preprocess
-        pixels = [normalize_image(image, spec.mean, spec.std) for image in images]
-        return Finished(self.run({"image": np.stack(pixels), **text}))
+        pixels = np.stack([normalize_image(image, spec.mean, spec.std) for image in images])
+        if len(pixels) == 1:
+            pixels = np.broadcast_to(pixels, (len(text["input_ids"]), *pixels.shape[1:]))
+        return Finished(self.run({"image": pixels, **text}))
 
     def run(self, feeds: Arrays) -> Outputs:
         """Run one batch and return its outputs by name; `feeds` are the manifest's inputs by name.
@@ -116,11 +119,9 @@ class Backend(ABC, Generic[Network]):
             raise BackendError(f"{self.library} failed on inputs of shape {shapes}: {error}") from error
 
 
-def verified_graph(bundle: Bundle, model: str, data: str) -> Path:
-    """Return the path of the graph `model`, its weights `data` beside it verified too; raises BundleError."""
-    if data in bundle.manifest.files:
-        bundle.verified(data)
-    return bundle.verified(model)
+def graph_files(bundle: Bundle, model: str, data: str) -> list[str]:
+    """The graph `model` and, where the bundle has it, the file of its weights `data`."""
+    return [name for name in (model, data) if name == model or name in bundle.manifest.files]
 
 
 @functools.cache

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from engine.backends.buckets import Arrays, Bucket, bucket_of, cut, fill
 from engine.backends.float32 import full_float32
 from engine.manifest import Limits, Preprocess
 from engine.network.model import InferenceModel
+from engine.network.output import Output
 from kernels.resize import pack, resize_into
 from kernels.resize_tables import Tables, make_tables
 
@@ -30,7 +32,38 @@ WriteImages = Callable[[Tensor], object]  # writes a batch's normalised images i
 
 def outputs_of(model: InferenceModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The network's outputs by name; without the map where it has none."""
-    return {name: x for name, x in model(**inputs)._asdict().items() if x is not None}
+    return by_name(model(**inputs))
+
+
+def by_name(output: Output) -> dict[str, Tensor]:
+    """Outputs by name; without the map where there is none."""
+    return {name: x for name, x in output._asdict().items() if x is not None}
+
+
+class _Threads:
+    """Lends runs a number of torch's CPU threads, which is a setting of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._runs, self._before = threading.Lock(), 0, 0
+
+    @contextmanager
+    def set_to(self, count: int) -> Iterator[None]:
+        """Run the block with `count` threads; afterwards the process has its own number again."""
+        with self._lock:
+            if not self._runs:
+                self._before = torch.get_num_threads()
+            self._runs += 1
+        try:
+            # A thread that has run before keeps the number it had then, so each run sets it.
+            torch.set_num_threads(count)
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                torch.set_num_threads(self._before)
+
+
+_THREADS = _Threads()
 
 
 class EagerRunner:
@@ -41,12 +74,21 @@ class EagerRunner:
 
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Run one batch and return its outputs by name."""
-        # The number is the process's, but a thread that has run before keeps the one it had then.
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        with torch.inference_mode(), full_float32("cpu"):
-            inputs = {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
-            return {name: x.numpy() for name, x in outputs_of(self._model, inputs).items()}
+        with _THREADS.set_to(self._threads), torch.inference_mode(), full_float32("cpu"):
+            if batch > 1 and not feeds["image"].strides[0]:  # one image, repeated by a view
+                return self._share(feeds, batch)
+            return {name: x.numpy() for name, x in outputs_of(self._model, _tensors(feeds)).items()}
+
+    def _share(self, feeds: Arrays, batch: int) -> dict[str, np.ndarray]:
+        """Answer several captions about one image, which the visual encoder sees once."""
+        inputs = _tensors({**feeds, "image": feeds["image"][:1]})
+        seen = [x.expand(batch, -1, -1) for x in self._model.see(inputs.pop("image"))]
+        outputs = by_name(self._model.answer(*seen, **inputs))
+        return {name: x.numpy() for name, x in outputs.items()}
+
+
+def _tensors(feeds: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.require(x, None, ["C", "W"])) for name, x in feeds.items()}
 
 
 class Inputs:

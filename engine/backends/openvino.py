@@ -13,10 +13,10 @@ from typing import NamedTuple
 import openvino  # without its telemetry: engine/startup.py
 
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Outputs, has_vnni, verified_graph
+from engine.backends.base import Backend, Outputs, graph_files, has_vnni
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH_DATA
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,13 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
     """Verify and load the bundle's `model.flat.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
         raise BackendError(
-            f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
+            f"the backend 'openvino' runs on device 'cpu' (or 'auto'), got {quoted(device)}; "
+            "'torch' runs on a GPU"
         )
+    path, threads, manifest = bundle.path / FLAT_GRAPH, threads or usable_cores(), bundle.manifest
     # By path, not from memory: OpenVINO finds the weights beside a graph by the graph's path alone.
-    path, threads, manifest = (
-        verified_graph(bundle, FLAT_GRAPH, GRAPH_DATA),
-        threads or usable_cores(),
-        bundle.manifest,
-    )
-    model = load_model(path, threads)
+    with bundle.held(*graph_files(bundle, FLAT_GRAPH, GRAPH_DATA)):
+        model = load_model(path, threads)
     _check_names(path, "inputs", model.inputs, [spec.name for spec in manifest.inputs])
     _check_names(path, "outputs", model.outputs, [spec.name for spec in manifest.outputs])
     logger.info("loaded %s with OpenVINO %s, %d threads", path, openvino.__version__, threads)
@@ -81,6 +79,8 @@ def load_model(path: Path, threads: int) -> openvino.CompiledModel:
         **({} if has_vnni() else {"LP_TRANSFORMS_MODE": "NO"}),
     }
     core = openvino.Core()
+    # Mapped weights would change with their file.
+    core.set_property({"ENABLE_MMAP": False})
     try:
         return core.compile_model(core.read_model(path), "CPU", options)
     except Exception as error:  # no common base

@@ -12,7 +12,7 @@ from engine.backends import usable_cores
 from engine.backends.base import Backend, Outputs, has_vnni
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, quoted
 from engine.layout import GRAPH, GRAPH_DATA
 from engine.manifest import Manifest
 
@@ -28,7 +28,7 @@ def create(bundle: Bundle, device: str, threads: int | None) -> OrtBackend:
     """Verify and load the bundle's `model.onnx`; raises BackendError or BundleError."""
     if device not in ("auto", "cpu"):
         raise BackendError(
-            f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {device!r}; 'torch' runs on a GPU"
+            f"the backend 'ort' runs on device 'cpu' (or 'auto'), got {quoted(device)}; 'torch' runs on a GPU"
         )
     return load(bundle, GRAPH, GRAPH_DATA, threads)
 

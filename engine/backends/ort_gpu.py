@@ -20,11 +20,11 @@ import onnxruntime
 
 from engine import files
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Outputs, verified_graph
+from engine.backends.base import Backend, Outputs, graph_files
 from engine.backends.buckets import Arrays
 from engine.backends.ort import check_names, session_options
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH_DATA
 from engine.manifest import Manifest
 from engine.packages import find_conflict, install_command
@@ -140,7 +140,9 @@ class OrtGpuBackend(Backend[onnxruntime.InferenceSession]):
 def _index(name: str, device: str) -> int:
     match = _DEVICE.fullmatch(device)
     if match is None:
-        raise BackendError(f"the backend {name!r} runs on device 'auto', 'cuda' or 'cuda:N', got {device!r}")
+        raise BackendError(
+            f"the backend {name!r} runs on device 'auto', 'cuda' or 'cuda:N', got {quoted(device)}"
+        )
     return int(match[1] or 0)
 
 
@@ -148,8 +150,9 @@ def _create(
     name: str, bundle: Bundle, index: int, threads: int | None, providers: Providers
 ) -> OrtGpuBackend:
     # By path, not from memory: the TensorRT provider names the engines in its cache after the model's file.
-    path = verified_graph(bundle, FLAT_GRAPH, GRAPH_DATA)
-    session = _load(name, path, session_options(threads or usable_cores()), providers)
+    path = bundle.path / FLAT_GRAPH
+    with bundle.held(*graph_files(bundle, FLAT_GRAPH, GRAPH_DATA)):
+        session = _load(name, path, session_options(threads or usable_cores()), providers)
     check_names(path, session, bundle.manifest)
     logger.info("loaded %s with ONNX Runtime %s, %s", path, onnxruntime.__version__, session.get_providers())
     return OrtGpuBackend(name, session, bundle.manifest, index)

@@ -109,7 +109,10 @@ class _Lanes:
             if self._engine is None:
                 bundle, entry = self._bundle, self._entry
                 graph = _read(bundle, _verified_graph(bundle, entry)) if entry.stripped else None
-                self._engine = Engine(entry, _read(bundle, entry.file), bundle.manifest, graph)
+                weights = [graph.path.name + DATA_SUFFIX] if graph is not None else []
+                with bundle.held(*(name for name in weights if name in bundle.manifest.files)):
+                    engine = Engine(entry, _read(bundle, entry.file), bundle.manifest, graph)
+                self._engine = engine
                 logger.info("loaded %s with %s on %s", entry.file, entry.library, self._gpu.name)
             return self._engine
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.backends.cuda import Gpu, open_gpu
 from engine.bundle import Bundle
-from engine.errors import BackendError, Dgm4Error, EngineMismatchError
+from engine.errors import BackendError, Dgm4Error, EngineMismatchError, quoted
 from engine.manifest import EngineEntry
 from engine.packages import install_command, version_of
 
@@ -37,7 +37,7 @@ def find_gpu(device: str) -> Gpu:
     match = _DEVICE.fullmatch(device)
     if match is None:
         raise BackendError(
-            f"the backend 'tensorrt' runs on device 'auto', 'cuda' or 'cuda:N', got {device!r}"
+            f"the backend 'tensorrt' runs on device 'auto', 'cuda' or 'cuda:N', got {quoted(device)}"
         )
     return open_gpu(int(match[1] or 0))
 

@@ -20,7 +20,7 @@ from engine.backends.base import Backend, Outputs, Pending
 from engine.backends.buckets import Arrays
 from engine.backends.graphs import EagerRunner, GraphRunner, Replay
 from engine.bundle import Bundle
-from engine.errors import BackendError, BundleError, CheckpointError, InputError
+from engine.errors import BackendError, BundleError, CheckpointError, InputError, quoted
 from engine.layout import SCALES, WEIGHTS
 from engine.manifest import Manifest
 from engine.network.config import NetworkConfig
@@ -40,8 +40,8 @@ Runner = TypeVar("Runner", EagerRunner, GraphRunner)
 def create(bundle: Bundle, device: str, threads: int | None) -> TorchBackend[EagerRunner] | GpuBackend:
     """Verify and load the bundle's `model.safetensors`; raises BackendError or BundleError.
 
-    `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N". `threads` sets
-    torch's number of CPU threads, which holds for the whole process.
+    `device` is "auto" (a GPU where torch and Triton can use one), "cpu", "cuda" or "cuda:N". `threads` is
+    torch's number of CPU threads while the network runs; the process has its own number at other times.
     """
     precision = bundle.manifest.precision
     if precision not in DTYPES:
@@ -72,7 +72,7 @@ def find_device(name: str) -> torch.device:
     match = _DEVICE.fullmatch(name)
     if match is None:
         raise BackendError(
-            f"the backend 'torch' runs on device 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}"
+            f"the backend 'torch' runs on device 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(name)}"
         )
     if name == "cpu":
         return torch.device("cpu")
@@ -194,6 +194,8 @@ class GpuBackend(TorchBackend[GraphRunner]):
         """Start to copy and run one batch; see `Backend.submit`."""
         runner = self._open()
         sizes = self._check(text, [spec for spec in self._manifest.inputs if spec.name != "image"])
+        if len(images) == 1:
+            images = list(images) * sizes["batch"]
         if len(images) != sizes["batch"]:
             raise BackendError(f"expected {sizes['batch']} images for as many captions, got {len(images)}")
         try:

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, cast
 
-from engine.errors import InputError
-from engine.inputs.preprocess import ImageInput
+from engine.errors import InputError, quoted
+from engine.inputs.sources import ImageInput
 
 Caption = str | bytes
-Pair = tuple[ImageInput, Caption]
+Pair = tuple[ImageInput | None, Caption | None] | Mapping[str, Any]
 
 
-def unpack_pair(name: str, pair: object) -> Pair:
-    """Return the pair as a tuple; raises InputError if it is not one. `name` is what messages call it."""
+def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | None]:
+    """Return (image, caption) of a pair or of a mapping with these names; `name` is what messages call it.
+
+    "text" does for "caption", and other names are ignored, as in a line of `dgm4 predict --list`. Raises
+    InputError for anything else.
+    """
+    expected = 'a pair (image, caption) or {"image": ..., "caption": ...}'
+    if isinstance(pair, Mapping):
+        caption = "caption" if "caption" in pair else "text"
+        if "image" not in pair or caption not in pair:
+            names = quoted(", ".join(map(str, pair)))
+            raise InputError(f"{name}: expected {expected}, got the names {names}; None stands for neither")
+        return pair["image"], pair[caption]
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
-        raise InputError(f"{name}: expected a pair (image, caption), got {actual}")
+        raise InputError(f"{name}: expected {expected}, got {actual}")
     return pair[0], pair[1]
 
 
 def join_pairs(
-    pairs: Sequence[Pair] | Sequence[ImageInput], captions: Sequence[Caption] | None
+    pairs: Sequence[Pair] | Sequence[ImageInput | None], captions: Sequence[Caption | None] | None
 ) -> Iterable[Pair]:
     """Return pairs, zipped from images and captions where both are given.
 
     Raises InputError for a single value instead of a list and for lists of unequal length.
     """
-    _check_list("a list of (image, caption) pairs" if captions is None else "a list of images", pairs)
+    check_list("a list of (image, caption) pairs" if captions is None else "a list of images", pairs)
     if captions is None:
         return cast(Sequence[Pair], pairs)
-    _check_list("a list of captions", captions)
+    check_list("a list of captions", captions)
     if len(pairs) != len(captions):
         raise InputError(
             f"got {_count(pairs, 'image')} but {_count(captions, 'caption')}; pass one caption for each image"
         )
-    return zip(cast(Sequence[ImageInput], pairs), captions, strict=True)
+    return zip(cast(Sequence[ImageInput | None], pairs), captions, strict=True)
 
 
-def _check_list(expected: str, value: object) -> None:
+def check_list(expected: str, value: object) -> None:
+    """Raise InputError, naming what is `expected`, for a single value and for what has no length."""
     if isinstance(value, (str, bytes, bytearray, memoryview, dict, set)) or not hasattr(value, "__len__"):
         hint = "; use stream for an iterator" if hasattr(value, "__next__") else ""
         raise InputError(f"expected {expected}, got {type(value).__name__}{hint}")
@@ -53,6 +66,8 @@ def check_shapes(shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     checked = list(shapes) if isinstance(shapes, Iterable) else [shapes]
     for shape in checked:
         numbers = shape if isinstance(shape, tuple | list) else ()
-        if len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers):
-            raise InputError(f"shapes: expected (pairs, tokens) such as [(1, 24), (32, 50)], got {shape!r}")
-    return checked
+        whole = [n for n in numbers if isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1]
+        if len(numbers) != 2 or len(whole) != 2:
+            expected = "(pairs, tokens) such as [(1, 24), (32, 50)]"
+            raise InputError(f"shapes: expected {expected}, got {quoted(shape)}")
+    return [(int(pairs), int(tokens)) for pairs, tokens in checked]

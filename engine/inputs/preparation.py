@@ -10,37 +10,46 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InputError
+from engine.inputs.absent import WARNINGS, Absent
+from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
-from engine.inputs.preprocess import (
-    ImageInput,
-    ImageOptions,
-    decode_image,
-    make_thumbnail,
-    resize_image,
-)
+from engine.inputs.preprocess import decode_image, make_thumbnail, resize_image
+from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 
 _LARGEST_SENT = 4096  # pixels of a side: an image that the backend resizes has 50 MB at most
 
 
+class Picture(NamedTuple):
+    """A prepared image, for one caption or several.
+
+    pixels: RGB, uint8 [H, W, 3]; of the network's size unless the backend resizes images.
+    size: (width, height) of the upright image as the user gave it; None where there is none.
+    timing: milliseconds by stage.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int] | None
+    thumbnail: Image.Image | None
+    warnings: tuple[str, ...]
+    timing: dict[str, float]
+
+
 class Item(NamedTuple):
     """A prepared pair: what the backend gets, and what the Prediction needs besides.
 
-    pixels: RGB, uint8 [H, W, 3]; of the network's size unless the backend resizes images.
     caption: the text that the spans of `tokens.words` refer to.
-    size: (width, height) of the upright image as the user gave it.
     timing: milliseconds by stage.
     """
 
     name: str
-    pixels: np.ndarray
+    picture: Picture
     tokens: Tokens
     caption: str
-    size: tuple[int, int]
-    thumbnail: Image.Image | None
     warnings: tuple[str, ...]
     timing: dict[str, float]
+    absent: Absent
 
 
 class Preparation:
@@ -61,25 +70,46 @@ class Preparation:
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
         self._thumbnail, self._resize = thumbnail, resize
 
-    def pair(self, name: str, image: ImageInput, caption: Caption) -> Item:
+    def pair(self, name: str, image: ImageInput | None, caption: Caption | None) -> Item:
         """Prepare one pair; raises InputError, which names it by `name` where that is not empty."""
+        return self.caption(name, self.picture(name, image), caption)
+
+    def picture(self, name: str, image: ImageInput | None, shares: int = 1) -> Picture:
+        """Prepare an image that `shares` captions have; for None a plain one of the mean colour."""
+        if image is None:
+            return self._plain()
         started = perf_counter()
         decoded = decode_image(image, name=name or None, options=self._options)
         thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
         decode_end = perf_counter()
         pixels = self._pixels(decoded.rgb)
-        resize_end = perf_counter()
+        timing = {
+            "decode": milliseconds(started, decode_end) / shares,
+            "resize": milliseconds(decode_end, perf_counter()) / shares,
+        }
+        return Picture(pixels, decoded.rgb.size, thumbnail, decoded.warnings, timing)
+
+    def _plain(self) -> Picture:
+        side = self._spec.image_size
+        colour = [round(255 * mean) for mean in self._spec.mean]
+        pixels = np.full((side, side, 3), colour, dtype=np.uint8)
+        return Picture(pixels, None, None, (), {"decode": 0.0, "resize": 0.0})
+
+    def caption(self, name: str, picture: Picture, caption: Caption | None) -> Item:
+        """Join a prepared image with a caption, an empty one for None; raises InputError as `pair` does."""
+        if caption is None and picture.size is None:
+            raise InputError(f"{name or 'the pair'}: expected an image or a caption, got None for both")
+        started = perf_counter()
         try:
-            text, tokens = self._tokenizer(caption)
+            text, tokens = self._tokenizer("" if caption is None else caption)
         except InputError as error:
             raise InputError(f"{name}: {error}" if name else str(error)) from error
-        timing = {
-            "decode": milliseconds(started, decode_end),
-            "resize": milliseconds(decode_end, resize_end),
-            "tokenize": milliseconds(resize_end, perf_counter()),
-        }
-        warnings = decoded.warnings + tokens.warnings
-        return Item(name, pixels, tokens, text, decoded.rgb.size, thumbnail, warnings, timing)
+        timing = picture.timing | {"tokenize": milliseconds(started, perf_counter())}
+        absent: Absent = "caption" if caption is None else "image" if picture.size is None else ""
+        warnings = WARNINGS[absent] + picture.warnings
+        if caption is not None:
+            warnings += tokens.warnings
+        return Item(name, picture, tokens, text, warnings, timing, absent)
 
     def _pixels(self, rgb: Image.Image) -> np.ndarray:
         # A second resize to the same size changes nothing, so one here does no harm before the backend's.

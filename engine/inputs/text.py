@@ -172,6 +172,7 @@ class CaptionTokenizer:
         if cls_id is None:
             raise BundleError(f"{path}: the vocabulary has no [CLS]; expected that of bert-base-uncased")
         self.cls_id: int = cls_id
+        self._unknown_id: int | None = self._tokenizer.token_to_id("[UNK]")
 
     def __call__(self, caption: str | bytes) -> tuple[str, Tokens]:
         """Return (the caption that the words' spans refer to, its tokens); raises InputError."""
@@ -197,6 +198,10 @@ class CaptionTokenizer:
         read, renumbered = np.unique(word_of, return_inverse=True)
         if cleaned.spans and not len(read):
             warnings.append("empty_text: the caption holds no character that the tokenizer knows")
+        known = [token != self._unknown_id for token in encoding.ids[:room]]
+        unknown = len(read) - len(np.unique(word_of[known]))
+        if unknown:
+            warnings.append(f"unknown_words: {unknown} of {len(read)} are not in the network's vocabulary")
         return Tokens(
             ids=np.array([self.cls_id, *encoding.ids[:room]], dtype=np.int64),
             word_of=np.concatenate([[-1], renumbered]).astype(np.int64),

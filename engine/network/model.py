@@ -49,8 +49,17 @@ class InferenceModel(nn.Module):
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
         """Run normalised images float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
+        return self.answer(*self.see(image), input_ids, attention_mask)
+
+    def see(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image features [B, 1+P, D] for the text branch and for the image branch."""
+        return self.vision(image.to(self.vision.positions.dtype))
+
+    def answer(
+        self, for_text: Tensor, for_image: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> Output:
+        """Answer captions about images of which only the features are given."""
         mask = attention_mask.to(torch.int32)
-        for_text, for_image = self.vision(image.to(self.vision.positions.dtype))
         text = self.text.encode(input_ids, mask)
         fused, guide = self.text.fuse(text, mask, for_text)
         box, real_fake, classes = self.branch(for_image, text, mask, fused[:, 0])

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.layout import GRAPH
 from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Verification
+from engine.scores import Rate
 from export.bundle.licences import licence_note
 
 _NOTES = {
@@ -23,7 +24,8 @@ _TASK = (
 _USE = """It is meant as a help to people who check news images with captions, beside other evidence. It is
 not meant to decide alone what is taken down or who is accused. It knows the four manipulations it was
 trained for: wholly generated images, other languages than English, other crops and other kinds of faces
-are outside what it has seen, and its scores are no probabilities until calibrated on your own data."""
+are outside what it has seen, and its scores are no probabilities but on pairs like those that they were
+calibrated on."""
 _RUN = """```python
 from engine import Predictor
 predictor = Predictor("path/to/this/bundle")
@@ -50,6 +52,7 @@ def model_card(manifest: Manifest) -> str:
         "## Preprocessing\n\n" + _preprocessing(manifest.preprocess),
         "## Verification\n\n" + _verification(manifest.verification),
         "## Accuracy\n\n" + _accuracy(manifest.accuracy),
+        "## Scores\n\n" + _scores(manifest),
         "## Engines\n\n" + _engines(manifest.engines),
         "## Limits and intended use\n\n" + _limits(manifest.limits) + "\n\n" + _USE,
         "## Made with\n\n" + _versions(manifest.versions),
@@ -142,6 +145,39 @@ def _accuracy(records: Sequence[Accuracy]) -> str:
         head = f"{record.source}, {record.pairs} pairs, in percent."
         parts.append(head + "\n\n" + _table(("metric", *sides), rows))
     return "\n\n".join(parts)
+
+
+def _scores(manifest: Manifest) -> str:
+    """Temperatures, thresholds, and the false alarms that were measured at them."""
+    calibration = manifest.score_calibration
+    thresholds, temperatures = vars(manifest.thresholds), vars(manifest.temperatures)
+    rows = [(f"`{name}`", f"{x:.4g}", f"{temperatures[name]:.4g}") for name, x in thresholds.items()]
+    heads = ("decision", "threshold", "temperature")
+    if calibration is None:
+        note = "Not calibrated: `dgm4 calibrate` fits temperatures and thresholds to annotated pairs."
+        return note + "\n\n" + _table(heads, rows)
+    reached = (_rate(calibration.reached.get(name)) for name in thresholds)
+    body = [(*row, rate) for row, rate in zip(rows, reached, strict=True)]
+    text = score_calibration_text(calibration.to_dict())
+    note = f"Calibrated {text}. Logits are divided by the temperature before a score is made of them."
+    return note + "\n\n" + _table((*heads, "false alarms, percent"), body)
+
+
+def score_calibration_text(calibration: Mapping[str, Any]) -> str:
+    """What the scores were calibrated on, and for how many false alarms of the verdict."""
+    verdict = calibration["reached"]["manipulated"]
+    low, value, high = (100 * verdict[name] for name in ("low", "value", "high"))
+    return (
+        f"on {calibration['fitted']} pairs of {calibration['source']}, split {calibration['split']}, for "
+        f"{100 * calibration['false_alarms']:g} % false alarms; {calibration['checked']} other pairs gave "
+        f"{value:.2f} % ({low:.2f} to {high:.2f} at {100 * calibration['level']:g} %)"
+    )
+
+
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "not calibrated"
+    return f"{100 * rate.value:.2f} ({100 * rate.low:.2f} to {100 * rate.high:.2f}) of {rate.count}"
 
 
 def _percent(value: float | None) -> str:

@@ -189,7 +189,8 @@ class BundleWriter:
         with path.open("rb") as file:
             if state != _state(file):
                 digest = sha256_of(file)
-                os.fchmod(file.fileno(), mode)
+                if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                    os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
                 entry = {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
                 self._sealed[path] = _state(file), entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -61,6 +62,8 @@ class Answers:
     def write(self, text: str) -> None:
         """Write a line."""
         if self._file is None:
+            if self.partial.exists():
+                sys.stderr.write(f"dgm4: {self.partial} of an earlier run, kept for --resume, is replaced\n")
             self._file = self._open("w")
         self._file.write(text)
 
@@ -71,13 +74,15 @@ class Answers:
             self._file = self._open("w")  # of a list without pairs
         if self._file is None:
             return
-        self._file.flush()
         if kind is None:
+            self._file.flush()
             os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
+            self._file.close()
             self.partial.replace(self.out)
-        elif self.partial.stat().st_size == 0:
+            return
+        with contextlib.suppress(OSError):  # a full disk, again
+            self._file.close()
+        if self.partial.stat().st_size == 0:
             self.partial.unlink()
         else:
             sys.stderr.write(f"dgm4: {self.partial} holds the answers so far; --resume goes on with it\n")

@@ -20,6 +20,7 @@ from engine.errors import Dgm4Error
 from engine.packages import lacking
 from export.cli import (
     bench,
+    calibrate,
     data,
     demo,
     doctor,
@@ -40,7 +41,7 @@ from export.output import ERRORS
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (demo, predict, models),
-    "make a bundle": (export, rebuild, repository),
+    "make a bundle": (export, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from engine.backends import known, usable_cores
+from engine.scores import DECISIONS, GROUP
 from export.cli.parser import Parser, did_you_mean
 from export.flags import Number
 
@@ -51,10 +52,43 @@ def device(text: str) -> str:
     return text
 
 
+def threshold(text: str) -> tuple[str, float]:
+    """A threshold and what it is of: NAME=P, or P for the verdict."""
+    name, _, number = text.rpartition("=")
+    name = name or DECISIONS[0]
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if name not in (*DECISIONS, GROUP) or not 0 <= value <= 1:
+        names = ", ".join((*DECISIONS, GROUP))
+        expected = f"P or NAME=P with P from 0 to 1 and NAME one of {names}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return name, value
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+    """Add --threshold, which may be given several times: `dict(options.thresholds)`."""
+    parser.add_argument(
+        "--threshold",
+        dest="thresholds",
+        type=threshold,
+        action="append",
+        default=[],
+        metavar="[NAME=]P",
+        help=f"score from which a pair is manipulated, or NAME is: {', '.join(DECISIONS[1:])}, or "
+        f"{GROUP} for all four",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:N or auto (%(default)s)"
+        "--device",
+        type=device,
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N or auto (%(default)s)",
     )
 
 
@@ -66,7 +100,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add --backend, --device and --threads."""
     parser.add_argument(
-        "--backend", type=backend, default="auto", help="as dgm4 doctor lists them (%(default)s)"
+        "--backend",
+        type=backend,
+        default="auto",
+        metavar="NAME",
+        help="as dgm4 doctor lists them (%(default)s)",
     )
     add_device(parser)
     add_threads(parser)

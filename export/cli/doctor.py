@@ -8,8 +8,8 @@ import platform
 import sys
 from typing import Any
 
-from engine.backends import describe, usable_cores
-from engine.packages import version_of
+from engine.backends import describe, remedy, usable_cores
+from engine.packages import find_conflict, version_of
 from export.cli.arguments import Verbs
 
 _PACKAGES = (
@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
         "packages": {name: version_of(name) for name in _PACKAGES},
         "backends": [name for name, need in missing.items() if need is None],
         "absent_backends": {name: need for name, need in missing.items() if need is not None},
+        "remedies": {name: command for name in missing if (command := remedy(name)) is not None},
+        "conflict": find_conflict(),
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -63,7 +65,10 @@ def _lines(record: dict[str, Any]) -> str:
     lines = [f"python     {record['python']}, {record['cores']} cores"]
     lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
     lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
-    lines += [f"absent     {name} needs {need}" for name, need in record["absent_backends"].items()]
+    for name, need in record["absent_backends"].items():
+        command = f": {record['remedies'][name]}" if name in record["remedies"] else ""
+        lines.append(f"absent     {name} needs {need}{command}")
+    lines += [f"conflict   {record['conflict']}"] if record["conflict"] else []
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")

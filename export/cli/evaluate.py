@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data
+from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
 if TYPE_CHECKING:
     from export.evaluation.evaluate import Evaluation
-    from export.evaluation.gate import GateFailure
+    from export.evaluation.gate import Failures
 
 log = logging.getLogger(__name__)
 
-_NEEDED = ("torch", "safetensors")
+_NEEDED = ("jinja2", "sklearn")
+_NEEDED_TO_COMPARE = ("torch", "safetensors")
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -51,6 +52,7 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         help="compare with float32 torch, or not (%(default)s)",
     )
+    add_thresholds(parser)
     add("--checkpoint", type=Path, metavar="FILE", help="the reference's weights; else the bundle's own")
     add("--gate", action="store_true", help="fail where accuracy is lost")
     add(
@@ -69,9 +71,11 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and write the report; raises VerificationError where --gate was given and the gate failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
-    require("dgm4 evaluate", *_NEEDED)
-    from export.evaluation.gate import check_gate
-    from export.evaluation.report import write_page, write_table
+    needed = _NEEDED if options.reference == "none" else (*_NEEDED, *_NEEDED_TO_COMPARE)
+    require("dgm4 evaluate", *needed)
+    from export.evaluation.gate import find_failures
+    from export.evaluation.page import write_page
+    from export.evaluation.report import write_table
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open_output(options.out, [options.data]))
@@ -80,10 +84,7 @@ def run(options: argparse.Namespace) -> int:
         )
         result = _evaluate(options)
         _report_problems(result)
-        failures = None
-        if result.comparison is not None:
-            reference = result.comparison.scores.metrics
-            failures = check_gate(result.model["precision"], result.scores.metrics, reference)
+        failures = find_failures(result)
         out.write(_json(result, failures) if options.json else write_table(result, failures))
         if page is not None:
             page.write(write_page(result, failures))
@@ -105,7 +106,9 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
     from export.evaluation.evaluate import EvaluateOptions, evaluate
 
     reference = "required" if options.gate and options.reference == "auto" else options.reference
-    settings = read_options(EvaluateOptions, options, reference=reference)
+    settings = read_options(
+        EvaluateOptions, options, reference=reference, thresholds=dict(options.thresholds)
+    )
     bundle = Bundle.open(options.bundle)
     if (warning := bundle.manifest.weights.warning) is not None:
         log.warning("%s", warning)
@@ -117,7 +120,7 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
         raise
 
 
-def _json(result: Evaluation, failures: list[GateFailure] | None) -> str:
+def _json(result: Evaluation, failures: Failures) -> str:
     gate = None if failures is None else {"passed": not failures, "failures": [str(f) for f in failures]}
     return json.dumps({**result.to_dict(), "gate": gate}, allow_nan=False) + "\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 from engine.backends import serving
 from engine.bundle import Bundle
 from engine.progress import progress_bar
-from export.bundle.card import grouped, largest_text
+from export.bundle.card import grouped, largest_text, score_calibration_text
 from export.cli.arguments import Verbs
 
 _KINDS = {
@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _layers(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the error of each layer, with a bar."""
-    from export.quantization.sensitivity import bundle_errors
+    from export.quantization.sensitivity import PAIRS, bundle_errors
 
-    with progress_bar("layers", None, "pairs", not options.quiet) as bar:
+    with progress_bar("layers", PAIRS if options.data else None, "pairs", not options.quiet) as bar:
         errors = bundle_errors(bundle, options.data, options.split, progress=bar.update)
     return [asdict(error) for error in errors]
 
@@ -70,7 +70,7 @@ def _describe(record: dict[str, Any]) -> str:
         f"limits     batch {record['limits']['max_batch']}, tokens of a caption "
         f"{record['preprocess']['max_tokens']} (the graph takes {record['limits']['max_tokens']})",
     ]
-    lines += _precision_lines(record)
+    lines += _precision_lines(record) + _score_lines(record)
     for name, entry in record["files"].items():
         lines.append(f"file       {name}: {entry['bytes'] / 1e6:.1f} MB, SHA-256 {entry['sha256'][:16]}...")
     lines += [f"engine     {_engine_text(engine)}" for engine in record["engines"]]
@@ -113,6 +113,14 @@ def _precision_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"float32    {len(floating)} modules: {', '.join(grouped(floating))}")
     if kept := record["kept_layers"]:
         lines.append(f"kept       a step above {record['precision']}: {', '.join(kept)}")
+    return lines
+
+
+def _score_lines(record: dict[str, Any]) -> list[str]:
+    """Thresholds, and how the scores were calibrated."""
+    lines = ["thresholds " + ", ".join(f"{name} {x:.4g}" for name, x in record["thresholds"].items())]
+    if calibration := record.get("score_calibration"):
+        lines.append(f"calibrated {score_calibration_text(calibration)}")
     return lines
 
 

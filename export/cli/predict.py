@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import html
 import itertools
 import json
 import os
@@ -16,24 +15,21 @@ from typing import Any, Protocol, cast
 
 from engine import Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
+from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
 from export.cli.answers import Answers, Maker
-from export.cli.arguments import Verbs, add_backend
+from export.cli.arguments import Verbs, add_backend, add_thresholds
 from export.cli.pairs import STDIN, Entry, PairList
 from export.cli.plot import save_plot
 from export.cli.summary import printable, rounded, summary
 from export.flags import POSITIVE
-from export.output import check_output, open_output
+from export.output import check_output, full_disk_as_input_error, open_output
 
 Record = dict[str, Any]
 
 _BAD_INPUT = 1
-_PAGE_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>dgm4 predict</title></head><body>
-"""
-_PAGE_TAIL = "</body></html>\n"
 _EPILOG = """
 A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
 as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
@@ -79,7 +75,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch", type=POSITIVE, default=8, metavar="N", help="pairs a run (%(default)s)")
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
-    add("--threshold", type=float, metavar="P", help="score from which a pair is manipulated")
+    add_thresholds(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -129,7 +125,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         threads=options.threads,
         rebuild=options.rebuild,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
-        thresholds=None if options.threshold is None else {"manipulated": options.threshold},
+        thresholds=dict(options.thresholds),
     )
 
 
@@ -163,6 +159,7 @@ def _predict_list(options: argparse.Namespace) -> int:
         if options.out is None or options.html:
             out = stack.enter_context(open_output(options.out, inputs))
         else:
+            stack.enter_context(full_disk_as_input_error(options.out, "--out"))
             out = answers = stack.enter_context(Answers(options.out))
             if options.resume:
                 done = answers.keep(pairs, _maker(predictor))
@@ -198,17 +195,16 @@ def _write(
 ) -> None:
     """Write each prediction as it comes."""
     if options.html:
-        out.write(_PAGE_HEAD)
+        named = ((head["image"] or f"line {head['line']}", result) for head, result in results)
+        for part in write_page(named):
+            out.write(part)
+        return
     for head, result in results:
         out.write(_text(head, result, options))
-    if options.html:
-        out.write(_PAGE_TAIL)
 
 
 def _text(head: Record, result: Prediction | Dgm4Error, options: argparse.Namespace) -> str:
-    """A prediction or an error as a page's part, for reading on a terminal, or as a line of JSON."""
-    if options.html:
-        return _fragment(head, result)
+    """A prediction or an error for reading on a terminal, or as a line of JSON."""
     if isinstance(result, Prediction):
         record = result.to_dict(options.heatmap)
         if not options.json and options.out is None and sys.stdout.isatty():
@@ -221,11 +217,3 @@ def _text(head: Record, result: Prediction | Dgm4Error, options: argparse.Namesp
 
 def _json_line(record: Record) -> str:
     return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _fragment(head: Record, result: Prediction | Dgm4Error) -> str:
-    name = head["image"] or f"line {head['line']}"
-    heading = f"<h2>{html.escape(name)}</h2>\n"
-    if isinstance(result, Prediction):
-        return heading + result.to_html()
-    return f"{heading}<p>{html.escape(str(result))}</p>\n"

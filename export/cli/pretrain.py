@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     tokenizer, _ = tokenizer_of(find_vocabulary(model_config(recipe.model, recipe.size).vocabulary))
     start = time.perf_counter()
-    loss = pretrain(recipe, options.data, options.out, tokenizer, options.device, options.cache)
+    place = (options.data, options.out)
+    loss = pretrain(recipe, *place, tokenizer, options.device, options.cache, progress=not options.quiet)
     seconds = round(time.perf_counter() - start, 1)
     sys.stdout.write(json.dumps({"out": str(options.out), "loss": loss, "seconds": seconds}) + "\n")
     return 0

@@ -45,7 +45,8 @@ def row(name: str, text: str) -> list[str]:
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     indent = " " * (_INDENT + 4)
     head = f"  {name:<{_INDENT}}  "
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
+    wrapper = textwrap.TextWrapper(width, head, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [head.rstrip()]
 
 
 def percent(share: float) -> str:
@@ -63,8 +64,8 @@ def printable(text: str) -> str:
 def rounded(record: Record) -> Record:
     """A prediction's record without digits that mean nothing: probabilities to 1e-6, pixels to 0.1."""
     short = dict(record)
-    short["score"] = round(record["score"], _SCORE_DIGITS)
-    short["types"] = {kind: round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
+    short["score"] = record["score"] and round(record["score"], _SCORE_DIGITS)
+    short["types"] = {kind: x and round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
     short["words"] = [{**word, "score": round(word["score"], _SCORE_DIGITS)} for word in record["words"]]
     short["box"] = record["box"] and [round(x, _PIXEL_DIGITS) for x in record["box"]]
     short["timing"] = {stage: round(ms, _MS_DIGITS) for stage, ms in record["timing"].items()}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
 from export.cli.arguments import Verbs, add_device
+from export.cli.stopping import stop_first
 from export.flags import WHOLE, read_options
+from export.output import write_whole
 
 if TYPE_CHECKING:
     from dgm4.training.trainer import Place, Progress
@@ -56,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from dgm4.tokenizer import VOCABULARY, find_vocabulary
     from dgm4.training.initialise import Initialisation
     from dgm4.training.processes import leave
-    from dgm4.training.trainer import Place, Trainer
+    from dgm4.training.trainer import LAST, Place, Trainer
     from export.cli.recipe import recipe_of, tokenizer_of
 
     recipe = recipe_of(options, options.model)
@@ -68,22 +71,34 @@ def run(options: argparse.Namespace) -> int:
     initialisation = None
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)
-    place = read_options(Place, options)
+    place = read_options(Place, options, progress=not options.quiet)
     trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
     if trainer.rank == 0:
-        copy.write_bytes(vocabulary.read_bytes())
-    progress = trainer.run()
+        write_whole(copy, vocabulary.read_bytes(), "--out")
+    with stop_first(trainer.stop) as signals:
+        progress = trainer.run()
+    finished = progress.epoch >= recipe.epochs
     if trainer.rank == 0:
-        sys.stdout.write(_summary(place, progress, recipe.epochs) + "\n")
+        sys.stdout.write(_summary(place, progress, finished) + "\n")
+        if signals and not finished:
+            sys.stderr.write(
+                f"dgm4: stopped after update {progress.update}, which {place.out / LAST} holds; go on with: "
+                f"{_resuming(options.arguments)}\n"
+            )
     leave()
-    return 0
+    return 128 + signals[0] if signals and not finished else 0
 
 
-def _summary(place: Place, progress: Progress, epochs: int) -> str:
+def _resuming(arguments: list[str]) -> str:
+    """The command that goes on with the run of these arguments."""
+    given = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return shlex.join(["dgm4", *given])
+
+
+def _summary(place: Place, progress: Progress, finished: bool) -> str:
     from dgm4.training.trainer import BEST, LAST
 
     record = {name: getattr(progress, name) for name in ("epoch", "update", "seconds")}
     best = progress.best if progress.epoch else None
     written = [str(place.out / name) for name in (BEST, LAST) if (place.out / name).is_file()]
-    finished = progress.epoch >= epochs
     return json.dumps({"finished": finished, **record, "best": best, "checkpoints": written})

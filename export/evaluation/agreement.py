@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from dgm4.data.annotations import Sample
-from dgm4.metrics import TOKEN_PADDING, TYPE_LOGIT, LabelledOutputs, box_iou, says_no_box
+from dgm4.metrics import TOKEN_PADDING, LabelledOutputs, box_iou, says_no_box
+from engine.card import FACE_TYPES
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
 from engine.postprocess import read_result, sigmoid, softmax
 from engine.result import Result
 
-# Below this mean distance two outputs count as the same, and there is nothing to show.
-_SAME = 1e-3
+# Two boxes with at least this IoU look the same.
+_SAME_BOX = 0.9
 PARTS = ("score", "types", "words", "box")
 
 
@@ -25,10 +26,10 @@ PARTS = ("score", "types", "words", "box")
 class Agreement:
     """Shares in [0, 1] of equal decisions of two models, and how far their boxes and scores lie apart.
 
-    `verdict` counts pairs (real or manipulated), `types` every type of every pair, `all_types` pairs with
-    four equal types, `tokens` tokens (NaN without any), `no_box` pairs. `box_iou` is the mean IoU of the two
-    predicted boxes, 1 where both say that there is none, and `box_iou_min` the smallest. `score_change` is
-    the largest change of a pair's probability of being manipulated.
+    Both decide by the bundle's temperatures and thresholds. `verdict` counts pairs, `types` every type of
+    every pair, `all_types` pairs with four equal types, `tokens` tokens (NaN without any), `no_box` pairs.
+    `box_iou` is the mean IoU of the two predicted boxes, 1 where both say that there is none, and
+    `box_iou_min` the smallest. `score_change` is the largest change of a pair's score.
     """
 
     verdict: float
@@ -49,11 +50,13 @@ class Agreement:
 class Case:
     """A pair on which bundle and reference disagree.
 
-    `parts` are the distances of `disagreement`, `total` their mean. Boxes are in pixels of the stored image
-    of `size`. `fake_words` says of each word whether it is labelled fake.
+    `changes` names what a reader sees differ, as `visible_changes` does. `parts` are the distances of
+    `disagreement`, `total` their mean. Boxes are in pixels of the stored image of `size`. `fake_words` says
+    of each word whether it is labelled manipulated.
     """
 
     sample: Sample
+    changes: tuple[str, ...]
     total: float
     parts: dict[str, float]
     size: tuple[int, int]
@@ -67,6 +70,7 @@ class Case:
         return {
             "id": self.sample.id,
             "image": self.sample.image,
+            "changes": list(self.changes),
             "disagreement": self.total,
             **{f"{name}_change": value for name, value in self.parts.items()},
             "true": {"types": list(self.sample.types), "box": self.sample.box},
@@ -75,38 +79,35 @@ class Case:
         }
 
 
-def measure_agreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> Agreement:
+def measure_agreement(ours: LabelledOutputs, theirs: LabelledOutputs, manifest: Manifest) -> Agreement:
     """Compare two models' outputs for the same pairs."""
-    types = _same(ours.logits_multicls >= TYPE_LOGIT, theirs.logits_multicls >= TYPE_LOGIT)
-    valid = ours.token_labels != TOKEN_PADDING
-    tokens = _same(_second_wins(ours.logits_tok), _second_wins(theirs.logits_tok))[valid]
+    verdict, types, tokens = _same_decisions(ours, theirs, manifest)
+    valid = tokens[ours.token_labels != TOKEN_PADDING]
     iou = predicted_iou(ours, theirs)
     return Agreement(
-        verdict=float(
-            _same(_second_wins(ours.logits_real_fake), _second_wins(theirs.logits_real_fake)).mean()
-        ),
+        verdict=float(verdict.mean()),
         types=float(types.mean()),
         all_types=float(types.all(axis=1).mean()),
-        tokens=float(tokens.mean()) if tokens.size else float("nan"),
-        no_box=float(_same(says_no_box(ours.pred_box), says_no_box(theirs.pred_box)).mean()),
+        tokens=float(valid.mean()) if valid.size else float("nan"),
+        no_box=float(np.equal(says_no_box(ours.pred_box), says_no_box(theirs.pred_box)).mean()),
         box_iou=float(iou.mean()),
         box_iou_min=float(iou.min()),
-        score_change=float(disagreement(ours, theirs)[:, 0].max()),
+        score_change=float(disagreement(ours, theirs, manifest)[:, 0].max()),
     )
 
 
-def disagreement(ours: LabelledOutputs, theirs: LabelledOutputs) -> np.ndarray:
+def disagreement(ours: LabelledOutputs, theirs: LabelledOutputs, manifest: Manifest) -> np.ndarray:
     """Return how far two models' outputs are apart, [B, 4] in the order of PARTS, each in [0, 1].
 
     The change of the probability of being manipulated, the largest change over the types and over the
     tokens, and 1 - IoU of the two predicted boxes.
     """
-    score = np.abs(_probability(ours.logits_real_fake) - _probability(theirs.logits_real_fake))
-    types = np.abs(sigmoid(_wide(ours.logits_multicls)) - sigmoid(_wide(theirs.logits_multicls)))
-    valid = ours.token_labels != TOKEN_PADDING
-    tokens = np.abs(_probability(ours.logits_tok) - _probability(theirs.logits_tok)) * valid
-    words = tokens.max(axis=1, initial=0.0)
-    return np.column_stack([score, types.max(axis=1), words, 1 - predicted_iou(ours, theirs)])
+    verdict, types, tokens = (
+        np.abs(first - second)
+        for first, second in zip(_scores(ours, manifest), _scores(theirs, manifest), strict=True)
+    )
+    words = (tokens * (ours.token_labels != TOKEN_PADDING)).max(axis=1, initial=0.0)
+    return np.column_stack([verdict, types.max(axis=1), words, 1 - predicted_iou(ours, theirs)])
 
 
 def predicted_iou(ours: LabelledOutputs, theirs: LabelledOutputs) -> np.ndarray:
@@ -123,16 +124,57 @@ def worst_cases(
     manifest: Manifest,
     tokenizer: CaptionTokenizer,
 ) -> tuple[Case, ...]:
-    """Return the pairs, `count` at most, whose outputs are furthest apart, the worst first.
+    """Return the pairs, `count` at most, that a reader sees differ, the worst first.
 
-    Raises InputError where an image has gone since it was read.
+    Another verdict weighs most, then other types, other words, a box that moved. Raises InputError where an
+    image has gone since it was read.
     """
-    parts = disagreement(ours, theirs)
-    total = parts.mean(axis=1)
-    rows = [int(i) for i in np.argsort(-total, kind="stable")[:count] if total[i] > _SAME]
-    return tuple(
+    if not count:
+        return ()
+    parts = disagreement(ours, theirs, manifest)
+    verdict, types, tokens = _same_decisions(ours, theirs, manifest)
+    padding = ours.token_labels == TOKEN_PADDING
+    same = verdict & types.all(axis=1) & (tokens | padding).all(axis=1) & (parts[:, 3] <= 1 - _SAME_BOX)
+    cases = [
         _read_case(samples[row], _row_of(ours, row), _row_of(theirs, row), parts[row], manifest, tokenizer)
-        for row in rows
+        for row in np.flatnonzero(~same).tolist()
+    ]
+    return tuple(sorted((case for case in cases if case.changes), key=_gravity, reverse=True)[:count])
+
+
+def visible_changes(ours: Result, theirs: Result, iou: float) -> tuple[str, ...]:
+    """Name what a reader of two predictions sees differ: "verdict", types, "2 words", "box".
+
+    `iou` is that of the two predicted boxes. Types and boxes are shown of a pair that is manipulated, a box
+    only where a face type is detected.
+    """
+    words = sum(a.manipulated != b.manipulated for a, b in zip(ours.words, theirs.words, strict=True))
+    types = set(_shown_types(ours)) ^ set(_shown_types(theirs))
+    boxes = shown_box(ours), shown_box(theirs)
+    return (
+        *(["verdict"] if ours.manipulated != theirs.manipulated else []),
+        *(name.replace("_", " ") for name in ours.types if name in types),
+        *([f"{words} word{'s' * (words > 1)}"] if words else []),
+        *(["box"] if (boxes[0] is None) != (boxes[1] is None) or (all(boxes) and iou < _SAME_BOX) else []),
+    )
+
+
+def shown_box(result: Result) -> tuple[float, float, float, float] | None:
+    """Return the box that a reader is shown."""
+    return result.box if FACE_TYPES & set(_shown_types(result)) else None
+
+
+def _shown_types(result: Result) -> tuple[str, ...]:
+    return result.detected if result.manipulated else ()
+
+
+def _gravity(case: Case) -> tuple[bool, int, int, float]:
+    words = zip(case.ours.words, case.theirs.words, strict=True)
+    return (
+        case.ours.manipulated != case.theirs.manipulated,
+        len(set(_shown_types(case.ours)) ^ set(_shown_types(case.theirs))),
+        sum(ours.manipulated != theirs.manipulated for ours, theirs in words),
+        case.total,
     )
 
 
@@ -155,15 +197,19 @@ def _read_case(
     labels = ours.token_labels[0, : len(tokens.ids) - 1]
     fake = np.zeros(len(tokens.words), dtype=bool)
     np.logical_or.at(fake, tokens.word_of[1:], labels == 1)
+    first, second = (
+        read_result(_by_name(outputs), 0, tokens, size, manifest, sample.id) for outputs in (ours, theirs)
+    )
     return Case(
         sample=sample,
+        changes=visible_changes(first, second, 1 - float(parts[3])),
         total=float(parts.mean()),
         parts=dict(zip(PARTS, parts.tolist(), strict=True)),
         size=size,
         caption=caption,
         fake_words=tuple(fake.tolist()),
-        ours=read_result(_by_name(ours), 0, tokens, size, manifest, sample.id),
-        theirs=read_result(_by_name(theirs), 0, tokens, size, manifest, sample.id),
+        ours=first,
+        theirs=second,
     )
 
 
@@ -182,18 +228,27 @@ def _answer_dict(answer: Result) -> dict[str, Any]:
     }
 
 
-def _same(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.equal(first, second)
+def _scores(outputs: LabelledOutputs, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the pairs [B], the types [B, 4] and the tokens [B, T], in float64."""
+    temperatures = vars(manifest.temperatures)
+    by_type = [temperatures[name] for name in manifest.types]
+    return (
+        softmax(outputs.logits_real_fake.astype(np.float64) / temperatures["manipulated"])[..., 1],
+        sigmoid(outputs.logits_multicls.astype(np.float64) / by_type),
+        softmax(outputs.logits_tok.astype(np.float64) / temperatures["words"])[..., 1],
+    )
 
 
-def _second_wins(logits: np.ndarray) -> np.ndarray:
-    return np.greater(logits[..., 1], logits[..., 0])
-
-
-def _wide(logits: np.ndarray) -> np.ndarray:
-    return logits.astype(np.float64)
-
-
-def _probability(logits: np.ndarray) -> np.ndarray:
-    """Softmax of the second of two logits, in float64."""
-    return softmax(_wide(logits))[..., 1]
+def _same_decisions(
+    ours: LabelledOutputs, theirs: LabelledOutputs, manifest: Manifest
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whether two models decide alike on the pairs [B], the types [B, 4] and the tokens [B, T]."""
+    thresholds = vars(manifest.thresholds)
+    limits = thresholds["manipulated"], [thresholds[name] for name in manifest.types], thresholds["words"]
+    verdict, types, tokens = (
+        np.equal(first >= limit, second >= limit)
+        for first, second, limit in zip(
+            _scores(ours, manifest), _scores(theirs, manifest), limits, strict=True
+        )
+    )
+    return verdict, types, tokens

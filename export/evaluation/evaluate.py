@@ -1,63 +1,44 @@
 """The task's metrics of a bundle on annotated pairs, beside the float32 network on the same pairs.
 
 Bundle and reference run on the same batches; differences of metrics come with paired bootstrap intervals.
+torch is needed only for the reference.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-import dgm4
-from dgm4.data.annotations import Sample, read_split
-from dgm4.data.dataset import PairDataset
+from dgm4.data.annotations import split_file
 from dgm4.metrics import Interval, LabelledOutputs, bootstrap, bootstrap_difference, per_type, summarise
-from dgm4.model import Detector
-from engine.backends import Backend, create, ort
 from engine.bundle import Bundle
 from engine.errors import InputError, NumericalError
 from engine.files import sha256_of, without_nan
-from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
-from engine.inputs.text import CaptionTokenizer
-from engine.layout import DATA_SUFFIX, TOKENIZER, WEIGHTS
+from engine.layout import WEIGHTS
 from engine.manifest import Manifest
-from engine.network.config import NetworkConfig
+from engine.scores import ScoreCalibration
 from export.evaluation.agreement import Agreement, Case, measure_agreement, worst_cases
-from export.evaluation.scoring import Network, Scored, TorchNetwork, score, torch_threads
-
-_OURS, _REFERENCE = "bundle", "reference"
+from export.evaluation.curves import Judgement, judge
+from export.evaluation.decisions import read_decisions
+from export.evaluation.running import BUNDLE, REFERENCE, Run, RunOptions, open_tokenizer, run_bundle
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(RunOptions):
     """What to evaluate and how.
 
-    `graph` names an ONNX file of the bundle to run in ONNX Runtime, in place of a backend's choice.
-    `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
-    largest, 32 at most. `reference` "auto" compares with the float32 network of `checkpoint`, or of the
-    bundle's own weights, "required" raises InputError where there is neither, "none" does not compare.
-    `on_bad` "skip" leaves unusable records out, "raise" stops there. `repeats`, `level` and `seed` are the
-    bootstrap's; `worst` is the number of disagreements to keep.
+    `reference` "auto" compares with the float32 network of `checkpoint`, or of the bundle's own weights,
+    "required" raises InputError where there is neither, "none" does not compare. `thresholds` replace the
+    bundle's, as those of a Predictor do. `repeats`, `level` and `seed` are the bootstrap's; `worst` is the
+    number of disagreements to keep.
     """
 
-    split: str = "test"
-    graph: str | None = None
-    limit: int | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    batch: int | None = None
     reference: Literal["auto", "required", "none"] = "auto"
     checkpoint: Path | None = None
-    on_bad: Literal["skip", "raise"] = "skip"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
     repeats: int = 1000
-    level: float = 0.95
-    seed: int = 0
     worst: int = 8
 
 
@@ -94,8 +75,10 @@ class Comparison:
 class Evaluation:
     """The result of `evaluate`.
 
-    `model` is name, size, precision, backend and device; `pairs` how many were evaluated; `problems` counts
-    what was left out, by kind; `seconds` by network and of waiting for images; `note` says why there is no
+    `model` is name, size, precision, backend and device; `pairs` how many were evaluated; `decisions` judges
+    the scores of the verdict, of each type and of the words at the thresholds in use, where there are any;
+    `calibration` is the bundle's, None where it has none or other thresholds were given; `problems` counts
+    what was left out, by kind; `seconds` by network and of waiting for images; `notes` say why there is no
     comparison, or what to know about it.
     """
 
@@ -107,8 +90,10 @@ class Evaluation:
     pairs: int
     level: float
     scores: Scores
+    decisions: dict[str, Judgement]
+    calibration: ScoreCalibration | None
     comparison: Comparison | None
-    note: str
+    notes: tuple[str, ...]
     problems: dict[str, int]
     seconds: dict[str, float]
 
@@ -116,15 +101,18 @@ class Evaluation:
         """Return JSON-safe data; NaN becomes None."""
         head = {
             name: getattr(self, name)
-            for name in ("bundle", "model", "trained", "data", "split", "pairs", "level", "note")
+            for name in ("bundle", "model", "trained", "data", "split", "pairs", "level", "notes")
         }
-        tail = {"problems": self.problems, "seconds": self.seconds}
+        tail = {
+            "decisions": {name: asdict(judgement) for name, judgement in self.decisions.items()},
+            "problems": self.problems,
+            "seconds": self.seconds,
+        }
         compared = None if self.comparison is None else _comparison_dict(self.comparison)
         plain: dict[str, Any] = without_nan({**head, **asdict(self.scores), "reference": compared, **tail})
         return plain
 
 
-# Long by its signature, docstring and the fields of its result; the steps are functions already.
 def evaluate(
     bundle: str | Path | Bundle,
     data: str | Path,
@@ -134,137 +122,78 @@ def evaluate(
     """Evaluate a bundle on a split of the data folder `data`, in the published layout.
 
     Raises BundleError, BackendError and CheckpointError for what does not load, InputError for data that
-    cannot be used, NumericalError where a network outputs NaN or infinity. `progress` shows a bar on stderr.
+    cannot be used and for a threshold that cannot be, NumericalError where a network outputs NaN or infinity.
+    `progress` shows a bar on stderr.
     """
     options = options or EvaluateOptions()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
-    tokenizer = CaptionTokenizer(
-        opened.verified(TOKENIZER), manifest.preprocess.max_words, manifest.preprocess.max_tokens
-    )
-    annotations = read_split(data, options.split, options.on_bad)
-    dataset = PairDataset(_draw(annotations.samples, options), tokenizer, _image_size(manifest))
-    reference = _load_reference(opened, options)
-    network = _load_network(opened, options)
-    try:
-        scored = _run_both(
-            network, reference.model, dataset, _batch_size(manifest, options), options, progress
-        )
-    finally:
-        network.close()
-    scores = _scores(_OURS, scored.outputs[_OURS], options)
+    manifest = replace(manifest, thresholds=manifest.thresholds.replaced(options.thresholds))
+    run, source, notes = _run(opened, data, options, progress)
+    scores = _scores(BUNDLE, run.scored.outputs[BUNDLE], options)
     comparison = None
-    if reference.model is not None:
-        comparison = _compare(scored, scores, reference.source, (manifest, tokenizer), options)
-    info = manifest.model
+    if REFERENCE in run.scored.outputs:
+        comparison = _compare(run, scores, source, opened, manifest, options)
     return Evaluation(
         bundle=str(opened.path),
-        model={
-            **{"name": info.name, "size": info.size, "precision": manifest.precision},
-            **{"backend": network.name, "device": network.device},
-        },
+        model=run.model,
         trained=manifest.weights.trained,
         data=str(data),
         split=options.split,
-        pairs=len(scored.samples),
+        pairs=len(run.scored.samples),
         level=options.level,
         scores=scores,
+        decisions=_judge(run, manifest, options.level),
+        calibration=None if options.thresholds else manifest.score_calibration,
         comparison=comparison,
-        note=reference.note,
-        problems=dict(Counter(p.kind for p in (*annotations.problems, *scored.problems)).most_common()),
-        seconds=scored.seconds,
+        notes=(*notes, *_calibration_notes(manifest, Path(data), options.split)),
+        problems=run.problems,
+        seconds=run.scored.seconds,
     )
 
 
-def _run_both(
-    network: Backend[Any],
-    reference: Detector | None,
-    dataset: PairDataset,
-    batch: int,
-    options: EvaluateOptions,
-    progress: bool,
-) -> Scored:
-    networks: dict[str, Network] = {_OURS: network}
-    if reference is not None:
-        networks[_REFERENCE] = TorchNetwork(reference)
+def _run(
+    bundle: Bundle, data: str | Path, options: EvaluateOptions, progress: bool
+) -> tuple[Run, str, tuple[str, ...]]:
+    """Run the bundle and, where one is wanted and there, the reference: its source, and notes on it."""
+    why = _why_no_reference(bundle, options)
+    if why:
+        return run_bundle(bundle, data, options, None, progress), "", (why,)
+    from export.evaluation.reference import load_reference, torch_threads
+
+    reference, source, note = load_reference(bundle, options.checkpoint)
     with torch_threads(options.threads):
-        return score(networks, dataset, batch, options.on_bad, progress)
+        run = run_bundle(bundle, data, options, reference, progress)
+    return run, source, (note,) if note else ()
 
 
-def _load_network(bundle: Bundle, options: EvaluateOptions) -> Backend[Any]:
-    if options.graph is None:
-        return create(options.backend, bundle, options.device, options.threads)
-    return ort.load(bundle, options.graph, options.graph + DATA_SUFFIX, options.threads)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The float32 network, or None, where it came from and what to know about it."""
-
-    model: Detector | None
-    source: str
-    note: str
-
-
-def _load_reference(bundle: Bundle, options: EvaluateOptions) -> _Reference:
-    """Load the network of the checkpoint if one is given, else of the bundle's own weights."""
-    manifest = bundle.manifest
+def _why_no_reference(bundle: Bundle, options: EvaluateOptions) -> str:
     if options.reference == "none":
-        return _Reference(None, "", "no reference was asked for")
-    if options.checkpoint is not None:
-        model = _load_checkpoint(options.checkpoint, NetworkConfig.from_fields(manifest.model.config))
-        return _Reference(model, options.checkpoint.name, _origin_note(options.checkpoint, manifest))
-    if WEIGHTS not in manifest.files:
-        if options.reference == "required":
-            raise InputError(f"the bundle does not contain {WEIGHTS} to compare with: give --checkpoint")
-        return _Reference(None, "", f"no reference: the bundle does not contain {WEIGHTS}; give --checkpoint")
-    config = NetworkConfig.from_fields(manifest.model.config)
-    model = dgm4.load_checkpoint(bundle.verified(WEIGHTS), config.name, config)
-    note = ""
-    if manifest.precision != "fp32":
-        note = "the reference's weights are the bundle's, rounded to float16; --checkpoint for the exact ones"
-    return _Reference(model, f"{WEIGHTS} of the bundle", note)
-
-
-def _load_checkpoint(path: Path, config: NetworkConfig) -> Detector:
-    checkpoint = dgm4.read_checkpoint(path)
-    if checkpoint.layout == "albef":
-        raise InputError(
-            f"{path}: is an ALBEF initialisation, whose heads are drawn at each load; leave --checkpoint out "
-            "to compare with the bundle's own weights"
-        )
-    return dgm4.load_state(checkpoint, config.name, config)
-
-
-def _origin_note(checkpoint: Path, manifest: Manifest) -> str:
-    """What to know about a reference whose file is not the one that the bundle was made of."""
-    if sha256_of(checkpoint) == manifest.weights.sha256:
+        return "no reference was asked for"
+    if options.checkpoint is not None or WEIGHTS in bundle.manifest.files:
         return ""
-    return f"{checkpoint.name} is not the file that the bundle was made of ({manifest.weights.source})"
+    if options.reference == "required":
+        raise InputError(f"the bundle does not contain {WEIGHTS} to compare with: give --checkpoint")
+    return f"no reference: the bundle does not contain {WEIGHTS}; give --checkpoint"
 
 
-def _draw(samples: Sequence[Sample], options: EvaluateOptions) -> Sequence[Sample]:
-    """Return all samples, or `limit` of them drawn with the seed, in their order."""
-    if options.limit is None or options.limit >= len(samples):
-        return samples
-    if options.limit < 1:
-        raise InputError(f"limit: expected at least 1, got {options.limit}")
-    chosen = np.random.default_rng(options.seed).choice(len(samples), options.limit, replace=False)
-    return [samples[i] for i in np.sort(chosen)]
+def _judge(run: Run, manifest: Manifest, level: float) -> dict[str, Judgement]:
+    scored = run.scored
+    decisions = read_decisions(scored.samples, scored.tokens, scored.outputs[BUNDLE])
+    temperatures, thresholds = vars(manifest.temperatures), vars(manifest.thresholds)
+    judged = {name: judge(x, temperatures[name], thresholds[name], level) for name, x in decisions.items()}
+    return {name: judgement for name, judgement in judged.items() if judgement is not None}
 
 
-def _image_size(manifest: Manifest) -> int:
-    """The image's side in pixels; raises InputError for a normalisation that the data set does not do."""
-    spec = manifest.preprocess
-    if (spec.mean, spec.std) != (CLIP_MEAN, CLIP_STD):
-        raise InputError(f"expected a bundle with mean {CLIP_MEAN} and std {CLIP_STD}, got {spec}")
-    return spec.image_size
-
-
-def _batch_size(manifest: Manifest, options: EvaluateOptions) -> int:
-    if options.batch is not None and options.batch < 1:
-        raise InputError(f"batch: expected at least 1, got {options.batch}")
-    return min(options.batch or 32, manifest.limits.max_batch)
+def _calibration_notes(manifest: Manifest, data: Path, split: str) -> tuple[str, ...]:
+    """Tell where the scores were calibrated on the very pairs that are evaluated."""
+    calibration = manifest.score_calibration
+    if calibration is None or sha256_of(split_file(data, split)) != calibration.annotations:
+        return ()
+    return (
+        f"the scores were calibrated on half of these pairs ({calibration.source}, split {split}), so the "
+        "rates and calibration errors here are too good; evaluate on another split",
+    )
 
 
 def _scores(name: str, outputs: LabelledOutputs, options: EvaluateOptions) -> Scores:
@@ -277,23 +206,24 @@ def _scores(name: str, outputs: LabelledOutputs, options: EvaluateOptions) -> Sc
 
 
 def _compare(
-    scored: Scored,
+    run: Run,
     bundle_scores: Scores,
     source: str,
-    context: tuple[Manifest, CaptionTokenizer],
+    bundle: Bundle,
+    manifest: Manifest,
     options: EvaluateOptions,
 ) -> Comparison:
     """Compare the bundle's outputs, whose scores are `bundle_scores`, with the reference's."""
-    ours, theirs = scored.outputs[_OURS], scored.outputs[_REFERENCE]
-    scores = _scores(_REFERENCE, theirs, options)
+    ours, theirs = run.scored.outputs[BUNDLE], run.scored.outputs[REFERENCE]
+    scores = _scores(REFERENCE, theirs, options)
     draws: Any = {"repeats": options.repeats, "level": options.level, "seed": options.seed}
     intervals = bootstrap_difference(ours, theirs, **draws)
     changes = {
         name: Change(value - scores.metrics[name], *intervals[name])
         for name, value in bundle_scores.metrics.items()
     }
-    worst = worst_cases(scored.samples, ours, theirs, options.worst, *context)
-    return Comparison(source, scores, changes, measure_agreement(ours, theirs), worst)
+    worst = worst_cases(run.scored.samples, ours, theirs, options.worst, manifest, open_tokenizer(bundle))
+    return Comparison(source, scores, changes, measure_agreement(ours, theirs, manifest), worst)
 
 
 def _comparison_dict(comparison: Comparison) -> dict[str, Any]:

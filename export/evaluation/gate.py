@@ -1,12 +1,18 @@
-"""The accuracy gate: how far a precision's metrics may lie from those of the float32 network."""
+"""The accuracy gate: how far a precision's metrics may lie from float32's, and calibrated false alarms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from engine.errors import InputError
+from engine.scores import Rate, ScoreCalibration
+
+if TYPE_CHECKING:
+    from export.evaluation.curves import Judgement
+    from export.evaluation.evaluate import Evaluation
 
 GATED = ("AUC", "mAP", "IoUmean", "text_F1")
 # Largest distance of each gated metric, as a fraction: 0.01 is one percent point.
@@ -49,3 +55,52 @@ def check_gate(
         # Written so that a NaN does not pass.
         if not abs(metrics[name] - reference[name]) <= allowed + _ROUNDING
     ]
+
+
+@dataclass(frozen=True)
+class FalseAlarmFailure:
+    """A decision with more false alarms than its bundle was calibrated for, beyond chance."""
+
+    decision: str
+    rate: Rate
+    allowed: float
+
+    def __str__(self) -> str:
+        rate = self.rate
+        return (
+            f"false alarms of {self.decision}: expected at most {100 * self.allowed:.2f} %, got "
+            f"{100 * rate.value:.2f} % ({100 * rate.low:.2f} to {100 * rate.high:.2f})"
+        )
+
+
+Failures: TypeAlias = "Sequence[GateFailure | FalseAlarmFailure] | None"
+
+
+def check_false_alarms(
+    calibration: ScoreCalibration, decisions: Mapping[str, Judgement]
+) -> list[FalseAlarmFailure]:
+    """Return the decisions whose rate of false alarms lies above both the wanted and the reached one.
+
+    That is so where its whole interval lies above the wanted rate and above the interval that the
+    calibration reached on the pairs it held out.
+    """
+    failures = []
+    for name, reached in calibration.reached.items():
+        allowed = max(calibration.false_alarms, reached.high)
+        rate = decisions[name].in_use.false_alarm_rate if name in decisions else None
+        if rate is not None and rate.low > allowed:
+            failures.append(FalseAlarmFailure(name, rate, allowed))
+    return failures
+
+
+def find_failures(evaluation: Evaluation) -> Failures:
+    """Return what the gate refuses; None without a reference and a calibration to hold the bundle to."""
+    failures: list[GateFailure | FalseAlarmFailure] = []
+    if evaluation.comparison is None and evaluation.calibration is None:
+        return None
+    if (compared := evaluation.comparison) is not None:
+        metrics = evaluation.scores.metrics
+        failures += check_gate(evaluation.model["precision"], metrics, compared.scores.metrics)
+    if evaluation.calibration is not None:
+        failures += check_false_alarms(evaluation.calibration, evaluation.decisions)
+    return failures

@@ -1,27 +1,48 @@
-"""An evaluation as text and as one self-contained HTML page: no script, no outside address, all escaped."""
+"""An evaluation and a calibration as text, and the tables that the page shows too."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-
-from PIL import Image
+from collections.abc import Iterator, Sequence
 
 from dgm4.metrics import Interval
-from engine.errors import InputError
-from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
-from engine.markup import css, embed, escape
-from engine.render import BOX, EMPTY, INK, MANIPULATED, PRISTINE, TRACK, WHITE, Color, draw_box, mix
-from export.evaluation.agreement import Case
+from engine.scores import Rate
+from export.evaluation.calibrate import Calibrated, Outcome
+from export.evaluation.curves import AtThreshold
 from export.evaluation.evaluate import Comparison, Evaluation
-from export.evaluation.gate import GATED, GATES, GateFailure
+from export.evaluation.gate import GATED, GATES, Failures
 from export.output import Rows, align
 
-_REFERENCE_BOX: Color = (255, 160, 0)
-_TRUE_BOX: Color = (64, 200, 80)
-_PICTURE = 520  # longer side in pixels
+# The terms of the report, a line each. "At 0.5" is the benchmark's own threshold, whatever is in use.
+TERMS = {
+    "AUC": "chance that a manipulated pair scores above one that is not; 50 is guessing",
+    "EER": "error rate at the threshold that misses as many pairs as it flags falsely; lower is better",
+    "ACC": "pairs with the right verdict at 0.5",
+    "mAP": "mean over the types of AP, the area under the precision-recall curve",
+    "OP": "overall precision: of all types flagged at 0.5, those that are right",
+    "OR": "overall recall: of all types that are there, those flagged at 0.5",
+    "OF1": "harmonic mean of OP and OR",
+    "CP": "class precision: mean over the types of the precision at 0.5",
+    "CR": "class recall: mean over the types of the recall at 0.5",
+    "CF1": "harmonic mean of CP and CR",
+    "IoUmean": "mean overlap (intersection over union) of predicted and true box; 1 where both say no box",
+    "IoU50": "pairs with an overlap above 0.50",
+    "IoU75": "pairs with an overlap above 0.75",
+    "IoU95": "pairs with an overlap above 0.95",
+    "text_ACC": "tokens of the caption decided right at 0.5",
+    "text_P": "of the tokens flagged at 0.5, those that are manipulated",
+    "text_R": "of the manipulated tokens, those flagged at 0.5",
+    "text_F1": "harmonic mean of text_P and text_R",
+}
+MORE_TERMS = {
+    "false alarms": "what is flagged though it is not manipulated",
+    "found": "what is flagged and is manipulated (recall)",
+    "precision": "of what is flagged, the share that is manipulated",
+    "AP": "of one type, the area under its precision-recall curve; P, R, F1: precision, recall, F1",
+    "ECE": "expected calibration error: mean distance of a score from the share that is manipulated at it",
+    "Brier": "mean squared distance of score and truth; lower is better",
+}
 _TYPE_SCORES = ("AUC", "AP", "P", "R", "F1")
-_CELL = "padding:3px 14px 3px 0;text-align:right"
 _HEADS = ("metric", "bundle", "interval", "float32", "change", "interval")
 _AGREEMENT = {
     "verdict": "pairs with the same verdict",
@@ -35,45 +56,64 @@ _AGREEMENT = {
 }
 
 
-def write_table(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
-    """Return the evaluation as lines of text, metrics in percent; `failures` as of `check_gate`, or None."""
-    lines = [*_head(evaluation), "", *align(_metric_rows(evaluation)), "", *align(_type_rows(evaluation))]
+def write_table(evaluation: Evaluation, failures: Failures) -> str:
+    """Return the evaluation as lines of text, rates in percent; `failures` as of `find_failures`."""
+    lines = [*head(evaluation), "", *align(metric_rows(evaluation)), "", *align(type_rows(evaluation))]
+    lines += ["", "decisions at the thresholds in use", *align(decision_rows(evaluation))]
+    lines += ["", "scores as probabilities", *align(reliability_rows(evaluation))]
+    verdict = evaluation.decisions["manipulated"]
+    lines += ["", "the verdict at other thresholds", *align(sweep_rows(verdict.sweep, evaluation.level))]
     compared = evaluation.comparison
     if compared is not None:
-        lines += ["", *align([(text, value) for text, value in _agreement_rows(compared)], left=1)]
-        if compared.worst:
-            lines += ["", "largest disagreements, bundle / float32", *align(_worst_rows(compared), left=4)]
+        lines += ["", *align([(text, value) for text, value in agreement_rows(compared)], left=1)]
+        lines += ["", f"largest disagreements, bundle / float32{'' if compared.worst else ': none'}"]
+        lines += align(_worst_rows(compared), left=5) if compared.worst else []
     if failures is not None:
-        lines += ["", *_gate_lines(evaluation, failures)]
+        lines += ["", *gate_lines(evaluation, failures)]
+    lines += ["", "terms", *align(list({**TERMS, **MORE_TERMS}.items()), left=2)]
     return "\n".join(lines) + "\n"
 
 
-def write_page(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
-    """Return the evaluation as a whole HTML document, the worst disagreements drawn."""
-    compared = evaluation.comparison
-    parts = [
-        "<h1>Evaluation</h1>",
-        *(f"<p>{escape(line)}</p>" for line in _head(evaluation)),
-        _gate_part(evaluation, failures),
-        "<h2>Metrics</h2>",
-        _html_table(_metric_rows(evaluation)),
-        "<h2>Types</h2>",
-        _html_table(_type_rows(evaluation)),
+def write_calibration(result: Calibrated) -> str:
+    """Return a calibration as lines of text, rates in percent."""
+    model, record = result.model, result.calibration
+    lines = [
+        f"{model['name']} {model['size']} {model['precision']}, {model['backend']} on {model['device']}: "
+        f"fitted on {record.fitted} pairs of {record.split} in {record.source} for "
+        f"{100 * record.false_alarms:g} % false alarms, checked on {record.checked} others",
+        "",
+        *align(_outcome_rows(result)),
+        "",
+        *(f"note: {note}" for note in result.notes),
     ]
-    if compared is not None:
-        parts += ["<h2>Agreement with float32</h2>", _html_table([("", ""), *_agreement_rows(compared)])]
-        parts += ["<h2>Largest disagreements</h2>", _legend(), *map(_case_part, compared.worst)]
-    if compared is not None and not compared.worst:
-        parts.append("<p>None: all predictions are the same.</p>")
+    if result.problems:
+        lines.append(_left_out(result.problems))
+    return "\n".join([*lines, f"wrote {result.out}"]) + "\n"
+
+
+def _outcome_rows(result: Calibrated) -> Rows:
+    level = f"{100 * result.calibration.level:g} %"
+    rows: Rows = [
+        ("decision", "temperature", "threshold", "was", "false alarms", "rate", level, "found", "ECE", "was")
+    ]
+    return rows + [(name, *_outcome_cells(outcome)) for name, outcome in result.outcomes.items()]
+
+
+def _outcome_cells(outcome: Outcome) -> tuple[str, ...]:
+    reached = outcome.reached
+    errors = (outcome.calibrated, outcome.raw)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>dgm4 evaluate</title></head>\n'
-        f'<body style="font-family:system-ui,sans-serif;color:{css(INK)};max-width:1060px;margin:auto">\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
+        f"{outcome.temperature:.3f}",
+        f"{outcome.threshold:.4f}",
+        f"{outcome.before:.4f}",
+        f"{reached.false_alarms} of {reached.false_alarms + reached.passed}",
+        *_rate(reached.false_alarm_rate),
+        _rate(reached.found_rate)[0],
+        *("-" if error is None else percent(error.ece) for error in errors),
     )
 
 
-def _head(evaluation: Evaluation) -> Iterator[str]:
+def head(evaluation: Evaluation) -> Iterator[str]:
     """What was evaluated, on what, how fast, and what to know about it."""
     model = evaluation.model
     yield (
@@ -82,185 +122,131 @@ def _head(evaluation: Evaluation) -> Iterator[str]:
     )
     if evaluation.comparison is not None:
         yield f"reference: float32 torch, {evaluation.comparison.source}"
-    if evaluation.note:
-        yield f"note: {evaluation.note}"
+    yield from (f"note: {note}" for note in evaluation.notes)
     if not evaluation.trained:
         yield "note: the weights are untrained; the metrics mean nothing"
     if evaluation.problems:
-        yield "left out: " + ", ".join(f"{kind} {count}" for kind, count in evaluation.problems.items())
+        yield _left_out(evaluation.problems)
     yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation.seconds.items())
 
 
-def _metric_rows(evaluation: Evaluation) -> Rows:
+def _left_out(problems: dict[str, int]) -> str:
+    return "left out: " + ", ".join(f"{kind} {count}" for kind, count in problems.items())
+
+
+def metric_rows(evaluation: Evaluation) -> Rows:
     """Metrics in percent with intervals, and where there is a reference its own and the change."""
     width = 3 if evaluation.comparison is None else 6
     name = f"{100 * evaluation.level:g} %"
     heads = [head if head != "interval" else name for head in _HEADS]
     rows = [tuple(heads[:width])]
     for key, value in evaluation.scores.metrics.items():
-        row = [key, _percent(value), _interval(evaluation.scores.intervals[key])]
+        row = [key, percent(value), _interval(evaluation.scores.intervals[key])]
         if evaluation.comparison is not None:
             change = evaluation.comparison.changes[key]
-            row += [_percent(evaluation.comparison.scores.metrics[key]), _percent(change.value, "+")]
+            row += [percent(evaluation.comparison.scores.metrics[key]), percent(change.value, "+")]
             row.append(_interval((change.low, change.high), "+"))
         rows.append(tuple(row))
     return rows
 
 
-def _type_rows(evaluation: Evaluation) -> Rows:
+def type_rows(evaluation: Evaluation) -> Rows:
     """Metrics of each type, beside float32's in brackets."""
     rows: Rows = [("type", "pairs", *_TYPE_SCORES)]
     theirs = None if evaluation.comparison is None else evaluation.comparison.scores.types
     for name, scores in evaluation.scores.types.items():
-        cells = [_percent(scores[key]) for key in _TYPE_SCORES]
+        cells = [percent(scores[key]) for key in _TYPE_SCORES]
         if theirs is not None:
             cells = [
-                f"{cell} ({_percent(theirs[name][key])})"
+                f"{cell} ({percent(theirs[name][key])})"
                 for cell, key in zip(cells, _TYPE_SCORES, strict=True)
             ]
         rows.append((name, f"{scores['positives']:g}", *cells))
     return rows
 
 
-def _agreement_rows(compared: Comparison) -> Rows:
+def decision_rows(evaluation: Evaluation) -> Rows:
+    """What the thresholds in use make of the pairs, the types and the words."""
+    rows: Rows = [
+        ("decision", "threshold", "found", "missed", "false alarms", "passed", *_rate_heads(evaluation.level))
+    ]
+    for name, judgement in evaluation.decisions.items():
+        x = judgement.in_use
+        counts = map(str, (x.found, x.missed, x.false_alarms, x.passed))
+        rows.append((name, f"{x.threshold:.4g}", *counts, *_rate_cells(x)))
+    return rows
+
+
+def reliability_rows(evaluation: Evaluation) -> Rows:
+    """How far scores are probabilities, before and after calibration."""
+    rows: Rows = [("decision", "temperature", "ECE", "uncalibrated", "Brier", "uncalibrated")]
+    for name, judgement in evaluation.decisions.items():
+        pairs = (judgement.calibrated.ece, judgement.raw.ece, judgement.calibrated.brier, judgement.raw.brier)
+        rows.append((name, f"{judgement.temperature:.3f}", *map(percent, pairs)))
+    return rows
+
+
+def sweep_rows(sweep: Sequence[AtThreshold], level: float) -> Rows:
+    """False alarms, recall and precision of one decision at several thresholds."""
+    rows: Rows = [("threshold", *_rate_heads(level))]
+    return rows + [(f"{x.threshold:.4g}", *_rate_cells(x)) for x in sweep]
+
+
+def _rate_heads(level: float) -> tuple[str, ...]:
+    name = f"{100 * level:g} %"
+    return "false alarms %", name, "found %", name, "precision %"
+
+
+def _rate_cells(x: AtThreshold) -> tuple[str, ...]:
+    precision = "-" if x.precision is None else percent(x.precision)
+    return *_rate(x.false_alarm_rate), *_rate(x.found_rate), precision
+
+
+def _rate(rate: Rate | None) -> tuple[str, str]:
+    return ("-", "-") if rate is None else (percent(rate.value), _interval((rate.low, rate.high)))
+
+
+def agreement_rows(compared: Comparison) -> Rows:
+    """Shares of equal decisions, in percent."""
     values = compared.agreement.to_dict()
-    return [(text, f"{_percent(values[name])} %") for name, text in _AGREEMENT.items()]
+    return [(text, f"{percent(values[name])} %") for name, text in _AGREEMENT.items()]
 
 
 def _worst_rows(compared: Comparison) -> Rows:
-    rows: Rows = [("id", "image", "score", "types", "IoU of boxes")]
+    rows: Rows = [("id", "image", "differs in", "score", "types", "IoU of boxes")]
     for case in compared.worst:
         pair = case.ours, case.theirs
         scores = " / ".join(f"{answer.score:.3f}" for answer in pair)
         types = " / ".join("&".join(answer.detected) or "none" for answer in pair)
-        rows.append(
-            (_line(case.sample.id), _line(case.sample.image), scores, types, f"{1 - case.parts['box']:.3f}")
-        )
+        names = (_line(case.sample.id), _line(case.sample.image), ", ".join(case.changes))
+        rows.append((*names, scores, types, f"{1 - case.parts['box']:.3f}"))
     return rows
 
 
-def _gate_lines(evaluation: Evaluation, failures: Sequence[GateFailure]) -> list[str]:
+def gate_lines(evaluation: Evaluation, failures: Failures) -> list[str]:
+    """Whether the gate passes the bundle, what it asks for, and what failed."""
     precision = evaluation.model["precision"]
-    bound = f"{', '.join(GATED)} within {100 * GATES[precision]:g} % points of float32"
+    bounds = []
+    if evaluation.comparison is not None:
+        bounds.append(f"{', '.join(GATED)} within {100 * GATES[precision]:g} % points of float32")
+    if (calibration := evaluation.calibration) is not None:
+        bounds.append(f"false alarms as calibrated for {100 * calibration.false_alarms:g} %")
+    bound = "; ".join(bounds)
     if not failures:
         return [f"gate of {precision}: passed ({bound})"]
     return [f"gate of {precision}: failed ({bound})", *(f"  {failure}" for failure in failures)]
 
 
-def _percent(value: float, sign: str = "") -> str:
+def percent(value: float, sign: str = "") -> str:
+    """A fraction in percent, "-" for NaN."""
     # + 0.0: a change that rounds to nothing has no sign of its own.
     return "-" if math.isnan(value) else f"{round(100 * value, 2) + 0.0:{sign}.2f}"
 
 
 def _interval(bounds: Interval, sign: str = "") -> str:
-    return "-" if math.isnan(bounds[0]) else " to ".join(_percent(value, sign) for value in bounds)
+    return "-" if math.isnan(bounds[0]) else " to ".join(percent(value, sign) for value in bounds)
 
 
 def _line(text: str) -> str:
     """Text of a user on one line of a terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _html_table(rows: Rows) -> str:
-    head, *body = rows
-    return (
-        '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'
-        + _html_row(head, "th")
-        + "".join(_html_row(row, "td") for row in body)
-        + "</table>"
-    )
-
-
-def _html_row(cells: Iterable[str], tag: str) -> str:
-    first = _CELL.replace("right", "left")
-    return (
-        f'<tr style="border-bottom:1px solid {css(TRACK)}">'
-        + "".join(
-            f'<{tag} style="{_CELL if i else first}">{escape(cell)}</{tag}>' for i, cell in enumerate(cells)
-        )
-        + "</tr>"
-    )
-
-
-def _gate_part(evaluation: Evaluation, failures: Sequence[GateFailure] | None) -> str:
-    if failures is None:
-        return ""
-    color = MANIPULATED if failures else PRISTINE
-    lines = "<br>".join(escape(line) for line in _gate_lines(evaluation, failures))
-    return f'<p style="color:{css(color)};font-weight:600">{lines}</p>'
-
-
-def _legend() -> str:
-    names = ((_TRUE_BOX, "true box"), (BOX, "bundle"), (_REFERENCE_BOX, "float32"))
-    boxes = " ".join(
-        f'<span style="border:3px solid {css(color)};padding:0 8px">{name}</span>' for color, name in names
-    )
-    true, ours, theirs = (_mark("fake", i == 0, i == 1, i == 2) for i in range(3))
-    return f"<p>{boxes} Words: {true} in truth, {ours} to the bundle, {theirs} to float32.</p>"
-
-
-def _case_part(case: Case) -> str:
-    """One pair: the image with all boxes, both predictions, and the caption."""
-    sample = case.sample
-    rows: Rows = [("", "bundle", "float32", "truth")]
-    truth = "manipulated" if sample.manipulated else "pristine"
-    rows.append(("score", f"{case.ours.score:.3f}", f"{case.theirs.score:.3f}", truth))
-    for name in case.ours.types:
-        scores = (f"{answer.types[name]:.3f}" for answer in (case.ours, case.theirs))
-        rows.append((name.replace("_", " "), *scores, "yes" if name in sample.types else "no"))
-    rows.append(("box", *map(_pixels, (case.ours.box, case.theirs.box, sample.box))))
-    rows.append(("IoU of the two", f"{1 - case.parts['box']:.3f}", "", ""))
-    return (
-        f'<div style="border-top:2px solid {css(TRACK)};margin-top:18px;padding-top:12px">'
-        f"<h3>{escape(sample.id)} <small>{escape(sample.image)}</small></h3>"
-        '<div style="display:flex;flex-wrap:wrap;gap:28px">'
-        f'<div style="flex:1 1 320px">{_image(case)}</div><div>{_html_table(rows)}</div></div>'
-        f'<p dir="auto" style="line-height:2;overflow-wrap:anywhere">{_caption(case)}</p></div>'
-    )
-
-
-def _pixels(box: Sequence[float] | None) -> str:
-    return "none" if box is None else ", ".join(f"{value:.0f}" for value in box)
-
-
-def _image(case: Case) -> str:
-    """The stored image with the true box and both predicted ones, where there are any."""
-    try:
-        # As stored: the boxes are annotated and predicted without the EXIF orientation.
-        decoded = decode_image(case.sample.picture, options=ImageOptions(apply_orientation=False))
-        photo = _fit(decoded.rgb)
-    except InputError as error:
-        return f'<p style="background:{css(EMPTY)};padding:20px">{escape(str(error))}</p>'
-    boxes = ((case.sample.box, _TRUE_BOX), (case.theirs.box, _REFERENCE_BOX), (case.ours.box, BOX))
-    for box, color in boxes:
-        if box is not None:
-            draw_box(photo, box, case.size, color)
-    return embed(photo)
-
-
-def _fit(photo: Image.Image) -> Image.Image:
-    """Bring the longer side to _PICTURE pixels, so that the boxes' lines are thin beside it."""
-    scale = _PICTURE / max(photo.size)
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    return make_thumbnail(photo, _PICTURE).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _caption(case: Case) -> str:
-    """The caption with every word marked that is fake in truth or to either model."""
-    parts: list[str] = []
-    position = 0
-    for true, ours, theirs in zip(case.fake_words, case.ours.words, case.theirs.words, strict=True):
-        parts.append(escape(case.caption[position : ours.start]))
-        title = f"bundle {ours.score:.1%}, float32 {theirs.score:.1%}"
-        parts.append(_mark(ours.text, true, ours.manipulated, theirs.manipulated, title))
-        position = ours.end
-    return "".join(parts) + escape(case.caption[position:])
-
-
-def _mark(text: str, true: bool, ours: bool, theirs: bool, title: str = "") -> str:
-    """A word: underlined where truly fake, red where the bundle says so, overlined where float32 does."""
-    background = css(mix(WHITE, MANIPULATED, 0.4)) if ours else "transparent"
-    below = f"3px solid {css(_TRUE_BOX)}" if true else "3px solid transparent"
-    above = f"3px solid {css(_REFERENCE_BOX)}" if theirs else "3px solid transparent"
-    style = f"color:inherit;padding:1px 2px;background:{background};border-bottom:{below};border-top:{above}"
-    return f'<mark title="{escape(title)}" style="{style}">{escape(text)}</mark>'

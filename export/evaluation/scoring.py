@@ -1,6 +1,6 @@
-"""Run networks over annotated pairs and keep their raw outputs beside the labels.
+"""Run networks over annotated pairs and keep their raw outputs beside the labels. Needs no torch.
 
-Images are read in threads while the networks run, two batches ahead, so that a run takes as long as the
+Pairs are prepared in threads while the networks run, two batches ahead, so that a run takes as long as the
 networks do.
 """
 
@@ -9,56 +9,81 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from dgm4.data.annotations import Problem, Sample
-from dgm4.data.dataset import Batch, Item, PairDataset, collate
-from dgm4.metrics import LabelledOutputs
-from dgm4.model import Detector
-from dgm4.training.outputs import join_outputs
+from dgm4.data.annotations import Box, Problem, Sample
+from dgm4.data.labels import join_outputs, label_tokens, normalize_box
+from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 from engine.backends import usable_cores
-from engine.backends.float32 import full_float32
 from engine.errors import InputError
-from engine.manifest import INPUTS
+from engine.inputs.preparation import Item, Preparation
+from engine.inputs.preprocess import ImageOptions, normalize_image
+from engine.inputs.text import CaptionTokenizer, Tokens
+from engine.manifest import Preprocess
 from engine.progress import progress_bar
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
+# Annotated boxes refer to the image as it is stored.
+_AS_STORED = ImageOptions(apply_orientation=False)
 WAITING = "waiting for pictures"  # a key of the JSON report
 
 
 class Network(Protocol):
-    """What `score` runs: a backend of the engine, or `TorchNetwork`."""
+    """What `score` runs: a backend of the engine, or the reference."""
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch: arrays by input name in, arrays by output name out."""
         ...
 
 
-class TorchNetwork:
-    """A trained network of torch as it is, float32 on the CPU."""
+class Pair(NamedTuple):
+    """A sample as the network reads it: the prepared pair, its true box in [0, 1] and its tokens' labels."""
 
-    def __init__(self, model: Detector):
-        self.model = model.float().eval()
+    sample: Sample
+    item: Item
+    box: Box | None
+    labels: np.ndarray
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run one batch, as a backend does."""
-        with full_float32("cpu"), torch.inference_mode():
-            output = self.model(*(torch.from_numpy(feeds[name]) for name in INPUTS))
-        return {name: value.numpy() for name, value in output._asdict().items() if value is not None}
+
+class Pairs:
+    """Annotated samples, prepared for one bundle as its Predictor would prepare them."""
+
+    def __init__(self, samples: Sequence[Sample], tokenizer: CaptionTokenizer, spec: Preprocess) -> None:
+        self.samples, self.spec = samples, spec
+        self._tokenizer = tokenizer
+        self._preparation = Preparation(spec, tokenizer, _AS_STORED, thumbnail=0, resize=True)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> Pair:
+        """Prepare one sample; raises InputError, naming its id, where its image or box is unusable."""
+        sample = self.samples[index]
+        name = f"sample {sample.id}"
+        picture = self._preparation.picture(name, sample.picture)
+        item = self._preparation.caption(name, picture, sample.text)
+        # The bundle may read fewer words than annotations name.
+        labels = label_tokens(sample, self._tokenizer)[1][: len(item.tokens.ids) - 1]
+        return Pair(sample, item, normalize_box(sample, *(picture.size or (0, 0))), labels)
+
+    def feeds(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+        """Return the network's inputs by name for a batch."""
+        spec = self.spec
+        images = [normalize_image(pair.item.picture.pixels, spec.mean, spec.std) for pair in pairs]
+        return {"image": np.stack(images), **self._preparation.text([pair.item for pair in pairs])}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The readable samples, every network's outputs for them, what failed, and seconds by part."""
+    """The readable samples and their tokens, every network's outputs, what failed, and seconds by part."""
 
     samples: tuple[Sample, ...]
+    tokens: tuple[Tokens, ...]
     outputs: dict[str, LabelledOutputs]
     problems: tuple[Problem, ...]
     seconds: dict[str, float]
@@ -66,63 +91,67 @@ class Scored:
 
 def score(
     networks: Mapping[str, Network],
-    dataset: PairDataset,
+    pairs: Pairs,
     batch_size: int,
     on_bad: str = "skip",
     progress: bool = False,
 ) -> Scored:
-    """Run every network over the same batches of `dataset`.
+    """Run every network over the same batches of `pairs`.
 
     An image that cannot be read is left out and listed, or raises InputError with on_bad="raise". Raises
     InputError where no pair is left, and what the networks raise. `progress` shows a bar on stderr.
     """
-    reader = _Reader(dataset, on_bad)
-    batches: list[Batch] = []
+    reader = _Reader(pairs, on_bad)
+    read: list[Pair] = []
+    labels: list[np.ndarray] = []
     outputs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in networks}
     seconds = dict.fromkeys([*networks, WAITING], 0.0)
-    with progress_bar("evaluate", len(dataset), "pairs", progress) as bar:
+    with progress_bar("evaluate", len(pairs), "pairs", progress) as bar:
         started = perf_counter()
         for batch in reader.batches(batch_size):
+            feeds = pairs.feeds(batch)
             seconds[WAITING] += perf_counter() - started
             for name, network in networks.items():
                 started = perf_counter()
-                outputs[name].append(_run(network, batch))
+                outputs[name].append(_run(network, feeds))
                 seconds[name] += perf_counter() - started
-            bar.update(len(batch.indices))
-            # The image is the bulk of a batch, and nothing after this reads it.
-            batches.append(batch._replace(image=batch.image.new_empty(0)))
+            bar.update(len(batch))
+            labels.append(_pad_labels(batch, feeds["input_ids"].shape[1] - 1))
+            # The image is the bulk of a pair, and nothing after this reads it.
+            read += [pair._replace(item=_without_pixels(pair.item)) for pair in batch]
             started = perf_counter()
-    if not batches:
-        raise InputError(f"expected at least one usable pair, got none of {len(dataset)}")
-    samples = tuple(dataset.samples[i] for batch in batches for i in batch.indices.tolist())
-    joined = {name: join_outputs(samples, batches, parts) for name, parts in outputs.items()}
-    return Scored(samples, joined, tuple(reader.problems), seconds)
+    if not read:
+        raise InputError(f"expected at least one usable pair, got none of {len(pairs)}")
+    samples, tokens = tuple(pair.sample for pair in read), tuple(pair.item.tokens for pair in read)
+    boxes = np.array([pair.box or (0.0,) * 4 for pair in read], dtype=np.float32)
+    joined = {name: join_outputs(samples, boxes, labels, parts) for name, parts in outputs.items()}
+    return Scored(samples, tokens, joined, tuple(reader.problems), seconds)
 
 
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` CPU threads inside the block; None leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _without_pixels(item: Item) -> Item:
+    return item._replace(picture=item.picture._replace(pixels=np.empty(0)))
+
+
+def _pad_labels(batch: Sequence[Pair], width: int) -> np.ndarray:
+    labels = np.full((len(batch), width), TOKEN_PADDING)
+    for row, pair in zip(labels, batch, strict=True):
+        row[: len(pair.labels)] = pair.labels
+    return labels
 
 
 class _Reader:
-    """Reads a data set in order and ahead of its use."""
+    """Reads pairs in order and ahead of their use."""
 
-    def __init__(self, dataset: PairDataset, on_bad: str):
-        self.dataset, self.on_bad = dataset, on_bad
+    def __init__(self, pairs: Pairs, on_bad: str):
+        self.pairs, self.on_bad = pairs, on_bad
         self.problems: list[Problem] = []
 
-    def batches(self, size: int) -> Iterator[Batch]:
+    def batches(self, size: int) -> Iterator[list[Pair]]:
         """Yield batches of up to `size` pairs; a batch is smaller where pairs of it cannot be read."""
         pool = ThreadPoolExecutor(min(_MAX_WORKERS, usable_cores()), thread_name_prefix="read")
-        ahead: deque[list[Future[Item | Problem]]] = deque()
+        ahead: deque[list[Future[Pair | Problem]]] = deque()
         try:
-            count = len(self.dataset)
+            count = len(self.pairs)
             for start in range(0, count, size):
                 ahead.append([pool.submit(self._read, i) for i in range(start, min(start + size, count))])
                 if len(ahead) > _BATCHES_AHEAD:
@@ -132,24 +161,23 @@ class _Reader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, index: int) -> Item | Problem:
+    def _read(self, index: int) -> Pair | Problem:
         try:
-            return self.dataset[index]
+            return self.pairs.read(index)
         except InputError as error:
             if self.on_bad == "raise":
                 raise
-            sample = self.dataset.samples[index]
+            sample = self.pairs.samples[index]
             return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
 
-    def _collect(self, futures: Sequence[Future[Item | Problem]]) -> Iterator[Batch]:
+    def _collect(self, futures: Sequence[Future[Pair | Problem]]) -> Iterator[list[Pair]]:
         """Yield one batch, or none where nothing of it could be read."""
         results = [future.result() for future in futures]
         self.problems += [x for x in results if isinstance(x, Problem)]
-        items = [x for x in results if isinstance(x, Item)]
-        if items:
-            yield collate(items)
+        batch = [x for x in results if isinstance(x, Pair)]
+        if batch:
+            yield batch
 
 
-def _run(network: Network, batch: Batch) -> dict[str, np.ndarray]:
-    outputs = network.run({name: getattr(batch, name).numpy() for name in INPUTS})
-    return {name: value for name, value in outputs.items() if name != "attention_map"}
+def _run(network: Network, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in network.run(feeds).items() if name != "attention_map"}

@@ -15,6 +15,7 @@ from helpers import differing
 from engine import Bundle, Predictor, backends
 from engine.backends import base, ort
 from engine.backends import torch as torch_backend
+from engine.backends.cores import visible_cores
 from engine.errors import BackendError, BundleError
 
 
@@ -124,9 +125,27 @@ def test_a_library_beside_torch_is_named(bundle_dir, monkeypatch):
 
 
 def test_threads_must_be_positive(bundle_dir):
-    for threads in (0, backends.usable_cores() + 1, 99_999):
-        with pytest.raises(BackendError, match=r"expected 1 to \d+ threads .* got \d+"):
+    for threads in (0, visible_cores() + 1, 99_999, True, 1.0):
+        with pytest.raises(BackendError, match=r"expected 1 to \d+ threads .* got"):
             Predictor(bundle_dir, threads=threads)
+    Predictor(bundle_dir, threads=np.int64(1)).close()
+
+
+@pytest.mark.parametrize("backend", ["auto", "ort", "torch"])
+@pytest.mark.parametrize("device", ["tpu", "CUDA", "cuda:", 0, "x" * 5000])
+def test_a_device_that_nobody_knows(bundle_dir, backend, device):
+    with pytest.raises(
+        BackendError, match="^device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got"
+    ) as caught:
+        Predictor(bundle_dir, backend=backend, device=device)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("backend", [None, ["ort"], "ort" * 1000])
+def test_a_backend_that_nobody_knows(bundle_dir, backend):
+    with pytest.raises(BackendError, match="^unknown backend .*; known are auto") as caught:
+        Predictor(bundle_dir, backend=backend)
+    assert len(str(caught.value)) < 300
 
 
 def test_weights_beside_the_model_are_found_and_verified(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_missing_file_is_named(bundle_copy, name):
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("name", ["extra.txt", ".DS_Store", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["extra.txt", "model.onnx.data"])
 def test_a_foreign_file_is_named(bundle_copy, name):
     (bundle_copy / name).write_bytes(b"x")
     with pytest.raises(BundleError, match=f"{name} is not in the manifest"):
@@ -176,12 +177,89 @@ def test_a_foreign_folder_is_named(bundle_copy):
         Bundle.open(bundle_copy)
 
 
-def test_a_link_out_of_the_bundle_is_refused(bundle_copy, tmp_path):
-    target = tmp_path / "model.onnx"
-    (bundle_copy / "model.onnx").rename(target)
+@pytest.fixture
+def snapshot(bundle_copy, tmp_path):
+    """The bundle as a cache of downloads keeps it: links to files that are named by their hashes."""
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(bundle_copy.iterdir())):
+        path.rename(blobs / str(number))
+        (folder / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    (folder / ".gitattributes").write_text("*.onnx filter=lfs")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+def test_a_bundle_of_links_is_served_and_its_hashes_decide(snapshot):
+    Bundle.open(snapshot).verify_all()
+    with Predictor(snapshot, threads=1) as predictor:
+        predictor.warm_up()
+    target = (snapshot / "model.onnx").resolve()
+    target.write_bytes(target.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"model\.onnx: expected SHA-256"):
+        Predictor(snapshot)
+    target.unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx is a link to nothing; export or copy"):
+        Bundle.open(snapshot)
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "/"])
+def test_a_link_to_what_is_no_file_is_refused(bundle_copy, target):
+    (bundle_copy / "model.onnx").unlink()
     (bundle_copy / "model.onnx").symlink_to(target)
-    with pytest.raises(BundleError, match=r"model\.onnx is a link out of the bundle"):
+    with pytest.raises(BundleError, match=r"model\.onnx is not a file"):
         Bundle.open(bundle_copy)
+
+
+def test_the_working_directory_may_change(bundle_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(bundle_copy.parent)
+    bundle = Bundle.open(bundle_copy.name)
+    monkeypatch.chdir("/")
+    bundle.verify_all()
+    assert bundle.path == bundle_copy
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BundleError, match="the working directory cannot be found"):
+        Bundle.open("bundle")
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "removed", "before"])
+def test_a_file_that_a_library_reads_stays_what_was_hashed(bundle_copy, change):
+    path, bundle = bundle_copy / "model.onnx", Bundle.open(bundle_copy)
+    content = path.read_bytes()
+    if change == "before":
+        path.write_bytes(content[:-1] + b"x")
+    expected = "expected SHA-256" if change == "before" else "was replaced while it was loaded"
+    with (
+        pytest.raises(BundleError, match=rf"model\.onnx: {expected}"),
+        bundle.held("README.md", "model.onnx"),
+    ):
+        assert change != "before"
+        if change == "written":
+            path.write_bytes(content)
+        else:
+            path.unlink()
+            if change == "replaced":
+                path.write_bytes(content)
+
+
+def test_a_bundle_is_pickled_by_its_path(bundle_copy, manifest_template, write_manifest):
+    data = pickle.dumps(Bundle.open(bundle_copy))
+    again = pickle.loads(data)
+    assert (again.path, again.manifest) == (bundle_copy, Bundle.open(bundle_copy).manifest)
+    again.verify_all()
+    write_manifest(bundle_copy, manifest_template() | {"created": "2027-01-01T00:00:00Z"})
+    with pytest.raises(BundleError, match="holds another bundle than when it was pickled"):
+        pickle.loads(data)
+
+
+def test_a_message_does_not_repeat_a_long_path():
+    with pytest.raises(BundleError, match="not a bundle") as caught:
+        Bundle.open("a/" * 30_000)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_link_to_the_whole_bundle_is_fine(bundle_dir, tmp_path):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import re
 
@@ -10,8 +9,6 @@ import pytest
 from PIL import Image
 
 from engine import Prediction, Word
-from engine.errors import InputError
-from engine.render import BOX, caption_pieces
 
 CAPTION = 'The <script>alert("x")</script> of Obama\'s\n& co. \x00\x07end'
 
@@ -42,28 +39,6 @@ def prediction():
     )
 
 
-class Page(html.parser.HTMLParser):
-    """Collects tags, addresses and text of a fragment, and checks that every tag is closed."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.links, self.text, self.marks, self.open = [], [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("img", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if self.open and self.open[-1] == "mark":
-            self.marks.append(data)
-
-
 def test_json_round_trip(prediction):
     data = json.loads(prediction.to_json())
     assert data == prediction.to_dict()
@@ -84,79 +59,3 @@ def test_repr_and_equality_leave_out_the_arrays(prediction):
     assert "heatmap" not in repr(prediction)
     assert prediction == dataclasses.replace(prediction, heatmap=None, thumbnail=None, timing={})
     assert prediction != dataclasses.replace(prediction, score=0.5)
-
-
-def test_pieces_join_to_the_caption(prediction):
-    pieces = list(caption_pieces(prediction))
-    assert "".join(piece.text for piece in pieces) == CAPTION
-    assert [piece.text for piece in pieces if piece.word] == ["The", "Obama's", "end"]
-
-
-def test_plot_saves_what_it_returns(prediction, tmp_path):
-    card = prediction.plot(tmp_path / "out.png")
-    assert card.mode == "RGB"
-    with Image.open(tmp_path / "out.png") as saved:
-        assert np.array_equal(np.asarray(saved), np.asarray(card))
-
-
-def test_the_box_is_drawn_only_where_a_face_is_manipulated(prediction):
-    has_box = lambda card: (np.asarray(card) == BOX).all(axis=-1).any()  # noqa: E731
-    assert has_box(prediction.plot())
-    assert not has_box(dataclasses.replace(prediction, manipulated=False).plot())
-    assert not has_box(dataclasses.replace(prediction, detected=("text_swap",)).plot())
-    assert not has_box(dataclasses.replace(prediction, box=None).plot())
-
-
-def test_the_heat_map_is_drawn_where_it_is_hot(prediction):
-    plain = np.asarray(dataclasses.replace(prediction, heatmap=None, box=None).plot()).astype(int)
-    heated = np.asarray(dataclasses.replace(prediction, box=None).plot()).astype(int)
-    changed = np.abs(plain - heated).sum(axis=-1)[28:500, 28:640]
-    rows, columns = np.nonzero(changed > 100)
-    height, width = 496, 620
-    assert rows.mean() / height == pytest.approx(6 / 16, abs=0.03)
-    assert columns.mean() / width == pytest.approx(6 / 16, abs=0.03)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (5000, 3000)])
-def test_any_picture_can_be_drawn(prediction, size):
-    picture = Image.new("RGB", size, (1, 2, 3))
-    shaped = dataclasses.replace(
-        prediction, size=size, thumbnail=None, box=(0.0, 0.0, float(size[0]), float(size[1]))
-    )
-    assert shaped.plot(image=picture).size[0] > 1000
-    assert shaped.plot().size[0] > 1000
-    assert "data:image/jpeg;base64," in shaped.to_html(picture)
-
-
-@pytest.mark.parametrize(
-    "caption", ["", "x" * 4000, "word " * 800, "\u05e9\u05dc\u05d5\u05dd \u4f60\u597d \U0001f600", "\n\n\t"]
-)
-def test_any_caption_can_be_drawn(prediction, caption):
-    shaped = dataclasses.replace(prediction, caption=caption, words=())
-    assert shaped.plot().height < 1200
-    assert shaped.to_html()
-
-
-def test_an_unreadable_picture_is_an_input_error(prediction):
-    with pytest.raises(InputError, match=r"nowhere\.png"):
-        prediction.plot(image="nowhere.png")
-
-
-def test_html_is_self_contained_and_escaped(prediction):
-    fragment = prediction.to_html()
-    page = Page()
-    page.feed(fragment)
-    page.close()
-    assert page.open == []
-    assert "script" not in page.tags
-    assert [link[:23] for link in page.links] == ["data:image/jpeg;base64,"]
-    assert page.marks == ["The", "Obama's", "end"]
-    text = "".join(page.text)
-    assert '<script>alert("x")</script> of Obama\'s\n& co. \ufffd\ufffdend' in text
-    assert "text_truncated: <kept> 50 of 73 words" in text
-    assert "Manipulated" in text
-
-
-def test_html_without_the_picture(prediction):
-    bare = dataclasses.replace(prediction, thumbnail=None, heatmap=None, manipulated=False)
-    assert "Not manipulated" in bare.to_html()

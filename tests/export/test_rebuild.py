@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,10 @@ def test_how_it_is_built_is_said_on_the_command_line(copied, builder):
 
 
 def test_profiles_beyond_the_bundle_build_nothing(copied, builder, capsys):
-    assert main(["rebuild", str(copied), "--profiles", "999x16"]) == 1
-    assert "profile 1 (999x16): expected 1.." in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["rebuild", str(copied), "--profiles", "999x16"])
+    assert ended.value.code == 2
+    assert "--profiles: profile 1 (999x16): expected 1.." in capsys.readouterr().err
     assert builder == []
 
 
@@ -186,6 +189,24 @@ def test_a_damaged_bundle_is_not_blessed(copied, builder, capsys):
     assert main(["rebuild", str(copied)]) == 1
     assert "model.onnx.data: expected SHA-256" in capsys.readouterr().err
     assert builder == []
+
+
+def test_an_engine_that_fits_stays(copied, builder, monkeypatch, capsys):
+    here = BuilderInfo("tensorrt", "11.4.0", True, "", "8.9")
+    monkeypatch.setattr(trt, "find_builder", lambda: here)
+    assert main(["rebuild", str(copied)]) == 0
+    before = (copied / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert main(["rebuild", str(copied)]) == 0
+    assert capsys.readouterr().err == "model.trt-sm89.engine was fine; --force builds it again\n"
+    assert ((copied / "manifest.json").read_bytes() == before, len(builder)) == (True, 1)
+    assert main(["rebuild", str(copied), "--force"]) == 0
+    assert main(["rebuild", str(copied), "--workspace", "9"]) == 0
+    monkeypatch.setattr(trt, "find_builder", lambda: replace(here, compute_capability="9.0"))
+    assert main(["rebuild", str(copied)]) == 0
+    monkeypatch.setattr(trt, "find_builder", lambda: replace(here, version="11.5.0"))
+    assert main(["rebuild", str(copied)]) == 0
+    assert len(builder) == 5
 
 
 def test_without_links_the_files_are_copied(copied, builder, monkeypatch):

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from dgm4.data import dataset as module
 from dgm4.data.annotations import Sample, read_annotations
-from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box, label_tokens
+from dgm4.data.dataset import IGNORED, PairDataset, collate, flip_box
+from dgm4.data.labels import label_tokens
 from dgm4.tokenizer import build_tokenizer, find_vocabulary
 from engine.errors import InputError
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageOptions, decode_image

@@ -136,12 +136,12 @@ def test_the_log_drops_what_is_trained_again(tmp_path):
     path = tmp_path / "log.jsonl"
     keep_lines(path, 5)
     assert not path.exists()
-    for update in (2, 4, 6):
-        append_line(path, {"update": update, "val": {"AUC": float("nan"), "mAP": 0.5}})
+    for epoch in (1, 2, 3):
+        append_line(path, {"epoch": epoch, "val": {"AUC": float("nan"), "mAP": 0.5}})
     with path.open("a") as file:
-        file.write('{"update": 8, "va')
-    keep_lines(path, 4)
+        file.write('{"epoch": 4, "va')
+    keep_lines(path, 2)
     assert path.read_text().splitlines() == [
-        '{"update": 2, "val": {"AUC": null, "mAP": 0.5}}',
-        '{"update": 4, "val": {"AUC": null, "mAP": 0.5}}',
+        '{"epoch": 1, "val": {"AUC": null, "mAP": 0.5}}',
+        '{"epoch": 2, "val": {"AUC": null, "mAP": 0.5}}',
     ]

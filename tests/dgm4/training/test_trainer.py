@@ -217,7 +217,7 @@ def test_checkpoints_load_into_a_network_with_the_same_answers(
     network = dgm4.load_checkpoint(tmp_path / LAST, config=config_of(name))
     assert dgm4.read_checkpoint(tmp_path / LAST).layout == name
     made.trainee.eval()
-    batch = next(iter(made._loader()))
+    batch = next(iter(made._loader())).batch
     with torch.no_grad():
         ours = network(batch.image, batch.input_ids, batch.attention_mask)
         theirs = made.trainee.predict(batch)
@@ -262,7 +262,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(make, small, option
 
 def terms_of(made):
     made.trainee.train()
-    return made.trainee(next(iter(made._loader())), 0.4)
+    return made.trainee(next(iter(made._loader())).batch, 0.4)
 
 
 def test_guidance_is_the_mgca_term(make, options, tmp_path):
@@ -277,7 +277,7 @@ def test_guidance_is_the_mgca_term(make, options, tmp_path):
 def test_without_refinement_the_coarse_box_is_trained_and_answered(make, options, tmp_path):
     cals = replace(options, model="cals")
     full, without = make(cals, tmp_path), make(replace(cals, refinement=False), tmp_path)
-    batch = next(iter(full._loader()))
+    batch = next(iter(full._loader())).batch
     for made in (full, without):
         made.trainee.eval()
     trace = full.trainee.network.trace(batch.image, batch.input_ids, batch.attention_mask)

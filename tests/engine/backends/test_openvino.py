@@ -23,6 +23,8 @@ from export.quantization.qdq import int8_layers, to_int8
 
 pytest.importorskip("openvino")
 
+from engine.backends import openvino as openvino_backend  # noqa: E402
+
 FLAT = "model.flat.onnx"
 EXACT = 2e-5  # float32 rounding, of answers around 1 and of the map's unbounded scores
 CASES = [(1, 2), (3, 17), (4, 50)]
@@ -124,6 +126,19 @@ def test_answers_by_hand(flat_copy, expected_outputs):
     for i in range(3):
         for key, want in expected_outputs(inputs["image"][i], inputs["input_ids"][i]).items():
             np.testing.assert_allclose(got[key][i], want, atol=1e-5)
+
+
+def test_a_graph_that_is_replaced_while_it_is_loaded_is_refused(flat_copy, monkeypatch):
+    load = openvino_backend.load_model
+
+    def replaced(path, threads):
+        model = load(path, threads)
+        path.write_bytes(path.read_bytes())
+        return model
+
+    monkeypatch.setattr(openvino_backend, "load_model", replaced)
+    with pytest.raises(BundleError, match=r"model\.flat\.onnx: was replaced while it was loaded"):
+        Predictor(flat_copy, backend="openvino")
 
 
 def test_answers_are_the_callers_own(flat_copy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import shutil
@@ -229,8 +230,21 @@ def test_failures_are_named(gpu, flat_copy, monkeypatch):
     monkeypatch.setattr(base, "measure", lambda *_: {"batch": 1, "tokens": 4})
     with pytest.raises(BackendError, match=r"ONNX Runtime failed on inputs of shape .*\[1, 3, 8\]"):
         backend.run(feeds(1, 4) | {"image": np.zeros((1, 3, 8), np.float32)})
-    (path / FLAT).write_bytes(b"no graph")
-    entry = SimpleNamespace(manifest=Bundle.open(flat_copy()).manifest, verified=lambda name: path / name)
+    bundle = Bundle.open(flat_copy())
+    monkeypatch.setattr(Bundle, "held", lambda *_: contextlib.nullcontext())
     (path / FLAT).write_bytes(b"no graph")
     with pytest.raises(BundleError, match="cannot load it on a GPU"):
-        ort_gpu.create_cuda(entry, "cuda", 1)
+        ort_gpu.create_cuda(bundle, "cuda", 1)
+
+
+def test_a_graph_that_is_replaced_while_it_is_loaded_is_refused(gpu, flat_copy, monkeypatch):
+    path, load = flat_copy() / FLAT, ort_gpu._load
+
+    def replaced(*arguments):
+        session = load(*arguments)
+        path.write_bytes(path.read_bytes())
+        return session
+
+    monkeypatch.setattr(ort_gpu, "_load", replaced)
+    with pytest.raises(BundleError, match=r"model\.flat\.onnx: was replaced while it was loaded"):
+        Predictor(path.parent, backend="ort-cuda")

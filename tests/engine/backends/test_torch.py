@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import differing, draw_feeds
+from helpers import differing, draw_feeds, in_threads
 
 from engine import Bundle, Predictor, backends
 from engine.backends import graphs
@@ -129,10 +129,14 @@ def test_threads_agree_bit_for_bit(loaded):
     assert differing(loaded("asap").run, cases, threads=4, turns=2) == []
 
 
-def test_the_number_of_threads_is_the_one_given(loaded):
+def test_a_run_has_the_threads_given_and_the_process_its_own(loaded, monkeypatch):
+    network, seen = graphs.outputs_of, []
+    monkeypatch.setattr(graphs, "outputs_of", lambda *x: seen.append(torch.get_num_threads()) or network(*x))
     torch.set_num_threads(2)
     loaded("hammer").run(draw_feeds(1, 4))
-    assert torch.get_num_threads() == 1
+    in_threads(lambda: loaded("hammer").run(draw_feeds(1, 4)), 4)
+    assert seen == [1] * 5
+    assert torch.get_num_threads() == 2
 
 
 def test_a_hosts_precision_does_not_reach_the_network(loaded, monkeypatch):

@@ -185,7 +185,7 @@ def test_the_first_frame_of_an_animation_is_read_with_a_warning(encode, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     decoded = decode_image(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert (np.asarray(decoded.rgb) == (255, 0, 0)).all()
-    assert [warning.split(":")[0] for warning in decoded.warnings] == ["frames_ignored"]
+    assert [warning.split(":")[0] for warning in decoded.warnings] == ["frames_ignored", "tiny_image"]
 
 
 # Row 8: orientation

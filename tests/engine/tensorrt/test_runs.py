@@ -401,6 +401,34 @@ def test_an_altered_graph_refits_nothing(machine, engine_bundle):
         backends.create("tensorrt", Bundle.open(path), "cuda")
 
 
+def test_weights_that_are_replaced_while_an_engine_is_refitted_are_refused(
+    machine, engine_bundle, monkeypatch
+):
+    """The parser reads a graph's external weights by their path."""
+    machine().weights = "none"
+    weights = engine_bundle({"stripped": True}) / "model.onnx.data"
+    weights.write_bytes(b"weights")
+    backend = backends.create("tensorrt", Bundle.open(engine_bundle({"stripped": True})), "cuda")
+    refit = tensorrt_engine.Engine._refit
+
+    def replaced(*arguments):
+        weights.write_bytes(b"another")
+        refit(*arguments)
+
+    monkeypatch.setattr(tensorrt_engine.Engine, "_refit", replaced)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: was replaced while it was loaded"):
+        backend.run(feeds(1, 2))
+
+
+def test_the_working_directory_may_change_before_the_first_run(machine, engine_bundle, monkeypatch, check):
+    machine()
+    path = engine_bundle()
+    monkeypatch.chdir(path.parent)
+    backend = backends.create("tensorrt", Bundle.open(path.name), "cuda")
+    monkeypatch.chdir("/")
+    check(backend, feeds(1, 2))
+
+
 def test_an_engine_of_other_tensors(machine, load):
     machine().dtypes["box"] = "float16"
     with pytest.raises(

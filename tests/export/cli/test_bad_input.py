@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from dgm4.shipped import demo_checkpoint
 from engine.errors import BundleError, InputError
 from export import cli
 from export.bundle.write_errors import refusal
-from export.cli import export as cli_export
-from export.cli import predict as cli_predict
+from export.cli.plot import save_plot
 from export.output import open_output, write_whole
 from export.trt import probe, worker
 from export.trt.worker import RefusedError
@@ -63,7 +63,7 @@ def test_an_onnx_file_in_place_of_a_bundle(theirs, tmp_path, capsys, verb):
 
 
 def test_an_onnx_file_in_place_of_a_checkpoint(theirs, tmp_path, capsys):
-    line = line_of(capsys, ["export", "--checkpoint", theirs, "--out", tmp_path / "b"])
+    line = line_of(capsys, ["export", "-q", "--checkpoint", theirs, "--out", tmp_path / "b"])
     assert f"{theirs}: expected a checkpoint of plain tensors" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["theirs.onnx"]
 
@@ -145,28 +145,13 @@ def test_a_file_that_does_not_fit_is_not_left(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch):
-    def fail(*_):
-        raise FULL
-
-    with pytest.raises(InputError, match=r"--plot a.png: cannot be written: No space left"):
-        cli_predict._plot(SimpleNamespace(plot=fail), Path("a.png"))
-    predictor = SimpleNamespace(warm_up=list, predict=lambda *_: SimpleNamespace(plot=fail))
-
-    class Double:
-        def __init__(self, bundle):
-            pass
-
-        def __enter__(self):
-            return predictor
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(cli_export, "Predictor", Double)
-    with pytest.raises(
-        InputError, match="cannot be written: No space left on device; the bundle itself is whole"
-    ):
-        cli_export._try(tmp_path / "b", tmp_path / "b.png", None)
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(FULL))
+    prediction = SimpleNamespace(plot=lambda: Image.new("RGB", (4, 4)))
+    with pytest.raises(InputError, match=r"--plot .*a.png: .*No space left on device; choose another place"):
+        save_plot(prediction, tmp_path / "a.png")
+    with pytest.raises(InputError, match="No space left on device; the bundle itself is whole"):
+        save_plot(prediction, tmp_path / "a.png", "; the bundle itself is whole")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_engine_that_does_not_fit(tmp_path):

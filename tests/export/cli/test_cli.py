@@ -54,8 +54,9 @@ def test_export_prints_the_answer_for_the_sample(bundle, capsys, monkeypatch):
     """Over the stages and the bundle of an export that was made before."""
     made = bundle("hammer", "fp32")
 
-    def again(_options, report):
+    def again(_options, report, begin):
         for stage in made.stages:
+            begin(stage.name)
             report(stage)
         return made.manifest
 
@@ -63,9 +64,11 @@ def test_export_prints_the_answer_for_the_sample(bundle, capsys, monkeypatch):
     assert cli.main(export(made.path)) == 0
     out, err = capsys.readouterr()
     assert out.startswith("astronaut.png: ")
-    for part in ("types", "box", "words", "timing"):
-        assert f"\n  {part}" in out
-    assert [line.split()[0] for line in err.splitlines()] == [stage.name for stage in made.stages]
+    assert "\n  probability" in out and "\n  timing" in out
+    assert [line.split()[0] for line in err.splitlines()] == [s.name for s in made.stages for _ in range(2)]
+    assert err.splitlines()[0] == f"{made.stages[0].name} ..."
+    assert cli.main([*export(made.path), "-q"]) == 0
+    assert capsys.readouterr().err == ""
     assert "from the trained network: max" in err
 
 
@@ -79,7 +82,6 @@ def test_a_failed_verification_exits_with_3(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["frobnicate"],
         ["export", "--model", "resnet"],
         ["export", "--precision", "fp4"],
@@ -135,7 +137,7 @@ def test_a_vocabulary_of_another_size_exits_with_1(tmp_path, capsys):
     assert cli.main(arguments) == 1
     err = capsys.readouterr().err
     assert "expected 2048 word pieces, got 1" in err
-    assert [line.split()[0] for line in err.splitlines()] == ["load", "dgm4:"]
+    assert [line.split()[0] for line in err.splitlines()] == ["load", "load", "tokenizer", "dgm4:"]
     assert [p.name for p in tmp_path.iterdir()] == ["vocab.txt"]
 
 
@@ -161,7 +163,7 @@ def test_verbose_shows_the_traceback(tmp_path, capsys, caplog):
 def test_how_an_engine_is_built_reaches_the_export(tmp_path, monkeypatch):
     heard = []
 
-    def stop(options, _report):
+    def stop(options, *_):
         heard.append(options.building)
         raise InputError("far enough")
 
@@ -215,7 +217,7 @@ def test_the_script_works_from_another_folder(tmp_path):
     assert record["manifest"]["model"]["name"] == "asap"
     assert [stage["stage"] for stage in record["stages"]][:2] == ["load", "tokenizer"]
     assert 0 <= record["sample"]["score"] <= 1
-    assert {p.name for p in tmp_path.iterdir()} == {"here", "here-sample.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"here"}
     assert "Warning" not in done.stderr
 
 
@@ -238,11 +240,13 @@ def test_without_an_argument_the_trained_demo_finds_the_face_and_the_words(tmp_p
 
 def test_drawn_weights_on_request(tmp_path, capsys):
     out = tmp_path / "bundle"
-    assert cli.main(["export", "--model", "asap", "--drawn", "--target", "none", "--out", str(out)]) == 0
+    arguments = ["export", "--model", "asap", "--drawn", "--target", "none", "--out", str(out)]
+    assert cli.main([*arguments, "--plot", str(tmp_path / "sample.png")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("astronaut.png: ")
-    assert "warning  untrained_weights: the scores mean nothing" in printed
-    assert str(out) + "-sample.png" in printed
+    assert "untrained_weights: the scores mean" in printed
+    assert "\n  drawn" in printed and str(tmp_path / "sample.png") in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "sample.png"}
 
 
 def test_the_script_shows_its_help_from_another_folder(tmp_path):
@@ -308,15 +312,8 @@ def test_the_vocabulary_beside_a_checkpoint_is_its_own(tmp_path, capsys):
     assert manifest.get("accuracy", []) == []
 
 
-@pytest.mark.parametrize("form", ["folder", "file"])
-def test_a_stranger_in_the_place_of_the_picture(form, tmp_path, capsys):
-    drawn = tmp_path / "bundle-sample.png"
-    drawn.mkdir() if form == "folder" else drawn.write_text("mine")
-    line = failed(capsys, export(tmp_path / "bundle"), 1)
-    assert "bundle-sample.png: the sample is drawn there; move what is there" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle-sample.png"]
-
-
-def test_drawn_weights_and_a_checkpoint_exclude_each_other(tmp_path, capsys):
-    line = failed(capsys, export(tmp_path / "bundle", "--drawn", "--checkpoint", "some.pth"), 1)
-    assert "--drawn takes no checkpoint: leave out one of" in line
+def test_a_plot_that_cannot_be_is_found_before_the_export(tmp_path, capsys):
+    for place, message in (("a.xyz", "ending in .png"), ("absent/a.png", "a folder that exists")):
+        line = failed(capsys, export(tmp_path / "bundle", "--plot", str(tmp_path / place)), 1)
+        assert message in line
+    assert not list(tmp_path.iterdir())

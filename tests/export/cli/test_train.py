@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,7 +63,7 @@ def train(small, data, capsys):
 
 
 def test_a_run_and_its_answer(train, tmp_path):
-    code, out, err = train(tmp_path / "run", "--model", "asap")
+    code, out, err = train(tmp_path / "run", "--model", "asap", "-q")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found.keys() == {"finished", "epoch", "update", "seconds", "best", "checkpoints"}
@@ -133,15 +135,28 @@ def test_what_is_set_goes_over_the_recipe(train, tmp_path):
         ("flip=1", "--set flip: expected true or false, got '1'"),
         ("lr=nan", "lr: expected a value above 0, got nan"),
         ("model=resnet", "model: expected one of hammer, asap, cals, got 'resnet'"),
-        ("batch=99", "20 training pairs do not fill one update of 99 x 1 x 1 processes"),
+        ("lrr=1", "one of model, size, .*; did you mean lr?"),
     ],
 )
-def test_bad_settings_are_one_line(setting, message, train, tmp_path):
-    code, out, err = train(tmp_path / "run", "--set", setting)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"dgm4: error: {message}" if setting != "batch=99" else "dgm4: error: ")
-    assert message in err
+def test_bad_settings_are_usage_errors(setting, message, train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "run", "--set", setting)
+    assert caught.value.code == 2
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_data_does_not_fill(train, tmp_path):
+    code, out, err = train(tmp_path / "run", "--set", "batch=99")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "20 training pairs do not fill one update of 99 x 1 x 1 processes" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_cannot_be_used_is_bad_input(train, tmp_path):
+    (tmp_path / "recipe.toml").write_text("lr = -1.0\n")
+    code, _, err = train(tmp_path / "run", "--recipe", str(tmp_path / "recipe.toml"))
+    assert (code, "lr: expected a value above 0, got -1.0" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +166,6 @@ def test_bad_settings_are_one_line(setting, message, train, tmp_path):
         (("--set", "precision=fp16"), 4, "fp16 needs a GPU"),
         (("--init", "none.pth"), 1, "none.pth: no such file"),
         (("--recipe", "none.toml"), 1, "cannot read the recipe"),
-        (("--device", "tpu"), 1, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (("--data", "none"), 1, "none: expected the data folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -168,6 +182,29 @@ def test_counts_are_whole(option, train, tmp_path):
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, option, "-1")
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_run_to_resume(number, code, train, tmp_path, monkeypatch):
+    """The answer, where it stopped, and the command that goes on."""
+    step = module.Trainer._step
+
+    def struck(self, *arguments):
+        if self.progress.batch == 2:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(module.Trainer, "_step", struck)
+    got, out, err = train(tmp_path, "-q")
+    assert (got, json.loads(out)["update"]) == (code, 3)
+    assert (
+        f"stopped after update 3, which {tmp_path / LAST} holds; go on with: dgm4 train --set epochs=1 "
+        in err
+    )
+    assert err.endswith("-q --resume\n")
+    monkeypatch.setattr(module.Trainer, "_step", step)
+    got, out, _ = train(tmp_path, "--resume")
+    assert (got, json.loads(out)["update"]) == (0, 10)
 
 
 # Two processes. What the driver changes is what `small` changes, and MEANS; it keeps every rank's state.

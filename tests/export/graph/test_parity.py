@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.errors import VerificationError
-from export.evaluation.scoring import TorchNetwork
+from export.evaluation.reference import TorchNetwork
 from export.graph import parity
 from export.graph.parity import ABSOLUTE, CASES, EXACT, FP16, INT8, RELATIVE, Tolerance, check, compare
 

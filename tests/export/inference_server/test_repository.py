@@ -301,7 +301,7 @@ def test_export_writes_one_too(bundle, tmp_path, capsys, monkeypatch):
     from export import pipeline
 
     made = bundle("asap", "fp32")
-    monkeypatch.setattr(pipeline, "export_bundle", lambda _options, _report: made.manifest)
+    monkeypatch.setattr(pipeline, "export_bundle", lambda *_: made.manifest)
     monkeypatch.setattr(cli_export, "_try", lambda *_: None)
     arguments = ["export", "--out", str(made.path), "--triton-repository"]
     assert cli.main([*arguments, str(tmp_path / "r")]) == 0

@@ -1,0 +1,43 @@
+"""Options as users give them: numbers of Python, NumPy or another library, checked and made Python's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+
+from engine.errors import InputError, quoted
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """Return an integer of any library as int; raises InputError below `least` and for what is none.
+
+    `name` is what messages call it.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name}: expected an integer of at least {least}, got {quoted(value)}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read: limits in bytes and pixels, EXIF orientation, the colour behind transparency.
+
+    >>> from engine import ImageOptions, Predictor
+    >>> options = ImageOptions(max_bytes=8 * 2**20, background=(0, 0, 0))
+    >>> predictor = Predictor("my-bundle", image_options=options)
+    """
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 64_000_000
+    apply_orientation: bool = True
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a limit below 1 and for a colour other than three integers from 0 to 255."""
+        for name in ("max_bytes", "max_pixels"):
+            check_count(name, getattr(self, name), least=1)
+        colour = self.background
+        if not isinstance(colour, tuple | list) or len(colour) != 3:
+            raise InputError(f"background: expected (red, green, blue), got {quoted(colour)}")
+        if not all(isinstance(x, Integral) and 0 <= x <= 255 for x in colour):
+            raise InputError(f"background: expected three integers from 0 to 255, got {quoted(colour)}")

@@ -1,0 +1,105 @@
+"""How logits become scores and decisions: temperatures, thresholds, and the record of their calibration.
+
+A detector decides on a pair ("manipulated"), on each type of manipulation, and on each word of the caption
+("words").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Annotated, Any
+
+from engine.errors import InputError, quoted
+from engine.network.config import TYPES
+from engine.schema import Record, at_least, matching, within
+
+DECISIONS = ("manipulated", *TYPES, "words")
+GROUP = "types"  # names the thresholds of all four types at once
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
+
+_Score = Annotated[float, within(0, 1)]
+_Count = Annotated[int, at_least(0)]
+_Temperature = Annotated[float, within(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)]
+
+
+@dataclass(frozen=True)
+class Thresholds(Record):
+    """Scores in [0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
+
+    manipulated: _Score
+    face_swap: _Score
+    face_attribute: _Score
+    text_swap: _Score
+    text_attribute: _Score
+    words: _Score
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Give each type the one threshold of bundles that had a single one for all of them."""
+        return {**dict.fromkeys(TYPES, raw[GROUP]), **raw} if GROUP in raw else raw
+
+    def replaced(self, given: Mapping[str, float]) -> Thresholds:
+        """Return these with some replaced by name, "types" those of all four; raises InputError."""
+        names = (*DECISIONS, GROUP)
+        if not isinstance(given, Mapping) or not set(given) <= set(names):
+            raise InputError(
+                f"thresholds: expected a mapping with some of {', '.join(names)}, got {quoted(given)}"
+            )
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+                raise InputError(f"thresholds[{name!r}]: expected a number from 0 to 1, got {quoted(value)}")
+        group = dict.fromkeys(TYPES, float(given[GROUP])) if GROUP in given else {}
+        return replace(self, **group | {name: float(x) for name, x in given.items() if name != GROUP})
+
+
+@dataclass(frozen=True)
+class Temperatures(Record):
+    """What logits are divided by before softmax or sigmoid makes a score of them; 1 leaves them alone.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+
+    manipulated: _Temperature = 1.0
+    face_swap: _Temperature = 1.0
+    face_attribute: _Temperature = 1.0
+    text_swap: _Temperature = 1.0
+    text_attribute: _Temperature = 1.0
+    words: _Temperature = 1.0
+
+
+@dataclass(frozen=True)
+class Rate(Record):
+    """A share in [0, 1] of `count` things, and the interval from `low` to `high` that it lies in."""
+
+    value: _Score
+    low: _Score
+    high: _Score
+    count: _Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCalibration(Record):
+    """The temperatures of a bundle, and how they and its thresholds were chosen (`dgm4 calibrate`).
+
+    They were fitted on `fitted` pairs of the `split` of `source`, whose annotation file has the SHA-256
+    `annotations`, for the wanted rate of `false_alarms`. `reached` holds the rate by decision on `checked`
+    other pairs of that split, with intervals of `level`; decisions that kept their threshold are not in it.
+    """
+
+    temperatures: Temperatures
+    source: str
+    split: str
+    annotations: Annotated[str, matching("[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
+    seed: _Count
+    fitted: _Count
+    checked: _Count
+    false_alarms: _Score
+    level: _Score
+    reached: dict[str, Rate]
+
+    def problems(self) -> Iterator[tuple[str, str, object]]:
+        """See `Record.problems`."""
+        if DECISIONS[0] not in self.reached or not set(self.reached) <= set(DECISIONS):
+            yield "reached", f"{DECISIONS[0]} and others of {', '.join(DECISIONS)}", sorted(self.reached)

@@ -1,0 +1,131 @@
+"""Lists of pairs in every form: the same pairs, with the error of a line in its place."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from engine.errors import InputError
+from export.cli.pairs import STDIN, PairList
+
+PAIRS = [("a.jpg", "A man, smiling"), ("b/é.png", 'He said "no"\nand left'), ("c.webp", "Zoë 你好")]
+
+
+def found(path):
+    return [(entry.image, entry.caption) for entry in PairList(path)]
+
+
+def csv_of(delimiter, header, end="\n"):
+    quoted = ('"' + caption.replace('"', '""') + '"' for _, caption in PAIRS)
+    rows = [delimiter.join([image, caption]) for (image, _), caption in zip(PAIRS, quoted, strict=True)]
+    return end.join([*([delimiter.join(header)] if header else []), *rows, ""]).encode()
+
+
+FORMS = {
+    "list.jsonl": "".join(json.dumps({"image": i, "text": c}) + "\r\n" for i, c in PAIRS).encode(),
+    "list.json": json.dumps([{"image": i, "caption": c} for i, c in PAIRS], indent=1).encode(),
+    "array": json.dumps([{"file_name": i, "caption": c} for i, c in PAIRS]).encode(),
+    "lines": b"\n" + "".join(json.dumps({"image": i, "caption": c}) + "\n" for i, c in PAIRS).encode(),
+    "list.csv": csv_of(",", ("image", "caption")),
+    "bom.csv": b"\xef\xbb\xbf" + csv_of(",", ("Image", " Caption ")),
+    "excel.csv": csv_of(";", ("file_name", "text"), "\r\n"),
+    "no-header.csv": csv_of(",", None),
+    "list.tsv": csv_of("\t", ("image", "caption")),
+    "captions.txt": csv_of("\t", None),
+    "flickr.txt": csv_of(",", ("image", "caption")),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_holds_the_same_pairs(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(FORMS[name])
+    assert found(path) == PAIRS
+    assert PairList(path).count(None) == 3
+    assert PairList(path).base == tmp_path
+    if "." not in name or name.startswith(("list", "bom", "excel")):  # stdin has no suffix to go by
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[name])))
+        assert found(STDIN) == PAIRS
+        assert PairList(STDIN).count(None) is None
+
+
+def test_columns_in_any_order_and_ids(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("id,source,caption,image\n7,x,one,a.jpg\n\n8,x\n9,x,caf\xe9,b.jpg,more\n", "latin-1")
+    first, short, latin = PairList(path)
+    assert first.head() == {"line": 2, "image": "a.jpg", "id": "7"}
+    assert (short.number, "expected an image and a caption, got \"['8', 'x']\"" in str(short.error)) == (
+        4,
+        True,
+    )
+    assert (latin.number, "expected UTF-8" in str(latin.error)) == (5, True)
+
+
+def test_lines_of_a_quoted_caption_count(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text('image,caption\na.jpg,"one\ntwo"\nb.jpg,three\n')
+    assert [entry.number for entry in PairList(path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.csv", "picture,words,more\n", "expected a header with the columns image and caption"),
+        ("list.json", '[{"image": "a"', "expected a JSON array of pairs in UTF-8"),
+    ],
+)
+def test_a_list_that_is_none(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        list(PairList(tmp_path / name))
+
+
+def test_items_of_an_array_that_are_no_pairs(tmp_path):
+    (tmp_path / "list.json").write_text('[3, {"image": "a.jpg"}, {"image": "a.jpg", "caption": "x"}]')
+    assert [entry.error is None for entry in PairList(tmp_path / "list.json")] == [False, False, True]
+
+
+def test_an_empty_list_is_one(tmp_path):
+    (tmp_path / "list.csv").write_text("\n\n")
+    assert found(tmp_path / "list.csv") == []
+
+
+def test_a_folder_with_a_list_of_captions(tmp_path):
+    (tmp_path / "captions.csv").write_bytes(FORMS["list.csv"])
+    (tmp_path / "other.jpg").write_bytes(b"no one asks for it")
+    assert found(tmp_path) == PAIRS
+    assert PairList(tmp_path).base == tmp_path
+    (tmp_path / "captions.jsonl").write_bytes(FORMS["list.jsonl"])
+    with pytest.raises(
+        InputError, match=r"expected one list of captions, got captions.csv and captions.jsonl"
+    ):
+        list(PairList(tmp_path))
+
+
+def test_a_folder_with_a_text_beside_each_image(tmp_path):
+    for name in ("b.JPG", "a.png", "c.webp", "notes.md", "a.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf a caption \n")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    a, b, c = PairList(tmp_path)
+    assert (a.image, a.caption) == ("a.png", "a caption")
+    assert (b.image, b.caption) == ("b.JPG", "caf\ufffd")
+    assert (c.image, str(c.error)) == (
+        "c.webp",
+        "c.webp: no caption; expected it in c.txt beside the image",
+    )
+
+
+def test_a_folder_with_neither(tmp_path):
+    with pytest.raises(InputError, match="expected captions.csv or another list of captions, or images"):
+        list(PairList(tmp_path))
+
+
+def test_an_image_of_the_list_is_not_overwritten(tmp_path):
+    (tmp_path / "list.csv").write_text("image,caption\na.jpg,x\n")
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    with pytest.raises(InputError, match="would overwrite an input, the image of line 2 of the list"):
+        PairList(tmp_path / "list.csv").count(tmp_path / "a.jpg")
+    assert PairList(tmp_path / "list.csv").count(tmp_path / "new.jsonl") == 1
