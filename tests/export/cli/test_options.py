@@ -36,6 +36,8 @@ OPTIONS = {
     "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
     "--threads --accelerate",
     "inspect": "bundle --layers --data --split --json",
+    "demo": "--out",
+    "list": "--json",
     "doctor": "--json",
     "data make": "--out --pairs --seed",
     "data describe": "--data --captioner --instructor --split --batch --limit --device --redo",
