@@ -41,7 +41,7 @@ from export.output import ERRORS
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (predict,),
-    "make a bundle": (convert, export, calibrate, rebuild, repository),
+    "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }
