@@ -85,7 +85,7 @@ def read(data, tmp_path):
 def test_a_published_record_is_read(read, data):
     answer = read(record())
     assert answer.problems == ()
-    (sample,) = answer.samples
+    (sample,) = answer.usable("list")
     assert sample.id == "4711"
     assert sample.picture == (data / "manipulation/simswap/1.jpg").resolve()
     assert sample.image == "DGM4/manipulation/simswap/1.jpg"
@@ -106,16 +106,15 @@ def test_a_pristine_record_has_no_types(read):
 @pytest.mark.parametrize("image", [r"DGM4\manipulation\simswap\1.jpg", r"manipulation\simswap/1.jpg"])
 def test_a_path_written_on_windows_is_read(image, read, data):
     (sample,) = read(record(image=image)).samples
-    assert sample.picture == (data / "manipulation/simswap/1.jpg").resolve()
-    assert sample.image == image
+    assert (sample.picture, sample.image) == ((data / "manipulation/simswap/1.jpg").resolve(), image)
 
 
 def test_a_file_with_a_backslash_in_its_name_is_read(read, data):
     file = data / r"origin/a\b.jpg"
     file.write_bytes((data / "origin/bbc/0001/2.jpg").read_bytes())
     (sample,) = read(record(image=r"origin/a\b.jpg", **PRISTINE)).samples
+    assert sample.picture == file
     file.unlink()
-    assert sample.picture == file.resolve()
 
 
 def test_none_usable_says_of_how_many_and_why(read):
@@ -124,7 +123,6 @@ def test_none_usable_says_of_how_many_and_why(read):
         annotations.usable("DGM4, split test")
     start = "DGM4, split test: expected annotated pairs, got none of 8 usable, most often picture_missing: "
     assert str(caught.value).startswith(f"{start}record 0: expected the picture")
-    assert read(record()).usable("x") == read(record()).samples
 
 
 def test_types_come_in_one_order(read):
