@@ -28,6 +28,7 @@ are outside what it has seen, and its scores are no probabilities but on pairs l
 calibrated on."""
 _RUN = """```python
 from engine import Predictor
+
 predictor = Predictor("path/to/this/bundle")
 print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
 ```"""
