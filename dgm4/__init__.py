@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import engine
+from dgm4.catalogue import ModelEntry, list_models
 from dgm4.config import MODEL_NAMES, SIZES, TYPES, ModelConfig, model_config
 from engine import *  # noqa: F403
 from engine import __version__ as __version__
@@ -36,9 +37,11 @@ __all__ = [
     "Checkpoint",
     "Detector",
     "ModelConfig",
+    "ModelEntry",
     "Output",
     "build",
     "create_model",
+    "list_models",
     "load_checkpoint",
     "load_state",
     "model_config",

@@ -1,7 +1,8 @@
 """The demo that ships with the package: trained tiny networks, their vocabulary, their record, one sample.
 
 They were trained on the sample set (`dgm4 data make`) by the recipes beside them; `python -m benchmarks.demo`
-does it again. They show the way from training to serving; they are no detector of real manipulations.
+does it again. They show the way from training to serving; they are no detector of real manipulations. A
+bundle of ASAP is ready beside them: `Predictor("demo:asap")`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,10 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-
-from dgm4.checkpoint import load_checkpoint
 from dgm4.config import MODEL_NAMES
 from engine.errors import CheckpointError, InputError
 
@@ -57,20 +54,3 @@ def demo_of(weights: str | None) -> str | None:
 def demo_sample() -> tuple[Path, str]:
     """Return an image of the sample set's test split and its caption; both are manipulated."""
     return SAMPLE, str(demo_record()["sample"]["text"])
-
-
-def release(checkpoint: Path, out: Path, metadata: dict[str, str]) -> int:
-    """Write what inference reads of a checkpoint as float16 safetensors; return the bytes written.
-
-    Raises CheckpointError where the checkpoint does not load or a value does not fit float16.
-    """
-    network = load_checkpoint(checkpoint)
-    state = {}
-    for name, value in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        state[name] = value.to(torch.float16)
-        if not bool(state[name].isfinite().all()):
-            raise CheckpointError(f"{checkpoint}: {name} does not fit float16")
-    safetensors.torch.save_file(state, out, metadata=metadata)
-    return out.stat().st_size

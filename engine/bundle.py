@@ -23,6 +23,7 @@ from engine.manifest import (
     check_digest,
     parse_manifest,
 )
+from engine.shipped import locate
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], engines: bool = True) -> Bundle:
         """Read the manifest of the bundle at `path` and compare the directory with it.
 
+        A name such as "demo:asap" stands for a bundle that ships with the package (`engine.shipped`).
         Without `engines` its prebuilt engines may be missing or damaged: for a caller that builds them again.
         Links to files are followed, as a cache of downloads makes them, and hidden files are ignored.
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
@@ -61,7 +63,7 @@ class Bundle:
         >>> Bundle.open("my-bundle").manifest.precision
         'fp32'
         """
-        root = _absolute(path)
+        root = _absolute(locate(path))
         manifest = parse_manifest(check_digest(_read_manifest(root)))
         sizes = _list_files(root)
         optional = set() if engines else {entry.file for entry in manifest.engines}

@@ -28,7 +28,7 @@ OPTIONAL_OUTPUTS = ("attention_map",)
 NOT_STATED = "not stated"
 
 # The demo weights of bundles that were written before a manifest said what kind its weights are.
-_FIRST_DEMOS = (
+FIRST_DEMOS = (
     "63c148846bba7f7753c85ea8c297a413036ae6c5db530690ae7b23b640e42028",
     "5de2f0947c266d7b73d93c43238baafc171d6ce890ad1dc073338ff1c8d5392e",
     "87e49c3a2d3434fda3ee50252fe39e251e170a204ead026c6f169d4f53ad3d44",
@@ -69,22 +69,22 @@ class Weights(Record):
         """Whether anybody trained them."""
         return self.kind != "drawn"
 
+    @property
+    def warning(self) -> str | None:
+        """Why the answers of these weights must not be trusted; None for a user's own checkpoint."""
+        if self.kind == "demo":
+            return "demo_weights: trained on made images; the answers say nothing about real ones"
+        if self.kind == "drawn":
+            return f"untrained_weights: the scores mean nothing ({self.source})"
+        return None
+
     @classmethod
     def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """Tell the kind of weights of bundles that said only whether they were trained."""
         if "kind" in raw or not isinstance(raw.get("trained"), bool):
             return raw
-        kind = "demo" if raw.get("sha256") in _FIRST_DEMOS else "trained" if raw["trained"] else "drawn"
+        kind = "demo" if raw.get("sha256") in FIRST_DEMOS else "trained" if raw["trained"] else "drawn"
         return {"kind": kind, **raw}
-
-
-def weights_warning(weights: Weights) -> str | None:
-    """Why the answers of these weights must not be trusted, None for a user's own checkpoint."""
-    if weights.kind == "demo":
-        return "demo_weights: trained on made images; the answers say nothing about real ones"
-    if weights.kind == "drawn":
-        return f"untrained_weights: the scores mean nothing ({weights.source})"
-    return None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from engine.inputs.preparation import Preparation
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
-from engine.manifest import Manifest, weights_warning
+from engine.manifest import Manifest
 from engine.prediction import Prediction
 from engine.running import ItemError, OnError, Runner, raised
 
@@ -310,7 +310,7 @@ class Predictor:
 
 
 def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
-    warning = weights_warning(manifest.weights)
+    warning = manifest.weights.warning
     if warning is None:
         return ()
     logger.warning("%s", warning)

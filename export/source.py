@@ -19,7 +19,7 @@ from dgm4.tokenizer import build_tokenizer, vocabulary_digest, vocabulary_of
 from engine.errors import CheckpointError, InputError
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
-from engine.manifest import Vocabulary, Weights
+from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -74,7 +74,8 @@ def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weig
     if options.size not in (None, model.config.size):
         raise CheckpointError(f"{path}: expected a network of size {options.size}, got {model.config.size}")
     digest = sha256_of(path)
-    kind = "demo" if demo_of(digest) else "trained" if trained else "drawn"
+    known = demo_of(digest) or digest in FIRST_DEMOS
+    kind = "demo" if known else "trained" if trained else "drawn"
     notes = _notes(checkpoint, model.config)
     weights = Weights(kind, path.name + (f" ({'; '.join(notes)})" if notes else ""), digest)
     return model, weights, checkpoint.vocabulary

@@ -23,7 +23,8 @@ ROOMS = {
     "engine.network.output": "",
     "engine.scores": "engine.errors engine.network.config engine.schema",
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
-    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest",
+    "engine.shipped": "engine.errors engine.layout",
+    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
@@ -31,7 +32,7 @@ ROOMS = {
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
-    "engine.packages engine.progress",
+    "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "

@@ -26,7 +26,17 @@ GRAIN = (0.008, 0.016)  # standard deviation of the whole image's grain, of a ra
 SATURATION = 0.6  # of the photographs; less colour hides a forged face's cast less
 NEAR = (92.0, 116.0)  # height of a face in pixels
 FAR = (60.0, 76.0)
-JPEG_QUALITY = 92
+JPEG_QUALITY = (60, 96)
+
+# Photographs as a camera or an editor leaves them.
+PHOTOGRAPH_CROP = 0.4  # the smallest window, as a share of the largest
+PORTRAIT_CROP = 0.6  # the same where a face stays whole
+PORTRAIT_SHARE = 0.3  # share of photographs that show a face, where the split has any
+PHOTOGRAPH_SATURATION = (0.3, 1.2)
+PHOTOGRAPH_BALANCE = (0.9, 1.1)  # factor of each channel
+PHOTOGRAPH_GAIN = (0.7, 1.15)  # what white becomes
+PHOTOGRAPH_GREY_SHARE = 0.15
+PHOTOGRAPH_GRAIN = (0.0, 0.016)
 
 # Captions.
 MOOD_WORDS = {1: 0.15, 2: 0.55, 3: 0.30}  # share of captions with so many mood words

@@ -27,9 +27,12 @@ _FACE_MEAN, _FACE_SPREAD = 0.95, 0.20  # of the patch's brightness, as a factor 
 
 @dataclass(frozen=True)
 class Person:
-    """One person in an image: whose face, where it is, and the colours of skin, hair and clothes."""
+    """One person in an image: whose face, where it is, and the colours of skin, hair and clothes.
 
-    identity: int
+    The identity is None for the face that a photograph shows itself.
+    """
+
+    identity: int | None
     box: Box
     skin: tuple[float, ...]
     hair: tuple[float, ...]
@@ -85,6 +88,8 @@ def face_texture(person: Person) -> np.ndarray:
     """The face in its skin's colour, [y2 - y1, x2 - x1, 3]."""
     x1, y1, x2, y2 = person.box
     w, h = x2 - x1, y2 - y1
+    if person.identity is None:
+        raise ValueError("the face of a photograph is not painted")
     patch = Image.fromarray(_patches()[person.identity])
     grown_w, grown_h = round(_PATCH_WIDTH * w), round(_PATCH_HEIGHT * h)
     grown = np.asarray(patch.resize((grown_w, grown_h), Image.Resampling.BICUBIC))

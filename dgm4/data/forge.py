@@ -56,18 +56,29 @@ def forge(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Ge
 
 
 def _swap(picture: np.ndarray, scene: Scene, forgery: Forgery, rng: np.random.Generator) -> np.ndarray:
-    """Another identity in the same skin, graded like the scene, then set in with an imperfect seam."""
-    strength = forgery.strength
+    """Another identity in the same skin, graded like the scene, then set in."""
     person: Person = replace(scene.people[forgery.person], identity=forgery.identity or 0)
     people = tuple(person if i == forgery.person else p for i, p in enumerate(scene.people))
     x1, y1, x2, y2 = person.box
-    face = render(scene, people)[y1:y2, x1:x2]
+    return set_in(picture, render(scene, people)[y1:y2, x1:x2], scene, person.box, forgery.strength, rng)
+
+
+def set_in(
+    picture: np.ndarray,
+    face: np.ndarray,
+    scene: Scene,
+    box: Box,
+    strength: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return `picture` with the graded `face` in `box`: in another tint, with its own grain and a seam."""
+    x1, y1, x2, y2 = box
     gain = 1 + rng.uniform(-1, 1) * d.SWAP_GAIN * strength
     face = face * gain * _cast(d.SWAP_CAST, strength, scene)
     grain = d.SWAP_GRAIN * strength * (scene.levels[1] - scene.levels[0])
     face = face + rng.standard_normal((*face.shape[:2], 1), dtype=np.float32) * np.float32(grain)
     start, end = d.SWAP_FEATHER
-    mask = face_mask(person.box, start + (end - start) * strength)[..., None]
+    mask = face_mask(box, start + (end - start) * strength)[..., None]
     forged = picture.copy()
     region = forged[y1:y2, x1:x2]
     region += mask * (face - region)

@@ -17,6 +17,7 @@ import numpy as np
 from dgm4.data import vocabulary as v
 from dgm4.data.difficulty import FLIP_ALL_SHARE, MOOD_WORDS
 from dgm4.data.scenes import Scene
+from dgm4.data.subjects import SUBJECTS
 
 Role = Literal["filler", "name", "mood", "fact"]
 Pairs = tuple[tuple[str, str], ...]
@@ -44,6 +45,16 @@ _FRAMES: dict[int, tuple[str, ...]] = {
         "{c} {t} {n} {v} and is {f} about the {j} {e}",
         "the {e} at {p} brings {m} to {n} who is {f} {c}",
     ),
+}
+# Frames of scenes without people.
+_EMPTY_FRAMES: dict[int, tuple[str, ...]] = {
+    1: ("{p} {c} after the {e}", "there was {m} at {p} {c}", "a view of {p} {c} on a {j} day"),
+    2: (
+        "a {j} {e} at {p} {c}",
+        "{c} there was {m} near {p} after the {e}",
+        "it was a {j} day of {m} at {p} {c}",
+    ),
+    3: ("{p} {c} after a {j} {e} that brings {m}", "{c} {p} saw a {j} {e} and {m} in the town"),
 }
 _SLOTS: dict[str, Pairs] = {"f": v.FEELINGS, "j": v.JUDGEMENTS, "e": v.EVENTS, "m": v.EMOTIONS}
 # How often a fact is told, by its value or, under None, whatever its value.
@@ -75,7 +86,7 @@ Caption = tuple[Word, ...]
 def write_caption(rng: np.random.Generator, scene: Scene) -> Caption:
     """A caption that is true of `scene`, with one to three mood words."""
     slots = int(rng.choice(list(MOOD_WORDS), p=list(MOOD_WORDS.values())))
-    frame = str(rng.choice(_FRAMES[slots]))
+    frame = str(rng.choice((_FRAMES if scene.people else _EMPTY_FRAMES)[slots]))
     facts = draw_facts(rng, scene)
     words: list[Word] = []
     for part in re.split(r"\s+", frame):
@@ -169,13 +180,15 @@ def swap_caption(own: Caption, donor: Caption) -> tuple[Caption, list[int]]:
 
 def describe(scene: Scene) -> str:
     """A neutral and true description of the image, as a captioning model might give it."""
-    people = {1: "one person", 2: "two people", 3: "three people"}[len(scene.people)]
+    if scene.kind == "photograph":
+        return f"A picture of {SUBJECTS[scene.photo][0][0]}."
+    people = ("an empty place", "one person", "two people", "three people")[len(scene.people)]
     side = f" {v.FACTS['side'][value_of(scene, 'side')][0]}" if scene.side else ""
     colour = f"in {scene.tone} colors" if scene.tone != "plain" else "in color"
     parts = [
         f"A {scene.light} picture {colour if scene.colour else 'in black and white'}",
         f"of {people}{side}",
-        "close to the camera" if scene.near else "at a distance",
+        *([] if scene.near is None else ["close to the camera" if scene.near else "at a distance"]),
         *(["in fog"] if scene.fog else []),
     ]
     return " ".join(parts) + "."

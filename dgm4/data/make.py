@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dgm4.data.difficulty import JPEG_QUALITY
 from dgm4.data.pair import Pair, description, draw_pair, explanation, paint
 from dgm4.data.sources import PHOTOS, SPLITS, Split, data_file
 from engine.errors import InputError
@@ -20,20 +19,23 @@ from engine.files import unfinished
 
 RECORD = "sample.json"
 FORMAT = "dgm4-sample-set"
-VERSION = 1  # goes up whenever the same seed would give other files
+VERSION = 2  # goes up whenever the same seed would give other files
 _PARTS = {"train": 10 / 13, "val": 1 / 13, "test": 2 / 13}
 FEWEST = 6  # two of each split: a swapped caption is another pair's
 _README = """# Sample set
 
 {total} pairs of a picture and its caption in the format of DGM4 (train {train}, val {val}, test {test}),
-written by `dgm4 data make --pairs {total} --seed {seed}`, generator version {version}. A third is
-pristine; the other eight classes are equally frequent.
+written by `dgm4 data make --pairs {total} --seed {seed}`, generator version {version}. Half of them are not
+manipulated.
 
-Pictures are photographs out of scikit-image's wheel with people composed of small grey faces (Labeled Faces
-in the Wild, 25x25 pixels); captions come from a grammar. It shows that training and evaluation work. To be
-learnt in minutes, forgeries carry an exaggerated trace: a swapped face leans towards magenta, bent eyes or a
-bent mouth towards green, and mood words always follow the light. A score on it says nothing about real
-manipulated news. The boxes under `mtcnn_boxes` are those of all faces, drawn rather than detected.
+Images are photographs out of scikit-image's wheel. In half of them are people, composed of small grey faces
+(Labeled Faces in the Wild, 25x25 pixels), and the caption comes from a grammar. The others are photographs
+without painted people: as a camera or an editor leaves them, with captions of what they show, or graded,
+with captions of the grammar; where a photograph shows a face, that may be swapped or bent too. The set shows
+that training and evaluation work. To be learnt in minutes, forgeries carry an exaggerated trace: a swapped
+face leans towards magenta, bent eyes or a bent mouth towards green, and mood words always follow the light.
+A score on it says nothing about real manipulated news. The boxes under `mtcnn_boxes` are those of all faces,
+drawn rather than detected.
 
 No face and no photograph is in two splits. Whether two faces are of the same person is unknown to the source.
 """
@@ -140,7 +142,7 @@ def _write_splits(
 def _write_picture(folder: Path, pair: Pair) -> None:
     path = folder / pair.image.removeprefix("DGM4/")
     path.parent.mkdir(parents=True, exist_ok=True)
-    paint(pair).save(path, quality=JPEG_QUALITY)
+    paint(pair).save(path, quality=pair.scene.quality)
 
 
 def _write_json(path: Path, content: Any) -> None:

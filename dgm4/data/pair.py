@@ -15,17 +15,33 @@ from PIL import Image
 from dgm4.config import TYPES
 from dgm4.data.difficulty import SAME_LIGHT_DONOR_SHARE
 from dgm4.data.forge import FaceKind, Forgery, draw_forgery, forge
-from dgm4.data.grammar import Caption, describe, false_facts, flip_moods, spell, swap_caption, write_caption
-from dgm4.data.scenes import Scene, draw_grain, draw_scene, render, side_of
+from dgm4.data.grammar import (
+    Caption,
+    Word,
+    describe,
+    false_facts,
+    flip_moods,
+    spell,
+    swap_caption,
+    write_caption,
+)
+from dgm4.data.photographs import draw_photograph, has_portraits
+from dgm4.data.scenes import Kind, Scene, draw_scene, draw_view, expose, render, side_of
 from dgm4.data.sources import SPLITS, Split
+from dgm4.data.subjects import caption_of
 
 TextKind = Literal["text_swap", "text_attribute"]
 FACE_KINDS: tuple[FaceKind, ...] = get_args(FaceKind)
 TEXT_KINDS: tuple[TextKind, ...] = get_args(TextKind)
 
-# A third of the pairs is pristine; the eight manipulated classes share the rest alike.
+# Every run of so many pairs holds these kinds and classes: half of the pairs are not manipulated. Photographs
+# with a caption of their own are, but for a portrait's face, always genuine.
 _FAKE_CLASSES = (*((t,) for t in TYPES), *((f, t) for f in FACE_KINDS for t in TEXT_KINDS))
-_BLOCK: tuple[tuple[str, ...], ...] = ((), (), (), ()) + _FAKE_CLASSES
+_BLOCK: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    *(("composed", types) for types in (*_FAKE_CLASSES, *4 * ((),))),
+    *(("view", types) for types in (*((t,) for t in TEXT_KINDS), *2 * ((),))),
+    *(("photograph", types) for types in (*((t,) for t in FACE_KINDS), *6 * ((),))),
+)
 _FALSE_FACTS_OF_A_DONOR = 2
 _DONOR_TRIES = 64
 
@@ -77,24 +93,37 @@ def stream(seed: int, split: Split, index: int, purpose: int) -> np.random.Gener
     return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
 
 
-def types_of(seed: int, split: Split, index: int) -> tuple[str, ...]:
-    """The manipulations of a pair: every run of twelve pairs holds four pristine ones and each class once."""
+def plan(seed: int, split: Split, index: int) -> tuple[Kind, tuple[str, ...]]:
+    """The kind of a pair's scene and its manipulations, as `_BLOCK` has them.
+
+    Where the split shows no photograph of a face, people are composed for a manipulated one.
+    """
     block, place = divmod(index, len(_BLOCK))
-    return _BLOCK[stream(seed, split, block, 0).permutation(len(_BLOCK))[place]]
+    kind, types = _BLOCK[stream(seed, split, block, 0).permutation(len(_BLOCK))[place]]
+    return ("composed" if kind == "photograph" and types and not has_portraits(split) else kind), types
 
 
 @lru_cache(maxsize=20000)
-def genuine(seed: int, split: Split, index: int) -> tuple[Scene, Caption]:
-    """The scene of a pair and its caption before any manipulation."""
+def genuine(
+    seed: int, split: Split, index: int, kind: Kind = "composed", portrait: bool = False
+) -> tuple[Scene, Caption]:
+    """A scene of `kind` with the numbers of a pair, and its caption, before any manipulation.
+
+    With `portrait` a photograph shows a face whole.
+    """
     rng = stream(seed, split, index, 1)
-    scene = draw_scene(rng, split)
+    if kind == "photograph":
+        scene = draw_photograph(rng, split, portrait)
+        words = caption_of(rng, scene.photo).split()
+        return scene, tuple(Word(word, "filler") for word in words)
+    scene = draw_scene(rng, split) if kind == "composed" else draw_view(rng, split)
     return scene, write_caption(rng, scene)
 
 
 def draw_pair(seed: int, split: Split, index: int, count: int) -> Pair:
     """Draw pair `index` of the `count` pairs of `split`."""
-    scene, caption = genuine(seed, split, index)
-    types = types_of(seed, split, index)
+    kind, types = plan(seed, split, index)
+    scene, caption = genuine(seed, split, index, kind, portrait=kind == "photograph" and bool(types))
     rng = stream(seed, split, index, 2)
     words: list[int] = []
     if "text_swap" in types:
@@ -117,7 +146,8 @@ def _donor(
     best: Caption = ()
     most = -1
     for _ in range(_DONOR_TRIES):
-        other, caption = genuine(seed, split, int((index + 1 + rng.integers(max(count - 1, 1))) % count))
+        place = int((index + 1 + rng.integers(max(count - 1, 1))) % count)
+        other, caption = genuine(seed, split, place, scene.kind)
         wrong = len(false_facts(caption, scene))
         if (other.light == scene.light) == wanted and wrong >= _FALSE_FACTS_OF_A_DONOR:
             return caption
@@ -131,8 +161,7 @@ def paint(pair: Pair) -> Image.Image:
     picture = render(pair.scene)
     if pair.forgery is not None:
         picture = forge(picture, pair.scene, pair.forgery, stream(pair.seed, pair.split, pair.index, 3))
-    picture = picture + draw_grain(stream(pair.seed, pair.split, pair.index, 4), pair.scene)
-    return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
+    return expose(stream(pair.seed, pair.split, pair.index, 4), picture, pair.scene)
 
 
 def description(pair: Pair) -> str:

@@ -3,23 +3,28 @@
 A `Scene` is the truth that captions are written from: light, tone, colour, fog, how many people, how
 near, and on which side. Everything but the crop is visible in any photograph, so that a detector which
 learned on some photographs can read it in others. Images are float32 [H, W, 3] in [0, 1].
+
+There are three kinds: "composed", people painted into a graded photograph; "view", a graded photograph
+without people; "photograph" (`dgm4.data.photographs`), one as a camera or an editor leaves it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from dgm4.data.difficulty import FAR, GRAIN, NEAR, SATURATION
-from dgm4.data.faces import Box, Person, draw_person, identities, paint_person
+from dgm4.data.difficulty import FAR, GENUINE_FEATHER, GRAIN, JPEG_QUALITY, NEAR, SATURATION
+from dgm4.data.faces import Box, Person, draw_person, identities, paint_face, paint_person
 from dgm4.data.sources import PHOTOS, Split, luma, photo
 
 Light = Literal["bright", "dark"]
 Tone = Literal["warm", "cold", "plain"]
 Side = Literal["left", "middle", "right"]
+Kind = Literal["composed", "view", "photograph"]
+Crop = tuple[float, float, float, float]
 
 SIZES = ((256, 256), (320, 256), (288, 256), (256, 288), (256, 320))  # width, height
 _FACE_ASPECT = 0.80  # width / height of a face's box
@@ -33,15 +38,17 @@ _GAINS: dict[Tone, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth about one image. `side` is None where more than one person is in it.
+    """The truth about one image. `side` is None unless one painted person is in it, `near` without any.
 
     crop: (x1, y1, x2, y2) as shares of the photograph's sides; channels: which of its red, green and blue
     stand for which, so that few photographs make many backgrounds; size: (width, height) in pixels; levels:
-    what black and white of the ungraded image become; fog_share: how much of the image fog hides.
+    what black and white of the ungraded image become; fog_share: how much of the image fog hides;
+    saturation and balance: factors of the colours' strength and of each channel; quality: of the JPEG file.
     """
 
+    kind: Kind
     photo: str
-    crop: tuple[float, float, float, float]
+    crop: Crop
     mirrored: bool
     upended: bool
     channels: tuple[int, ...]
@@ -50,12 +57,15 @@ class Scene:
     tone: Tone
     colour: bool
     fog: bool
-    near: bool
+    near: bool | None
     side: Side | None
     people: tuple[Person, ...]
     levels: tuple[float, float]
     fog_share: float
     grain: float
+    quality: int
+    saturation: float = SATURATION
+    balance: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @property
     def cheerful(self) -> bool:
@@ -75,8 +85,9 @@ def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
     side: Side = ("left", "middle", "right")[rng.integers(3)]
     name = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
     return Scene(
+        kind="composed",
         photo=name,
-        crop=_draw_crop(rng, photo(name).size, size),
+        crop=draw_crop(rng, photo(name).size, size, 0.6),
         mirrored=bool(rng.random() < 0.5),
         upended=bool(rng.random() < 0.5),
         channels=tuple(int(i) for i in rng.permutation(3)),
@@ -92,7 +103,13 @@ def draw_scene(rng: np.random.Generator, split: Split) -> Scene:
         levels=_draw_levels(rng, bright),
         fog_share=rng.uniform(0.40, 0.55) if fog else 0.0,
         grain=rng.uniform(*GRAIN),
+        quality=int(rng.integers(*JPEG_QUALITY)),
     )
+
+
+def draw_view(rng: np.random.Generator, split: Split) -> Scene:
+    """Draw a scene without people."""
+    return replace(draw_scene(rng, split), kind="view", people=(), near=None, side=None)
 
 
 def _draw_levels(rng: np.random.Generator, bright: bool) -> tuple[float, float]:
@@ -101,13 +118,21 @@ def _draw_levels(rng: np.random.Generator, bright: bool) -> tuple[float, float]:
     return rng.uniform(0.01, 0.05), rng.uniform(0.44, 0.58)
 
 
-def _draw_crop(
-    rng: np.random.Generator, have: tuple[int, int], want: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """A window with the aspect of `want` (width, height), somewhere in a photograph of size `have`."""
-    scale = min(have[0] / want[0], have[1] / want[1]) * rng.uniform(0.6, 1.0)
+def draw_crop(
+    rng: np.random.Generator,
+    have: tuple[int, int],
+    want: tuple[int, int],
+    smallest: float,
+    around: Crop = (1.0, 1.0, 0.0, 0.0),
+) -> Crop:
+    """A window with the aspect of `want` (width, height), somewhere in a photograph of size `have`.
+
+    It is at least `smallest` of the largest such window, and has `around` inside, which must fit.
+    """
+    scale = min(have[0] / want[0], have[1] / want[1]) * rng.uniform(smallest, 1.0)
     w, h = want[0] * scale / have[0], want[1] * scale / have[1]
-    x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+    x = rng.uniform(max(0, around[2] - w), min(1 - w, around[0]))
+    y = rng.uniform(max(0, around[3] - h), min(1 - h, around[1]))
     return x, y, x + w, y + h
 
 
@@ -141,14 +166,20 @@ def side_of(scene: Scene, person: Person) -> Side:
 
 def render(scene: Scene, people: tuple[Person, ...] | None = None) -> np.ndarray:
     """The graded image of `scene` without grain; `people` stand in for the scene's own."""
-    picture = _background(scene)
+    picture = background(scene)
     for person in scene.people if people is None else people:
-        paint_person(picture, person)
+        if scene.kind == "composed":
+            paint_person(picture, person)
+        elif person.identity is not None:
+            paint_face(picture, person, GENUINE_FEATHER)
     return grade(picture, scene)
 
 
-def _background(scene: Scene) -> np.ndarray:
-    """The crop, with the mean and spread of brightness that every crop gets; the grading sets the light."""
+def background(scene: Scene) -> np.ndarray:
+    """The crop; unless it is a photograph, with the mean and spread of brightness that every crop gets.
+
+    The grading sets the light.
+    """
     source = photo(scene.photo)
     x1, y1, x2, y2 = scene.crop
     window = (x1 * source.width, y1 * source.height, x2 * source.width, y2 * source.height)
@@ -160,7 +191,9 @@ def _background(scene: Scene) -> np.ndarray:
         picture = picture[::-1]
     picture = picture[..., list(scene.channels)]
     grey = luma(picture)
-    picture = grey + SATURATION * (picture - grey)
+    picture = grey + scene.saturation * (picture - grey)
+    if scene.kind == "photograph":
+        return np.asarray(np.clip(picture, 0, 1), np.float32)
     factor = 0.17 / max(float(grey.std()), 0.06)
     # White balance: each channel has the same mean, so that a cast can be seen against it.
     return np.asarray(np.clip((picture - picture.mean((0, 1))) * factor + 0.5, 0, 1), np.float32)
@@ -172,11 +205,17 @@ def grade(picture: np.ndarray, scene: Scene) -> np.ndarray:
     graded = low + (high - low) * picture
     if not scene.colour:
         graded = np.repeat(luma(graded), 3, axis=2)
-    graded = graded * np.array(_GAINS[scene.tone], np.float32)
+    graded = graded * np.array(_GAINS[scene.tone], np.float32) * np.array(scene.balance, np.float32)
     if scene.fog:
         veil = low + 0.72 * (high - low)
         graded = graded + scene.fog_share * (veil - graded)
     return np.asarray(np.clip(graded, 0, 1), np.float32)
+
+
+def expose(rng: np.random.Generator, picture: np.ndarray, scene: Scene) -> Image.Image:
+    """The 8-bit image of a graded one, with the camera's grain over all of it."""
+    picture = picture + draw_grain(rng, scene)
+    return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def draw_grain(rng: np.random.Generator, scene: Scene) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,7 @@ class Server:
 def _serve(connection: Connection, bundle: Path, backend: str, device: str, threads: int | None) -> None:
     """Load, send what was loaded, then serve requests until the other end closes; errors are sent back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    logging.getLogger("engine.predictor").setLevel(logging.ERROR)  # what the weights are does not matter here
     try:
         predictor = Predictor(bundle, backend, device, threads, thumbnail=0)
     except Dgm4Error as error:

@@ -11,10 +11,12 @@ from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess,
 from engine.scores import Rate
 from export.bundle.licences import licence_note
 
-_UNTRAINED = (
-    "> **These weights are not trained** ({source}). The bundle proves the way from network to engine; "
-    "its scores mean nothing. Export a trained checkpoint before use."
-)
+_NOTES = {
+    "drawn": "> **These weights are not trained** ({source}). The bundle proves the way from network to "
+    "engine; its scores mean nothing. Export a trained checkpoint before use.",
+    "demo": "> **A demo, not a detector.** Its weights were trained on made images. Its answers say nothing "
+    "about real ones. Export a checkpoint of your own before use.",
+}
 _TASK = (
     "{name} takes a news image and its caption and says whether the pair is manipulated, in which of "
     "four ways ({types}), where the manipulated face is (a box), and which words of the caption were changed."
@@ -26,6 +28,7 @@ are outside what it has seen, and its scores are no probabilities but on pairs l
 calibrated on."""
 _RUN = """```python
 from engine import Predictor
+
 predictor = Predictor("path/to/this/bundle")
 print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
 ```"""
@@ -40,8 +43,8 @@ def model_card(manifest: Manifest) -> str:
     title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
     sections = [
+        _NOTES[weights.kind].format(source=weights.source) if weights.kind in _NOTES else "",
         title,
-        "" if weights.trained else _UNTRAINED.format(source=weights.source),
         _TASK.format(name=model.name.upper(), types=types),
         "## Run\n\n" + _RUN,
         "## Licence\n\n" + licence_note(weights),

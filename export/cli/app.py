@@ -24,10 +24,12 @@ from export.cli import (
     calibrate,
     convert,
     data,
+    demo,
     doctor,
     evaluate,
     export,
     inspect,
+    models,
     predict,
     pretrain,
     rebuild,
@@ -40,7 +42,7 @@ from export.output import ERRORS
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
-    "answer": (predict,),
+    "answer": (demo, predict, models),
     "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
@@ -51,6 +53,7 @@ _BAD_INPUT, _USAGE, _INTERRUPTED = 1, 2, 128 + signal.SIGINT
 _PACKAGES = ("dgm4", "engine", "export", "kernels")  # whose log -v shows; not Pillow's
 _EXAMPLES = """\
 examples:
+  dgm4 demo
   dgm4 export --out my-bundle
   dgm4 predict my-bundle photo.jpg "What the caption says"
   dgm4 predict my-bundle --list pairs.csv --out answers.jsonl

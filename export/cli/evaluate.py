@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
 from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds
@@ -18,6 +20,8 @@ from export.output import open_output
 if TYPE_CHECKING:
     from export.evaluation.evaluate import Evaluation
     from export.evaluation.gate import Failures
+
+log = logging.getLogger(__name__)
 
 _NEEDED = ("jinja2", "sklearn")
 _NEEDED_TO_COMPARE = ("torch", "safetensors")
@@ -105,8 +109,11 @@ def _evaluate(options: argparse.Namespace) -> Evaluation:
     settings = read_options(
         EvaluateOptions, options, reference=reference, thresholds=dict(options.thresholds)
     )
+    bundle = Bundle.open(options.bundle)
+    if (warning := bundle.manifest.weights.warning) is not None:
+        log.warning("%s", warning)
     try:
-        return evaluate(options.bundle, options.data, settings, progress=not options.quiet)
+        return evaluate(bundle, options.data, settings, progress=not options.quiet)
     except NumericalError as error:
         if options.gate:
             raise VerificationError(f"the accuracy gate failed: {error}") from error

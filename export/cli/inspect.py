@@ -16,7 +16,11 @@ from engine.progress import progress_bar
 from export.bundle.card import grouped, largest_text, score_calibration_text
 from export.cli.arguments import Verbs
 
-_KINDS = {"trained": "", "demo": " (the demo's)", "drawn": " (not trained)"}
+_KINDS = {
+    "trained": "trained",
+    "demo": "demo: trained on made images, no detector of real manipulations",
+    "drawn": "not trained",
+}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -62,7 +66,7 @@ def _describe(record: dict[str, Any]) -> str:
     model, weights = record["model"], record["weights"]
     lines = [
         f"{record['path']}: {model['name']} {model['size']}, {record['precision']}, every hash agrees",
-        f"weights    {weights['source']}{_KINDS[weights['kind']]}",
+        f"weights    {weights['source']}; {_KINDS[weights['kind']]}",
         f"limits     batch {record['limits']['max_batch']}, tokens of a caption "
         f"{record['preprocess']['max_tokens']} (the graph takes {record['limits']['max_tokens']})",
     ]

@@ -10,8 +10,9 @@ from PIL import Image
 
 import dgm4
 from dgm4 import shipped
-from dgm4.shipped import RECORD, demo_checkpoint, demo_of, demo_record, demo_sample, release
+from dgm4.shipped import RECORD, demo_checkpoint, demo_of, demo_record, demo_sample
 from dgm4.training.options import TrainOptions
+from dgm4.training.release import release
 from dgm4.training.snapshot import released_state
 from dgm4.training.trainer import make_trainee
 from engine.errors import CheckpointError, InputError

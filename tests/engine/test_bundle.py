@@ -377,7 +377,7 @@ def test_the_calibration_of_static_int8_is_read_where_it_is_recorded(bundle_dir)
     [
         ({"trained": True, "source": "x.pth", "sha256": "0" * 64}, "trained"),
         ({"trained": False, "source": "drawn from seed 1", "sha256": None}, "drawn"),
-        ({"trained": True, "source": "asap.safetensors", "sha256": manifests._FIRST_DEMOS[1]}, "demo"),
+        ({"trained": True, "source": "asap.safetensors", "sha256": manifests.FIRST_DEMOS[1]}, "demo"),
     ],
 )
 def test_manifest_of_an_older_release_is_read(weights, kind):

@@ -228,13 +228,26 @@ def test_empty_captions_are_answered(predictor, photo, caption):
     json.loads(result.to_json())
 
 
-def test_untrained_weights_warn_in_every_prediction(bundle_copy, manifest_template, write_manifest, photo):
+@pytest.mark.parametrize(
+    ("kind", "warning"),
+    [
+        ("drawn", "untrained_weights: the scores mean nothing (drawn from seed 1)"),
+        ("demo", "demo_weights: trained on made images; the answers say nothing about real ones"),
+        ("trained", None),
+    ],
+)
+def test_weights_that_are_no_detector_warn_in_every_prediction(
+    kind, warning, bundle_copy, manifest_template, write_manifest, photo, caplog
+):
     manifest = manifest_template()
-    manifest["weights"] = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None}
+    manifest["weights"] = {"kind": kind, "source": "drawn from seed 1", "sha256": None}
     write_manifest(bundle_copy, manifest)
+    expected = [] if warning is None else [warning]
     with Predictor(bundle_copy, threads=1) as predictor:
+        assert [record.getMessage() for record in caplog.records] == expected
         for result in predictor.predict_batch([(photo, "a"), (photo, "")]):
-            assert result.warnings[0] == "untrained_weights: the scores mean nothing (drawn from seed 1)"
+            assert [x for x in result.warnings if "weights" in x] == expected
+            assert json.loads(result.to_json())["model"]["weights"] == kind
 
 
 def test_thumbnails_are_bounded_and_can_be_left_out(bundle_dir, predictor, photo):

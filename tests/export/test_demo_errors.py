@@ -10,9 +10,11 @@ import torch
 
 import dgm4
 from dgm4.data.make import make_sample_set
-from dgm4.shipped import demo_checkpoint
+from dgm4.shipped import demo_checkpoint, demo_record
 from dgm4.tokenizer import build_tokenizer, vocabulary_of
+from engine.bundle import Bundle
 from engine.inputs.text import CaptionTokenizer
+from engine.layout import GRAPH
 from export.graph.parity import onnx_outputs, relative_errors, torch_outputs
 from export.graph.rewrite import rewrite, sharing
 from export.graph.trace import export_onnx
@@ -29,24 +31,25 @@ ERRORS = {
     ("hammer", "int8 static"): 1.34,
     ("hammer", "fp8"): 1.80,
     ("hammer", "fp8 static"): 1.06,
-    ("asap", "fp16"): 0.0520,
-    ("asap", "bf16"): 0.415,
-    ("asap", "int8 dynamic"): 1.01,
-    ("asap", "int8 static"): 1.00,
-    ("asap", "fp8"): 2.79,
+    ("asap", "fp16"): 0.0408,
+    ("asap", "bf16"): 0.389,
+    ("asap", "int8 dynamic"): 0.659,
+    ("asap", "int8 static"): 1.46,
+    ("asap", "fp8"): 2.54,
     ("asap", "fp8 static"): 2.78,
-    ("cals", "fp16"): 0.0371,
-    ("cals", "bf16"): 0.302,
-    ("cals", "int8 dynamic"): 0.515,
-    ("cals", "int8 static"): 0.975,
-    ("cals", "fp8"): 1.83,
-    ("cals", "fp8 static"): 1.90,
+    ("cals", "fp16"): 0.0311,
+    ("cals", "bf16"): 0.280,
+    ("cals", "int8 dynamic"): 0.387,
+    ("cals", "int8 static"): 0.665,
+    ("cals", "fp8"): 1.21,
+    ("cals", "fp8 static"): 0.822,
 }
 
 
 @pytest.fixture(scope="module")
 def sample_set(tmp_path_factory):
-    make_sample_set(folder := tmp_path_factory.mktemp("data") / "set", 52, seed=7)
+    """Most of its test pairs have a manipulated face: without one a box is nearly 0, and any error large."""
+    make_sample_set(folder := tmp_path_factory.mktemp("data") / "set", 52, seed=16)
     return folder
 
 
@@ -107,5 +110,11 @@ def test_the_error_of_a_precision_in_onnx_runtime(variant, demo, tmp_path):
     else:
         export_onnx(lowered(trained, variant), graph)
     feeds = [{name: x.numpy() for name, x in feed.items()} for feed in trained.feeds]
-    error = worst_error(trained, onnx_outputs(graph, trained.network.config, feeds))
-    assert 0 < error <= 2 * ERRORS["asap", variant]
+    outputs = onnx_outputs(graph, trained.network.config, feeds)
+    assert 0 < worst_error(trained, outputs) <= 2 * ERRORS["asap", variant]
+    if variant == "int8 dynamic":
+        # The bundle that ships is what `python -m benchmarks.demo_bundle` makes today.
+        shipped = Bundle.open("demo:asap")
+        assert shipped.manifest.weights.sha256 == demo_record()["networks"]["asap"]["sha256"]
+        ready = onnx_outputs(shipped.verified(GRAPH), trained.network.config, feeds)
+        assert max(relative_errors(outputs, ready).values()) < 1e-4

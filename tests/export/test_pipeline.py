@@ -175,7 +175,8 @@ def test_checkpoint_is_exported_with_its_hash(tiny, tmp_path):
         options(tmp_path / "bundle", model=None, size=None, checkpoint=path), stages.append
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert manifest["weights"] == {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest}
+    trained = {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest, "licence": "not stated"}
+    assert manifest["weights"] == trained
     state = safetensors.torch.load_file(tmp_path / "bundle" / "model.safetensors")
     assert torch.equal(state["itm_head.0.weight"], model.state_dict()["itm_head.0.weight"])
 

@@ -10,9 +10,11 @@ from dgm4.data.difficulty import GRAIN
 from dgm4.data.faces import face_mask, identities
 from dgm4.data.forge import Forgery, draw_forgery, forge
 from dgm4.data.grammar import Word, false_facts, flip_moods, plain, spell, swap_caption
-from dgm4.data.pair import draw_pair, genuine, paint, types_of
+from dgm4.data.pair import FACE_KINDS, draw_pair, genuine, paint, plan
+from dgm4.data.photographs import take
 from dgm4.data.scenes import draw_grain, render, side_of
-from dgm4.data.sources import PHOTOS, SPLITS, data_file, luma
+from dgm4.data.sources import ASIDE, FACES, PHOTOS, SPLITS, data_file, luma, photo
+from dgm4.data.subjects import SUBJECTS
 from engine.inputs.text import clean_caption
 
 COUNT = 200
@@ -31,11 +33,22 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(scope="module")
+def composed(pairs):
+    return [pair for pair in pairs if pair.scene.kind == "composed"]
+
+
+@pytest.fixture(scope="module")
+def photographs(pairs):
+    return [pair for pair in pairs if pair.scene.kind == "photograph"]
+
+
 def test_splits_share_no_photograph_and_no_identity(pairs):
-    assert len({name for names in PHOTOS.values() for name in names}) == sum(map(len, PHOTOS.values()))
+    used = [*ASIDE, *(name for names in PHOTOS.values() for name in names)]
+    assert len(set(used)) == len(used)
     assert sorted(i for split in SPLITS for i in identities(split)) == list(range(100))
     for pair in pairs:
-        used = {p.identity for p in pair.scene.people}
+        used = {p.identity for p in pair.scene.people} - {None}
         if pair.forgery and pair.forgery.identity is not None:
             assert pair.forgery.identity not in used
             used.add(pair.forgery.identity)
@@ -44,7 +57,10 @@ def test_splits_share_no_photograph_and_no_identity(pairs):
 
 
 def test_every_photograph_ships_with_the_wheel():
-    assert all(data_file(name).is_file() for names in PHOTOS.values() for name in names)
+    names = [*ASIDE, *(name for names in PHOTOS.values() for name in names)]
+    assert all(data_file(name).is_file() for name in names)
+    # Boxes of faces are in pixels of the file, which is not shrunk when it is read.
+    assert max(max(photo(name).size) for name in FACES) < 700
 
 
 def test_a_pair_depends_on_its_own_numbers_alone():
@@ -58,17 +74,26 @@ def test_a_pair_depends_on_its_own_numbers_alone():
     assert draw_pair(8, "train", 30, COUNT) != late
 
 
-def test_twelve_pairs_hold_each_class_once_and_four_pristine_ones():
-    blocks = [[types_of(1, "train", 12 * block + place) for place in range(12)] for block in range(3)]
+def test_half_of_24_pairs_are_manipulated():
+    blocks = [[plan(1, "train", 24 * block + place) for place in range(24)] for block in range(3)]
     for block in blocks:
-        assert block.count(()) == 4
-        assert len(set(block)) == 9
+        for kind, manipulated, not_manipulated in (("composed", 8, 4), ("view", 2, 2), ("photograph", 2, 6)):
+            types = [types for other, types in block if other == kind]
+            assert len(set(types)) == manipulated + 1
+            assert types.count(()) == not_manipulated
     assert blocks[0] != blocks[1]
 
 
+def test_a_split_without_portraits_composes_the_people_that_are_manipulated():
+    kinds = {
+        plan(1, "test", index)[0] for index in range(48) if set(plan(1, "test", index)[1]) & set(FACE_KINDS)
+    }
+    assert kinds == {"composed"}
+
+
 def test_genuine_captions_are_true(pairs):
-    for pair in pairs:
-        scene, caption = genuine(pair.seed, pair.split, pair.index)
+    for pair in (pair for pair in pairs if pair.scene.kind != "photograph"):
+        scene, caption = genuine(pair.seed, pair.split, pair.index, pair.scene.kind)
         assert scene == pair.scene
         assert false_facts(caption, scene) == []
         if "text_swap" not in pair.types and "text_attribute" not in pair.types:
@@ -88,8 +113,51 @@ def test_false_facts_by_hand(pairs):
     assert false_facts((Word("happy", "mood"),), scene) == []
 
 
-def test_the_record_is_what_the_picture_shows(pairs):
-    for pair in pairs:
+def test_a_photograph_has_a_caption_of_what_it_shows(photographs):
+    assert set(SUBJECTS) == {name for names in PHOTOS.values() for name in names}
+    moods = set(v.PARTNER)
+    for pair in photographs:
+        subjects, details = SUBJECTS[pair.scene.photo]
+        text = " ".join(word.text for word in pair.caption)
+        assert any(subject in text for subject in subjects)
+        assert not moods & set(plain(pair.caption)) - set(" ".join((*subjects, *details)).split())
+        assert pair.fake_words == ()
+
+
+def test_views_and_most_photographs_are_without_people(pairs, photographs):
+    assert not any(pair.scene.people for pair in pairs if pair.scene.kind == "view")
+    shown = [pair for pair in photographs if pair.scene.people]
+    assert {pair.scene.photo for pair in shown} <= set(FACES)
+    assert {pair.types for pair in shown} == {(), ("face_swap",), ("face_attribute",)}
+    assert all(pair.scene.people for pair in photographs if pair.types)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_face_of_a_photograph_is_where_its_box_says(mirrored):
+    """The middle of the box has the colour of the middle of the face in the file."""
+    scene = next(
+        s for s in (take(rng(i), "astronaut.png", True) for i in range(20)) if s.mirrored == mirrored
+    )
+    plain_scene = replace(
+        scene, colour=True, saturation=1.0, balance=(1.0, 1.0, 1.0), levels=(0.0, 1.0), grain=0.0
+    )
+
+    def middle(picture, box):
+        x, y, dx, dy = (
+            (box[0] + box[2]) // 2,
+            (box[1] + box[3]) // 2,
+            (box[2] - box[0]) // 8,
+            (box[3] - box[1]) // 8,
+        )
+        return picture[y - dy : y + dy, x - dx : x + dx].mean((0, 1))
+
+    shown = middle(render(plain_scene), plain_scene.people[0].box)
+    original = middle(np.asarray(photo("astronaut.png")) / 255, FACES["astronaut.png"])
+    assert np.allclose(shown, original, atol=0.03)
+
+
+def test_the_record_is_what_the_picture_shows(composed):
+    for pair in composed:
         scene = pair.scene
         boxes = [person.box for person in scene.people]
         heights = [y2 - y1 for _, y1, _, y2 in boxes]
@@ -104,7 +172,7 @@ def test_the_record_is_what_the_picture_shows(pairs):
 
 
 def test_rendered_light_tone_and_colour_are_those_recorded(pairs):
-    for pair in pairs[::6]:
+    for pair in [pair for pair in pairs if pair.scene.kind != "photograph"][::6]:
         picture = render(pair.scene)
         mean = picture.mean((0, 1))
         assert (luma(picture).mean() > 0.45) == (pair.scene.light == "bright")
@@ -118,7 +186,7 @@ def test_rendered_light_tone_and_colour_are_those_recorded(pairs):
 
 def test_flipped_words_are_the_marked_ones(pairs):
     for pair in (p for p in pairs if "text_attribute" in p.types):
-        before = plain(genuine(pair.seed, pair.split, pair.index)[1])
+        before = plain(genuine(pair.seed, pair.split, pair.index, pair.scene.kind)[1])
         after = plain(pair.caption)
         changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
         assert changed == list(pair.fake_words) and changed
@@ -128,7 +196,7 @@ def test_flipped_words_are_the_marked_ones(pairs):
 
 def test_swapped_captions_are_false_and_keep_the_name(pairs):
     for pair in (p for p in pairs if "text_swap" in p.types):
-        own = genuine(pair.seed, pair.split, pair.index)[1]
+        own = genuine(pair.seed, pair.split, pair.index, pair.scene.kind)[1]
         names = [i for i, word in enumerate(pair.caption) if word.role == "name"]
         assert [pair.caption[i] for i in names] == [word for word in own if word.role == "name"]
         assert not set(names) & set(pair.fake_words)

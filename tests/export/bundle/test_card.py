@@ -52,9 +52,8 @@ ENGINE = EngineEntry(
 
 def test_card_tells_what_the_manifest_holds():
     card = model_card(replace(MANIFEST, engines=(ENGINE,)))
-    assert card.startswith("# ASAP (tiny, fp16)\n")
+    assert "\n\n# ASAP (tiny, fp16)\n" in card
     for part in (
-        "**These weights are not trained**",
         "| input | `image` | float32 | batch x 3 x 256 x 256 |",
         "| output | `logits_tok` | float32 | batch x (tokens - 1) x 2 |",
         "| onnx | torch fp32 | 2.5e-06 | 1e-07 | 0.0001 |",
@@ -65,6 +64,19 @@ def test_card_tells_what_the_manifest_holds():
     ):
         assert part in card
     assert not [line for line in card.splitlines() if line != line.rstrip()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        ("drawn", "> **These weights are not trained** (some source)."),
+        ("demo", "> **A demo, not a detector.** Its weights were trained on made images."),
+        ("trained", "# ASAP (tiny, fp16)"),
+    ],
+)
+def test_the_first_line_says_whether_the_weights_are_a_detectors(kind, first):
+    weights = Weights(kind=kind, source="some source", sha256=None)
+    assert model_card(replace(MANIFEST, weights=weights)).splitlines()[0].startswith(first)
 
 
 def test_card_of_trained_weights_without_engines():

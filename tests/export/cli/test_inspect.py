@@ -15,7 +15,7 @@ def test_inspect(name, bundle, capsys):
     assert cli.main(["inspect", str(made.path)]) == 0
     text = capsys.readouterr().out
     assert f"{name} tiny, fp32, every hash agrees" in text
-    assert "drawn from seed 1 (drawn)" in text
+    assert "drawn from seed 1; not trained" in text
     assert text.count("\nfile ") == len(made.manifest["files"])
     assert text.count("\nverified ") == len(made.manifest["verification"])
 

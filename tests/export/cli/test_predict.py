@@ -122,6 +122,7 @@ def test_a_list_becomes_one_page_with_the_errors_in_their_place(served, photo, t
         ["photo.png", "x", "--batch", "0"],
         ["photo.png", "x", "--threads", "-3"],
         ["photo.png", "x", "--threads", "99999"],
+        ["photo.png", "x", "--threshold", "3"],
         [".", "--html"],
         ["photo.png", "x", "--html", "--json"],
         ["photo.png", "x", "--resume", "--out", "x.jsonl"],

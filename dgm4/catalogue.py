@@ -1,0 +1,64 @@
+"""The networks that this package knows: their sizes, and what of them ships. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from dgm4.config import MODEL_NAMES, SIZES
+from dgm4.shipped import demo_record
+from engine.shipped import shipped_bundles
+
+_PARAMETERS = {
+    ("hammer", "base"): 227_859_468,
+    ("hammer", "tiny"): 2_713_868,
+    ("asap", "base"): 230_221_838,
+    ("asap", "tiny"): 2_779_918,
+    ("cals", "base"): 235_861_455,
+    ("cals", "tiny"): 2_971_775,
+}
+# Of the weights: those that ship are ours, the published ones' are as their authors state them.
+_DEMO_LICENCE = "Apache-2.0"
+_LICENCES = {"hammer": "S-Lab License 1.0, non-commercial", "asap": "not stated", "cals": "not stated"}
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A network at one size.
+
+    parameters: how many it has at inference. weights: "demo" where weights ship, trained on made images; None
+    where you bring a checkpoint. licence: that of the weights that ship, else of the published ones. bundle:
+    the name of a ready bundle for `Predictor`, None without one.
+    """
+
+    name: str
+    size: str
+    parameters: int
+    weights: str | None
+    licence: str
+    bundle: str | None
+
+
+def list_models() -> list[ModelEntry]:
+    """Return every network at every size, by name.
+
+    >>> [entry.bundle for entry in list_models() if entry.bundle]
+    ['demo:asap']
+
+    Raises CheckpointError where the demo's record is not installed.
+    """
+    demos, ready = demo_record()["networks"], shipped_bundles()
+    entries = []
+    for name, size in itertools.product(MODEL_NAMES, SIZES):
+        shipped, bundle = size == "tiny" and name in demos, f"demo:{name}"
+        entries.append(
+            ModelEntry(
+                name=name,
+                size=size,
+                parameters=_PARAMETERS[name, size],
+                weights="demo" if shipped else None,
+                licence=_DEMO_LICENCE if shipped else _LICENCES[name],
+                bundle=bundle if shipped and bundle in ready else None,
+            )
+        )
+    return entries

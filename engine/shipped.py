@@ -1,0 +1,45 @@
+"""The ready bundles that ship with the package, by name: `Predictor("demo:asap")`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from engine.errors import BundleError
+from engine.layout import MANIFEST
+
+_PREFIX, _SUFFIX = "demo:", "-int8"
+
+
+def shipped_bundles() -> list[str]:
+    """Names of the bundles that ship, such as "demo:asap"; each stands for its path."""
+    folder = _folder()
+    found = sorted(folder.glob(f"*{_SUFFIX}/{MANIFEST}")) if folder else []
+    return [f"{_PREFIX}{path.parent.name.removesuffix(_SUFFIX)}" for path in found]
+
+
+def locate(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the path of the bundle that a name such as "demo:asap" stands for, anything else as it is.
+
+    Raises BundleError for a name whose bundle does not ship.
+    """
+    name = str(path)
+    if not name.startswith(_PREFIX):
+        return path
+    known = shipped_bundles()
+    folder = _folder()
+    if name not in known or folder is None:
+        network = name.removeprefix(_PREFIX)
+        raise BundleError(
+            f"{name}: ready bundles are {', '.join(known) or 'not installed'}; for another network: "
+            f"dgm4 export --model {network}"
+        )
+    return folder / f"{name.removeprefix(_PREFIX)}{_SUFFIX}"
+
+
+def _folder() -> Path | None:
+    """The package's demo folder, found without importing what needs torch; None where it is not installed."""
+    spec = importlib.util.find_spec("dgm4")
+    places = (spec.submodule_search_locations if spec else None) or []
+    return next((Path(place) / "demo" for place in places if (Path(place) / "demo").is_dir()), None)

@@ -1,0 +1,44 @@
+"""`dgm4 list`: the networks, their sizes, and what of them ships."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from export.cli.arguments import Verbs
+
+_HEAD = ("name", "size", "parameters", "weights", "licence of the weights", "ready bundle")
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "list",
+        help="the networks, and what of them ships",
+        description="The networks at each size. Demo weights were trained on made images; a ready bundle is "
+        "opened by its name: dgm4 predict demo:asap IMAGE CAPTION.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the list."""
+    from dgm4.catalogue import list_models
+
+    entries = list_models()
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
+        return 0
+    rows = [_HEAD]
+    for entry in entries:
+        size = f"{entry.parameters / 1e6:.1f} M"
+        weights = entry.weights or "your checkpoint"
+        rows.append((entry.name, entry.size, size, weights, entry.licence, entry.bundle or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    return 0

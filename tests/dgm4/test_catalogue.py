@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dgm4
+from dgm4.model import build
+from export.bundle.licences import OWN, UPSTREAM
+
+
+@pytest.mark.parametrize("entry", dgm4.list_models(), ids=lambda entry: f"{entry.name}-{entry.size}")
+def test_parameters_are_those_of_the_network(entry):
+    with torch.device("meta"):
+        network = build(dgm4.model_config(entry.name, entry.size))
+    assert entry.parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_every_network_is_listed_at_every_size():
+    entries = {(entry.name, entry.size): entry for entry in dgm4.list_models()}
+    assert set(entries) == {(name, size) for name in dgm4.MODEL_NAMES for size in dgm4.SIZES}
+    assert {key: entry.weights for key, entry in entries.items() if entry.weights} == {
+        (name, "tiny"): "demo" for name in dgm4.MODEL_NAMES
+    }
+    assert [entry.bundle for entry in entries.values() if entry.bundle] == ["demo:asap"]
+
+
+def test_licences_are_those_that_cards_state():
+    for entry in dgm4.list_models():
+        assert entry.licence == (OWN if entry.weights else UPSTREAM[f"{entry.name.upper()} (code, weights)"])
+
+
+def test_the_list_needs_no_torch():
+    code = "import dgm4, sys; dgm4.list_models(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,37 @@
+"""Bundles that ship, by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import Bundle, BundleError, Predictor, shipped
+from engine.shipped import locate, shipped_bundles
+
+
+def test_a_name_stands_for_a_bundle_that_ships():
+    assert shipped_bundles() == ["demo:asap"]
+    for name in ("demo:asap", Path("demo:asap")):
+        bundle = Bundle.open(name)
+        bundle.verify_all()
+        assert bundle.manifest.model.name == "asap"
+        assert bundle.manifest.weights.kind == "demo"
+
+
+def test_other_paths_stay_as_they_are(tmp_path):
+    assert locate(tmp_path / "demo:asap") == tmp_path / "demo:asap"
+    assert locate("bundle") == "bundle"
+
+
+@pytest.mark.parametrize("name", ["demo:cals", "demo:", "demo:../asap", "demo:asap-int8"])
+def test_a_name_whose_bundle_does_not_ship(name):
+    with pytest.raises(BundleError, match="ready bundles are demo:asap; .*dgm4 export --model"):
+        Predictor(name)
+
+
+def test_without_the_package_no_bundle_ships(monkeypatch):
+    monkeypatch.setattr(shipped.importlib.util, "find_spec", lambda name: None)
+    assert shipped_bundles() == []
+    with pytest.raises(BundleError, match="ready bundles are not installed"):
+        Bundle.open("demo:asap")
