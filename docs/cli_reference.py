@@ -40,7 +40,8 @@ def _sections(parser: argparse.ArgumentParser, command: str, level: int) -> Iter
     verbs = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
     if parser.description:
         yield _cell(parser.description)
-    shown = [action for action in parser._actions if action is not verbs and action.dest != "help"]
+    told = {"help"} if parser.prog == "dgm4" else {"help", "verbose", "quiet"}
+    shown = [action for action in parser._actions if action is not verbs and action.dest not in told]
     if rows := [_row(parser, action) for action in shown if action.help != argparse.SUPPRESS]:
         yield "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
     yield from map(_paragraph, filter(None, re.split(r"\n{2,}", (parser.epilog or "").strip("\n"))))

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from benchmarks import accuracy, demo, engines
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
-from export.cli.app import make_parser
 from export.bundle.licences import UPSTREAM
+from export.cli.app import make_parser
 from export.evaluation.gate import GATES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,13 +44,14 @@ def result(name):
     ("name", "page", "make"),
     [
         ("accuracy-cpu", "precision-and-accuracy", lambda result: accuracy.table(result["bundles"])),
+        ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
     rows = make(result(name)).strip().splitlines()
-    assert len(rows) > 5
+    assert len(rows) >= 5
     assert [row for row in rows if row not in pages[page].splitlines()] == []
 
 
@@ -182,3 +184,18 @@ def test_stages(tables):
 
 def test_licences(tables):
     assert {row[0]: row[1] for row in tables("licences")[1:]} == UPSTREAM
+
+
+def test_extras(tables):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for row in tables("installation")[1:] for name in CODE.findall(row[0])} == extras.keys()
+
+
+def test_the_readme_tests_as_the_ci_does(pages):
+    (extras,) = re.findall(r'-e "(.*)"', (ROOT / ".ci" / "run").read_text())
+    assert f'pip install -c constraints.txt -e "{extras}" && pytest -n 2' in pages["README"]
+
+
+def test_false_alarms_of_the_readme(pages):
+    rates = [100 * run["genuine"]["rate"] for run in result("demo")["runs"].values()]
+    assert f"{min(rates):g} to {max(rates):g} % false alarms" in " ".join(pages["README"].split())
