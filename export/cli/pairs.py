@@ -41,8 +41,10 @@ class Entry:
     def head(self) -> dict[str, Any]:
         """What the record of the pair's prediction begins with."""
         identity = {} if self.id is None else {"id": self.id}
-        too_long = self.image is not None and len(self.image) > _LONGEST_PATH  # an image in base64, say
-        return {"line": self.number, "image": shorten(self.image) if too_long else self.image, **identity}
+        image = self.image
+        if image is not None and len(image) > _LONGEST_PATH:  # an image in base64, say
+            image = shorten(image)
+        return {"line": self.number, "image": image, **identity}
 
 
 class PairList:
