@@ -7,28 +7,22 @@ queues, projections, dead modules) is left out; every other key has to be there,
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dgm4.config import MODEL_NAMES, SIZES, ModelConfig, model_config
 from dgm4.model import Detector, build
+from dgm4.state import State, find_state, some
 from engine.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-
-State = dict[str, Tensor]
 
 # First name of a key (or `visual_encoder.<name>`) that inference never reads, by network.
 _DEAD_EVERYWHERE = {"temp", "vision_proj", "text_proj", "queue_ptr"}
@@ -45,38 +39,7 @@ _WORDS_KEY = "text_encoder.bert.embeddings.word_embeddings.weight"
 _WIDTH_KEY = "visual_encoder.cls_token"
 _BRANCH_KEY = re.compile(r"visual_encoder\.(Conv|Scales\.\d+)\.conv\.weight")
 _POSITIONS_KEY = "visual_encoder.pos_embed"
-_NAMED_AT_MOST = 5
-_WRAPPERS = ("model", "state_dict")  # the papers' key, and that of training frameworks
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
-
-# What a scheduler's or an optimiser's state may hold beside tensors; none of it runs code.
-_rebuild_scalar: Any = np.float64(0).__reduce__()[0]
-_SAFE_GLOBALS: list[Any] = [
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    _rebuild_scalar,
-    (_rebuild_scalar, "numpy.core.multiarray.scalar"),
-]
-
-# What reading a damaged or foreign file was seen to raise.
-_READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    AssertionError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    safetensors.SafetensorError,
-)
+_TEXT_POSITIONS_KEY = "text_encoder.bert.embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -84,85 +47,15 @@ class Checkpoint:
     """A checkpoint's live tensors under the released names, float32.
 
     `layout` is the network whose names the file carries, or "albef", an initialisation without heads.
+    `note` says which of several states of the file this is, or is empty; `vocabulary` is the SHA-256 of the
+    word pieces that the network was trained with (`dgm4.tokenizer.vocabulary_digest`), where it is recorded.
     """
 
     path: Path
     layout: str
     state: State
-
-
-def _read_safetensors(path: Path) -> State:
-    return safetensors.torch.load_file(path)
-
-
-def _check_zip(path: Path) -> None:
-    """torch writes a CRC for each tensor and never checks it; a flipped bit would load in silence."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path}: damaged: the checksum of its entry {damaged} is wrong; fetch it again"
-        )
-
-
-def _read_pickle(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_zip(path)
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        # torch's own message advises to load the file unsafely; only the refused name is taken from it.
-        refused = _REFUSED.search(str(error))
-        wants = f"it asks for {refused[1]}, which could run code" if refused else "it is no pickle of tensors"
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of plain tensors, but {wants}; convert a file you trust to "
-            ".safetensors"
-        ) from error
-
-
-def read_content(path: Path) -> Any:
-    """Read what a checkpoint file holds, on the CPU and without running code; raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
-    try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except _READ_ERRORS as error:
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise CheckpointError(
-            f"{path}: expected a .pth or .safetensors checkpoint, but it cannot be read ({reason}): it is "
-            "damaged or something else"
-        ) from error
-
-
-def read_state(path: Path) -> State:
-    """Read every tensor of a checkpoint file, under its own names; raises CheckpointError."""
-    content = read_content(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    tensors = isinstance(content, Mapping) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
-    )
-    if not tensors or not content:
-        raise CheckpointError(
-            f'{path}: expected a state of named tensors, or {{"model": state}}, got {_describe(content)}'
-        )
-    return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-def _describe(content: Any) -> str:
-    if isinstance(content, Mapping):
-        foreign = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-        names = f"no tensors under {_some(foreign)}" if foreign else "no keys"
-        return f"a {type(content).__name__} with {names}"
-    return f"a {type(content).__name__}"
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    note: str = ""
+    vocabulary: str | None = None
 
 
 def _recognise(path: Path, keys: set[str]) -> str:
@@ -178,7 +71,7 @@ def _recognise(path: Path, keys: set[str]) -> str:
         return "albef"
     raise CheckpointError(
         f"{path}: expected the keys of HAMMER, ASAP, CALS or ALBEF (visual_encoder.*, text_encoder.*, ...), "
-        f"got {_some(sorted(keys))}"
+        f"got {some(sorted(keys))}"
     )
 
 
@@ -206,15 +99,21 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     damaged, no checkpoint, or a pickle that would run code.
     """
     path = Path(path)
-    state = read_state(path)
+    state, place, others, vocabulary = find_state(path)
     layout = layout or _recognise(path, set(state))
     dead = _DEAD_ALBEF if layout == "albef" else _DEAD[layout]
     live = {_rename(k) if layout == "cals" else k: v for k, v in state.items() if not _is_dead(k, dead)}
-    return Checkpoint(path, layout, {k: v.float() if v.is_floating_point() else v for k, v in live.items()})
+    note = f"the state {place}, beside {', '.join(others)}" if others else ""
+    live = {k: v.float() if v.is_floating_point() else v for k, v in live.items()}
+    return Checkpoint(path, layout, live, note, vocabulary)
 
 
 def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
-    """The known size whose width the checkpoint has; the small one has the vocabulary of its training."""
+    """The known size whose width the checkpoint has, with what else its tensors tell.
+
+    That is the vocabulary, the text positions, the convolutions of CAFormer and the image resolution, but for
+    an initialisation, which is brought to the network's own.
+    """
     if _WIDTH_KEY not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.path}: expected the key {_WIDTH_KEY}, which is missing")
     width = checkpoint.state[_WIDTH_KEY].shape[-1]
@@ -222,26 +121,40 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     if width not in configs:
         sizes = ", ".join(f"{w} ({c.size})" for w, c in configs.items())
         raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {_WIDTH_KEY}")
-    config, words = configs[width], checkpoint.state.get(_WORDS_KEY)
-    if config.size == "tiny" and words is not None:
-        config = replace(config, vocabulary=words.shape[0])
+    config, grid = configs[width], grid_of(checkpoint.state)
+    for field, key in (("vocabulary", _WORDS_KEY), ("positions", _TEXT_POSITIONS_KEY)):
+        if key in checkpoint.state:
+            config = replace(config, **{field: len(checkpoint.state[key])})  # type: ignore[arg-type]
+    if grid is not None and checkpoint.layout != "albef":
+        config = replace(config, image_size=grid * config.patch_size)
     branches = sorted(key for key in checkpoint.state if _BRANCH_KEY.fullmatch(key))
     kernels = [checkpoint.state[key].shape[-1] for key in branches]
     return replace(config, caformer_kernels=tuple(kernels)) if kernels else config
 
 
-def resample_positions(state: State, config: ModelConfig) -> None:
-    """Bring position embeddings [1, 1+G*G, D] of another grid to the network's, in place."""
+def grid_of(state: Mapping[str, Tensor]) -> int | None:
+    """Patches along one side by the image's position embeddings; None where they are no square grid."""
     positions = state.get(_POSITIONS_KEY)
-    if positions is None or positions.dim() != 3 or positions.shape[1] == config.image_tokens:
-        return
-    side = int(max(positions.shape[1] - 1, 0) ** 0.5)
-    if side < 1 or side * side + 1 != positions.shape[1]:
-        return  # no square grid: the strict check names the shape
-    cls, patches = positions[:, :1], positions[:, 1:]
+    if positions is None or positions.dim() != 3:
+        return None
+    side = isqrt(max(positions.shape[1] - 1, 0))
+    return side if side and side * side + 1 == positions.shape[1] else None
+
+
+def resample_positions(state: State, config: ModelConfig) -> State:
+    """Bring the position embeddings [1, 1+G*G, D] of an initialisation to the network's grid; tell the log.
+
+    Only before a training: a trained network is right at the resolution of its training alone.
+    """
+    side = grid_of(state)
+    if side is None or side == config.grid:
+        return state  # where there is no square grid the strict check names the shape
+    grids = (side, side, config.grid, config.grid)
+    log.warning("the image's positions of a %d x %d grid are resampled to %d x %d", *grids)
+    cls, patches = state[_POSITIONS_KEY][:, :1], state[_POSITIONS_KEY][:, 1:]
     field = patches.transpose(1, 2).unflatten(2, (side, side))
     field = F.interpolate(field, size=(config.grid, config.grid), mode="bicubic", align_corners=False)
-    state[_POSITIONS_KEY] = torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)
+    return {**state, _POSITIONS_KEY: torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)}
 
 
 def encoder_keys(names: set[str]) -> set[str]:
@@ -256,9 +169,9 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
     state = checkpoint.state
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"{len(missing)} missing ({_some(missing)})")
+        problems.append(f"{len(missing)} missing ({some(missing)})")
     if extra := sorted(state.keys() - expected.keys()):
-        problems.append(f"{len(extra)} unexpected ({_some(extra)})")
+        problems.append(f"{len(extra)} unexpected ({some(extra)})")
     common = sorted(expected.keys() & state.keys())
     misshapen = [
         f"{k}: expected {list(expected[k].shape)}, got {list(state[k].shape)}"
@@ -266,11 +179,11 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
         if expected[k].shape != state[k].shape
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} misshapen ({_some(misshapen)})")
+        problems.append(f"{len(misshapen)} misshapen ({some(misshapen)})")
     if foreign := [f"{k}: {state[k].dtype}" for k in common if not state[k].is_floating_point()]:
-        problems.append(f"{len(foreign)} without floating values ({_some(foreign)})")
+        problems.append(f"{len(foreign)} without floating values ({some(foreign)})")
     if not problems and (bad := [k for k in common if not state[k].isfinite().all()]):
-        problems.append(f"{len(bad)} with NaN or infinity ({_some(bad)})")
+        problems.append(f"{len(bad)} with NaN or infinity ({some(bad)})")
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: expected the {len(expected)} live tensors of {config.name} ({config.size}), "
@@ -284,9 +197,10 @@ def load_checkpoint(
     """Load a released checkpoint into its network, in evaluation mode, float32, on the CPU.
 
     Which network it is, and its size, is read off the keys; `model` overrides the name and `config` the
-    shape. An ALBEF file initialises both encoders of `model` and leaves its heads as drawn. Position
-    embeddings of another grid are interpolated (bicubic). Raises CheckpointError, naming what was
-    expected and what came, for a missing, extra or misshapen key and for a file that is no checkpoint.
+    shape. The image resolution is that of the position embeddings. An ALBEF file initialises both encoders of
+    `model`, its positions interpolated (bicubic) where its grid is another, and leaves the heads as drawn.
+    Raises CheckpointError, naming what was expected and what came, for a missing, extra or misshapen key and
+    for a file that is no checkpoint.
     """
     if model is not None and model not in MODEL_NAMES:
         raise CheckpointError(f"unknown network {model!r}: expected one of {', '.join(MODEL_NAMES)}")
@@ -308,8 +222,8 @@ def load_state(
     config = config or _config_of(checkpoint, named)
     network = build(config)
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    resample_positions(checkpoint.state, config)
     if checkpoint.layout == "albef":
+        checkpoint = replace(checkpoint, state=resample_positions(checkpoint.state, config))
         expected = {k: expected[k] for k in encoder_keys(set(expected))}
         log.warning("%s initialises the encoders only; the heads of %s are untrained", checkpoint.path, named)
     _check(checkpoint, expected, config)

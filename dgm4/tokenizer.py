@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import InputError
+from engine.files import sha256_of
+
+log = logging.getLogger(__name__)
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_PIECES = 30522
@@ -29,10 +33,39 @@ def find_vocabulary(size: int = BERT_PIECES) -> Path:
     return BERT_VOCABULARY
 
 
-def vocabulary_of(checkpoint: Path | None, size: int) -> Path:
-    """Return the vocabulary file beside a checkpoint, else one of `size` pieces as `find_vocabulary` does."""
+def vocabulary_of(checkpoint: Path | None, size: int, digest: str | None = None) -> Path:
+    """Return the vocabulary file beside a checkpoint, else one of `size` pieces as `find_vocabulary` does.
+
+    The file beside it may belong to something else. Raises InputError where the checkpoint records another
+    `digest`, and where it records none, but a vocabulary of that size is known and this is another.
+    """
     beside = None if checkpoint is None else checkpoint.parent / VOCABULARY
-    return beside if beside is not None and beside.is_file() else find_vocabulary(size)
+    path = beside if beside is not None and beside.is_file() else find_vocabulary(size)
+    if digest is not None:
+        if vocabulary_digest(path) != digest:
+            raise InputError(
+                f"{path}: expected the vocabulary that the network was trained with, SHA-256 {digest}, got "
+                f"{vocabulary_digest(path)}; give it (--vocab)"
+            )
+    elif path == beside:
+        _check_known(path, size)
+    return path
+
+
+def _check_known(beside: Path, size: int) -> None:
+    whose = {BERT_PIECES: "bert-base-uncased's", count_pieces(DEMO_VOCABULARY): "the demo's"}.get(size)
+    if whose is None:
+        log.warning("%s: taken as the network's vocabulary; no known one has its %d pieces", beside, size)
+    elif vocabulary_digest(beside) != vocabulary_digest(find_vocabulary(size)):
+        raise InputError(
+            f"{beside}: expected {whose} {size} word pieces, got others; give --vocab {beside} if the "
+            "network was trained with it, else move it away"
+        )
+
+
+def vocabulary_digest(vocabulary: Path) -> str:
+    """SHA-256 (hexadecimal) of the word pieces, one a line, whatever ends the lines of the file."""
+    return sha256_of("".join(f"{piece}\n" for piece in _read_pieces(vocabulary)).encode())
 
 
 def count_pieces(vocabulary: Path) -> int:

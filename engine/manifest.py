@@ -88,6 +88,15 @@ class Weights(Record):
 
 
 @dataclass(frozen=True)
+class Vocabulary(Record):
+    """What tokenizer.json is made of: a file's name, its word pieces, and their SHA-256, one piece a line."""
+
+    source: str
+    pieces: _Count
+    sha256: _Sha256
+
+
+@dataclass(frozen=True)
 class Preprocess(Record):
     """How the network's inputs are made; sizes in pixels, lengths in words and tokens."""
 
@@ -252,6 +261,7 @@ class Manifest(Record):
     float32_layers: tuple[str, ...] = ()
     kept_layers: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    vocabulary: Vocabulary | None = None
     score_calibration: ScoreCalibration | None = None
     files: dict[str, FileEntry]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgm4.shipped import demo_of, demo_record
-from dgm4.tokenizer import DEMO_VOCABULARY
+from dgm4.tokenizer import DEMO_VOCABULARY, vocabulary_digest
 from engine.layout import HALF_GRAPH
 from engine.manifest import Accuracy, Manifest
 from export.evaluation.evaluate import EvaluateOptions, evaluate
@@ -60,7 +60,7 @@ def _measure_graph(job: Job, bundle: Path, data: Path, graph: str | None) -> tup
 
 def _shipped_accuracy(source: Source) -> tuple[Accuracy, ...]:
     """What the demo's record says of its weights (by SHA-256); nothing of any others."""
-    if source.vocabulary.read_bytes() != DEMO_VOCABULARY.read_bytes():
+    if source.vocabulary.sha256 != vocabulary_digest(DEMO_VOCABULARY):
         return ()
     name = demo_of(source.weights.sha256)
     if name is None:

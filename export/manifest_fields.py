@@ -76,6 +76,7 @@ def describe_export(
         float32_layers=lowered.float_layers,
         kept_layers=lowered.keep,
         calibration=None if calibrated is None else calibrated.record,
+        vocabulary=source.vocabulary,
     )
 
 

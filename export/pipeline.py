@@ -9,25 +9,33 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from dgm4.config import ModelConfig
-from engine.errors import BuildError, InputError, VerificationError
+from engine import Bundle, Predictor
+from engine.backends.torch import load_float
+from engine.errors import BuildError, InputError, NumericalError, VerificationError
 from engine.layout import CARD
-from engine.manifest import Accuracy, EngineEntry
+from engine.manifest import Accuracy, EngineEntry, Manifest, Verification
 from export.accuracy_stage import measure_accuracy
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
 from export.calibration import calibrate_source, plans, rank_layers
 from export.engine_stage import no_engine, write_engine
+from export.graph.parity import EXACT, FP16, Difference, check, torch_outputs
 from export.lowering import lower_network
 from export.manifest_fields import describe_export
 from export.options import ExportOptions, check_options
+from export.sample import SAMPLE_CAPTION, choose_sample
 from export.source import load_source
 from export.stages import Calibrated, Job, Lowered, Source, Stage
 from export.trt import build
+
+_BLANK = np.zeros((32, 32, 3), np.uint8)
 
 
 def export_bundle(
@@ -51,8 +59,11 @@ def export_bundle(
         calibrated = None if options.calibration is None else calibrate_source(job, source)
         lowered, accuracy = _lower_and_evaluate(job, source, calibrated)
         engines = _write_engine(job, source.config)
+        draft = describe_export(options, source, calibrated, lowered, engines, accuracy)
+        written = _check_written(job, source, draft)
         with job.stage("bundle") as stage:
-            draft = describe_export(options, source, calibrated, lowered, engines, accuracy)
+            record = Verification(**written.to_dict())
+            draft = replace(draft, verification=(*draft.verification, record))
             writer.add_text(CARD, model_card(draft))
             manifest = writer.commit(draft.to_dict())
             total = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -82,6 +93,27 @@ def _lower_and_evaluate(
             _release(source.network, lowered.network)
             return lowered, measured.records
     raise VerificationError(failure)
+
+
+def _check_written(job: Job, source: Source, draft: Manifest) -> Difference:
+    """Run the stage "written": the files' weights against the network, and one answer as production gives it.
+
+    Raises VerificationError: what differs from what was verified is not published.
+    """
+    bundle = Bundle.open(job.writer.preview(draft.to_dict()))
+    sample = choose_sample(source.weights.sha256)
+    pair = (_BLANK, SAMPLE_CAPTION) if sample is None else (sample.image, sample.caption)
+    with job.stage("written") as stage:
+        outputs = torch_outputs(load_float(bundle), source.config)
+        tolerance = EXACT if job.options.precision == "fp32" else FP16
+        check(difference := stage.compare("written", "rewrite", source.outputs, outputs, tolerance))
+        with Predictor(bundle) as predictor:
+            try:
+                predictor.predict(*pair)
+            except NumericalError as error:
+                raise VerificationError(f"stage 'written': {error}; no bundle was written") from error
+            stage.text = f"weights read back, a pair answered by {predictor.model['backend']}"
+    return difference
 
 
 def _release(*networks: torch.nn.Module) -> None:

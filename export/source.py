@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 
 import safetensors.torch
+import torch
+from torch import Tensor
 
 import dgm4
+from dgm4.checkpoint import Checkpoint, grid_of
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.shipped import demo_of
-from dgm4.tokenizer import build_tokenizer, vocabulary_of
+from dgm4.state import some
+from dgm4.tokenizer import build_tokenizer, vocabulary_digest, vocabulary_of
+from engine.errors import CheckpointError, InputError
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
-from engine.manifest import FIRST_DEMOS, Weights
+from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -29,8 +34,13 @@ def load_source(job: Job) -> Source:
     Raises CheckpointError, InputError for a vocabulary that does not fit, VerificationError where rewriting
     changed the outputs.
     """
-    model, weights = _load(job)
-    vocabulary = _write_tokenizer(job, model.config)
+    model, weights, trained_with = _load(job)
+    if job.options.max_tokens > model.config.positions:
+        raise InputError(
+            f"max_tokens: expected at most {model.config.positions}, the checkpoint's text positions, got "
+            f"{job.options.max_tokens}; give --max-tokens {model.config.positions}"
+        )
+    vocabulary = _write_tokenizer(job, model.config.vocabulary, trained_with)
     _write_weights(job, model)
     with job.stage("rewrite") as stage:
         trained = torch_outputs(model, model.config)
@@ -41,53 +51,77 @@ def load_source(job: Job) -> Source:
     return Source(model.config, weights, vocabulary, network, outputs, difference)
 
 
-def _load(job: Job) -> tuple[Detector, Weights]:
-    options = job.options
+def _load(job: Job) -> tuple[Detector, Weights, str | None]:
+    """The trained network, the record of its weights, and the digest of its vocabulary where it is known."""
+    options, vocabulary = job.options, None
     with job.stage("load") as stage:
         if options.checkpoint is None:
             model = dgm4.seeded_model(options.model or "asap", options.size or "tiny", SEED)
             weights = Weights(kind="drawn", source=f"drawn from seed {SEED}", sha256=None)
         else:
-            model, weights = _load_checkpoint(options, options.checkpoint)
+            model, weights, vocabulary = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
         stage.text = (
             f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights.source}"
         )
-    return model, weights
+    return model, weights, vocabulary
 
 
-def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weights]:
+def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weights, str | None]:
     checkpoint = dgm4.read_checkpoint(path)
     trained = checkpoint.layout != "albef"
-    name = options.model or (checkpoint.layout if trained else None)
-    config = dgm4.model_config(name, options.size) if name and options.size else None
-    source = path.name if trained else f"{path.name} (ALBEF initialisation, heads untrained)"
+    model = dgm4.load_state(checkpoint, options.model)
+    if options.size not in (None, model.config.size):
+        raise CheckpointError(f"{path}: expected a network of size {options.size}, got {model.config.size}")
     digest = sha256_of(path)
-    kind = "demo" if demo_of(digest) or digest in FIRST_DEMOS else "trained" if trained else "drawn"
-    weights = Weights(kind, source, digest)
-    return dgm4.load_state(checkpoint, options.model, config), weights
+    known = demo_of(digest) or digest in FIRST_DEMOS
+    kind = "demo" if known else "trained" if trained else "drawn"
+    notes = _notes(checkpoint, model.config)
+    weights = Weights(kind, path.name + (f" ({'; '.join(notes)})" if notes else ""), digest)
+    return model, weights, checkpoint.vocabulary
 
 
-def _write_tokenizer(job: Job, config: ModelConfig) -> Path:
-    """Write the tokenizer and return the vocabulary it is made of."""
+def _notes(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
+    """What manifest and card say of how the weights were read."""
+    notes = [checkpoint.note] if checkpoint.note else []
+    if checkpoint.layout == "albef":
+        notes.append("ALBEF initialisation, heads untrained")
+        grid = grid_of(checkpoint.state)
+        if grid not in (None, config.grid):
+            notes.append(f"positions of a {grid} x {grid} grid resampled to {config.grid} x {config.grid}")
+    return notes
+
+
+def _write_tokenizer(job: Job, pieces: int, trained_with: str | None) -> Vocabulary:
+    """Write the tokenizer and return the record of the vocabulary it is made of."""
     with job.stage("tokenizer") as stage:
-        path = job.options.vocabulary or vocabulary_of(job.options.checkpoint, config.vocabulary)
-        tokenizer = build_tokenizer(path, config.vocabulary)
+        path = job.options.vocabulary or vocabulary_of(job.options.checkpoint, pieces, trained_with)
+        tokenizer = build_tokenizer(path, pieces)
         job.writer.add_text(TOKENIZER, tokenizer.to_str())
-        stage.text = f"WordPiece, {tokenizer.get_vocab_size()} pieces of {path.name}"
-    return path
+        vocabulary = Vocabulary(path.name, tokenizer.get_vocab_size(), vocabulary_digest(path))
+        digest = f"SHA-256 {vocabulary.sha256[:16]}..."
+        stage.text = f"WordPiece, {vocabulary.pieces} pieces of {path.name}, {digest}"
+    return vocabulary
 
 
 def _write_weights(job: Job, model: Detector) -> None:
     """Write the live tensors under their released names, for the backends that run torch."""
+    state = model.state_dict()
     half = job.options.precision != "fp32"
     with job.stage("weights") as stage:
-        state = {
-            name: value.half() if half and value.is_floating_point() else value
-            for name, value in model.state_dict().items()
-        }
+        if half:
+            state = {name: _narrowed(value) for name, value in state.items()}
         path = job.writer.path(WEIGHTS)
         safetensors.torch.save_file(state, path, metadata={"config": json.dumps(model.config.to_dict())})
         stage.text = (
             f"{len(state)} tensors, {path.stat().st_size / 1e6:.0f} MB, {'float16' if half else 'float32'}"
         )
+        beyond = [name for name, value in state.items() if half and value.dtype == torch.float32]
+        if beyond:
+            stage.text += f", but {some(beyond)}, beyond its range, in float32"
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    """A tensor in float16, or as it is where that would not hold its numbers."""
+    half = value.half() if value.is_floating_point() else value
+    return half if bool(half.isfinite().all()) else value

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dgm4.config import ModelConfig
-from engine.manifest import Calibration, Weights
+from engine.manifest import Calibration, Vocabulary, Weights
 from engine.network.model import InferenceModel
 from export.bundle.writer import BundleWriter
 from export.graph.parity import Arrays, Difference, Tolerance, compare
@@ -89,13 +88,13 @@ class Job:
 class Source:
     """The float32 network to export.
 
-    `weights` is their record in the manifest, `vocabulary` the file the tokenizer was made of, `outputs` the
-    network's for `export.graph.parity.CASES`, `rewrite` their distance from the trained network's.
+    `weights` and `vocabulary` are their records in the manifest, `outputs` the network's for
+    `export.graph.parity.CASES`, `rewrite` their distance from the trained network's.
     """
 
     config: ModelConfig
     weights: Weights
-    vocabulary: Path
+    vocabulary: Vocabulary
     network: InferenceModel
     outputs: Sequence[Arrays]
     rewrite: Difference

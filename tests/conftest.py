@@ -20,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from traces import sharing
 
 import engine  # noqa: F401 (it switches off what ONNX Runtime sends, before any test imports that)
 
@@ -31,6 +32,9 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):
     share = cores[int(WORKER.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, share or cores)
     torch.set_num_threads(len(share or cores))
+
+# Tracing makes millions of short-lived objects; looking for cycles among them takes a tenth of its time.
+gc.set_threshold(50_000, 20, 20)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any import
@@ -177,11 +181,20 @@ def made_once(tmp_path_factory):
         folder, record = shared / name, shared / f"{name}.pickle"
         with FileLock(shared / f"{name}.lock"):
             if not record.exists():
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # of a try that failed
                 record.write_bytes(pickle.dumps(make(folder)))
         return pickle.loads(record.read_bytes())
 
     return once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace(made_once):
+    """torch.onnx.export itself; in its place stands one that traces a network once a run."""
+    export = torch.onnx.export
+    torch.onnx.export = sharing(export, made_once)
+    yield export
+    torch.onnx.export = export
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ OnError = Literal["skip", "raise"]
 SPLITS = ("train", "val", "test")
 ORIGINAL = "orig"
 MAX_WORDS = 50  # of the published cleaning; what stands behind is never read
+_SHOWN = 200  # characters of a reason that an error repeats
 _NAMED = 20  # bad records that the log names at its usual level
 _CHOICES = ("skip", "raise")
 _DATA_NAME = "DGM4"  # the first component of a published path stands for the data folder
@@ -95,6 +96,17 @@ class Annotations:
     def counts(self) -> dict[str, int]:
         """Return the number of problems of each kind, the most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
+
+    def usable(self, source: str) -> tuple[Sample, ...]:
+        """Return the samples; raises InputError, with the commonest reason, where `source` has none."""
+        if self.samples:
+            return self.samples
+        most = next(iter(self.counts()), None)
+        first = next((problem for problem in self.problems if problem.kind == most), None)
+        reason = "" if first is None else f", most often {most}: {first.message[:_SHOWN]}"
+        raise InputError(
+            f"{source}: expected annotated pairs, got none of {len(self.problems)} usable{reason}"
+        )
 
 
 class _Unusable(Exception):
@@ -270,6 +282,8 @@ def _read_types(fake_cls: str) -> tuple[str, ...]:
 def _locate(image: str, root: Path) -> Path:
     """Return the file that an annotated path names, which has to lie inside the data folder."""
     plain = posixpath.normpath(image.removeprefix(f"{_DATA_NAME}/"))
+    if "\\" in image and not _exists(root / plain):  # written on Windows
+        return _locate(image.replace("\\", "/"), root)
     if not image or "\0" in image or plain.startswith(("/", "../")) or plain in (".", ".."):
         raise _Unusable("path_outside", f"expected a path inside the data folder, got {image!r}")
     return root / plain

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from dgm4.checkpoint import encoder_keys, load_state, read_checkpoint, read_state, resample_positions
+from dgm4.checkpoint import encoder_keys, load_state, read_checkpoint, resample_positions
+from dgm4.state import read_state
 from dgm4.training.trainee import Trainee
 from engine.errors import BackendError, CheckpointError, InputError
 
@@ -42,6 +43,7 @@ def _load_weights(trainee: Trainee, path: Path) -> None:
     """Load a checkpoint of this network, or ALBEF's two encoders, and what it has beside the network."""
     network = trainee.network
     checkpoint = read_checkpoint(path)
+    checkpoint = replace(checkpoint, state=resample_positions(checkpoint.state, network.config))
     loaded = load_state(checkpoint, network.config.name, network.config).state_dict()
     brought = encoder_keys(set(loaded)) if checkpoint.layout == "albef" else set(loaded)
     network.load_state_dict({name: loaded[name] for name in brought}, strict=False)
@@ -61,11 +63,10 @@ def _load_vision(trainee: Trainee, source: str) -> None:
     """Load a ViT of timm's names, positions brought to our grid; its classifier is left out."""
     state = _timm_state(source.removeprefix(TIMM)) if source.startswith(TIMM) else read_state(Path(source))
     prefix = "visual_encoder."
-    weights = {
-        prefix + name: value.float() for name, value in state.items() if not name.startswith(_CLASSIFIER)
-    }
     config, encoder = trainee.network.config, trainee.network.visual_encoder
-    resample_positions(weights, config)
+    weights = resample_positions(
+        {prefix + name: x.float() for name, x in state.items() if not name.startswith(_CLASSIFIER)}, config
+    )
     expected = {name: prefix + name for name in encoder.state_dict() if not name.startswith(_OURS)}
     wrong = [
         full

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgm4.checkpoint import read_content
 from dgm4.config import ModelConfig
+from dgm4.state import read_content
 from dgm4.training.trainee import Trainee
 from engine.errors import CheckpointError
 from engine.files import replacing

@@ -22,6 +22,7 @@ from dgm4.losses import WEIGHTS
 from dgm4.losses.contrastive import ALPHA
 from dgm4.metrics import summarise
 from dgm4.model import Output
+from dgm4.tokenizer import VOCABULARY, vocabulary_digest
 from dgm4.training.initialise import Initialisation, start_from
 from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.optimizer import make_optimizer, make_schedule
@@ -319,6 +320,7 @@ class Trainer:
         """Write checkpoints, in the first process; `states` are the random streams of all."""
         if self.rank:
             return
+        vocabulary = self.place.out / VOCABULARY
         content = {
             "model": released_state(self.trainee),
             "optimizer": self.optimizer.state_dict(),
@@ -328,6 +330,7 @@ class Trainer:
             "epoch": self.progress.epoch,
             "progress": dict(vars(self.progress)),
             "random": states,
+            "vocabulary": vocabulary_digest(vocabulary) if vocabulary.is_file() else None,
         }
         for name in names:
             write_snapshot(self.place.out / name, content)
@@ -356,7 +359,7 @@ def _datasets(
     """The splits "train" and "val"; raises InputError where one of them is empty."""
     sidecars = _read_sidecars(place.data) if options.model == "asap" else {}
     train = PairDataset(
-        read_split(place.data, "train").samples,
+        read_split(place.data, "train").usable(f"{place.data}, split train"),
         tokenizer,
         image_size,
         flip=options.flip,
@@ -365,9 +368,8 @@ def _datasets(
         captions=sidecars.get("captions"),
         explanations=sidecars.get("explanations"),
     )
-    val = PairDataset(read_split(place.data, "val").samples, tokenizer, image_size, cache=place.cache)
-    if not len(val):
-        raise InputError(f'{place.data}: expected pairs in the split "val" to evaluate on, got none')
+    judged = read_split(place.data, "val").usable(f"{place.data}, split val")
+    val = PairDataset(judged, tokenizer, image_size, cache=place.cache)
     return train, val
 
 

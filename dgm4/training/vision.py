@@ -114,7 +114,7 @@ def pretrain(
     """
     if not out.resolve().parent.is_dir():
         raise InputError(f"{out}: its folder does not exist; create it, or choose another --out")
-    samples = read_split(data, "train").samples
+    samples = read_split(data, "train").usable(f"{data}, split train")
     size = model_config(options.model, options.size).image_size
     dataset = PairDataset(samples, tokenizer, size, options.flip, options.seed, cache)
     order = BatchOrder(len(samples), options.batch, options.seed)

@@ -26,6 +26,15 @@ def usable_cores() -> int:
     return max(1, min([visible_cores(), *quotas]))
 
 
+def keep_to_quota() -> None:
+    """Have libraries that are imported later start no more threads than the container's quota allows.
+
+    torch, NumPy and others count the cores of the affinity mask. The user's OMP_NUM_THREADS has precedence.
+    """
+    if (cores := usable_cores()) < visible_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
 def _quotas(mount: Path, membership: Path) -> Iterator[float]:
     """Quotas, in cores, of the control groups that hold this process, of version 1 and 2."""
     try:

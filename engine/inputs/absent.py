@@ -8,11 +8,11 @@ Absent = Literal["", "caption", "image"]
 WARNINGS: dict[Absent, tuple[str, ...]] = {
     "": (),
     "caption": (
-        "no_caption: the box and the face types are those for an empty caption, which training never has; "
-        "the rest is not answered",
+        "no_caption: the box and the face types are those for an empty caption, on which the network was "
+        "never trained; nothing else is answered",
     ),
     "image": (
-        "no_image: the words and the text types are those for a plain grey image, which training never has; "
-        "the rest is not answered",
+        "no_image: the words and the text types are those for a plain grey image, on which the network was "
+        "never trained; nothing else is answered",
     ),
 }

@@ -70,6 +70,11 @@ def _network(manifest: Manifest) -> str:
             f"{calibration.pairs} pairs of {calibration.source}, drawn with seed {calibration.seed}."
         )
     head += _exceptions(manifest)
+    if vocabulary := manifest.vocabulary:
+        head += (
+            f" Vocabulary: {vocabulary.pieces} word pieces of {vocabulary.source}, SHA-256 "
+            f"`{vocabulary.sha256}`."
+        )
     config = {name: value for name, value in manifest.model.config.items() if name not in ("name", "size")}
     rows = ((f"`{name}`", value) for name, value in config.items())
     return head + "\n\n" + _table(("field", "value"), rows)

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import __version__
+from engine.backends.cores import keep_to_quota
 from engine.errors import Dgm4Error
 from engine.packages import lacking
 from export.cli import (
     bench,
     calibrate,
+    convert,
     data,
     demo,
     doctor,
@@ -41,7 +43,7 @@ from export.output import ERRORS
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (demo, predict, models),
-    "make a bundle": (export, calibrate, rebuild, repository),
+    "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _USAGE
     try:
         with exit_on_sigterm():
+            keep_to_quota()
             code: int = options.run(options)
             sys.stdout.flush()
             return code

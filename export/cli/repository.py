@@ -82,4 +82,5 @@ def summary(out: Path, manifest: dict[str, Any]) -> str:
             entry["bytes"] for place, entry in manifest["files"].items() if place.startswith(f"{name}/")
         )
         lines.append(f"{name}: {model['serves']} of {model['of']}, {size / 1e6:.0f} MB")
-    return "\n".join([*lines, f"tritonserver --model-repository={out.resolve()}"]) + "\n"
+    lines.append(f"ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository={out.resolve()}")
+    return "\n".join(lines) + "\n"

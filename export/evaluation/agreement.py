@@ -149,7 +149,7 @@ def visible_changes(ours: Result, theirs: Result, iou: float) -> tuple[str, ...]
     only where a face type is detected.
     """
     words = sum(a.manipulated != b.manipulated for a, b in zip(ours.words, theirs.words, strict=True))
-    types = set(_shown_types(ours)) ^ set(_shown_types(theirs))
+    types = set(shown_types(ours)) ^ set(shown_types(theirs))
     boxes = shown_box(ours), shown_box(theirs)
     return (
         *(["verdict"] if ours.manipulated != theirs.manipulated else []),
@@ -161,10 +161,11 @@ def visible_changes(ours: Result, theirs: Result, iou: float) -> tuple[str, ...]
 
 def shown_box(result: Result) -> tuple[float, float, float, float] | None:
     """Return the box that a reader is shown."""
-    return result.box if FACE_TYPES & set(_shown_types(result)) else None
+    return result.box if FACE_TYPES & set(shown_types(result)) else None
 
 
-def _shown_types(result: Result) -> tuple[str, ...]:
+def shown_types(result: Result) -> tuple[str, ...]:
+    """Return the types that a reader is shown."""
     return result.detected if result.manipulated else ()
 
 
@@ -172,7 +173,7 @@ def _gravity(case: Case) -> tuple[bool, int, int, float]:
     words = zip(case.ours.words, case.theirs.words, strict=True)
     return (
         case.ours.manipulated != case.theirs.manipulated,
-        len(set(_shown_types(case.ours)) ^ set(_shown_types(case.theirs))),
+        len(set(shown_types(case.ours)) ^ set(shown_types(case.theirs))),
         sum(ours.manipulated != theirs.manipulated for ours, theirs in words),
         case.total,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dgm4.metrics import Interval
 from engine.scores import Rate
+from export.evaluation.agreement import shown_box, shown_types
 from export.evaluation.calibrate import Calibrated, Outcome
 from export.evaluation.curves import AtThreshold
 from export.evaluation.evaluate import Comparison, Evaluation
@@ -217,9 +218,10 @@ def _worst_rows(compared: Comparison) -> Rows:
     for case in compared.worst:
         pair = case.ours, case.theirs
         scores = " / ".join(f"{answer.score:.3f}" for answer in pair)
-        types = " / ".join("&".join(answer.detected) or "none" for answer in pair)
+        types = " / ".join("&".join(shown_types(answer)) or "none" for answer in pair)
         names = (_line(case.sample.id), _line(case.sample.image), ", ".join(case.changes))
-        rows.append((*names, scores, types, f"{1 - case.parts['box']:.3f}"))
+        iou = f"{1 - case.parts['box']:.3f}" if all(map(shown_box, pair)) else "-"
+        rows.append((*names, scores, types, iou))
     return rows
 
 

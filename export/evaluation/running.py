@@ -73,7 +73,7 @@ def run_bundle(
     """
     manifest = bundle.manifest
     annotations = read_split(data, options.split, options.on_bad)
-    samples = _draw(annotations.samples, options)
+    samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
     pairs = Pairs(samples, open_tokenizer(bundle), manifest.preprocess)
     network = _load_network(bundle, options)
     networks: dict[str, Network] = {BUNDLE: network}

@@ -121,7 +121,8 @@ def score(
             read += [pair._replace(item=_without_pixels(pair.item)) for pair in batch]
             started = perf_counter()
     if not read:
-        raise InputError(f"expected at least one usable pair, got none of {len(pairs)}")
+        first = next((problem.message for problem in reader.problems), "there is none")
+        raise InputError(f"expected at least one usable pair, got none of {len(pairs)}, the first: {first}")
     samples, tokens = tuple(pair.sample for pair in read), tuple(pair.item.tokens for pair in read)
     boxes = np.array([pair.box or (0.0,) * 4 for pair in read], dtype=np.float32)
     joined = {name: join_outputs(samples, boxes, labels, parts) for name, parts in outputs.items()}

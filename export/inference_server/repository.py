@@ -77,7 +77,8 @@ multiples of 16.
 - `attention_map` [batch, tokens, patches + 1]: of ASAP alone; sigmoid, without the first column, averaged
   over the tokens after [CLS].
 
-Thresholds, types and the record of every check of the export are in `<model>/bundle.json`.
+Thresholds, types and the record of every check of the export are in `<model>/bundle.json`. Where that has a
+`score_calibration`, divide logits by its `temperatures` before softmax and sigmoid.
 """
 
 

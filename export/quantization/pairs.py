@@ -11,7 +11,6 @@ import numpy as np
 
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset, collate
-from engine.errors import InputError
 from engine.inputs.text import CaptionTokenizer
 from export.graph.trace import INPUTS
 
@@ -50,9 +49,7 @@ def read_pairs(
     Takes all, with a warning, where there are fewer. Raises InputError where the folder cannot be read or
     has no usable pair.
     """
-    samples = read_split(data, split).samples
-    if not samples:
-        raise InputError(f"{data}: expected annotated pairs in the split {split} to calibrate on, got none")
+    samples = read_split(data, split).usable(f"{data}, split {split}")
     if len(samples) < count:
         log.warning("%s: has %d usable pairs to calibrate on, not %d", data, len(samples), count)
         count = len(samples)

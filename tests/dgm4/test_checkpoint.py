@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from checkpoints import albef, live, published, renamed_cals, save, small, whole_file
 from torch.nn import functional as F
 
 import dgm4
@@ -18,111 +16,6 @@ from dgm4.seeded import draw
 from engine.errors import CheckpointError
 
 NAMES = ("hammer", "asap", "cals")
-UNUSED_CALS = ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")
-
-
-def small(name):
-    """The smallest network with every part; its files are read in milliseconds."""
-    return replace(
-        dgm4.model_config(name, "tiny"),
-        width=24,
-        vision_depth=3,
-        text_depth=2,
-        fusion_start=1,
-        vocabulary=30,
-        positions=16,
-        image_size=64,
-        guidance_widths=(4, 4, 8),
-    )
-
-
-def live(config):
-    """The tensors that inference reads, drawn; BatchNorm's counter is left out."""
-    return dict(drawn_once(config))
-
-
-@functools.cache
-def drawn_once(config):
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in build(config).state_dict().items()}
-    return {
-        k: torch.from_numpy(draw(k, s, 1)) for k, s in shapes.items() if not k.endswith("num_batches_tracked")
-    }
-
-
-def training_copies(state):
-    """What the published code keeps beside the live tensors."""
-    towers = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")
-    projections = {
-        f"{p}.{leaf}": torch.ones(4) for p in ("vision_proj", "text_proj") for leaf in ("weight", "bias")
-    }
-    state = {**state, **projections, "temp": torch.tensor(0.07)}
-    copies = {k.replace(".", "_m.", 1): v + 1 for k, v in state.items() if k.startswith(towers)}
-    queues = {
-        "image_queue": torch.zeros(8, 16),
-        "text_queue": torch.zeros(8, 16),
-        "queue_ptr": torch.zeros(1).long(),
-    }
-    ids = {"text_encoder.bert.embeddings.position_ids": torch.arange(16)[None]}
-    return {**state, **copies, **queues, **ids}
-
-
-def published(name, config):
-    """The `model` entry as the code of `name` writes it."""
-    state = training_copies(live(config))
-    if name == "asap":
-        state |= {"patch_head.weight": torch.ones(1, 4), "itm_head_m.0.weight": torch.ones(4, 4)}
-    if name == "cals":
-        state |= {f"visual_encoder.{module}.weight": torch.ones(3) for module in UNUSED_CALS}
-        state["visual_encoder.Conv.bn2.num_batches_tracked"] = torch.tensor(7)
-    return state
-
-
-def renamed_cals(config):
-    """The layout of the only released weights of CALS."""
-    state = published("cals", config)
-    for ours, theirs in (("LIG", "MIG"), ("fch", "CARA")):
-        state = {
-            theirs + k.removeprefix(ours) if k.startswith(f"{ours}.") else k: v for k, v in state.items()
-        }
-    extra = (
-        "text_encoder_f_1.layer",
-        "bbox_head_f.0",
-        "bbox_head_c.0",
-        "cls_head_A.0",
-        "dimd.fc",
-        "psil.conv",
-    )
-    return state | {f"{module}.weight": torch.ones(2) for module in extra}
-
-
-def albef(config):
-    """ALBEF_4M's layout: both encoders, the language head and a Linear itm_head."""
-    encoders = ("visual_encoder.", "text_encoder.bert.")
-    own = ("visual_encoder.Conv.", "visual_encoder.MHA2.")
-    state = {k: v for k, v in live(config).items() if k.startswith(encoders) and not k.startswith(own)}
-    state |= {"text_encoder.cls.predictions.bias": torch.ones(30), "itm_head.weight": torch.ones(2, 24)}
-    return training_copies(state | {"itm_head.bias": torch.ones(2)})
-
-
-def whole_file(state):
-    """What stands beside the state in the published files."""
-    return {
-        "model": state,
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-5}]},
-        "lr_scheduler": {"base_values": [np.float64(1e-5)], "metric": None},
-        "config": {"image_res": 256, "optimizer": {"opt": "adamW"}, "schedular": {"epochs": 50}},
-        "epoch": 49,
-    }
-
-
-def save(path, content, legacy=False):
-    if path.suffix == ".safetensors":
-        content = content.get("model", content)
-        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in content.items()}, path)
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    return path
 
 
 def assert_loaded(model, state):
@@ -292,12 +185,6 @@ def test_unknown_width(tmp_path):
         dgm4.load_checkpoint(path)
 
 
-def test_the_small_size_has_the_vocabulary_of_its_training(tmp_path):
-    config = replace(dgm4.model_config("hammer", "tiny"), vocabulary=77)
-    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
-    assert dgm4.load_checkpoint(path).config == config
-
-
 def test_width_cannot_be_read(tmp_path):
     state = published("asap", small("asap"))
     del state["visual_encoder.cls_token"]
@@ -307,18 +194,51 @@ def test_width_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("side", [14, 2, 3, 7])
-def test_positions_of_another_grid_are_resampled(side, tmp_path):
-    """Bicubic without aligned corners; the position of [CLS] passes by."""
+def test_positions_of_an_initialisation_are_resampled(side, tmp_path, caplog):
+    """Bicubic without aligned corners; the position of [CLS] passes by, and the log tells."""
     config = small("hammer")
-    state = published("hammer", config)
     other = torch.from_numpy(draw("pos_embed", (1, side**2 + 1, config.width), 5))
-    path = save(tmp_path / "checkpoint.pth", state | {"visual_encoder.pos_embed": other})
+    path = save(tmp_path / "ALBEF.pth", albef(config) | {"visual_encoder.pos_embed": other})
     got = dgm4.load_checkpoint(path, config=config).visual_encoder.pos_embed.detach()
     field = other[0, 1:].reshape(side, side, config.width).permute(2, 0, 1)[None]
     field = F.interpolate(field, size=(4, 4), mode="bicubic", align_corners=False)
     want = torch.cat([other[0, :1], field[0].permute(1, 2, 0).reshape(16, config.width)])
     assert torch.equal(got[0, 0], other[0, 0])
     assert (got[0] - want).abs().max() <= 1e-6
+    assert f"positions of a {side} x {side} grid are resampled to 4 x 4" in caplog.text
+
+
+def test_a_trained_grid_is_kept_or_refused(name, tmp_path, caplog):
+    """The resolution is the checkpoint's own; another one that is asked for is an error."""
+    config = replace(dgm4.model_config(name, "tiny"), image_size=128)
+    path = save(tmp_path / "checkpoint.pth", whole_file(published(name, config)))
+    assert_loaded(network := dgm4.load_checkpoint(path), live(config))
+    assert network.config == config
+    with pytest.raises(CheckpointError, match=r"pos_embed: expected \[1, 257, 128\], got \[1, 65, 128\]"):
+        dgm4.load_checkpoint(path, config=dgm4.model_config(name, "tiny"))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("change", [{"positions": 128}, {"vocabulary": 77}])
+def test_rows_of_the_text_are_the_checkpoints(change, tmp_path):
+    config = replace(dgm4.model_config("hammer", "tiny"), **change)
+    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
+    assert dgm4.load_checkpoint(path).config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_depth": 5}, r"unexpected \(visual_encoder\.blocks\.4\."),
+        ({"text_depth": 3}, r"missing \(text_encoder\.bert\.encoder\.layer\.3\."),
+        ({"patch_size": 8}, r"misshapen \(visual_encoder\.patch_embed\.proj\.weight"),
+    ],
+)
+def test_another_depth_or_patch_is_refused(change, message, tmp_path):
+    config = replace(dgm4.model_config("hammer", "tiny"), **change)
+    path = save(tmp_path / "checkpoint.pth", {"model": live(config)})
+    with pytest.raises(CheckpointError, match=message):
+        dgm4.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dgm4.tokenizer import build_tokenizer, find_vocabulary
+from dgm4.tokenizer import (
+    DEMO_VOCABULARY,
+    VOCABULARY,
+    build_tokenizer,
+    find_vocabulary,
+    vocabulary_digest,
+    vocabulary_of,
+)
 from engine.errors import InputError
 
 SIZE = 30522
@@ -114,3 +121,45 @@ def test_the_vocabulary_is_the_one_that_was_published():
     digest = hashlib.sha256(find_vocabulary().read_bytes()).hexdigest()
     assert digest == "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
     assert f"{find_vocabulary().name}, SHA-256 {digest}" in " ".join(notice.split())
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """Write the demo's pieces, or others, beside a checkpoint, and return the checkpoint."""
+
+    def write(pieces):
+        (tmp_path / VOCABULARY).write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+        return tmp_path / "checkpoint_best.pth"
+
+    return write
+
+
+def demo_pieces():
+    return DEMO_VOCABULARY.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_known_vocabulary_beside_a_checkpoint_is_taken(beside, tmp_path, caplog):
+    assert vocabulary_of(beside(demo_pieces()), 2048) == tmp_path / VOCABULARY
+    assert vocabulary_of(beside(find_vocabulary().read_text(encoding="utf-8").splitlines()), SIZE).exists()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("size", [2048, SIZE])
+def test_another_vocabulary_of_a_known_size_has_to_be_asked_for(size, beside):
+    pieces = find_vocabulary(size).read_text(encoding="utf-8").splitlines()
+    with pytest.raises(InputError, match=rf"'s {size} word pieces, got others; give --vocab .*vocab\.txt if"):
+        vocabulary_of(beside(reversed(pieces)), size)
+
+
+def test_the_vocabulary_that_a_checkpoint_records_is_the_only_right_one(beside, tmp_path):
+    checkpoint = beside(reversed(demo_pieces()))
+    digest = vocabulary_digest(tmp_path / VOCABULARY)
+    assert vocabulary_of(checkpoint, 2048, digest) == tmp_path / VOCABULARY
+    beside(demo_pieces())
+    with pytest.raises(InputError, match=f"that the network was trained with, SHA-256 {digest}, got"):
+        vocabulary_of(checkpoint, 2048, digest)
+
+
+def test_a_vocabulary_of_an_unknown_size_is_named(beside, tmp_path, caplog):
+    assert vocabulary_of(beside(demo_pieces()[:1500]), 1500) == tmp_path / VOCABULARY
+    assert f"{tmp_path / VOCABULARY}: taken as the network's vocabulary" in caplog.text

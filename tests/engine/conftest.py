@@ -113,7 +113,12 @@ def base_manifest():
         "format_version": 1,
         "created": "2026-01-01T00:00:00Z",
         "model": {"name": "asap", "size": "tiny", "config": {"model": "asap", "width": 64}},
-        "weights": {"kind": "trained", "source": "checkpoint fake.pth", "sha256": "0" * 64},
+        "weights": {
+            "kind": "trained",
+            "source": "checkpoint fake.pth",
+            "sha256": "0" * 64,
+            "licence": "not stated",
+        },
         "precision": "fp32",
         "preprocess": {
             "image_size": 256,

@@ -26,18 +26,19 @@ from export.pipeline import export_bundle
 from export.trt import build
 
 STAGES = {
-    "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "bundle"],
-    "fp16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "bundle"],
-    "bf16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "bundle"],
-    "int8": ["load", "tokenizer", "weights", "rewrite", "onnx", "quantise", "engine", "bundle"],
-    "fp8": ["load", "tokenizer", "weights", "rewrite", "cast", "engine", "bundle"],
+    "fp32": ["load", "tokenizer", "weights", "rewrite", "onnx", "engine", "written", "bundle"],
+    "fp16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "written", "bundle"],
+    "bf16": ["load", "tokenizer", "weights", "rewrite", "cast", "onnx", "engine", "written", "bundle"],
+    "int8": ["load", "tokenizer", "weights", "rewrite", "onnx", "quantise", "engine", "written", "bundle"],
+    "fp8": ["load", "tokenizer", "weights", "rewrite", "cast", "engine", "written", "bundle"],
 }
+WRITTEN = ("written", "rewrite")
 CHECKS = {
-    "fp32": [("rewrite", "trained network"), ("onnx", "rewrite")],
-    "fp16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite")],
-    "bf16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite")],
-    "int8": [("rewrite", "trained network"), ("onnx", "rewrite"), ("int8", "onnx")],
-    "fp8": [("rewrite", "trained network"), ("cast", "rewrite")],
+    "fp32": [("rewrite", "trained network"), ("onnx", "rewrite"), WRITTEN],
+    "fp16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite"), WRITTEN],
+    "bf16": [("rewrite", "trained network"), ("cast", "rewrite"), ("onnx", "rewrite"), WRITTEN],
+    "int8": [("rewrite", "trained network"), ("onnx", "rewrite"), ("int8", "onnx"), WRITTEN],
+    "fp8": [("rewrite", "trained network"), ("cast", "rewrite"), WRITTEN],
 }
 # At most twice the error of the worst output of the worst network: 0.0029, 0.031, 0.13 and 0.245. The weights
 # are drawn, which is hard on rounding; tests/export/test_demo_errors.py has the trained networks.
@@ -86,7 +87,8 @@ def test_manifest_says_what_it_is(name, precision, bundle):
     assert dgm4.ModelConfig.from_dict(manifest["model"]["config"]) == dgm4.model_config(name, "tiny")
     assert manifest["precision"] == precision
     assert "calibration" not in manifest, "for static int8 alone"
-    assert manifest["weights"] == {"kind": "drawn", "source": "drawn from seed 1", "sha256": None}
+    drawn = {"kind": "drawn", "source": "drawn from seed 1", "sha256": None, "licence": "Apache-2.0"}
+    assert manifest["weights"] == drawn
     assert [x["name"] for x in manifest["outputs"]] == list(outputs_of(dgm4.model_config(name)))
     assert manifest["types"] == list(dgm4.TYPES)
     assert manifest["preprocess"]["max_words"] == 50
@@ -173,7 +175,8 @@ def test_checkpoint_is_exported_with_its_hash(tiny, tmp_path):
         options(tmp_path / "bundle", model=None, size=None, checkpoint=path), stages.append
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert manifest["weights"] == {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest}
+    trained = {"kind": "trained", "source": "checkpoint_best.pth", "sha256": digest, "licence": "not stated"}
+    assert manifest["weights"] == trained
     state = safetensors.torch.load_file(tmp_path / "bundle" / "model.safetensors")
     assert torch.equal(state["itm_head.0.weight"], model.state_dict()["itm_head.0.weight"])
 

@@ -213,7 +213,7 @@ def test_without_links_the_files_are_copied(copied, builder, monkeypatch):
     def refuse(*_):
         raise OSError(1, "not permitted")
 
-    monkeypatch.setattr(module.os, "link", refuse)
+    monkeypatch.setattr("export.bundle.copying.os.link", refuse)
     module.rebuild(copied)
     Bundle.open(copied).verify_all()
 

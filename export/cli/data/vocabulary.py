@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from engine.errors import InputError
 from export.cli.arguments import Verbs
 from export.cli.parser import usage_errors
 from export.flags import POSITIVE
@@ -39,9 +38,8 @@ def run(options: argparse.Namespace) -> int:
     check_output(options.out, "--out", [options.data, options.vocab])
     large = options.vocab or find_vocabulary()
     tokenizer = build_tokenizer(large, count_pieces(large))
-    texts = [sample.text for sample in read_split(options.data, "train", check_pictures=False).samples]
-    if not texts:
-        raise InputError(f"{options.data}: the split 'train' holds no usable caption to count the words of")
+    annotations = read_split(options.data, "train", check_pictures=False)
+    texts = [sample.text for sample in annotations.usable(f"{options.data}, split train")]
     for path in sorted((options.data / "metadata").glob("*s.json")):
         if path.stem in ("captions", "explanations"):
             texts += read_sidecar(path).values()

@@ -85,7 +85,7 @@ def read(data, tmp_path):
 def test_a_published_record_is_read(read, data):
     answer = read(record())
     assert answer.problems == ()
-    (sample,) = answer.samples
+    (sample,) = answer.usable("list")
     assert sample.id == "4711"
     assert sample.picture == (data / "manipulation/simswap/1.jpg").resolve()
     assert sample.image == "DGM4/manipulation/simswap/1.jpg"
@@ -101,6 +101,28 @@ def test_a_pristine_record_has_no_types(read):
     (sample,) = read(record(image="origin/bbc/0001/2.jpg", id="x", **PRISTINE)).samples
     assert (sample.types, sample.box, sample.fake_words) == ((), None, ())
     assert (sample.id, sample.fake_cls, sample.manipulated) == ("x", "orig", False)
+
+
+@pytest.mark.parametrize("image", [r"DGM4\manipulation\simswap\1.jpg", r"manipulation\simswap/1.jpg"])
+def test_a_path_written_on_windows_is_read(image, read, data):
+    (sample,) = read(record(image=image)).samples
+    assert (sample.picture, sample.image) == ((data / "manipulation/simswap/1.jpg").resolve(), image)
+
+
+def test_a_file_with_a_backslash_in_its_name_is_read(read, data):
+    file = data / r"origin/a\b.jpg"
+    file.write_bytes((data / "origin/bbc/0001/2.jpg").read_bytes())
+    (sample,) = read(record(image=r"origin/a\b.jpg", **PRISTINE)).samples
+    assert sample.picture == file
+    file.unlink()
+
+
+def test_none_usable_says_of_how_many_and_why(read):
+    annotations = read(*[record(id=i, image=f"origin/absent{i}.jpg") for i in range(7)], [])
+    with pytest.raises(InputError) as caught:
+        annotations.usable("DGM4, split test")
+    start = "DGM4, split test: expected annotated pairs, got none of 8 usable, most often picture_missing: "
+    assert str(caught.value).startswith(f"{start}record 0: expected the picture")
 
 
 def test_types_come_in_one_order(read):
@@ -174,6 +196,8 @@ BAD = {
             "a\0b",
             "DGM4/",
             "..",
+            r"..\..\etc\passwd",
+            r"origin\..\..\x.jpg",
         )
     ],
     "picture_missing": [

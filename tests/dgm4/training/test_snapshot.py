@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dgm4.checkpoint import read_state
 from dgm4.config import model_config
+from dgm4.state import read_state
 from dgm4.training.journal import append_line, keep_lines
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Trainee

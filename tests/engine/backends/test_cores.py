@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from engine import backends
@@ -53,6 +55,20 @@ def machine(tmp_path, monkeypatch):
 )
 def test_the_quota_counts(machine, membership, files, expected):
     assert machine(membership, files) == expected
+
+
+def test_libraries_keep_to_the_quota(machine, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    machine(V2, {"a/b/cpu.max": "200000 100000"})
+    cores.keep_to_quota()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores.keep_to_quota()
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine("", {})
+    cores.keep_to_quota()
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_another_system_has_no_quota(machine, monkeypatch, tmp_path):

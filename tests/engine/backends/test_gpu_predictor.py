@@ -99,6 +99,14 @@ def test_the_predictor_answers_as_on_the_cpu(predictors, cuda, monkeypatch, draw
     assert np.abs(scores(single) - scores(wanted[1])).max() <= EXACT
 
 
+def test_captions_of_one_image_answer_as_pairs(predictors, draw):
+    (image,), captions = draw.images(SIZES[:1]), ["a man", "a man speaks", "a dog and a man speak"]
+    wanted = predictors[1].predict_batch([(image, caption) for caption in captions])
+    for predictor in predictors:
+        for answer, want in zip(predictor.predict_captions(image, captions), wanted, strict=True):
+            assert np.abs(scores(answer) - scores(want)).max() <= EXACT
+
+
 def test_a_stream_copies_the_next_batch_before_it_waits(predictors, cuda, draw):
     on_gpu, on_cpu = predictors
     pairs = [(x, "a man speaks") for x in draw.images([(30, 40 + i) for i in range(7)])]

@@ -20,6 +20,7 @@ from engine.manifest import (
     Weights,
 )
 from export.bundle.card import largest_text, model_card
+from export.bundle.licences import licence_of
 
 MANIFEST = Manifest(
     created="2026-11-28T00:00:00+00:00",
@@ -96,3 +97,28 @@ def test_card_cannot_break_its_tables():
 def test_the_largest_shapes_of_profiles():
     assert largest_text([{"input_ids": {"max": [1, 32]}}, {"input_ids": {"max": [8, 64]}}]) == "1x32, 8x64"
     assert largest_text([{}]) == ""
+
+
+def test_card_tells_the_licence():
+    drawn = model_card(MANIFEST)
+    assert "\n## Licence\n\nWeights: not stated. Code of `dgm4`: Apache-2.0.\n" in drawn
+    trained = replace(MANIFEST.weights, kind="trained")
+    card = model_card(replace(MANIFEST, weights=trained))
+    assert "Published HAMMER weights are for non-commercial use only" in card
+    assert "- HAMMER (code, weights): S-Lab License 1.0, non-commercial\n" in card
+    stated = model_card(replace(MANIFEST, weights=replace(trained, licence="CC-BY-4.0")))
+    assert "Weights: CC-BY-4.0." in stated
+    assert "HAMMER (code" not in stated
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated", "licence"),
+    [
+        ("demo", None, "Apache-2.0"),
+        ("drawn", None, "Apache-2.0"),
+        ("trained", None, "not stated"),
+        ("trained", "MIT", "MIT"),
+    ],
+)
+def test_the_licence_of_an_export(kind, stated, licence):
+    assert licence_of(kind, stated) == licence

@@ -21,13 +21,14 @@ OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
     "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --plot --json {ENGINE}",
+    "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
     "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
     "--backend --device --threads --rebuild --threshold",
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
-    "--checkpoint --gate --on-bad --json --out --html --threshold",
+    "--threshold --checkpoint --gate --on-bad --json --out --html",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",

@@ -17,7 +17,7 @@ import torch
 import dgm4
 from dgm4.config import model_config
 from dgm4.data.make import make_sample_set
-from dgm4.tokenizer import DEMO_VOCABULARY, VOCABULARY
+from dgm4.tokenizer import DEMO_VOCABULARY, VOCABULARY, vocabulary_digest
 from dgm4.training import trainer as module
 from dgm4.training.snapshot import read_snapshot
 from dgm4.training.trainer import BEST, LAST, LOG
@@ -72,6 +72,8 @@ def test_a_run_and_its_answer(train, tmp_path):
     assert found["checkpoints"] == [str(tmp_path / "run" / name) for name in (BEST, LAST)]
     config = replace(model_config("asap", "tiny"), **SHAPE)
     assert dgm4.load_checkpoint(found["checkpoints"][0], config=config).config.name == "asap"
+    recorded = dgm4.read_checkpoint(found["checkpoints"][0]).vocabulary
+    assert recorded == vocabulary_digest(tmp_path / "run" / VOCABULARY)
     line = json.loads((tmp_path / "run" / LOG).read_text())
     assert {"lma", "ied", "mgca", "loss"} < line["train"].keys()
 
@@ -95,7 +97,7 @@ def test_a_vocabulary_of_no_captions(tmp_path, capsys):
     (tmp_path / "metadata" / "train.json").write_text("[]")
     code = cli.main(["data", "vocabulary", "--data", str(tmp_path), "--out", str(tmp_path / "v.txt")])
     assert code == 1
-    assert "the split 'train' holds no usable caption" in capsys.readouterr().err
+    assert "split train: expected annotated pairs, got none of " in capsys.readouterr().err
     assert not (tmp_path / "v.txt").exists()
 
 

@@ -1,15 +1,34 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dgm4.config import TYPES
 from dgm4.metrics import LabelledOutputs
-from export.evaluation.agreement import PARTS, disagreement, measure_agreement, predicted_iou
+from engine.result import Result, Word
+from engine.scores import DECISIONS, Temperatures, Thresholds
+from export.evaluation import agreement
+from export.evaluation.agreement import PARTS, predicted_iou, visible_changes
 
 NONE = (0.0, 0.0, 0.0, 0.0)
 FACE = (0.5, 0.5, 0.2, 0.2)
+
+
+MANIFEST = SimpleNamespace(
+    types=TYPES, temperatures=Temperatures(), thresholds=Thresholds(**dict.fromkeys(DECISIONS, 0.5))
+)
+
+
+def measure_agreement(ours, theirs, manifest=MANIFEST):
+    return agreement.measure_agreement(ours, theirs, manifest)
+
+
+def disagreement(ours, theirs):
+    return agreement.disagreement(ours, theirs, MANIFEST)
 
 
 def answers(**changes):
@@ -78,3 +97,50 @@ def test_without_tokens():
     bare = answers(logits_tok=np.zeros((2, 0, 2)), token_labels=np.zeros((2, 0), int))
     assert math.isnan(measure_agreement(bare, bare).tokens)
     assert not disagreement(bare, bare).any()
+
+
+def test_agreement_is_at_the_thresholds_in_use():
+    other = answers(logits_real_fake=[[1.0, -1.0], [-0.5, 0.5]])
+    assert measure_agreement(answers(), other).verdict == 1
+    scores = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    between = Thresholds(**{**dict.fromkeys(DECISIONS, 0.5), "manipulated": sum(scores) / 2})
+    strict = SimpleNamespace(**{**vars(MANIFEST), "thresholds": between})
+    assert measure_agreement(answers(), other, strict).verdict == 0.5
+    warm = SimpleNamespace(**{**vars(strict), "temperatures": Temperatures(manipulated=0.5)})
+    assert measure_agreement(answers(), other, warm).verdict == 1
+
+
+RESULT = Result(
+    manipulated=True,
+    score=0.9,
+    types={"face_swap": 0.8, "text_swap": 0.1},
+    detected=("face_swap",),
+    box=(1, 1, 9, 9),
+    words=(Word("a", 0, 1, 0.1, False), Word("b", 2, 3, 0.9, True)),
+    size=(20, 20),
+)
+UNMARKED = tuple(replace(word, manipulated=False) for word in RESULT.words)
+
+
+@pytest.mark.parametrize(
+    ("change", "iou", "expected"),
+    [
+        ({}, 1, ()),
+        ({"score": 0.6, "types": {"face_swap": 0.6, "text_swap": 0.4}}, 0.95, ()),
+        ({"manipulated": False}, 1, ("verdict", "face swap", "box")),
+        ({"detected": ("face_swap", "text_swap")}, 1, ("text swap",)),
+        ({"detected": ()}, 1, ("face swap", "box")),
+        ({"words": UNMARKED}, 1, ("1 word",)),
+        ({}, 0.5, ("box",)),
+        ({"box": None}, 0, ("box",)),
+    ],
+)
+def test_changes_are_those_that_a_reader_sees(change, iou, expected):
+    other = replace(RESULT, **change)
+    assert visible_changes(RESULT, other, iou) == visible_changes(other, RESULT, iou) == expected
+
+
+@pytest.mark.parametrize("hidden", [{"manipulated": False}, {"detected": ("text_swap",)}])
+def test_a_box_that_is_not_shown_does_not_move(hidden):
+    first = replace(RESULT, **hidden)
+    assert visible_changes(first, replace(first, box=(0, 0, 0, 0)), 0.0) == ()

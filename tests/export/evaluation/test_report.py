@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dgm4.data.annotations import read_split
 from engine.result import Result, Word
 from export.evaluation.agreement import Case
 from export.evaluation.evaluate import EvaluateOptions, evaluate
 from export.evaluation.gate import check_gate
-from export.evaluation.report import write_page, write_table
+from export.evaluation.page import write_page
+from export.evaluation.report import MORE_TERMS, TERMS, write_table
 
 HOSTILE = "<script>alert('1')</script> & \"two\" <img src=x onerror=alert(1)>"
+MARKS = ("none", "true", "bundle", "float32")
 VOID = {"meta", "img", "br", "hr"}
 
 
@@ -59,7 +62,7 @@ def found(bundle, data):
 
 
 @pytest.fixture
-def case(found):
+def case(data):
     """A pair whose answers are known: three words, one true, one of the bundle, one of float32."""
 
     def answer(*fake):
@@ -74,18 +77,20 @@ def case(found):
             size=(60, 40),
         )
 
-    sample = next(case.sample for case in found.comparison.worst if case.sample.id == HOSTILE)
+    sample = next(sample for sample in read_split(data, "test").samples if sample.id == HOSTILE)
     parts = dict.fromkeys(("score", "types", "words", "box"), 0.5)
     caption = "One, <two> three!"
-    return Case(sample, 0.5, parts, (60, 40), caption, (True, False, False), answer(1), answer(2))
+    return Case(
+        sample, ("2 words",), 0.5, parts, (60, 40), caption, (True, False, False), answer(1), answer(2)
+    )
 
 
 def with_cases(found, *cases):
     return replace(found, comparison=replace(found.comparison, worst=cases))
 
 
-def test_the_page_is_self_contained_and_escaped(found):
-    page = write_page(found, [])
+def test_the_page_is_self_contained_and_escaped(found, case):
+    page = write_page(with_cases(found, case), [])
     parsed = Page(page)
     assert not {"script", "b", "link", "iframe", "a"} & set(parsed.tags)
     assert not [name for name, _ in parsed.attributes if name.startswith("on") or name == "href"]
@@ -108,15 +113,8 @@ def test_the_page_shows_what_the_table_shows(found):
 def test_the_caption_is_kept_whole_and_its_words_marked(found, case):
     parsed = Page(write_page(with_cases(found, case), None))
     assert case.caption in parsed.text
-    styles = [
-        dict(s.split(":", 1) for s in v.split(";"))
-        for n, v in parsed.attributes
-        if n == "style" and "border-top:" in v and "background" in v
-    ]
-    true, ours, theirs = styles[-3:]
-    drawn = lambda style, name: "transparent" not in style[name]  # noqa: E731
-    for style, expected in ((true, (1, 0, 0)), (ours, (0, 1, 0)), (theirs, (0, 0, 1))):
-        assert tuple(drawn(style, n) for n in ("border-bottom", "background", "border-top")) == expected
+    marks = [value for name, value in parsed.attributes if name == "class" and value in MARKS]
+    assert marks[-3:] == ["true", "bundle", "float32"]
 
 
 def picture_of(page):
@@ -136,15 +134,31 @@ def test_the_picture_is_shown_as_stored(found, case, tmp_path):
     )
 
 
+def drawn_boxes(page):
+    """The boxes over the images, (x, y, width, height) by whose they are."""
+    found = re.findall(r'<rect class="box (\w+)" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"/>', page)
+    return {name: tuple(map(float, box)) for name, *box in found}
+
+
 def test_the_picture_carries_all_three_boxes(found, case):
     theirs = replace(case.theirs, box=(30.0, 10.0, 50.0, 30.0))
     sample = replace(case.sample, box=(2, 2, 12, 36))
-    drawn = picture_of(write_page(with_cases(found, replace(case, sample=sample, theirs=theirs)), None))
-    assert drawn.shape == (347, 520, 3)
-    # Colours are those of JPEG, in the middle of each box's left edge.
-    for x, y, color in ((2, 18, (64, 200, 80)), (5, 12, (0, 229, 255)), (30, 20, (255, 160, 0))):
-        column, row = round(x * 520 / 60) + 1, round(y * 347 / 40)
-        assert np.abs(drawn[row, column] - color).max() < 40
+    page = write_page(with_cases(found, replace(case, sample=sample, theirs=theirs)), None)
+    assert 'viewBox="0 0 60 40"' in page
+    assert drawn_boxes(page) == {
+        "true": (2, 2, 10, 34),
+        "bundle": (5, 5, 15, 15),
+        "float32": (30, 10, 20, 20),
+    }
+
+
+@pytest.mark.parametrize("hidden", [{"manipulated": False}, {"detected": ("text_swap",)}, {"box": None}])
+def test_a_box_that_no_reader_is_shown_is_not_drawn(found, case, hidden):
+    sample = replace(case.sample, box=None)
+    page = write_page(
+        with_cases(found, replace(case, sample=sample, ours=replace(case.ours, **hidden))), None
+    )
+    assert drawn_boxes(page).keys() == {"float32"}
 
 
 def test_a_picture_that_has_gone_leaves_a_line(found, case, tmp_path):
@@ -154,16 +168,17 @@ def test_a_picture_that_has_gone_leaves_a_line(found, case, tmp_path):
 
 
 def test_without_a_reference(found):
-    alone = replace(found, comparison=None, note="no reference was asked for")
+    alone = replace(found, comparison=None, notes=("no reference was asked for",))
     page, table = write_page(alone, None), write_table(alone, None)
     Page(page)
     for text in (page, table):
         assert "no reference was asked for" in text
-        assert "change" not in text and "gate" not in text
+        assert "change" not in text and "gate of" not in text
 
 
 def test_equal_answers_are_said_to_be(found):
-    assert "all predictions are the same" in Page(write_page(with_cases(found), [])).text
+    assert "None: a reader sees no prediction differ." in Page(write_page(with_cases(found), [])).text
+    assert "largest disagreements, bundle / float32: none" in write_table(with_cases(found), [])
 
 
 def test_what_is_undefined_is_a_dash(found):
@@ -173,7 +188,7 @@ def test_what_is_undefined_is_a_dash(found):
     alone = replace(
         found, comparison=None, scores=replace(found.scores, metrics=metrics, intervals=intervals)
     )
-    (line,) = [line for line in write_table(alone, None).splitlines() if line.startswith("AUC")]
+    line = next(line for line in write_table(alone, None).splitlines() if line.startswith("AUC"))
     assert line.split() == ["AUC", "-", "-"]
     assert "nan" not in write_page(alone, None).lower().replace("nance", "")
 
@@ -195,6 +210,41 @@ def test_the_gate_is_told(found):
     assert "gate of int8: passed" in write_table(found, [])
 
 
-def test_the_record_keeps_hostile_text_as_it_is(found):
-    record = json.loads(json.dumps(found.to_dict()))
+def test_the_record_keeps_hostile_text_as_it_is(found, case):
+    record = json.loads(json.dumps(with_cases(found, case).to_dict()))
     assert HOSTILE in [case["id"] for case in record["reference"]["worst"]]
+
+
+def test_every_term_is_explained(found):
+    assert found.scores.metrics.keys() == TERMS.keys()
+    table, page = write_table(found, []), Page(write_page(found, [])).text
+    for term, meaning in {**TERMS, **MORE_TERMS}.items():
+        assert re.search(rf"^{term} +{re.escape(meaning)}$", table, re.MULTILINE)
+        assert meaning in page
+
+
+def test_curves_are_drawn_of_every_decision(found):
+    page = write_page(found, [])
+    parsed = Page(page)
+    assert parsed.tags.count("svg") == 3 * 6 + parsed.tags.count("img")
+    labels = [value for name, value in parsed.attributes if name == "aria-label"]
+    assert "ROC of manipulated: found by false alarms" in labels
+    points = found.decisions["manipulated"].roc
+    first = " ".join(f"{38 + 200 * x:.1f},{226 - 200 * y:.1f}" for x, y in points)
+    assert f'<polyline class="curve" points="{first} "/>' in page
+    used = found.decisions["manipulated"].in_use
+    assert f'cx="{38 + 200 * used.false_alarm_rate.value:.1f}"' in page
+
+
+def test_a_curve_that_is_not_defined_says_so(found):
+    verdict = replace(found.decisions["manipulated"], roc=(), precision_recall=())
+    page = write_page(replace(found, decisions={"manipulated": verdict}), [])
+    assert Page(page).text.count("not defined on these pairs") == 2
+
+
+def test_thresholds_in_use_are_in_the_table(found):
+    row = next(line for line in write_table(found, []).splitlines() if line.startswith("manipulated "))
+    used = found.decisions["manipulated"].in_use
+    counts = used.found, used.missed, used.false_alarms, used.passed
+    assert row.split()[:6] == ["manipulated", "0.5", *map(str, counts)]
+    assert sum(counts) == found.pairs

@@ -287,7 +287,7 @@ def test_the_command(asap, tmp_path, capsys):
     assert cli.main(["repository", str(asap.path), "--out", str(out), "--name", "m", "--preferred", "4"]) == 0
     told, err = capsys.readouterr()
     assert told.splitlines()[0].startswith("m: model.onnx of model.flat.onnx, ")
-    assert told.splitlines()[1] == f"tritonserver --model-repository={out}"
+    assert told.splitlines()[1] == f"ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository={out}"
     assert err == ""
     assert "preferred_batch_size: [4]" in (out / "m/config.pbtxt").read_text()
     assert cli.main(["repository", str(asap.path), "--out", str(tmp_path / "absent" / "r")]) == 1

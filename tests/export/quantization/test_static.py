@@ -288,7 +288,7 @@ def test_folders_that_do_not_serve(annotated, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"train\.json"):
         read_pairs(folder, 8, tokenizer, 256)
     (folder / "metadata" / "train.json").write_text("[]")
-    with pytest.raises(InputError, match="expected annotated pairs in the split train to calibrate on"):
+    with pytest.raises(InputError, match="split train: expected annotated pairs, got none of 0 usable"):
         read_pairs(folder, 8, tokenizer, 256)
 
 

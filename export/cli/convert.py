@@ -1,0 +1,43 @@
+"""`dgm4 convert`: the tensors of a checkpoint alone, as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from export.cli.arguments import Verbs
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the sub-parsers of `dgm4`."""
+    parser = verbs.add_parser(
+        "convert",
+        help="take the tensors alone out of a checkpoint",
+        description="Write a checkpoint's tensors, under the network's own names, as safetensors. Objects of "
+        "other kinds in the file are left out and named; none of its code runs.",
+    )
+    parser.add_argument("checkpoint", type=Path, help=".pth or any other file of torch.save")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file; one there is replaced")
+    parser.add_argument("--state", metavar="NAME", help="which of several, as model_ema")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, and say in a line what was taken."""
+    if options.out.suffix != ".safetensors":
+        options.parser.error(f"OUT: expected a name that ends in .safetensors, got {str(options.out)!r}")
+    from safetensors.torch import save_file
+
+    from dgm4.state import find_state
+    from engine.files import replacing
+
+    found = find_state(options.checkpoint, options.state, tensors_only=True)
+    # A copy of each: safetensors holds no two tensors that share memory.
+    state = {name: tensor.contiguous().clone() for name, tensor in found.state.items()}
+    with replacing(options.out) as partial:
+        save_file(state, partial)
+    size = options.out.stat().st_size / 1e6
+    taken = f"the state {found.place}" if found.place else "the whole file"
+    sys.stdout.write(f"{options.out}: {len(state)} tensors of {taken}, {size:.1f} MB\n")
+    return 0

@@ -1,0 +1,5 @@
+"""Build entry point; pyproject.toml holds the metadata."""
+
+from setuptools import setup
+
+setup()
