@@ -108,7 +108,7 @@ def fields_of(options):
 
 @pytest.mark.parametrize("verb", OPTIONS)
 def test_a_verb_reads_all_its_options(verb):
-    module = importlib.import_module("export.cli." + verb.replace(" ", "."))
+    module = inspect.getmodule(PARSERS[verb].get_default("run"))
     offered = {action.dest for action in PARSERS[verb]._actions if action.dest not in COMMON}
-    assert PARSERS[verb].get_default("run") is module.run
+    assert module.__name__.startswith("export.cli.")
     assert offered <= read_by(module)
