@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, shorten
 
 STDIN = Path("-")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -20,6 +20,7 @@ _CAPTION_FILES = tuple(f"captions.{suffix}" for suffix in ("jsonl", "json", "csv
 _IMAGE_NAMES, _CAPTION_NAMES = ("image", "file_name"), ("caption", "text")
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _DELIMITERS = ",;\t|"
+_LONGEST_PATH = 4096  # characters: the system's limit
 _SHOWN = 60  # characters of a faulty line that a message repeats
 _EXPECTED = 'expected {"image": path, "caption": text}'
 
@@ -40,7 +41,10 @@ class Entry:
     def head(self) -> dict[str, Any]:
         """What the record of the pair's prediction begins with."""
         identity = {} if self.id is None else {"id": self.id}
-        return {"line": self.number, "image": self.image, **identity}
+        image = self.image
+        if image is not None and len(image) > _LONGEST_PATH:  # an image in base64, say
+            image = shorten(image)
+        return {"line": self.number, "image": image, **identity}
 
 
 class PairList:

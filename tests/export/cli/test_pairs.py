@@ -129,3 +129,11 @@ def test_an_image_of_the_list_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="would overwrite an input, the image of line 2 of the list"):
         PairList(tmp_path / "list.csv").count(tmp_path / "a.jpg")
     assert PairList(tmp_path / "list.csv").count(tmp_path / "new.jsonl") == 1
+
+
+def test_an_image_in_base64_is_not_repeated_whole(tmp_path):
+    data = "data:image/png;base64," + "iVBORw0KGgo" * 2000
+    (tmp_path / "list.json").write_text(json.dumps([{"image": data, "caption": "A man"}]))
+    (entry,) = PairList(tmp_path / "list.json")
+    assert entry.image == data
+    assert len(entry.head()["image"]) <= 120
