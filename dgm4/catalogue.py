@@ -42,8 +42,9 @@ class ModelEntry:
 def list_models() -> list[ModelEntry]:
     """Return every network at every size, by name.
 
-    >>> [entry.bundle for entry in list_models() if entry.bundle]
-    ['demo:asap']
+    Examples:
+        >>> [entry.bundle for entry in list_models() if entry.bundle]
+        ['demo:asap']
 
     Raises CheckpointError where the demo's record is not installed.
     """

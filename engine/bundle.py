@@ -36,10 +36,11 @@ class Bundle:
     `path` is absolute, so that a later change of the working directory does not matter. A Bundle is pickled
     by its path, and opened again where it is unpickled.
 
-    >>> from engine import Bundle, Predictor
-    >>> bundle = Bundle.open("my-bundle")
-    >>> Predictor(bundle).manifest.model.name
-    'asap'
+    Examples:
+        >>> from engine import Bundle, Predictor
+        >>> bundle = Bundle.open("my-bundle")
+        >>> Predictor(bundle).manifest.model.name
+        'asap'
     """
 
     def __init__(self, path: Path, manifest: Manifest, engines: bool = True):
@@ -59,9 +60,10 @@ class Bundle:
         Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
         that is missing, foreign or of another size.
 
-        >>> from engine import Bundle
-        >>> Bundle.open("my-bundle").manifest.precision
-        'fp32'
+        Examples:
+            >>> from engine import Bundle
+            >>> Bundle.open("my-bundle").manifest.precision
+            'fp32'
         """
         root = _absolute(locate(path))
         manifest = parse_manifest(check_digest(_read_manifest(root)))
@@ -86,9 +88,10 @@ class Bundle:
 
         Raises BundleError where the manifest does not list `name` or the file was altered.
 
-        >>> from engine import Bundle
-        >>> Bundle.open("my-bundle").verified("model.onnx").name
-        'model.onnx'
+        Examples:
+            >>> from engine import Bundle
+            >>> Bundle.open("my-bundle").verified("model.onnx").name
+            'model.onnx'
         """
         entry, path = self._entry(name), self.path / name
         with self._lock:
@@ -103,9 +106,10 @@ class Bundle:
         Between `verified` and a library's own reading of the path, the file can be replaced. Raises
         BundleError where the manifest does not list `name` or the file was altered.
 
-        >>> from engine import Bundle
-        >>> Bundle.open("my-bundle").read("README.md")[:1]
-        b'#'
+        Examples:
+            >>> from engine import Bundle
+            >>> Bundle.open("my-bundle").read("README.md")[:1]
+            b'#'
         """
         entry, path = self._entry(name), self.path / name
         try:
@@ -123,11 +127,12 @@ class Bundle:
         `read` is for libraries that take a file's content. Raises BundleError where the manifest does not
         list a file, and for one that was altered before the block, or is written or replaced within it.
 
-        >>> from engine import Bundle
-        >>> bundle = Bundle.open("my-bundle")
-        >>> with bundle.held("model.onnx"):
-        ...     (bundle.path / "model.onnx").is_file()
-        True
+        Examples:
+            >>> from engine import Bundle
+            >>> bundle = Bundle.open("my-bundle")
+            >>> with bundle.held("model.onnx"):
+            ...     (bundle.path / "model.onnx").is_file()
+            True
         """
         states = {name: _check_digest(self.path / name, self._entry(name)) for name in names}
         yield
@@ -147,8 +152,9 @@ class Bundle:
     def verify_all(self) -> None:
         """Verify every file of the bundle; raises BundleError naming the first altered one.
 
-        >>> from engine import Bundle
-        >>> Bundle.open("my-bundle").verify_all()
+        Examples:
+            >>> from engine import Bundle
+            >>> Bundle.open("my-bundle").verify_all()
         """
         for name in self.manifest.files:
             self.verified(name)
@@ -156,9 +162,10 @@ class Bundle:
     def describe(self) -> dict[str, Any]:
         """Return the manifest as plain JSON-safe data, with the bundle's path and its size in bytes.
 
-        >>> from engine import Bundle
-        >>> Bundle.open("my-bundle").describe()["model"]["name"]
-        'asap'
+        Examples:
+            >>> from engine import Bundle
+            >>> Bundle.open("my-bundle").describe()["model"]["name"]
+            'asap'
         """
         fields = self.manifest.to_dict()
         # As in every release: the key is there for an engine of a single kind of GPU too.

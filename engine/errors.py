@@ -10,12 +10,13 @@ from __future__ import annotations
 class Dgm4Error(Exception):
     """Base class of all errors that this project raises on purpose.
 
-    >>> from engine import Dgm4Error, InputError, Predictor
-    >>> try:
-    ...     Predictor("my-bundle").predict("nowhere.jpg", "Obama speaks")
-    ... except InputError as error:  # or Dgm4Error, for all of them
-    ...     print(error)
-    'nowhere.jpg': no such file; expected the path of an image (addresses are not fetched)
+    Examples:
+        >>> from engine import Dgm4Error, InputError, Predictor
+        >>> try:
+        ...     Predictor("my-bundle").predict("nowhere.jpg", "Obama speaks")
+        ... except InputError as error:  # or Dgm4Error, for all of them
+        ...     print(error)
+        'nowhere.jpg': no such file; expected the path of an image (addresses are not fetched)
     """
 
     exit_code = 1

@@ -19,12 +19,13 @@ class Prediction(Result):
 
     A notebook shows it as `to_html` draws it.
 
-    >>> from engine import Predictor
-    >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-    >>> prediction
-    Prediction(manipulated 0.59; 2 of 2 words)
-    >>> prediction.manipulated, list(prediction.types)[0], prediction.words[0].text
-    (True, 'face_swap', 'Obama')
+    Examples:
+        >>> from engine import Predictor
+        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+        >>> prediction
+        Prediction(manipulated 0.59; 2 of 2 words)
+        >>> prediction.manipulated, list(prediction.types)[0], prediction.words[0].text
+        (True, 'face_swap', 'Obama')
     """
 
     def __repr__(self) -> str:
@@ -55,10 +56,11 @@ class Prediction(Result):
         Saves to `path` if given. Raises InputError for an unreadable `image` and for a `path` that is not an
         image file's, OSError where writing it or reading `font` fails.
 
-        >>> from engine import Predictor
-        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-        >>> prediction.plot("card.png").mode
-        'RGB'
+        Examples:
+            >>> from engine import Predictor
+            >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+            >>> prediction.plot("card.png").mode
+            'RGB'
         """
         from engine.render import check_plot_path, draw_card
 
@@ -74,10 +76,11 @@ class Prediction(Result):
 
         Raises InputError for an unreadable `image`, which replaces the stored thumbnail.
 
-        >>> from engine import Predictor
-        >>> fragment = Predictor("my-bundle").predict("photo.jpg", "Obama speaks").to_html()
-        >>> "data:image/" in fragment
-        True
+        Examples:
+            >>> from engine import Predictor
+            >>> fragment = Predictor("my-bundle").predict("photo.jpg", "Obama speaks").to_html()
+            >>> "data:image/" in fragment
+            True
         """
         from engine.markup import write_fragment
 

@@ -40,10 +40,11 @@ class Predictor:
     weights a prediction depends on the rest of its batch only by rounding. Dynamic INT8 uses one activation
     scale for the whole batch, so that there a score can change slightly with it.
 
-    >>> from engine import Predictor
-    >>> with Predictor("my-bundle", thresholds={"manipulated": 0.7}) as predictor:
-    ...     predictor.predict("photo.jpg", "Obama speaks")
-    Prediction(not manipulated 0.59; 2 of 2 words)
+    Examples:
+        >>> from engine import Predictor
+        >>> with Predictor("my-bundle", thresholds={"manipulated": 0.7}) as predictor:
+        ...     predictor.predict("photo.jpg", "Obama speaks")
+        Prediction(not manipulated 0.59; 2 of 2 words)
     """
 
     def __init__(
@@ -129,12 +130,13 @@ class Predictor:
         Raises InputError for an image or caption that cannot be used, NumericalError for outputs that are NaN
         or infinite, BackendError where the run fails.
 
-        >>> from engine import Predictor
-        >>> predictor = Predictor("my-bundle")
-        >>> predictor("photo.jpg", "Obama speaks").manipulated
-        True
-        >>> predictor.predict("photo.jpg", None).warnings[0].partition(":")[0]
-        'no_caption'
+        Examples:
+            >>> from engine import Predictor
+            >>> predictor = Predictor("my-bundle")
+            >>> predictor("photo.jpg", "Obama speaks").manipulated
+            True
+            >>> predictor.predict("photo.jpg", None).warnings[0].partition(":")[0]
+            'no_caption'
         """
         return next(raised(iter([self._runner.one(image, caption)])))
 
@@ -175,10 +177,11 @@ class Predictor:
         naming its index; with "return" the error takes its place. Raises InputError for lists of unequal
         length.
 
-        >>> from engine import Predictor
-        >>> pairs = [("photo.jpg", "Obama speaks"), {"image": "photo.jpg", "caption": "the president"}]
-        >>> [prediction.caption for prediction in Predictor("my-bundle").predict_batch(pairs)]
-        ['Obama speaks', 'the president']
+        Examples:
+            >>> from engine import Predictor
+            >>> pairs = [("photo.jpg", "Obama speaks"), {"image": "photo.jpg", "caption": "the president"}]
+            >>> [prediction.caption for prediction in Predictor("my-bundle").predict_batch(pairs)]
+            ['Obama speaks', 'the president']
         """
         joined = join_pairs(pairs, captions)
         return list(self.stream(joined, batch_size=self._largest(batch_size), on_error=on_error))
@@ -217,10 +220,11 @@ class Predictor:
         graph, which is one network, for every caption. Batches and errors are as for `predict_batch`; an
         image that cannot be read always raises InputError.
 
-        >>> from engine import Predictor
-        >>> captions = ["Obama speaks", "the president in person"]
-        >>> Predictor("my-bundle").predict_captions("photo.jpg", captions)
-        [Prediction(manipulated 0.59; 2 of 2 words), Prediction(manipulated 0.63; 4 of 4 words)]
+        Examples:
+            >>> from engine import Predictor
+            >>> captions = ["Obama speaks", "the president in person"]
+            >>> Predictor("my-bundle").predict_captions("photo.jpg", captions)
+            [Prediction(manipulated 0.59; 2 of 2 words), Prediction(manipulated 0.63; 4 of 4 words)]
         """
         check_list("a list of captions", captions)
         self._check_on_error(on_error)
@@ -247,10 +251,11 @@ class Predictor:
         is copied there meanwhile. A `batch_size` above the bundle's largest is lowered to it. Errors
         as for `predict_batch`.
 
-        >>> from engine import Predictor
-        >>> pairs = (("photo.jpg", f"Obama speaks {i}") for i in range(100))
-        >>> sum(prediction.manipulated for prediction in Predictor("my-bundle").stream(pairs))
-        100
+        Examples:
+            >>> from engine import Predictor
+            >>> pairs = (("photo.jpg", f"Obama speaks {i}") for i in range(100))
+            >>> sum(prediction.manipulated for prediction in Predictor("my-bundle").stream(pairs))
+            100
         """
         self._check_on_error(on_error)
         if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
@@ -268,8 +273,9 @@ class Predictor:
         one of the lanes that serve concurrent calls.
         Raises InputError for numbers below 1.
 
-        >>> from engine import Predictor
-        >>> Predictor("my-bundle").warm_up([(1, 24), (4, 50)])
+        Examples:
+            >>> from engine import Predictor
+            >>> Predictor("my-bundle").warm_up([(1, 24), (4, 50)])
         """
         limits = self.manifest.limits
         chosen = buckets(limits) if all_buckets else check_shapes(shapes)
@@ -280,9 +286,10 @@ class Predictor:
     def close(self) -> None:
         """Release the network; later calls raise BackendError.
 
-        >>> from engine import Predictor
-        >>> predictor = Predictor("my-bundle")
-        >>> predictor.close()
+        Examples:
+            >>> from engine import Predictor
+            >>> predictor = Predictor("my-bundle")
+            >>> predictor.close()
         """
         self._backend.close()
 

@@ -26,9 +26,10 @@ class Word(Record):
 
     The score is the largest over the word's tokens; `manipulated` compares it with the bundle's threshold.
 
-    >>> from engine import Word
-    >>> Word("Obama", 4, 9, score=0.91, manipulated=True).text
-    'Obama'
+    Examples:
+        >>> from engine import Word
+        >>> Word("Obama", 4, 9, score=0.91, manipulated=True).text
+        'Obama'
     """
 
     text: str
@@ -42,30 +43,33 @@ class Word(Record):
 class Result(Record):
     """What was decided for one image and its caption, as data; `engine.Prediction` can also be drawn.
 
-    manipulated: `score` reaches its threshold; None where the pair has no score.
-    score: probability in [0, 1] that the pair is manipulated; None without a caption or an image.
-    types: probability in [0, 1] of face_swap, face_attribute, text_swap, text_attribute; independent of
-        each other and of `score`. None for the text types without a caption, for the face types without an
-        image.
-    detected: the types that reach their thresholds; meaningful where `manipulated` is not False.
-    box: (x1, y1, x2, y2) of the manipulated face, in pixels of the upright image, clipped to it. The network
-        predicts one box for every image, whatever the number of faces, so it is meaningful only where a face
-        type is detected; None where it is empty (the benchmark's "no box") and without an image.
-    words: the words that the network read, in order.
-    caption: the text that the words' spans refer to: the user's, cut to its first 4096 characters and
-        with U+FFFD in place of what is not Unicode.
-    size: (width, height) of the upright image; None without one.
-    heatmap: float32 [16, 16] in [0, 1], rows from the top: how strongly the words point at each patch;
-        None where the model has no such map, and without a caption or an image.
-    timing: milliseconds by stage: decode (with the thumbnail), resize (0 where a GPU does it), tokenize,
-        inference (with the normalisation), postprocess, and total, their sum. In a batch the inference time
-        is the batch's divided by its size, and so are decode and resize where captions share an image.
-    warnings: short codes, each with detail after a colon.
-    thresholds: the scores from which the verdict, each type and a word count: manipulated, the four types,
-        words.
-    model: name, size, precision, backend and device of the network, and the kind of its weights (trained,
-        demo or drawn).
-    thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not stored.
+    Attributes:
+        manipulated: `score` reaches its threshold; None where the pair has no score.
+        score: probability in [0, 1] that the pair is manipulated; None without a caption or an image.
+        types: probability in [0, 1] of face_swap, face_attribute, text_swap, text_attribute; independent of
+            each other and of `score`. None for the text types without a caption, for the face types without
+            an image.
+        detected: the types that reach their thresholds; meaningful where `manipulated` is not False.
+        box: (x1, y1, x2, y2) of the manipulated face, in pixels of the upright image, clipped to it. The
+            network predicts one box for every image, whatever the number of faces, so it is meaningful only
+            where a face type is detected; None where it is empty (the benchmark's "no box") and without an
+            image.
+        words: the words that the network read, in order.
+        caption: the text that the words' spans refer to: the user's, cut to its first 4096 characters and
+            with U+FFFD in place of what is not Unicode.
+        size: (width, height) of the upright image; None without one.
+        heatmap: float32 [16, 16] in [0, 1], rows from the top: how strongly the words point at each patch;
+            None where the model has no such map, and without a caption or an image.
+        timing: milliseconds by stage: decode (with the thumbnail), resize (0 where a GPU does it), tokenize,
+            inference (with the normalisation), postprocess, and total, their sum. In a batch the inference
+            time is the batch's divided by its size, and so are decode and resize where captions share an
+            image.
+        warnings: short codes, each with detail after a colon.
+        thresholds: the scores from which the verdict, each type and a word count: manipulated, the four
+            types, words.
+        model: name, size, precision, backend and device of the network, and the kind of its weights (trained,
+            demo or drawn).
+        thumbnail: the upright image within 1024 pixels, for `plot` and `to_html`; None if not stored.
 
     Equality leaves out heatmap, timing and thumbnail.
     """
@@ -95,10 +99,11 @@ class Result(Record):
         Unknown fields, such as those that `dgm4 predict --list` adds, are ignored. Raises InputError for what
         is no prediction, naming the field at fault.
 
-        >>> from engine import Prediction, Predictor
-        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-        >>> Prediction.from_dict(prediction.to_dict()) == prediction
-        True
+        Examples:
+            >>> from engine import Prediction, Predictor
+            >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+            >>> Prediction.from_dict(prediction.to_dict()) == prediction
+            True
         """
         if not isinstance(raw, dict):
             return super().from_dict(raw, path)
@@ -112,10 +117,11 @@ class Result(Record):
     def from_json(cls, text: str | bytes) -> Self:
         """Read what `to_json` gave, or a line of `dgm4 predict`; raises InputError as `from_dict` does.
 
-        >>> from engine import Prediction, Predictor
-        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-        >>> Prediction.from_json(prediction.to_json()) == prediction
-        True
+        Examples:
+            >>> from engine import Prediction, Predictor
+            >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+            >>> Prediction.from_json(prediction.to_json()) == prediction
+            True
         """
         try:
             raw = json.loads(text)
@@ -132,10 +138,11 @@ class Result(Record):
     def to_dict(self, heatmap: bool = True) -> dict[str, Any]:
         """Return JSON-safe data; the heat map as nested lists, left out where `heatmap` is false.
 
-        >>> from engine import Predictor
-        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-        >>> sorted(prediction.to_dict(heatmap=False))[:4]
-        ['box', 'caption', 'detected', 'manipulated']
+        Examples:
+            >>> from engine import Predictor
+            >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+            >>> sorted(prediction.to_dict(heatmap=False))[:4]
+            ['box', 'caption', 'detected', 'manipulated']
         """
         data: dict[str, Any] = {
             "manipulated": self.manipulated,
@@ -158,10 +165,11 @@ class Result(Record):
     def to_json(self, heatmap: bool = True, indent: int | None = None) -> str:
         """Return `to_dict` as JSON; raises ValueError for a NaN, which no prediction made here holds.
 
-        >>> from engine import Predictor
-        >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
-        >>> prediction.to_json(heatmap=False).startswith('{"manipulated": ')
-        True
+        Examples:
+            >>> from engine import Predictor
+            >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
+            >>> prediction.to_json(heatmap=False).startswith('{"manipulated": ')
+            True
         """
         return json.dumps(self.to_dict(heatmap), allow_nan=False, indent=indent)
 
@@ -171,10 +179,11 @@ class Result(Record):
         `words` and `marked` count the words read and those marked as manipulated, `marked_words` joins these.
         The heat map and the scores of single words are not in it.
 
-        >>> from engine import Predictor
-        >>> row = Predictor("my-bundle").predict("photo.jpg", "Obama speaks").to_row()
-        >>> row["caption"], row["words"], row["width"], row["error"]
-        ('Obama speaks', 2, 64, None)
+        Examples:
+            >>> from engine import Predictor
+            >>> row = Predictor("my-bundle").predict("photo.jpg", "Obama speaks").to_row()
+            >>> row["caption"], row["words"], row["width"], row["error"]
+            ('Obama speaks', 2, 64, None)
         """
         marked = [word.text for word in self.words if word.manipulated]
         box, size = self.box or (None,) * 4, self.size or (None,) * 2
@@ -207,11 +216,12 @@ def to_rows(results: Iterable[Result | Exception]) -> list[Row]:
     An error that `on_error="return"` left in a prediction's place is a row too: its message in the column
     `error`, its class in `error_kind`, None in all others. Raises InputError for anything else.
 
-    >>> from engine import Predictor, to_rows
-    >>> pairs = [("photo.jpg", "Obama speaks"), ("nowhere.jpg", "Obama speaks")]
-    >>> rows = to_rows(Predictor("my-bundle").predict_batch(pairs, on_error="return"))
-    >>> [row["error_kind"] for row in rows]
-    [None, 'InputError']
+    Examples:
+        >>> from engine import Predictor, to_rows
+        >>> pairs = [("photo.jpg", "Obama speaks"), ("nowhere.jpg", "Obama speaks")]
+        >>> rows = to_rows(Predictor("my-bundle").predict_batch(pairs, on_error="return"))
+        >>> [row["error_kind"] for row in rows]
+        [None, 'InputError']
     """
     return [_row_of(result) for result in results]
 

@@ -22,9 +22,10 @@ def check_count(name: str, value: object, least: int) -> int:
 class ImageOptions:
     """How images are read: limits in bytes and pixels, EXIF orientation, the colour behind transparency.
 
-    >>> from engine import ImageOptions, Predictor
-    >>> options = ImageOptions(max_bytes=8 * 2**20, background=(0, 0, 0))
-    >>> predictor = Predictor("my-bundle", image_options=options)
+    Examples:
+        >>> from engine import ImageOptions, Predictor
+        >>> options = ImageOptions(max_bytes=8 * 2**20, background=(0, 0, 0))
+        >>> predictor = Predictor("my-bundle", image_options=options)
     """
 
     max_bytes: int = 32 * 2**20
