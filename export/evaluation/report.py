@@ -124,8 +124,8 @@ def head(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.comparison is not None:
         yield f"reference: float32 torch, {evaluation.comparison.source}"
     yield from (f"note: {note}" for note in evaluation.notes)
-    if not evaluation.trained:
-        yield "note: the weights are untrained; the metrics mean nothing"
+    if evaluation.weights_warning is not None:
+        yield f"note: {evaluation.weights_warning}"
     if evaluation.problems:
         yield _left_out(evaluation.problems)
     yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation.seconds.items())

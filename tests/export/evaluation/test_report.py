@@ -167,6 +167,13 @@ def test_a_picture_that_has_gone_leaves_a_line(found, case, tmp_path):
     assert "no such file" in parsed.text and "img" not in parsed.tags and "b" not in parsed.tags
 
 
+def test_weights_that_are_no_detector_are_told(found):
+    demo = replace(found, weights_warning="demo_weights: trained on made images")
+    for text in (write_table(demo, None), write_page(demo, None)):
+        assert "note: demo_weights: trained on made images" in text
+    assert "weights:" not in write_table(replace(found, weights_warning=None), None)
+
+
 def test_without_a_reference(found):
     alone = replace(found, comparison=None, notes=("no reference was asked for",))
     page, table = write_page(alone, None), write_table(alone, None)
