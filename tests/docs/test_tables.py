@@ -8,14 +8,16 @@ import dataclasses
 import json
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from benchmarks import accuracy, demo, engines
 from dgm4.training.options import TrainOptions
-from engine import ImageOptions, backends, errors, manifest
+from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
+from export.bundle.licences import UPSTREAM
 from export.cli.app import make_parser
 from export.evaluation.gate import GATES
 
@@ -42,13 +44,14 @@ def result(name):
     ("name", "page", "make"),
     [
         ("accuracy-cpu", "precision-and-accuracy", lambda result: accuracy.table(result["bundles"])),
+        ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
     rows = make(result(name)).strip().splitlines()
-    assert len(rows) > 5
+    assert len(rows) >= 5
     assert [row for row in rows if row not in pages[page].splitlines()] == []
 
 
@@ -99,8 +102,9 @@ def records():
     """The records of the manifest by name."""
     return {
         name: kind
-        for name, kind in vars(manifest).items()
-        if isinstance(kind, type) and issubclass(kind, Record) and kind.__module__ == manifest.__name__
+        for module in (manifest, scores)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, Record) and kind.__module__ == module.__name__
     }
 
 
@@ -166,6 +170,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "to_rows",
     }
     assert found - fields == {row[0].strip("`") for row in tables("serving", "Warnings")[1:]}
 
@@ -175,3 +180,22 @@ def test_stages(tables):
     assert {*re.findall(r'job\.stage\("(\w+)"\)', source)} == {
         row[0].strip("`") for row in tables("export", "Stages")[1:]
     }
+
+
+def test_licences(tables):
+    assert {row[0]: row[1] for row in tables("licences")[1:]} == UPSTREAM
+
+
+def test_extras(tables):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for row in tables("installation")[1:] for name in CODE.findall(row[0])} == extras.keys()
+
+
+def test_the_readme_tests_as_the_ci_does(pages):
+    (extras,) = re.findall(r'-e "(.*)"', (ROOT / ".ci" / "run").read_text())
+    assert f'pip install -c constraints.txt -e "{extras}" && pytest -n 2' in pages["README"]
+
+
+def test_false_alarms_of_the_readme(pages):
+    rates = [100 * run["genuine"]["rate"] for run in result("demo")["runs"].values()]
+    assert f"{min(rates):g} to {max(rates):g} % false alarms" in " ".join(pages["README"].split())
