@@ -117,8 +117,8 @@ def _outcome_cells(outcome: Outcome) -> tuple[str, ...]:
 def head(evaluation: Evaluation) -> Iterator[str]:
     """What was evaluated, on what, how fast, and what to know about it."""
     model = evaluation.model
-    if evaluation.warning is not None:
-        yield f"warning: {evaluation.warning}"
+    if evaluation.weights_warning is not None:
+        yield f"warning: {evaluation.weights_warning}"
     yield (
         f"{model['name']} {model['size']} {model['precision']}, {model['backend']} on {model['device']}: "
         f"{evaluation.pairs} pairs of {evaluation.split} in {evaluation.data}"

@@ -254,7 +254,7 @@ def test_thresholds_in_use_are_in_the_table(found):
 @pytest.mark.parametrize("kind", ["demo", "drawn", "trained"])
 def test_weights_that_mean_nothing_are_told_first(kind, found):
     warning = Weights(kind, "a source", None).warning
-    told = replace(found, warning=warning)
-    assert ('class="ribbon">warning: ' in write_page(told)) == (kind != "trained")
-    assert write_table(told).startswith("warning: ") == (kind != "trained")
-    assert told.to_dict()["warning"] == warning
+    told = replace(found, weights_warning=warning)
+    assert ('class="ribbon">warning: ' in write_page(told, None)) == (kind != "trained")
+    assert write_table(told, None).startswith("warning: ") == (kind != "trained")
+    assert told.to_dict()["weights_warning"] == warning
