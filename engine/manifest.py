@@ -65,11 +65,6 @@ class Weights(Record):
     licence: str = NOT_STATED
 
     @property
-    def trained(self) -> bool:
-        """Whether anybody trained them."""
-        return self.kind != "drawn"
-
-    @property
     def warning(self) -> str | None:
         """Why the answers of these weights must not be trusted; None for a user's own checkpoint."""
         if self.kind == "demo":

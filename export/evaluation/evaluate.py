@@ -75,8 +75,9 @@ class Comparison:
 class Evaluation:
     """The result of `evaluate`.
 
-    `model` is name, size, precision, backend and device; `pairs` how many were evaluated; `decisions` judges
-    the scores of the verdict, of each type and of the words at the thresholds in use, where there are any;
+    `model` is name, size, precision, backend and device; `weights_warning` says why the metrics mean little,
+    None for a user's own checkpoint; `pairs` how many were evaluated; `decisions` judges the scores of the
+    verdict, of each type and of the words at the thresholds in use, where there are any;
     `calibration` is the bundle's, None where it has none or other thresholds were given; `problems` counts
     what was left out, by kind; `seconds` by network and of waiting for images; `notes` say why there is no
     comparison, or what to know about it.
@@ -84,7 +85,7 @@ class Evaluation:
 
     bundle: str
     model: dict[str, str]
-    trained: bool
+    weights_warning: str | None
     data: str
     split: str
     pairs: int
@@ -101,7 +102,7 @@ class Evaluation:
         """Return JSON-safe data; NaN becomes None."""
         head = {
             name: getattr(self, name)
-            for name in ("bundle", "model", "trained", "data", "split", "pairs", "level", "notes")
+            for name in ("bundle", "model", "weights_warning", "data", "split", "pairs", "level", "notes")
         }
         tail = {
             "decisions": {name: asdict(judgement) for name, judgement in self.decisions.items()},
@@ -137,7 +138,7 @@ def evaluate(
     return Evaluation(
         bundle=str(opened.path),
         model=run.model,
-        trained=manifest.weights.trained,
+        weights_warning=manifest.weights.warning,
         data=str(data),
         split=options.split,
         pairs=len(run.scored.samples),

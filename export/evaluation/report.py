@@ -117,6 +117,8 @@ def _outcome_cells(outcome: Outcome) -> tuple[str, ...]:
 def head(evaluation: Evaluation) -> Iterator[str]:
     """What was evaluated, on what, how fast, and what to know about it."""
     model = evaluation.model
+    if evaluation.weights_warning is not None:
+        yield f"warning: {evaluation.weights_warning}"
     yield (
         f"{model['name']} {model['size']} {model['precision']}, {model['backend']} on {model['device']}: "
         f"{evaluation.pairs} pairs of {evaluation.split} in {evaluation.data}"
@@ -124,8 +126,6 @@ def head(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.comparison is not None:
         yield f"reference: float32 torch, {evaluation.comparison.source}"
     yield from (f"note: {note}" for note in evaluation.notes)
-    if not evaluation.trained:
-        yield "note: the weights are untrained; the metrics mean nothing"
     if evaluation.problems:
         yield _left_out(evaluation.problems)
     yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in evaluation.seconds.items())

@@ -30,7 +30,7 @@ _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
 # Annotated boxes refer to the image as it is stored.
 _AS_STORED = ImageOptions(apply_orientation=False)
-WAITING = "waiting for pictures"  # a key of the JSON report
+WAITING = "waiting for images"  # a key of the JSON report
 
 
 class Network(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,8 @@ def version(text):
 
 
 def pinned():
-    """The Triton of the extra `test`: the one that torch for CUDA requires."""
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
-    (pin,) = [re.fullmatch(r"triton==([\d.]+);.*", line)[1] for line in extra if line.startswith("triton=")]
-    return pin
+    """The Triton that the tests run with: the one that torch for CUDA requires."""
+    return re.search(r"^triton==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")

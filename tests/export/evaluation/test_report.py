@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dgm4.data.annotations import read_split
+from engine.manifest import Weights
 from engine.result import Result, Word
 from export.evaluation.agreement import Case
 from export.evaluation.evaluate import EvaluateOptions, evaluate
@@ -248,3 +249,12 @@ def test_thresholds_in_use_are_in_the_table(found):
     counts = used.found, used.missed, used.false_alarms, used.passed
     assert row.split()[:6] == ["manipulated", "0.5", *map(str, counts)]
     assert sum(counts) == found.pairs
+
+
+@pytest.mark.parametrize("kind", ["demo", "drawn", "trained"])
+def test_weights_that_mean_nothing_are_told_first(kind, found):
+    warning = Weights(kind, "a source", None).warning
+    told = replace(found, weights_warning=warning)
+    assert ('class="ribbon">warning: ' in write_page(told, None)) == (kind != "trained")
+    assert write_table(told, None).startswith("warning: ") == (kind != "trained")
+    assert told.to_dict()["weights_warning"] == warning
