@@ -128,7 +128,8 @@ def test_commands_parse(blocks):
         check(words)
 
 
-def test_links_of_the_readme(pages):
-    """Those of the pages are mkdocs's to check."""
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", pages["README"])
+@pytest.mark.parametrize("page", ["README", "CONTRIBUTING"])
+def test_links_of_the_front_pages(page, pages):
+    """Those of docs/ are mkdocs's to check."""
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", pages[page])
     assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []

@@ -55,9 +55,10 @@ def test_tables_are_the_results(name, page, make, pages):
     assert [row for row in rows if row not in pages[page].splitlines()] == []
 
 
-def test_accuracy_of_the_readme(tables):
-    shown = [row for row in tables("README", "Accuracy") if row[0] != "network"]
-    measured = accuracy.table(result("accuracy-cpu")["bundles"]).splitlines()
+@pytest.mark.parametrize("page", ["README", "precision-and-accuracy"])
+def test_accuracy_of_the_demo(page, tables):
+    shown = [row for row in tables(page, "Accuracy") if row[0] != "network"]
+    measured = accuracy.table(result("accuracy-demo-cpu")["bundles"]).splitlines()
     whole = [[cell.strip() for cell in line.strip("| ").split(" | ")][:8] for line in measured]
     assert len(shown) >= 6
     assert [row for row in shown if row not in whole] == []
