@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from dgm4.places import check_data
+from engine.bundle import Bundle
 from engine.packages import require
 from export.cli.arguments import Verbs, add_backend, add_data
 from export.flags import POSITIVE, WHOLE, Number, read_options
@@ -47,6 +49,8 @@ def add_parser(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Calibrate, write the new bundle and print what was reached."""
     require("dgm4 calibrate", "sklearn")
+    check_data(options.data)
+    Bundle.open(options.bundle)
     from export.evaluation.calibrate import CalibrateOptions, calibrate
     from export.evaluation.report import write_calibration
 

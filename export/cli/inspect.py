@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgm4.places import check_data
 from engine.backends import serving
 from engine.bundle import Bundle
 from engine.progress import progress_bar
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
         options.data is not None or options.split != options.parser.get_default("split")
     ):
         options.parser.error("--data and --split are for --layers: give that too")
+    if options.data is not None:
+        check_data(options.data)
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
     record = bundle.describe() | {"backends": serving(bundle)}
