@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[3]
 NO_DATA = "nope: expected the data folder"
 CASES = {
     "export --checkpoint nope.pth --out b": "nope.pth: no such file",
@@ -51,8 +54,9 @@ print(json.dumps(told))
 def test_paths_and_values_are_checked_before_the_heavy_imports(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("something else")
-    command = [sys.executable, "-c", CODE, *CASES]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", CODE, *CASES]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     for line, expected in CASES.items():
         code, error, imported = told[line]
