@@ -29,6 +29,8 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "inspect",
         help="verify a bundle and show what it is",
+        description="Verify the hash of every file of a bundle, and show its network, weights, limits, "
+        "thresholds, engines and the backends that serve it here.",
         epilog="examples:\n  dgm4 inspect my-bundle\n  dgm4 inspect my-bundle --layers --data DGM4",
     )
     parser.add_argument("bundle", type=Path)

@@ -51,7 +51,7 @@ def test_without_arguments_there_is_help_with_examples(capsys):
     assert [line.split()[0] for line in examples.splitlines()] == ["dgm4"] * 4
     for purpose in app.PURPOSES:
         assert f"\n{purpose}:\n" in err
-    for verb in {prog.split()[1] for prog in PARSERS}:
+    for verb in {prog.split()[1] for prog in PARSERS if " " in prog}:
         assert len(re.findall(rf"^  {verb} +\S.*$", err, re.MULTILINE)) == 1
 
 
@@ -197,3 +197,8 @@ def test_standard_streams_may_be_closed(closed, tmp_path):
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, timeout=60, check=False)
     assert done.returncode == 0
     assert int((tmp_path / "number").read_text()) > 2
+
+
+@pytest.mark.parametrize("prog", PARSERS)
+def test_every_verb_is_described(prog):
+    assert PARSERS[prog].description
