@@ -24,6 +24,7 @@ def add_parser(verbs: Verbs) -> None:
         description="Judge an image with a swapped face and a changed caption, and draw the card. "
         "The network was trained on made images: it shows what an answer looks like, and says nothing about "
         "real images. Needs no torch.",
+        epilog="examples:\n  dgm4 demo\n  dgm4 demo --out card.png",
     )
     parser.add_argument(
         "--out",

@@ -19,6 +19,7 @@ def add_parser(verbs: Verbs) -> None:
         help="the networks, and what of them ships",
         description="The networks at each size. Demo weights were trained on made images; a ready bundle is "
         "opened by its name: dgm4 predict demo:asap IMAGE CAPTION.",
+        epilog="examples:\n  dgm4 list\n  dgm4 list --json",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     parser.set_defaults(run=run, parser=parser)
