@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -50,6 +49,8 @@ def remove_unfinished() -> None:
 
 def _delete(path: Path) -> None:
     if path.is_dir():
+        import shutil  # with its compressors it is a tenth of what `import engine` loads
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

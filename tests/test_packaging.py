@@ -72,7 +72,13 @@ def test_its_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/NOTICE"} <= held
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(line.partition(">")[0] for line in required) == ["numpy", "pillow", "tokenizers", "tqdm"]
+    assert sorted(line.partition(">")[0] for line in required) == [
+        "jinja2",
+        "numpy",
+        "pillow",
+        "tokenizers",
+        "tqdm",
+    ]
     extras = {"cpu", "gpu", "openvino", "torch", "trt", "rtx", "export", "train"}
     assert extras | set(EXTRAS.values()) <= set(metadata.get_all("Provides-Extra"))
 
@@ -89,7 +95,7 @@ def imported():
 
 def test_every_library_is_required_or_has_an_extra():
     """An installation without it can be told which. torch for CUDA brings Triton, clients their own."""
-    base = {"numpy", "PIL", "tokenizers", "tqdm"}
+    base = {"jinja2", "markupsafe", "numpy", "PIL", "tokenizers", "tqdm"}  # jinja2 brings markupsafe
     others = {"triton", "tritonclient"}
     assert set(imported()) - sys.stdlib_module_names - set(PACKAGES) - base - others <= set(EXTRAS)
 

@@ -53,9 +53,8 @@ _PACKAGES = ("dgm4", "engine", "export", "kernels")  # whose log -v shows; not P
 _EXAMPLES = """\
 examples:
   dgm4 demo
-  dgm4 export --out my-bundle
+  dgm4 export --checkpoint best.pth --out my-bundle
   dgm4 predict my-bundle photo.jpg "What the caption says"
-  dgm4 predict my-bundle --list pairs.csv --out answers.jsonl
 """
 
 

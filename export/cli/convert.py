@@ -18,7 +18,8 @@ def add_parser(verbs: Verbs) -> None:
         help="take the tensors alone out of a checkpoint",
         description="Write a checkpoint's tensors, under the network's own names, as safetensors. Objects of "
         "other kinds in the file are left out and named; none of its code runs.",
-        epilog="examples:\n  dgm4 convert best.pth best.safetensors",
+        epilog="examples:\n  dgm4 convert best.pth best.safetensors\n"
+        "  dgm4 convert run.ckpt best.safetensors --state model_ema",
     )
     parser.add_argument("checkpoint", type=Path, help=".pth or any other file of torch.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file; one there is replaced")

@@ -359,7 +359,7 @@ def test_too_few_pairs(make, options, tmp_path):
 def test_nothing_to_judge_on(make, options, folder_of, tmp_path):
     folder = folder_of(8)
     (folder / "metadata" / "val.json").write_text("[]")
-    with pytest.raises(InputError, match='expected pairs in the split "val"'):
+    with pytest.raises(InputError, match="split val: expected annotated pairs"):
         make(options, tmp_path, data=folder)
 
 

@@ -190,7 +190,9 @@ def test_a_closed_backend_refuses(bundle):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:-1", "mps", ""])
 def test_unknown_devices_are_refused(bundle, device):
-    with pytest.raises(BackendError, match=f"device 'auto', 'cpu', 'cuda' or 'cuda:N', got '{device}'"):
+    with pytest.raises(
+        BackendError, match=f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got '{device}'"
+    ):
         Predictor(bundle("hammer", "fp32").path, backend="torch", device=device)
 
 

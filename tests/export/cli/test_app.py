@@ -48,9 +48,8 @@ def test_without_arguments_there_is_help_with_examples(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     _, _, examples = err.partition("examples:\n")
-    assert [line.split()[0] for line in examples.splitlines()] == ["dgm4"] * 4
-    for purpose in app.PURPOSES:
-        assert f"\n{purpose}:\n" in err
+    assert [line.split()[0] for line in examples.splitlines()] == ["dgm4"] * 3
+    assert all(f"\n{purpose}:\n" in err for purpose in app.PURPOSES)
     for verb in {prog.split()[1] for prog in PARSERS if " " in prog}:
         assert len(re.findall(rf"^  {verb} +\S.*$", err, re.MULTILINE)) == 1
 
@@ -111,7 +110,7 @@ def test_every_verb_has_an_example_that_it_takes(prog, capsys):
         (["train", "--data", "a", "--out", "b", "--device", "foo"], "usage: dgm4 train", "got 'foo'"),
         (["export", "--drawn", "--checkpoint", "x"], "usage: dgm4 export", "leave out one of --drawn and"),
         (["export", "--target", "7.5"], "usage: dgm4 export", "--target: tensorrt_rtx builds for compute"),
-        (["data", "make", "--out", "x", "--pairs", "1"], "usage: dgm4 data make", "from 6, got 1"),
+        (["data", "make", "--out", "x", "--pairs", "1"], "usage: dgm4 data make", "from 6, got '1'"),
         (["inspect", "b", "--data", "x"], "usage: dgm4 inspect", "--data and --split are for --layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -64,7 +64,7 @@ def test_an_onnx_file_in_place_of_a_bundle(theirs, tmp_path, capsys, verb):
 
 def test_an_onnx_file_in_place_of_a_checkpoint(theirs, tmp_path, capsys):
     line = line_of(capsys, ["export", "-q", "--checkpoint", theirs, "--out", tmp_path / "b"])
-    assert f"{theirs}: expected a checkpoint of plain tensors" in line
+    assert f"{theirs}: expected a .pth or .safetensors checkpoint, but it is something else" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["theirs.onnx"]
 
 

@@ -382,7 +382,7 @@ def test_calibration_of_floats_is_a_usage_error(data, capsys):
 def test_the_command_line_passes_everything_on(data, tmp_path, monkeypatch):
     heard = []
 
-    def stop(options, _report):
+    def stop(options, *_):
         heard.append(options)
         raise InputError("far enough")
 
