@@ -6,7 +6,10 @@ alone; a library user catches `Dgm4Error` or one of its kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Dgm4Error(Exception):
