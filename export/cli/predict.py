@@ -158,15 +158,15 @@ def _predict_list(options: argparse.Namespace) -> int:
     failed = done = 0
     entries = iter(pairs)
     with contextlib.ExitStack() as stack:
-        predictor = stack.enter_context(_predictor(options))
         out: _Sink
         if options.out is None or options.html:
             out = stack.enter_context(open_output(options.out, inputs))
         else:
             stack.enter_context(full_disk_as_input_error(options.out, "--out"))
-            out = answers = stack.enter_context(Answers(options.out))
-            if options.resume:
-                done, failed = answers.keep(entries, _maker(predictor))
+            out = stack.enter_context(Answers(options.out))
+        predictor = stack.enter_context(_predictor(options))
+        if options.resume and isinstance(out, Answers):
+            done, failed = out.keep(entries, _maker(predictor))
         reader = _Reader(entries, pairs.base)
         batch = options.batch or _BATCH
         stream = predictor.stream(cast(Iterable[Any], reader), batch_size=batch, on_error="return")
