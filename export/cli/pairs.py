@@ -60,7 +60,8 @@ class PairList:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.base = Path.cwd() if path == STDIN else path if path.is_dir() else path.parent
+        self._read_once = path == STDIN or path.is_fifo()  # <(...) in a shell
+        self.base = Path.cwd() if self._read_once else path if path.is_dir() else path.parent
 
     def __iter__(self) -> Iterator[Entry]:
         name, entry = str(self.path), None
@@ -80,7 +81,7 @@ class PairList:
 
         Raises InputError where `out` is an image of the list.
         """
-        if self.path == STDIN or self.path.is_fifo():
+        if self._read_once:
             return None
         written = out if out is not None and out.exists() else None
         total = 0
@@ -113,8 +114,8 @@ def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
         return
     first = head[1].removeprefix(codecs.BOM_UTF8)
     if first.startswith(_WIDE) or b"\0" in first:
-        kind = "UTF-16" if first.startswith(_WIDE) else "a binary file"
-        raise InputError(f"{name}: expected a list as text in UTF-8, got {kind}; save it as UTF-8")
+        kind = "UTF-16; save it as UTF-8" if first.startswith(_WIDE) else "a binary file"
+        raise InputError(f"{name}: expected a list as text in UTF-8, got {kind}")
     whole = itertools.chain([(head[0], first)], numbered)
     if suffix not in (*_LINES, *_TABLES) and first.lstrip().startswith(b"["):
         yield from _read_array(b"".join(line for _, line in whole), name)
@@ -123,7 +124,7 @@ def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
     elif suffix in _TABLES:
         raise InputError(
             f"{name}: expected a header with the columns image and caption, or two columns, "
-            f"got {_shorten(first)}"
+            f"got {_shorten(first)}; quote a caption that holds the delimiter"
         )
     elif not first.lstrip().startswith(b"{"):
         raise InputError(

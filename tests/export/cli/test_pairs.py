@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -160,7 +161,8 @@ def test_a_list_that_begins_like_none_is_one_error(content, tmp_path):
 
 def test_a_pipe_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "list")
-    assert PairList(tmp_path / "list").count(None) is None
+    pairs = PairList(tmp_path / "list")
+    assert (pairs.count(None), pairs.base) == (None, Path.cwd())
 
 
 def test_a_folder_with_a_list_of_captions(tmp_path):
