@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data
+from export.cli.arguments import Verbs, add_backend, add_data, check_batch
 from export.flags import POSITIVE, WHOLE, Number, read_options
 
 _RATE = Number("a rate above 0 and below 1, as 0.01", float, 1e-9, 1 - 1e-9)
@@ -46,6 +46,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate, write the new bundle and print what was reached."""
+    check_batch(options)
     require("dgm4 calibrate", "sklearn")
     from export.evaluation.calibrate import CalibrateOptions, calibrate
     from export.evaluation.report import write_calibration

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds
+from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and write the report; raises VerificationError where --gate was given and the gate failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
+    check_batch(options)
     needed = _NEEDED if options.reference == "none" else (*_NEEDED, *_NEEDED_TO_COMPARE)
     require("dgm4 evaluate", *needed)
     from export.evaluation.gate import find_failures
