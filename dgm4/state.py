@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dgm4.places import check_checkpoint
 from engine.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -124,8 +125,7 @@ def read_content(path: Path, tensors_only: bool = False) -> Any:
     Objects of other classes than tensors, numbers, paths, times and options are refused; with `tensors_only`
     placeholders stand in for them. Raises CheckpointError.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    check_checkpoint(path)
     try:
         with path.open("rb") as file:
             head = file.read(512)

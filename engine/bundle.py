@@ -66,7 +66,7 @@ class Bundle:
             'fp32'
         """
         root = _absolute(locate(path))
-        manifest = parse_manifest(check_digest(_read_manifest(root)))
+        manifest = _parse(root, _read_manifest(root))
         sizes = _list_files(root)
         optional = set() if engines else {entry.file for entry in manifest.engines}
         missing = sorted(set(manifest.files) - set(sizes) - optional)
@@ -198,8 +198,15 @@ def _read_manifest(root: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise BundleError(f"{shorten(str(root))}: not a bundle, {_why_none(root, error)}") from error
     if len(data) > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes")
+        raise BundleError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes; {_remedy(MANIFEST)}")
     return data
+
+
+def _parse(root: Path, data: bytes) -> Manifest:
+    try:
+        return parse_manifest(check_digest(data))
+    except BundleError as error:
+        raise BundleError(f"{root}{os.sep}{error}") from error  # it begins with the manifest's name
 
 
 def _why_none(root: Path, error: OSError | ValueError) -> str:

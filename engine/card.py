@@ -58,7 +58,7 @@ def percent(score: float, threshold: float | None = None) -> str:
     shown = round(100 * score, 1)
     if threshold is not None and (shown / 100 >= threshold) != (score >= threshold):
         return f"{'at least' if score >= threshold else 'below'} {threshold_percent(threshold)}"
-    return f"{shown:g} %"
+    return f"{shown:.1f} %"
 
 
 def threshold_percent(threshold: float) -> str:

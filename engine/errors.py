@@ -6,6 +6,8 @@ alone; a library user catches `Dgm4Error` or one of its kinds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class Dgm4Error(Exception):
     """Base class of all errors that this project raises on purpose.
@@ -60,6 +62,21 @@ class EngineMismatchError(Dgm4Error):
     """An engine was built for another machine or library version; names both sides."""
 
     exit_code = 4
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """A question that names what is spelled most like `text`; empty where nothing is."""
+    import difflib  # only for a mistake
+
+    close = difflib.get_close_matches(text, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def why_no_json(error: Exception) -> str:
+    """What is wrong with a text that `json.loads` refused, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 _LONGEST = 120  # characters of what a user gave that a message repeats

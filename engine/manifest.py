@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn
 
-from engine.errors import BundleError
+from engine.errors import BundleError, why_no_json
 from engine.layout import MANIFEST
 from engine.network.config import TYPES
 from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, within
@@ -26,6 +26,7 @@ INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
 NOT_STATED = "not stated"
+_REMEDY = "export or copy the bundle again"
 
 # The demo weights of bundles that were written before a manifest said what kind its weights are.
 FIRST_DEMOS = (
@@ -318,11 +319,11 @@ def check_digest(data: bytes) -> bytes:
     """Return the bytes of a manifest.json whose content agrees with its own SHA-256; else BundleError."""
     fields = _load(data)
     if not isinstance(fields, dict) or "sha256" not in fields:
-        raise BundleError(f"{MANIFEST}: expected a JSON object with its own sha256")
+        raise BundleError(f"{MANIFEST}: expected a JSON object with its own sha256; {_REMEDY}")
     if fields["sha256"] != manifest_digest(fields):
         raise BundleError(
-            f"{MANIFEST}: was altered, its content has another SHA-256 than it states; export or copy the "
-            "bundle again (to change thresholds, pass them to Predictor)"
+            f"{MANIFEST}: was altered, its content has another SHA-256 than it states; "
+            f"{_REMEDY} (to change thresholds, pass them to Predictor)"
         )
     return data
 
@@ -331,7 +332,7 @@ def _load(data: bytes) -> Any:
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{MANIFEST}: not valid JSON: {error}") from error
+        raise BundleError(f"{MANIFEST}: not valid JSON: {why_no_json(error)}; {_REMEDY}") from error
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from engine.errors import InputError, shorten
+from engine.errors import InputError, shorten, why_no_json
 from engine.network.config import TYPES
 from engine.schema import Record, at_least, within
 
@@ -123,10 +123,13 @@ class Result(Record):
             >>> Prediction.from_json(prediction.to_json()) == prediction
             True
         """
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise InputError(f"{cls.document}: expected JSON as str or bytes, got {type(text).__name__}")
         try:
             raw = json.loads(text)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{cls.document}: expected JSON, got {_kind_of(text)}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            got = f"{len(text)} characters"
+            raise InputError(f"{cls.document}: expected JSON, got {got}: {why_no_json(error)}") from error
         return cls.from_dict(raw)
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
@@ -233,10 +236,6 @@ def _row_of(result: object) -> Row:
         raise InputError(f"to_rows: expected predictions and errors, got {type(result).__name__}")
     empty: Row = dict.fromkeys(_EMPTY.to_row())
     return empty | {"error": str(result), "error_kind": type(result).__name__}
-
-
-def _kind_of(text: object) -> str:
-    return f"{len(text)} characters" if isinstance(text, (str, bytes)) else type(text).__name__
 
 
 def _read_heatmap(raw: object) -> np.ndarray | None:

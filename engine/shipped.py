@@ -6,8 +6,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-from engine.errors import BundleError
+from engine.errors import BundleError, did_you_mean, shorten
 from engine.layout import MANIFEST
+from engine.network.config import NAMES
 
 _PREFIX, _SUFFIX = "demo:", "-int8"
 
@@ -31,10 +32,9 @@ def locate(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     folder = _folder()
     if name not in known or folder is None:
         network = name.removeprefix(_PREFIX)
-        raise BundleError(
-            f"{name}: ready bundles are {', '.join(known) or 'not installed'}; for another network: "
-            f"dgm4 export --model {network}"
-        )
+        make = f"; make one: dgm4 export --model {network}" if network in NAMES else did_you_mean(name, known)
+        ready = ", ".join(known) or "not installed"
+        raise BundleError(f"{shorten(name)}: expected the name of a ready bundle ({ready}){make}")
     return folder / f"{name.removeprefix(_PREFIX)}{_SUFFIX}"
 
 

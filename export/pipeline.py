@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from dgm4.config import ModelConfig
+from dgm4.places import check_data
 from engine import Bundle, Predictor
 from engine.backends.torch import load_float
-from engine.errors import BuildError, InputError, NumericalError, VerificationError
+from engine.errors import BuildError, NumericalError, VerificationError
 from engine.layout import CARD
 from engine.manifest import Accuracy, EngineEntry, Manifest, Verification
 from export.accuracy_stage import measure_accuracy
@@ -51,8 +52,8 @@ def export_bundle(
     """
     check_options(options)
     for folder in (options.calibration, options.data):
-        if folder is not None and not folder.is_dir():
-            raise InputError(f"{folder}: expected the data folder (with origin, manipulation and metadata)")
+        if folder is not None:
+            check_data(folder)
     with BundleWriter(options.out) as writer:
         job = Job(options, writer, report, begin)
         source = load_source(job)

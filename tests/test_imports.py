@@ -23,7 +23,7 @@ ROOMS = {
     "engine.network.output": "",
     "engine.scores": "engine.errors engine.network.config engine.schema",
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
-    "engine.shipped": "engine.errors engine.layout",
+    "engine.shipped": "engine.errors engine.layout engine.network.config",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
     "engine.inputs": "engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",

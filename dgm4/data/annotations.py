@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgm4.config import TYPES
+from dgm4.places import check_data
 from engine.errors import InputError
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import MAX_CHARACTERS, clean_caption
@@ -147,8 +148,7 @@ def read_annotations(
     if on_error not in _CHOICES:
         raise InputError(f"on_error: expected one of {', '.join(_CHOICES)}, got {on_error!r}")
     folder = Path(root)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected the data folder (with origin, manipulation and metadata)")
+    check_data(folder)
     reader = _Reader(folder.resolve(), on_error, check_pictures)
     for file in [files] if isinstance(files, (str, os.PathLike)) else files:
         reader.read(Path(file))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from engine.backends.base import Backend
 from engine.backends.cores import usable_cores as usable_cores
 from engine.backends.cores import visible_cores
-from engine.backends.cuda import load_library
+from engine.backends.cuda import load_library, open_gpu
 from engine.errors import BackendError, quoted
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 from engine.packages import find_conflict, install_command
@@ -181,7 +181,7 @@ def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) 
     if asked or (device == "auto" and _has_driver()):
         best = _choose_gpu(bundle, device, usable)
         if best or asked:
-            return best or "torch"  # whose error says what is missing
+            return best or _explain_no_gpu(bundle, device, suited)
     on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
     if not on_cpu:
         served = [name for name in suited if not _BACKENDS[name].gpu]
@@ -190,6 +190,24 @@ def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) 
             f"no backend is installed that serves this bundle; install one of {_libraries(served)}: {command}"
         )
     return on_cpu[0]
+
+
+def _explain_no_gpu(bundle: Bundle, device: str, suited: list[str]) -> str:
+    """Raise BackendError where this machine or the bundle has nothing for a GPU; else "torch" says more."""
+    if not _has_driver():
+        raise BackendError(
+            f"device {device!r}: no CUDA GPU is here, as no NVIDIA driver is installed; use device 'cpu'"
+        )
+    if "torch" in suited:
+        return "torch"
+    open_gpu(int(device.partition(":")[2] or 0))  # raises where there is none
+    needs = [
+        f"{name} needs {' and '.join(_missing(name))}: {remedy(name)}" for name in suited if _missing(name)
+    ]
+    raise BackendError(
+        f"device {device!r}: no installed backend serves this {bundle.manifest.precision} bundle on a GPU; "
+        f"{'; or '.join(needs) or 'export it with an engine, or use another bundle'}"
+    )
 
 
 def _choose_gpu(bundle: Bundle, device: str, usable: list[str]) -> str | None:

@@ -101,7 +101,8 @@ def clean_caption(caption: str, max_words: int = 50) -> CleanCaption:
     published = text.split(" ") if text else []
     warnings = []
     if len(published) > max_words:
-        warnings.append(f"text_truncated: kept {max_words} of {len(published)} words")
+        within = f" in the first {MAX_CHARACTERS} characters" if len(caption) >= MAX_CHARACTERS else ""
+        warnings.append(f"text_truncated: kept {max_words} of {len(published)} words{within}")
         text = " ".join(published[:max_words])
     bounds = tuple(match.span() for match in _WORD.finditer(text))
     spans = []

@@ -10,7 +10,6 @@ import argparse
 import io
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ PURPOSES = {
 }
 VERBS = tuple(verb for verbs in PURPOSES.values() for verb in verbs)
 _STDERR = 2
-_BAD_INPUT, _USAGE, _INTERRUPTED = 1, 2, 128 + signal.SIGINT
+_BAD_INPUT, _USAGE = 1, 2
 _PACKAGES = ("dgm4", "engine", "export", "kernels")  # whose log -v shows; not Pillow's
 _EXAMPLES = """\
 examples:
@@ -59,8 +58,8 @@ examples:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; a user's error shows one line, no trace."""
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; a user's error shows one line, an interrupt passes."""
     _open_streams()
     given = sys.argv[1:] if arguments is None else list(arguments)
     options, unknown = make_parser().parse_known_args(given)
@@ -89,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(error, _BAD_INPUT, verbose)
-    except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted"), _INTERRUPTED, 0)
 
 
 def _open_streams() -> None:

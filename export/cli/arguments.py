@@ -9,8 +9,9 @@ from typing import TypeAlias
 
 from engine import Bundle
 from engine.backends import known, usable_cores
+from engine.errors import did_you_mean
 from engine.scores import DECISIONS, GROUP
-from export.cli.parser import Parser, did_you_mean
+from export.cli.parser import Parser
 from export.flags import Number
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from dgm4.places import check_data
+from engine.bundle import Bundle
 from engine.packages import require
 from export.cli.arguments import Verbs, add_backend, add_data, check_batch
 from export.flags import POSITIVE, WHOLE, Number, read_options
@@ -48,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     """Calibrate, write the new bundle and print what was reached."""
     check_batch(options)
     require("dgm4 calibrate", "sklearn")
+    check_data(options.data)
+    Bundle.open(options.bundle)
     from export.evaluation.calibrate import CalibrateOptions, calibrate
     from export.evaluation.report import write_calibration
 

@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from dgm4.places import check_checkpoint
 from export.cli.arguments import Verbs
+from export.output import check_output
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -29,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     """Convert, and say in a line what was taken."""
     if options.out.suffix != ".safetensors":
         options.parser.error(f"OUT: expected a name that ends in .safetensors, got {str(options.out)!r}")
+    check_checkpoint(options.checkpoint)
+    check_output(options.out, "OUT")
     from safetensors.torch import save_file
 
     from dgm4.state import find_state

@@ -33,6 +33,8 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "doctor",
         help="show what this machine can do",
+        description="Show the packages, backends and engine builders of this machine, and how to install "
+        "what is absent.",
         epilog="examples:\n  dgm4 doctor\n  dgm4 doctor --json",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dgm4.places import check_checkpoint, check_data
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
@@ -74,6 +75,10 @@ def run(options: argparse.Namespace) -> int:
     check_batch(options)
     needed = _NEEDED if options.reference == "none" else (*_NEEDED, *_NEEDED_TO_COMPARE)
     require("dgm4 evaluate", *needed)
+    check_data(options.data)
+    if options.checkpoint is not None:
+        check_checkpoint(options.checkpoint)
+    bundle = Bundle.open(options.bundle)
     from export.evaluation.gate import find_failures
     from export.evaluation.page import write_page
     from export.evaluation.report import write_table
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         page = (
             stack.enter_context(open_output(options.html, [options.data], "--html")) if options.html else None
         )
-        result = _evaluate(options)
+        result = _evaluate(options, bundle)
         _report_problems(result)
         failures = find_failures(result)
         out.write(_json(result, failures) if options.json else write_table(result, failures))
@@ -103,14 +108,13 @@ def _usage_error(options: argparse.Namespace) -> str | None:
     return None
 
 
-def _evaluate(options: argparse.Namespace) -> Evaluation:
+def _evaluate(options: argparse.Namespace, bundle: Bundle) -> Evaluation:
     from export.evaluation.evaluate import EvaluateOptions, evaluate
 
     reference = "required" if options.gate and options.reference == "auto" else options.reference
     settings = read_options(
         EvaluateOptions, options, reference=reference, thresholds=dict(options.thresholds)
     )
-    bundle = Bundle.open(options.bundle)
     if (warning := bundle.manifest.weights.warning) is not None:
         log.warning("%s", warning)
     try:

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dgm4.places import check_checkpoint, check_data
 from engine import Bundle, Predictor
 from engine.errors import InputError
 from engine.packages import require
 from engine.render import check_plot_path
+from export.bundle.writer import BundleWriter
 from export.cli import repository
 from export.cli.arguments import Verbs
 from export.cli.plot import save_plot
@@ -55,19 +57,15 @@ def run(options: argparse.Namespace) -> int:
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
     require("dgm4 export", *_NEEDED)
-    from export.pipeline import export_bundle
-
     out = options.out or _default_out(options)
-    if options.plot is not None:
-        check_plot_path(options.plot)
-        check_output(options.plot, "--plot", [options.checkpoint])
-    if options.triton_repository is not None:
-        _check_repository(options.triton_repository, out)
+    _check_paths(options, out)
     chosen = _export_options(options, out)
     try:
         check_options(chosen)
     except InputError as error:
         options.parser.error(as_option(str(error), ExportOptions))
+    from export.pipeline import export_bundle
+
     with StageLines(not options.quiet) as lines:
         manifest = export_bundle(chosen, lines.end, lines.begin)
     result = _try(out, options.plot, manifest["weights"]["sha256"])
@@ -94,6 +92,27 @@ def _usage_error(options: argparse.Namespace) -> str | None:
     if options.triton_repository and options.precision not in _GRAPHS:
         return f"--triton-repository is for a precision with an ONNX graph: {', '.join(_GRAPHS)}"
     return None
+
+
+def _check_paths(options: argparse.Namespace, out: Path) -> None:
+    """Raise for a path that cannot be read or written, before torch is imported."""
+    from dgm4.tokenizer import count_pieces
+
+    if options.checkpoint is not None:
+        check_checkpoint(options.checkpoint)
+    for folder in (options.calibration, options.data):
+        if folder is not None:
+            check_data(folder)
+    if options.vocabulary is not None:
+        count_pieces(options.vocabulary)
+    if not out.resolve().parent.is_dir():
+        raise InputError(f"--out {out}: expected a directory in one that exists")
+    BundleWriter.check_replaceable(out, overwrite=True)
+    if options.plot is not None:
+        check_plot_path(options.plot)
+        check_output(options.plot, "--plot", [options.checkpoint])
+    if options.triton_repository is not None:
+        _check_repository(options.triton_repository, out)
 
 
 def _export_options(options: argparse.Namespace, out: Path) -> ExportOptions:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgm4.places import check_data
 from engine.backends import serving
 from engine.bundle import Bundle
 from engine.progress import progress_bar
@@ -28,6 +29,8 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "inspect",
         help="verify a bundle and show what it is",
+        description="Verify the hash of every file of a bundle, and show its network, weights, limits, "
+        "thresholds, engines and the backends that serve it here.",
         epilog="examples:\n  dgm4 inspect my-bundle\n  dgm4 inspect my-bundle --layers --data DGM4",
     )
     parser.add_argument("bundle", type=Path)
@@ -44,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         options.data is not None or options.split != options.parser.get_default("split")
     ):
         options.parser.error("--data and --split are for --layers: give that too")
+    if options.data is not None:
+        check_data(options.data)
     bundle = Bundle.open(options.bundle)
     bundle.verify_all()
     record = bundle.describe() | {"backends": serving(bundle)}

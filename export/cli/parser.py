@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 
 _VERBS = "dgm4 --help lists the verbs"
 _UNBROKEN = 10_000  # columns of the usage's line, which a terminal breaks where it likes
@@ -93,12 +92,6 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(None, f"no verb {value!r}{hint or '; ' + _VERBS}")
             chosen = f"(choose from {', '.join(choices)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r} {chosen}{hint}")
-
-
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A question that names what is spelled most like `text`; empty where nothing is."""
-    close = difflib.get_close_matches(text, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from dgm4.places import check_data
 from export.cli.arguments import Verbs
 
 
@@ -34,11 +35,13 @@ def run(options: argparse.Namespace) -> int:
     """Pretrain a visual encoder; stdout gets one line of JSON."""
     from dgm4.config import model_config
     from dgm4.tokenizer import find_vocabulary
-    from dgm4.training.vision import pretrain
     from export.cli.recipe import recipe_of, tokenizer_of
 
+    check_data(options.data)
     recipe = recipe_of(options)
     tokenizer, _ = tokenizer_of(find_vocabulary(model_config(recipe.model, recipe.size).vocabulary))
+    from dgm4.training.vision import pretrain
+
     start = time.perf_counter()
     place = (options.data, options.out)
     loss = pretrain(recipe, *place, tokenizer, options.device, options.cache, progress=not options.quiet)

@@ -9,9 +9,9 @@ from typing import Any
 
 from dgm4.tokenizer import build_tokenizer, count_pieces
 from dgm4.training.options import TrainOptions, check_fields, read_recipe
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 from engine.inputs.text import CaptionTokenizer
-from export.cli.parser import did_you_mean, usage_errors
+from export.cli.parser import usage_errors
 
 
 def recipe_of(options: argparse.Namespace, model: str | None = None) -> TrainOptions:

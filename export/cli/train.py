@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dgm4.places import check_checkpoint, check_data
 from engine.errors import InputError
 from export.cli.arguments import Verbs, add_device
 from export.cli.stopping import stop_first
@@ -57,17 +58,21 @@ def run(options: argparse.Namespace) -> int:
     """Train; progress and log go to stderr, stdout gets one line of JSON with the result."""
     from dgm4.config import model_config
     from dgm4.tokenizer import VOCABULARY, find_vocabulary
-    from dgm4.training.initialise import Initialisation
-    from dgm4.training.processes import leave
-    from dgm4.training.trainer import LAST, Place, Trainer
     from export.cli.recipe import recipe_of, tokenizer_of
 
+    check_data(options.data)
+    if options.init is not None:
+        check_checkpoint(options.init)
     recipe = recipe_of(options, options.model)
     vocabulary = options.vocab or find_vocabulary(model_config(recipe.model, recipe.size).vocabulary)
     tokenizer, pieces = tokenizer_of(vocabulary)
     copy = options.out / VOCABULARY
     if options.resume and copy.is_file() and copy.read_bytes() != vocabulary.read_bytes():
         raise InputError(f"{copy}: the run was begun with it, not with {vocabulary}; give the same --vocab")
+    from dgm4.training.initialise import Initialisation
+    from dgm4.training.processes import leave
+    from dgm4.training.trainer import LAST, Place, Trainer
+
     initialisation = None
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)

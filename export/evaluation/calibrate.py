@@ -25,10 +25,11 @@ from export.bundle.copying import carry, stored_fields
 from export.bundle.writer import BundleWriter
 from export.evaluation.curves import AtThreshold, Reliability, at_threshold, reliability
 from export.evaluation.decisions import Decisions, read_decisions
-from export.evaluation.fitting import draw_half, fit_temperature, fit_threshold, needed
+from export.evaluation.fitting import draw_half, fit_temperature, fit_threshold, log_loss, needed
 from export.evaluation.running import BUNDLE, RunOptions, run_bundle
 
 _VERDICT = "manipulated"
+_FEW_FOUND = 0.1  # of what is manipulated: hardly a detector
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,15 @@ def _fit_all(
         chosen = fitting[decision.item]
         half, rest = decision.where(chosen), decision.where(~chosen)
         before, temperature = getattr(manifest.thresholds, name), fit_temperature(half)
+        why = _why_no_temperature(name, half, rest, temperature)
+        temperature = None if why else temperature
         threshold = fit_threshold(half, temperature or 1.0, options.false_alarms)
         if threshold is None:
             notes.append(_why_kept(name, half, before, options.false_alarms))
             used = getattr(manifest.temperatures, name), before
         else:
             used = temperature or 1.0, threshold
-            notes += [] if temperature else [_why_no_temperature(name, half)]
+            notes += [why] if why else []
         outcomes[name] = _measure(rest, *used, threshold is not None, before, options.level)
     return outcomes, notes
 
@@ -158,8 +161,13 @@ def _why_kept(name: str, half: Decisions, before: float, rate: float) -> str:
     return f"{name} keeps its threshold {before:g}: {why}"
 
 
-def _why_no_temperature(name: str, half: Decisions) -> str:
-    if half.truth.all() or not half.truth.any():
+def _why_no_temperature(name: str, half: Decisions, rest: Decisions, fitted: float | None) -> str:
+    """Why a decision keeps the temperature 1; empty where the one fitted helps on what was held out."""
+    if fitted is not None:
+        if not rest.truth.size or log_loss(rest, fitted) < log_loss(rest, 1.0):
+            return ""
+        why = f"the {fitted:.3f} fitted does not lower the log loss on the pairs held out; use more pairs"
+    elif half.truth.all() or not half.truth.any():
         why = f"{'all' if half.truth.any() else 'none'} of {len(half.truth)} are manipulated"
     else:
         why = "the logits separate the two classes without an error, or tell nothing about them"
@@ -214,6 +222,12 @@ def _notes(manifest: Manifest, outcomes: Mapping[str, Outcome], wanted: float) -
     if manifest.weights.kind != "trained":
         yield f"the weights are {manifest.weights.kind}: calibrated or not, they say nothing of real images"
     for name, outcome in outcomes.items():
+        found = outcome.reached.found_rate
+        if found is not None and found.value < _FEW_FOUND:
+            yield (
+                f"{name} finds only {100 * found.value:.2f} % of what is manipulated on the pairs held out; "
+                "allow more false alarms, or train on more such pairs"
+            )
         rate = outcome.reached.false_alarm_rate
         if outcome.fitted and rate is not None and rate.low > wanted:
             yield (

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dgm4.data.annotations import split_file
 from dgm4.metrics import Interval, LabelledOutputs, bootstrap, bootstrap_difference, per_type, summarise
+from dgm4.shipped import demo_checkpoint, demo_of
 from engine.bundle import Bundle
 from engine.errors import InputError, NumericalError
 from engine.files import sha256_of, without_nan
@@ -157,6 +158,7 @@ def _run(
     bundle: Bundle, data: str | Path, options: EvaluateOptions, progress: bool
 ) -> tuple[Run, str, tuple[str, ...]]:
     """Run the bundle and, where one is wanted and there, the reference: its source, and notes on it."""
+    options = replace(options, checkpoint=options.checkpoint or _shipped_checkpoint(bundle))
     why = _why_no_reference(bundle, options)
     if why:
         return run_bundle(bundle, data, options, None, progress), "", (why,)
@@ -168,14 +170,21 @@ def _run(
     return run, source, (note,) if note else ()
 
 
+def _shipped_checkpoint(bundle: Bundle) -> Path | None:
+    """The demo weights that a bundle without its weights was made of; None for any other bundle."""
+    demo = None if WEIGHTS in bundle.manifest.files else demo_of(bundle.manifest.weights.sha256)
+    return None if demo is None else demo_checkpoint(demo)
+
+
 def _why_no_reference(bundle: Bundle, options: EvaluateOptions) -> str:
     if options.reference == "none":
         return "no reference was asked for"
     if options.checkpoint is not None or WEIGHTS in bundle.manifest.files:
         return ""
+    remedy = f"give --checkpoint with what it was made of: {bundle.manifest.weights.source}"
     if options.reference == "required":
-        raise InputError(f"the bundle does not contain {WEIGHTS} to compare with: give --checkpoint")
-    return f"no reference: the bundle does not contain {WEIGHTS}; give --checkpoint"
+        raise InputError(f"the bundle does not contain {WEIGHTS} to compare with: {remedy}")
+    return f"no reference: the bundle does not contain {WEIGHTS}; {remedy}"
 
 
 def _judge(run: Run, manifest: Manifest, level: float) -> dict[str, Judgement]:

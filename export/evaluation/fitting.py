@@ -34,14 +34,19 @@ def fit_temperature(decisions: Decisions) -> float | None:
     """
     if decisions.truth.all() or not decisions.truth.any():
         return None
-    signed = np.where(decisions.truth, decisions.margin, -decisions.margin)
     low, high = math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)
 
     def loss(logarithm: float) -> float:
-        return float(np.logaddexp(0, -signed / math.exp(logarithm)).mean())
+        return log_loss(decisions, math.exp(logarithm))
 
     found = float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8}).x)
     return math.exp(found) if low + 0.01 < found < high - 0.01 else None
+
+
+def log_loss(decisions: Decisions, temperature: float) -> float:
+    """Return the mean negative log likelihood of the truth, in nats; there must be a value."""
+    signed = np.where(decisions.truth, decisions.margin, -decisions.margin)
+    return float(np.logaddexp(0, -signed / temperature).mean())
 
 
 def fit_threshold(decisions: Decisions, temperature: float, rate: float) -> float | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.errors import BackendError, BuildError
 from engine.files import temporary_name, unfinished
-from engine.packages import version_of
+from engine.packages import EXTRAS, install_command, version_of
 from export.trt.features import Features
 from export.trt.probe import no_gpu
 from export.trt.process import BuildProcess, Progress, decode, describe_status, start
@@ -152,7 +152,7 @@ def build_engine(
 
 def _describe_builder(library: str) -> BuilderInfo:
     if importlib.util.find_spec(library) is None:
-        return BuilderInfo(library, None, False, f"not installed: pip install {library.replace('_', '-')}")
+        return BuilderInfo(library, None, False, f"not installed: {install_command(EXTRAS[library])}")
     version = _library_version(library)
     if library == "tensorrt_rtx":
         return BuilderInfo(library, version, True, "builds without a GPU")

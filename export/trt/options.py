@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import BackendError, InputError
+from engine.packages import EXTRAS, install_command
 from export.flags import SECONDS, Number, check_values, flag
 from export.trt import build
 from export.trt.features import Features, check_features, no_plugins, refusal
@@ -152,7 +153,8 @@ def _lacks(builder: build.BuilderInfo) -> Iterator[str]:
     """Reasons why our kernels cannot go into an engine of this builder."""
     missing = [name for name in _COMPILERS if importlib.util.find_spec(name) is None]
     if builder.library != "tensorrt":
-        yield f"{builder.library} has no plugins; pip install tensorrt on a machine with a GPU"
+        command = install_command(EXTRAS["tensorrt"])
+        yield f"{builder.library} has no plugins; {command} on a machine with a GPU"
     elif builder.compute_capability not in _CAPABILITIES:
         gpu, supported = builder.compute_capability, ", ".join(_CAPABILITIES)
         yield f"the kernels are for compute capability {supported}, and this GPU's is {gpu}"

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from engine.errors import BuildError
+from engine.packages import EXTRAS, install_command
 from export.trt.features import Features, refusal, set_features
 from export.trt.probe import open_driver, probe_driver
 from export.trt.profiles import Profile, check_profiles
@@ -131,9 +132,8 @@ def _import_library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        package = name.replace("_", "-")
         raise RefusedError(
-            f"the library {name} cannot be imported: {error}; install it: pip install {package}"
+            f"the library {name} cannot be imported: {error}; install it: {install_command(EXTRAS[name])}"
         ) from error
 
 

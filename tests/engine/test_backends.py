@@ -82,7 +82,6 @@ def machine(bundle_dir, monkeypatch):
         ("auto", {"precision": "int8"}, "ort"),
         ("auto", {"weights": False}, "ort"),
         ("cuda", {}, "torch"),
-        ("cuda:1", {"driver": False, "gpu": False}, "torch"),
         ("cuda", {"precision": "int8"}, "torch"),
         ("cpu", {}, "ort"),
     ],
@@ -91,10 +90,24 @@ def test_auto_is_torch_on_a_gpu(machine, device, options, expected):
     assert machine(device, **options) == expected
 
 
-def test_a_gpu_that_is_asked_for_needs_torch(bundle_dir, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("options", [{}, {"precision": "int8", "weights": False}])
+def test_a_gpu_that_is_not_here(machine, device, options):
+    expected = f"^device '{device}': no CUDA GPU is here, as no NVIDIA driver is installed; use device 'cpu'"
+    with pytest.raises(BackendError, match=expected):
+        machine(device, driver=False, gpu=False, **options)
+
+
+def test_a_bundle_that_nothing_serves_on_the_gpu(machine, monkeypatch):
+    monkeypatch.setattr(backends, "open_gpu", lambda index: None)
+    with pytest.raises(BackendError, match="^device 'cuda': no installed backend serves this int8 bundle on"):
+        machine("cuda", precision="int8", weights=False)
+
+
+def test_a_gpu_that_is_asked_for_needs_torch(machine, monkeypatch):
     monkeypatch.setattr(backends, "available", lambda: ["ort"])
     with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which is not"):
-        Predictor(bundle_dir, device="cuda")
+        machine("cuda")
 
 
 def test_the_driver_is_looked_for_without_a_gpu(monkeypatch):

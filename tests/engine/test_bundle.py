@@ -78,6 +78,26 @@ def test_a_manifest_that_is_no_json_object(data):
 
 
 @pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"not JSON", "not valid JSON: Expecting value"),
+        (b"{\xe9}", "not valid JSON: it is not UTF-8"),
+        ('{"format": "dgm4-bundle"}'.encode("utf-16")[:-1], "not valid JSON: it is not UTF-8"),
+        (b"[" * 100_000, "not valid JSON: it is nested too deeply"),
+        (b"{}", "expected a JSON object with its own sha256"),
+    ],
+)
+def test_a_damaged_manifest_is_named_with_its_path_and_a_remedy(bundle_copy, data, reason):
+    (bundle_copy / "manifest.json").write_bytes(data)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle_copy)
+    message = str(caught.value)
+    assert message.startswith(f"{bundle_copy / 'manifest.json'}: {reason}")
+    assert message.endswith("; export or copy the bundle again")
+    assert "codec" not in message
+
+
+@pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         ("format", "zip", "format: expected 'dgm4-bundle', got 'zip'"),

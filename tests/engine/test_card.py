@@ -22,15 +22,15 @@ from engine.card import (
 @pytest.mark.parametrize(
     ("score", "threshold", "shown"),
     [
-        (0.93, 0.5, "93 %"),
+        (0.93, 0.5, "93.0 %"),
         (0.912, None, "91.2 %"),
         (0.9999, 0.5, "> 99.9 %"),
         (1.0, 0.5, "> 99.9 %"),
         (0.999, 0.5, "99.9 %"),
         (0.0004, 0.5, "< 0.1 %"),
         (0.0, 0.5, "< 0.1 %"),
-        (0.5, 0.5, "50 %"),
-        (0.07, 0.07, "7 %"),
+        (0.5, 0.5, "50.0 %"),
+        (0.07, 0.07, "7.0 %"),
         (0.4999, 0.5, "below 50 %"),
         (0.73126, 0.73125, "at least 73.12 %"),
     ],
@@ -43,7 +43,7 @@ def test_the_bar_of_the_verdict_is_the_probability_of_manipulation_whatever_the_
     innocent = make_prediction(manipulated=False, thresholds={"manipulated": 0.95})
     assert verdict(innocent) == "Not manipulated"
     bar = main_bar(innocent)
-    assert (bar.label, bar.value, bar.threshold) == ("Probability of manipulation", "93 %", 0.95)
+    assert (bar.label, bar.value, bar.threshold) == ("Probability of manipulation", "93.0 %", 0.95)
     assert verdict(make_prediction()) == "Manipulated"
 
 
@@ -51,7 +51,7 @@ def test_what_the_network_did_not_answer_says_so():
     partial = make_prediction(manipulated=None, score=None, types={**TYPES, "face_swap": None})
     assert verdict(partial) == "Not answered"
     assert main_bar(partial).value == "not answered"
-    assert [bar.value for bar in type_bars(partial)] == ["not answered", "20 %", "10 %", "70 %"]
+    assert [bar.value for bar in type_bars(partial)] == ["not answered", "20.0 %", "10.0 %", "70.0 %"]
 
 
 @pytest.mark.parametrize(

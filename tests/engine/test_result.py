@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import Prediction, Word
+from engine import InputError, Prediction, Word
 
 CAPTION = 'The <script>alert("x")</script> of Obama\'s\n& co. \x00\x07end'
 
@@ -47,6 +47,20 @@ def test_json_round_trip(prediction):
     assert np.array_equal(np.array(data["heatmap"], np.float32), prediction.heatmap)
     assert "heatmap" not in prediction.to_dict(heatmap=False)
     assert "thumbnail" not in data
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "expected JSON as str or bytes, got NoneType"),
+        ({}, "expected JSON as str or bytes, got dict"),
+        (b'"\xe9"', "expected JSON, got 3 characters: it is not UTF-8"),
+    ],
+)
+def test_what_is_no_json(text, reason):
+    with pytest.raises(InputError) as caught:
+        Prediction.from_json(text)
+    assert str(caught.value) == f"prediction: {reason}"
 
 
 def test_json_holds_no_nan(prediction):

@@ -24,14 +24,24 @@ def test_other_paths_stay_as_they_are(tmp_path):
     assert locate("bundle") == "bundle"
 
 
-@pytest.mark.parametrize("name", ["demo:cals", "demo:", "demo:../asap", "demo:asap-int8"])
-def test_a_name_whose_bundle_does_not_ship(name):
-    with pytest.raises(BundleError, match="ready bundles are demo:asap; .*dgm4 export --model"):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("demo:cals", "; make one: dgm4 export --model cals"),
+        ("demo:assap", "; did you mean demo:asap?"),
+        ("demo:asap-int8", "; did you mean demo:asap?"),
+        ("demo:../asap", "; did you mean demo:asap?"),
+        ("demo:resnet50", ""),
+    ],
+)
+def test_a_name_whose_bundle_does_not_ship(name, remedy):
+    with pytest.raises(BundleError) as caught:
         Predictor(name)
+    assert str(caught.value) == f"{name}: expected the name of a ready bundle (demo:asap){remedy}"
 
 
 def test_without_the_package_no_bundle_ships(monkeypatch):
     monkeypatch.setattr(shipped.importlib.util, "find_spec", lambda name: None)
     assert shipped_bundles() == []
-    with pytest.raises(BundleError, match="ready bundles are not installed"):
+    with pytest.raises(BundleError, match="ready bundle \\(not installed\\)"):
         Bundle.open("demo:asap")

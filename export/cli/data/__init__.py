@@ -11,6 +11,7 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "data",
         help="make the sample set, or a folder's side-cars",
+        description="Make the sample set, or write what ASAP and a small network need beside a data folder.",
         epilog="examples:\n  dgm4 data make --out sample-set\n  dgm4 data make --help",
     )
     parser.set_defaults(parser=parser)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dgm4.places import check_data
 from engine.progress import progress_bar
 from export.cli.arguments import Verbs, add_data, add_device
 from export.flags import POSITIVE
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the side-cars; stdout tells what became of the images."""
     if not options.captioner and not options.instructor:
         options.parser.error("expected --captioner DIR, --instructor DIR or both")
+    check_data(options.data)
     from dgm4.data import describe as library
     from dgm4.data.language import Captioner, Instructor
 

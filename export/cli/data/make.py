@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.progress import progress_bar
 from export.cli.arguments import Verbs
-from export.flags import POSITIVE, WHOLE
+from export.flags import WHOLE, Number
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -25,17 +25,22 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder, or an old sample set"
     )
-    parser.add_argument("--pairs", type=POSITIVE, default=5200, metavar="N", help="in all (%(default)s)")
+    parser.add_argument("--pairs", type=_pairs, default=5200, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--seed", type=WHOLE, default=1, metavar="S", help="(%(default)s)")
     parser.set_defaults(run=run, parser=parser)
 
 
+def _pairs(text: str) -> int:
+    """A number of pairs that fills every split."""
+    from dgm4.data.make import FEWEST
+
+    return int(Number(f"a whole number from {FEWEST}", int, FEWEST)(text))
+
+
 def run(options: argparse.Namespace) -> int:
     """Write the sample set; stdout tells how many pairs of each class there are."""
-    from dgm4.data.make import FEWEST, make_sample_set
+    from dgm4.data.make import make_sample_set
 
-    if options.pairs < FEWEST:
-        options.parser.error(f"argument --pairs: expected a whole number from {FEWEST}, got {options.pairs}")
     with progress_bar("make", options.pairs, "pairs", not options.quiet) as bar:
         counts = make_sample_set(options.out, options.pairs, options.seed, bar.update)
     sys.stdout.write(json.dumps({"out": str(options.out), "counts": counts}) + "\n")

@@ -168,3 +168,11 @@ def test_pictures_are_as_light_as_their_captions_say(made):
         with Image.open(folder / image.removeprefix("DGM4/")) as picture:
             levels[text.split()[1]].append(np.asarray(picture.convert("L")).mean())
     assert min(levels["bright"]) > max(levels["dark"]) + 10
+
+
+@pytest.mark.parametrize("pairs", ["0", "1", "5", "-1", "six"])
+def test_too_few_pairs_are_a_usage_error(tmp_path, capsys, pairs):
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "make", "--out", str(tmp_path / "set"), f"--pairs={pairs}"])
+    assert ended.value.code == 2
+    assert f"argument --pairs: expected a whole number from 6, got '{pairs}'" in capsys.readouterr().err

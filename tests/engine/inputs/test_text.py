@@ -180,6 +180,11 @@ def test_long_captions_are_cut_before_any_work(tokenizer, caption, monkeypatch):
     assert "text_truncated: read the first 4096 characters" in tokens.warnings
 
 
+def test_words_are_counted_in_what_was_read(tokenizer):
+    _, tokens = tokenizer("man " * 10_000)
+    assert "text_truncated: kept 50 of 1024 words in the first 4096 characters" in tokens.warnings
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b'{"model": 3}'])
 def test_a_damaged_tokenizer_file_is_a_bundle_error(tmp_path, content):
     path = tmp_path / "tokenizer.json"

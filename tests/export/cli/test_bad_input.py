@@ -175,7 +175,7 @@ def test_a_library_without_its_own_libraries(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     expected = (
-        r"tensorrt_rtx cannot be imported: libnvinfer-none.so.10: .*; install it: pip install tensorrt-rtx"
+        r"tensorrt_rtx cannot be imported: libnvinfer-none.so.10: .*; install it: pip install .dgm4\[rtx\]"
     )
     with pytest.raises(RefusedError, match=expected):
         worker._import_library("tensorrt_rtx")

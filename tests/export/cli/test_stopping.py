@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from export import cli
 from export.cli.stopping import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,3 +48,21 @@ def test_sigterm_handler_is_put_back():
     with exit_on_sigterm():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupt_while_the_command_is_imported(monkeypatch, capsys):
+    class Interrupted:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "export.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "export.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    assert cli.main(["--help"]) == 130
+    assert capsys.readouterr().err == "dgm4: error: interrupted\n"
+
+
+def test_the_entry_point_imports_no_verb():
+    code = "import sys; from export.cli import main; sys.exit('argparse' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -17,6 +17,7 @@ from engine.manifest import parse_manifest
 from engine.postprocess import softmax
 from engine.scores import DECISIONS, Temperatures
 from export.cli import main
+from export.evaluation import calibrate as library
 from export.evaluation import running
 from export.evaluation.calibrate import CalibrateOptions, calibrate
 from export.evaluation.evaluate import EvaluateOptions, evaluate
@@ -254,6 +255,27 @@ def test_a_class_that_is_missing_keeps_its_temperature(source, scripted, tmp_pat
         assert found.outcomes[name].temperature == 1 and found.outcomes[name].fitted
         (note,) = [note for note in found.notes if note.startswith(f"{name} has the temperature 1: ")]
         assert reason in note
+
+
+def test_a_temperature_that_does_not_help_is_not_taken(source, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "fit_temperature", lambda half: 0.2)
+    found = calibrate(source, pairs, tmp_path / "new", OPTIONS)
+    assert {outcome.temperature for outcome in found.outcomes.values()} == {1.0}
+    note = "the 0.200 fitted does not lower the log loss on the pairs held out; use more pairs"
+    assert f"manipulated has the temperature 1: {note}" in found.notes
+
+
+def test_a_threshold_that_finds_little_is_told(source, many, scripted, tmp_path):
+    random = np.random.default_rng(5)
+    scripted(
+        many,
+        spoil=lambda outputs: {**outputs, "logits_real_fake": random.normal(size=(len(outputs["box"]), 2))},
+    )
+    found = calibrate(source, many, tmp_path / "new", OPTIONS)
+    assert found.outcomes["manipulated"].reached.found_rate.value < 0.1
+    (note,) = [note for note in found.notes if note.startswith("manipulated finds only ")]
+    assert note.endswith("allow more false alarms, or train on more such pairs")
+    assert not [note for note in found.notes if note.startswith("face_swap finds only ")]
 
 
 def test_pairs_that_are_all_manipulated_are_refused(source, scripted, tmp_path):

@@ -50,7 +50,7 @@ def test_a_bundle_without_weights(weightless, bundle, data, capsys):
     arguments = ["evaluate", str(weightless), "--data", str(data), "--limit", "4"]
     assert main(arguments) == 0
     assert (
-        "no reference: the bundle does not contain model.safetensors; give --checkpoint"
+        "no reference: the bundle does not contain model.safetensors; give --checkpoint with what"
         in capsys.readouterr().out
     )
     assert main([*arguments, "--gate"]) == 1
@@ -72,3 +72,9 @@ def test_a_checkpoint_without_trained_heads_is_refused(bundle, data, monkeypatch
     monkeypatch.setattr(reference.dgm4, "read_checkpoint", lambda path: fake)
     with pytest.raises(InputError, match="ALBEF initialisation"):
         evaluate(bundle("asap", "fp32").path, data, EvaluateOptions(checkpoint=tmp_path, **QUICK))
+
+
+def test_the_demo_weights_are_found_for_the_demo_bundle(data):
+    found = evaluate("demo:asap", data, EvaluateOptions(reference="required", **QUICK))
+    assert found.comparison.source == "asap.safetensors"
+    assert found.notes == ()

@@ -349,7 +349,7 @@ def test_no_library_at_all(monkeypatch, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"onnx")
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert find_builder() is None
-    with pytest.raises(BackendError, match="pip install tensorrt-rtx"):
+    with pytest.raises(BackendError, match=r'pip install "dgm4\[rtx\]"'):
         build_engine(EngineSpec(tmp_path / "model.onnx", [PROFILE]), tmp_path / "model.engine")
 
 

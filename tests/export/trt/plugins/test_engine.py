@@ -49,7 +49,7 @@ def test_where_they_go(triton_found, plugins, builder, fit):
 @pytest.mark.parametrize(
     ("builder", "message"),
     [
-        (RTX, "--plugins on: tensorrt_rtx has no plugins; pip install tensorrt"),
+        (RTX, "--plugins on: tensorrt_rtx has no plugins; pip install .dgm4"),
         (OLD, "--plugins on: the kernels are for compute capability 8.0, .* and this GPU's is 7.5"),
     ],
 )
