@@ -47,7 +47,7 @@ _JPEG_QUALITY = 88
 _LIST_QUALITIES, _LIST_BYTES = (75, 50, 30), 14_000
 _REASON = 240  # characters of an error
 # What a message says of the item, which the heading of its card says already.
-_ITEM = re.compile(r"^(item \d+( \('.*'\))?|line \d+ of the list): ", re.DOTALL)
+_ITEM = re.compile(r"^(item|line) \d+( \('.*'\))?: ", re.DOTALL)
 
 
 class _Photo(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,7 @@ from engine.manifest import FORMAT
 
 Rows = list[tuple[str, ...]]
 
-# File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9. In JSON that is an
-# escape, and names the file again.
+# File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9.
 ERRORS = "backslashreplace"
 
 
@@ -28,10 +28,14 @@ def open_output(
 ) -> Iterator[IO[str]]:
     """stdout, or a file that appears whole or not at all; raises InputError where it cannot be written.
 
+    A stdout that was closed when the command began cannot: the null device stands in for it.
+
     `inputs` are files and folders of data that must not be overwritten; `option` is what messages call the
     path.
     """
     if path is None:
+        if getattr(sys.stdout, "name", None) == os.devnull:
+            raise InputError("stdout is closed: expected somewhere to write the answer, such as > FILE")
         yield sys.stdout
         return
     check_output(path, option, inputs)

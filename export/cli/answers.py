@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,6 +20,8 @@ from export.output import ERRORS
 
 SUFFIX = ".partial"
 Maker = Mapping[str, Mapping[str, Any]]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Answers:
@@ -32,29 +35,30 @@ class Answers:
         self.out, self.partial = out, out.with_name(out.name + SUFFIX)
         self._file: IO[str] | None = None
 
-    def keep(self, entries: Iterable[Entry], made_by: Maker) -> int:
-        """Keep the answers of a stopped run, or those of the whole file; return how many there are.
+    def keep(self, entries: Iterator[Entry], made_by: Maker) -> tuple[int, int]:
+        """Keep the answers of a stopped run, or those of the whole file; return (how many, how many failed).
 
-        `entries` are the list's; of each answer the fields in `made_by` have to hold what
-        stands there. A torn last line goes. Raises InputError where an answer is not of the list's pair.
+        `entries` are the list's, of which it takes those that are answered. Of each answer the fields in
+        `made_by` have to hold what stands there. A torn last line goes. Raises InputError where an answer is
+        not of the list's pair; all files are then as they were.
         """
-        if not self.partial.exists():
-            if not self.out.exists():
-                return 0
-            shutil.copyfile(self.out, self.partial)
-        end = count = 0
-        entry_of = iter(entries)
-        with self.partial.open("rb") as file:
+        kept = self.partial if self.partial.exists() else self.out
+        if not kept.exists():
+            return 0, 0
+        end = count = failed = 0
+        with kept.open("rb") as file:
             for line in file:
                 record = _parse(line)
                 if record is None:
                     break
-                self._check(record, next(entry_of, None), count + 1)
-                _check_maker(record, made_by, self.partial)
-                end, count = end + len(line), count + 1
+                _check(record, next(entries, None), count + 1, kept)
+                _check_maker(record, made_by, kept)
+                end, count, failed = end + len(line), count + 1, failed + ("error" in record)
+        if kept == self.out:
+            shutil.copyfile(self.out, self.partial)
         os.truncate(self.partial, end)
         self._file = self._open("a")
-        return count
+        return count, failed
 
     def __enter__(self) -> Answers:
         return self
@@ -70,8 +74,6 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None and kind is None:
-            self._file = self._open("w")  # of a list without pairs
         if self._file is None:
             return
         if kind is None:
@@ -91,17 +93,25 @@ class Answers:
         # By the line: a process that is killed leaves one torn line at most.
         return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
 
-    def _check(self, record: dict[str, Any], entry: Entry | None, number: int) -> None:
-        theirs = {name: record.get(name) for name in ("line", "image", "id", "caption") if name in record}
-        if entry is not None:
-            ours = {**entry.head(), "caption": read_caption(entry.caption)[0]}
-            if all(ours.get(name) == value for name, value in theirs.items()):
-                return
-        now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
-        raise InputError(
-            f"{self.partial}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
-            f"where the list now has {now}; leave out --resume to start anew"
-        )
+
+def json_line(record: Mapping[str, Any]) -> str:
+    r"""A line of JSON that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
+    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n"
+
+
+def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:
+    """Raise InputError unless the record of `path` is of this entry."""
+    theirs = {name: record.get(name) for name in ("line", "image", "id", "caption") if name in record}
+    if entry is not None:
+        ours = json.loads(json_line({**entry.head(), "caption": read_caption(entry.caption or "")[0]}))
+        if all(ours.get(name) == value for name, value in theirs.items()):
+            return
+    now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
+    raise InputError(
+        f"{path}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
+        f"where the list now has {now}; leave out --resume to start anew"
+    )
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

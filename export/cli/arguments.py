@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
+from engine import Bundle
 from engine.backends import known, usable_cores
 from engine.errors import did_you_mean
 from engine.scores import DECISIONS, GROUP
@@ -109,6 +110,15 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_threads(parser)
+
+
+def check_batch(options: argparse.Namespace) -> None:
+    """Stop with an error of usage where --batch is above the limit of the bundle."""
+    if options.batch is None:
+        return
+    most = Bundle.open(options.bundle).manifest.limits.max_batch
+    if options.batch > most:
+        options.parser.error(f"--batch: expected at most {most}, the bundle's limit, got {options.batch}")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

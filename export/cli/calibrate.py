@@ -10,7 +10,7 @@ from pathlib import Path
 from dgm4.places import check_data
 from engine.bundle import Bundle
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data
+from export.cli.arguments import Verbs, add_backend, add_data, check_batch
 from export.flags import POSITIVE, WHOLE, Number, read_options
 
 _RATE = Number("a rate above 0 and below 1, as 0.01", float, 1e-9, 1 - 1e-9)
@@ -48,6 +48,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate, write the new bundle and print what was reached."""
+    check_batch(options)
     require("dgm4 calibrate", "sklearn")
     check_data(options.data)
     Bundle.open(options.bundle)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from typing import Any
 
 from engine.backends import describe, remedy, usable_cores
 from engine.packages import find_conflict, version_of
 from export.cli.arguments import Verbs
+from export.output import open_output
 
 _PACKAGES = (
     "onnxruntime",
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
             for info in describe_builders()
         },
     }
-    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _lines(record))
+    with open_output(None) as out:
+        out.write(json.dumps(record, indent=2) + "\n" if options.json else _lines(record))
     return 0
 
 

@@ -14,7 +14,7 @@ from dgm4.places import check_checkpoint, check_data
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds
+from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and write the report; raises VerificationError where --gate was given and the gate failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
+    check_batch(options)
     needed = _NEEDED if options.reference == "none" else (*_NEEDED, *_NEEDED_TO_COMPARE)
     require("dgm4 evaluate", *needed)
     check_data(options.data)

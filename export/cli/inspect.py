@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.bundle import Bundle
 from engine.progress import progress_bar
 from export.bundle.card import grouped, largest_text, score_calibration_text
 from export.cli.arguments import Verbs
+from export.output import open_output
 
 _KINDS = {
     "trained": "trained",
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     record = bundle.describe() | {"backends": serving(bundle)}
     if options.layers:
         record["layers"] = _layers(bundle, options)
-    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
+    with open_output(None) as out:
+        out.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
     return 0
 
 

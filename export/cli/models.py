@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
 from export.cli.arguments import Verbs
+from export.output import Rows, align, open_output
 
 _HEAD = ("name", "size", "parameters", "weights", "licence of the weights", "ready bundle")
 
@@ -30,16 +30,12 @@ def run(options: argparse.Namespace) -> int:
     from dgm4.catalogue import list_models
 
     entries = list_models()
-    if options.json:
-        sys.stdout.write(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
-        return 0
-    rows = [_HEAD]
+    rows: Rows = [_HEAD]
     for entry in entries:
         size = f"{entry.parameters / 1e6:.1f} M"
         weights = entry.weights or "your checkpoint"
         rows.append((entry.name, entry.size, size, weights, entry.licence, entry.bundle or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    table = "\n".join(align(rows, left=len(_HEAD)))
+    with open_output(None) as out:
+        out.write((json.dumps([*map(asdict, entries)], indent=1) if options.json else table) + "\n")
     return 0

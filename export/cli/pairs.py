@@ -22,7 +22,8 @@ _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _DELIMITERS = ",;\t|"
 _LONGEST_PATH = 4096  # characters: the system's limit
 _SHOWN = 60  # characters of a faulty line that a message repeats
-_EXPECTED = 'expected {"image": path, "caption": text}'
+_EXPECTED = 'expected {"image": path, "caption": text}, where one of the two may be null'
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins like the first, and holds NUL as these do
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Entry:
     """A pair of a list, or what is wrong with its line; `number` counts lines, or items where there are none.
 
     `image` is the path as the list has it, relative to `PairList.base`; `id` what the list calls the pair.
+    The image or the caption is None where the list has none.
     """
 
     number: int
     image: str | None = None
-    caption: str = ""
+    caption: str | None = None
     id: Any = None
     error: InputError | None = None
 
@@ -53,24 +55,33 @@ class PairList:
     A file is told by its suffix, else by how it begins. CSV has the columns image and caption (or file_name
     and text), in any order, or two without a header. A folder has one of `captions.jsonl`, `.json`, `.csv`,
     `.tsv` and `.txt`, or a NAME.txt beside each image. Iterating raises InputError for a list that cannot be
-    read as a whole; a line that cannot be used is an `Entry` with an error.
+    read as a whole or is empty; a line that cannot be used is an `Entry` with an error.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.base = Path.cwd() if path == STDIN else path if path.is_dir() else path.parent
+        self._read_once = path == STDIN or path.is_fifo()  # <(...) in a shell
+        self.base = Path.cwd() if self._read_once else path if path.is_dir() else path.parent
 
     def __iter__(self) -> Iterator[Entry]:
+        name, entry = str(self.path), None
         if self.path == STDIN:
-            yield from _read(sys.stdin.buffer, "", "stdin")
+            name, entries = "stdin", _read(sys.stdin.buffer, "", "stdin")
         elif self.path.is_dir():
-            yield from _read_folder(self.path)
+            entries = _read_folder(self.path)
         else:
-            yield from _read_file(self.path)
+            entries = _read_file(self.path)
+        for entry in entries:
+            yield entry
+        if entry is None:
+            raise InputError(f"{name}: expected at least one pair, got an empty list")
 
     def count(self, out: Path | None) -> int | None:
-        """How many pairs there are, None for stdin; raises InputError where `out` is an image of the list."""
-        if self.path == STDIN:
+        """How many pairs there are, None for a stream, which is read once.
+
+        Raises InputError where `out` is an image of the list.
+        """
+        if self._read_once:
             return None
         written = out if out is not None and out.exists() else None
         total = 0
@@ -102,6 +113,9 @@ def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
     if head is None:
         return
     first = head[1].removeprefix(codecs.BOM_UTF8)
+    if first.startswith(_WIDE) or b"\0" in first:
+        kind = "UTF-16; save it as UTF-8" if first.startswith(_WIDE) else "a binary file"
+        raise InputError(f"{name}: expected a list as text in UTF-8, got {kind}")
     whole = itertools.chain([(head[0], first)], numbered)
     if suffix not in (*_LINES, *_TABLES) and first.lstrip().startswith(b"["):
         yield from _read_array(b"".join(line for _, line in whole), name)
@@ -110,7 +124,12 @@ def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
     elif suffix in _TABLES:
         raise InputError(
             f"{name}: expected a header with the columns image and caption, or two columns, "
-            f"got {_shorten(first)}"
+            f"got {_shorten(first)}; quote a caption that holds the delimiter"
+        )
+    elif not first.lstrip().startswith(b"{"):
+        raise InputError(
+            f"{name}: expected JSON lines, a JSON array, or CSV with the columns image and caption, "
+            f"in UTF-8, got {_shorten(first)}"
         )
     else:
         for number, line in whole:
@@ -123,9 +142,8 @@ def _read_line(line: bytes, number: int) -> Entry:
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or numbers and nesting past reason
-        wrong = f"line {number} of the list: expected JSON in UTF-8, got {_shorten(line)}"
-        return Entry(number, error=InputError(wrong))
-    return _entry(record, number, f"line {number} of the list", _shorten(line))
+        return _failed(number, f"expected JSON in UTF-8, got {_shorten(line)}")
+    return _entry(record, number, _shorten(line))
 
 
 def _read_array(content: bytes, name: str) -> Iterator[Entry]:
@@ -134,15 +152,22 @@ def _read_array(content: bytes, name: str) -> Iterator[Entry]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: expected a JSON array of pairs in UTF-8: {str(error)[:_SHOWN]}") from error
     for number, record in enumerate(records, start=1):
-        yield _entry(record, number, f"item {number} of the list", _shorten(repr(record).encode()))
+        yield _entry(record, number, _shorten(json.dumps(record).encode()))
 
 
-def _entry(record: Any, number: int, where: str, shown: str) -> Entry:
+def _entry(record: Any, number: int, shown: str) -> Entry:
     if isinstance(record, dict):
         image, caption = (_first(record, names) for names in (_IMAGE_NAMES, _CAPTION_NAMES))
-        if isinstance(image, str) and isinstance(caption, str):
+        neither = image is None and caption is None
+        if isinstance(image, str | None) and isinstance(caption, str | None) and not neither:
             return Entry(number, image, caption, record.get("id"))
-    return Entry(number, error=InputError(f"{where}: {_EXPECTED}, got {shown}"))
+    return _failed(number, f"{_EXPECTED}, got {shown}")
+
+
+def _failed(number: int, reason: str, image: str | None = None) -> Entry:
+    """The entry of a line that cannot be used."""
+    where = f"line {number}" if image is None else f"line {number} ({image!r})"
+    return Entry(number, image, error=InputError(f"{where}: {reason}"))
 
 
 def _first(record: dict[str, Any], names: Iterable[str]) -> Any:
@@ -151,9 +176,10 @@ def _first(record: dict[str, Any], names: Iterable[str]) -> Any:
 
 @dataclass(frozen=True)
 class _Table:
-    """How a CSV is read: its delimiter, and the columns of image, caption and id by number."""
+    """How a CSV is read: its delimiter, how many columns, and those of image, caption and id by number."""
 
     delimiter: str
+    columns: int
     image: int
     caption: int
     id: int | None
@@ -171,49 +197,59 @@ class _Table:
                 for known in (_IMAGE_NAMES, _CAPTION_NAMES)
             )
             if image is not None and caption is not None:
-                return _Table(delimiter, image, caption, names.index("id") if "id" in names else None, True)
+                known = names.index("id") if "id" in names else None
+                return _Table(delimiter, len(row), image, caption, known, True)
         # Without a header a comma may be one of the caption's, so that outside a .csv only a tab counts.
         for delimiter, row in rows.items():
             if len(row) == 2 and (delimiter == "\t" or suffix in _TABLES):
-                return _Table(delimiter, 0, 1, None, False)
+                return _Table(delimiter, 2, 0, 1, None, False)
         return None
 
     def read(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[Entry]:
         """The entries of numbered lines."""
         number, read = 0, 0  # of the row's first line, and of the last one read
+        taken: list[str] = []  # the lines of the row
 
         def text() -> Iterator[str]:
             nonlocal read
             for number_of_line, line in lines:
                 read = number_of_line
-                yield line.decode(errors="surrogateescape")
+                taken.append(line.decode(errors="surrogateescape"))
+                yield taken[-1]
 
         rows = csv.reader(text(), delimiter=self.delimiter)
         if self.header:
             next(rows)
         while True:
             number = read + 1
+            taken.clear()
             try:
                 row = next(rows)
+                if len(taken) > 1:  # a quote that nothing closes takes all the lines after it
+                    list(csv.reader(taken, delimiter=self.delimiter, strict=True))
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Entry(number, error=InputError(f"line {number} of the list: {error}"))
+                yield _failed(number, f"{error}; close the quotes of its caption, and double those within")
                 continue
             if any(cell.strip() for cell in row):
                 yield self._entry(row, number)
 
     def _entry(self, row: list[str], number: int) -> Entry:
-        where = f"line {number} of the list"
-        if len(row) <= max(self.image, self.caption):
-            wrong = f"{where}: expected an image and a caption, got {_shorten(repr(row).encode())}"
-            return Entry(number, error=InputError(wrong))
-        if not _is_utf8(row[self.caption]):
-            return Entry(
-                number, error=InputError(f"{where}: expected UTF-8, got {row[self.caption][:_SHOWN]!r}")
+        if len(row) != self.columns:
+            return _failed(
+                number,
+                f"expected {self.columns} fields, got {len(row)}; "
+                f"quote a caption that holds the delimiter {self.delimiter!r}",
             )
-        known = row[self.id] if self.id is not None and self.id < len(row) else None
-        return Entry(number, row[self.image].strip(), row[self.caption], known)
+        if not _is_utf8(row[self.caption]):
+            return _failed(
+                number, f"expected UTF-8, got {row[self.caption][:_SHOWN]!r}; save the list as UTF-8"
+            )
+        image = row[self.image].strip() or None
+        if image is None and not row[self.caption].strip():
+            return _failed(number, "expected an image or a caption, got neither")
+        return Entry(number, image, row[self.caption], None if self.id is None else row[self.id])
 
 
 def _is_utf8(text: str) -> bool:
@@ -247,8 +283,7 @@ def _read_folder(folder: Path) -> Iterator[Entry]:
         try:
             yield Entry(number, image.name, caption.read_bytes().decode("utf-8-sig", "replace").strip())
         except OSError:
-            wrong = f"{image.name}: no caption; expected it in {caption.name} beside the image"
-            yield Entry(number, image.name, error=InputError(wrong))
+            yield _failed(number, f"no caption; expected it in {caption.name} beside the image", image.name)
 
 
 def _shorten(line: bytes) -> str:

@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+        self._given_usage, self._intermixed = self.usage, False
         loudness = self.add_mutually_exclusive_group()
         loudness.add_argument(
             *("-v", "--verbose"),
@@ -49,6 +50,17 @@ class Parser(argparse.ArgumentParser):
             default=argparse.SUPPRESS,
             help="errors only, no progress",
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Let options stand among arguments that may be left out; argparse would take these for absent."""
+        optional = any(x.nargs == argparse.OPTIONAL and not x.option_strings for x in self._actions)
+        if self._intermixed or not optional:
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
 
     def error(self, message: str) -> NoReturn:
         """Show the usage in one line and the reason in the next; exit with 2."""
@@ -67,9 +79,9 @@ class Parser(argparse.ArgumentParser):
 
     def _short_usage(self) -> str:
         required = [action for action in self._actions if action.required or not action.option_strings]
-        named = self.prog if self.usage else f"{self.prog} [options]"
+        named = self.prog if self._given_usage else f"{self.prog} [options]"
         formatter = HelpFormatter(prog=named, width=_UNBROKEN)
-        formatter.add_usage(self.usage, required, [])
+        formatter.add_usage(self._given_usage, required, [])
         return f"{formatter.format_help().strip()}   ({self.prog} --help tells more)"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

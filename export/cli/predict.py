@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,8 @@ from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
-from export.cli.answers import Answers, Maker
-from export.cli.arguments import Verbs, add_backend, add_thresholds
+from export.cli.answers import Answers, Maker, json_line
+from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
 from export.cli.pairs import STDIN, Entry, PairList
 from export.cli.plot import save_plot
 from export.cli.summary import printable, rounded, summary
@@ -30,13 +29,16 @@ from export.output import check_output, full_disk_as_input_error, open_output
 Record = dict[str, Any]
 
 _BAD_INPUT = 1
+_BATCH = 8
+_ITEM = re.compile(r"^item \d+")  # what the predictor calls the pairs of a stream
 _EPILOG = """
 A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
 as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
-list. A failed item gives a line with its error, and exit code 1.
+list. An image or a caption that is null is judged alone. A failed item gives a line with its error, and
+exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
-stopped goes on there with --resume.
+stopped goes on there with --resume, which keeps failed items too.
 
 On a terminal the answers are summed up for reading; elsewhere, and with --json, each is a line of JSON.
 
@@ -72,7 +74,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--html", action="store_true", help="write a page instead of JSON lines")
     add("--plot", type=Path, metavar="FILE", help="draw the prediction of a single pair")
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
-    add("--batch", type=POSITIVE, default=8, metavar="N", help="pairs a run (%(default)s)")
+    add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
     """Predict the pairs; exit code 1 if any of them failed."""
     if (wrong := _usage_error(options)) is not None:
         options.parser.error(wrong)
+    check_batch(options)
     if options.list is not None:
         return _predict_list(options)
     image = None if options.image == str(STDIN) else Path(options.image)
@@ -139,10 +142,10 @@ class _Reader:
     def __iter__(self) -> Iterator[object]:
         for entry in self.entries:
             self.pending.append(entry)
-            if entry.error is not None or entry.image is None:
+            if entry.error is not None:
                 yield None  # no pair: the predictor returns an error in its place
             else:
-                yield self.base / entry.image, entry.caption
+                yield None if entry.image is None else self.base / entry.image, entry.caption
 
 
 def _predict_list(options: argparse.Namespace) -> int:
@@ -153,18 +156,20 @@ def _predict_list(options: argparse.Namespace) -> int:
         check_output(options.out, "--out", inputs)
     total = pairs.count(options.out)
     failed = done = 0
+    entries = iter(pairs)
     with contextlib.ExitStack() as stack:
-        predictor = stack.enter_context(_predictor(options))
         out: _Sink
         if options.out is None or options.html:
             out = stack.enter_context(open_output(options.out, inputs))
         else:
             stack.enter_context(full_disk_as_input_error(options.out, "--out"))
-            out = answers = stack.enter_context(Answers(options.out))
-            if options.resume:
-                done = answers.keep(pairs, _maker(predictor))
-        reader = _Reader(itertools.islice(pairs, done, None), pairs.base)
-        stream = predictor.stream(cast(Iterable[Any], reader), batch_size=options.batch, on_error="return")
+            out = stack.enter_context(Answers(options.out))
+        predictor = stack.enter_context(_predictor(options))
+        if options.resume and isinstance(out, Answers):
+            done, failed = out.keep(entries, _maker(predictor))
+        reader = _Reader(entries, pairs.base)
+        batch = options.batch or _BATCH
+        stream = predictor.stream(cast(Iterable[Any], reader), batch_size=batch, on_error="return")
         # Answers on a terminal show by themselves how far it is.
         shown = not options.quiet and (options.out is not None or not sys.stdout.isatty())
         bar = stack.enter_context(progress_bar("predict", total, "pairs", shown, initial=done))
@@ -173,14 +178,18 @@ def _predict_list(options: argparse.Namespace) -> int:
             nonlocal failed, done
             for result in stream:
                 entry = reader.pending.popleft()
-                failed += isinstance(entry.error or result, Dgm4Error)
+                answer = result if entry.error is None else entry.error
+                if isinstance(answer, Dgm4Error):
+                    failed += 1
+                    answer = type(answer)(_ITEM.sub(f"line {entry.number}", str(answer)))
                 done += 1
                 bar.update()
-                yield entry.head(), entry.error or result
+                yield entry.head(), answer
 
         _write(out, options, predictions())
     if failed:
-        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error\n")
+        again = "; leave out --resume to try them again" if options.resume else ""
+        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error{again}\n")
     return _BAD_INPUT if failed else 0
 
 
@@ -208,12 +217,8 @@ def _text(head: Record, result: Prediction | Dgm4Error, options: argparse.Namesp
     if isinstance(result, Prediction):
         record = result.to_dict(options.heatmap)
         if not options.json and options.out is None and sys.stdout.isatty():
-            return summary(head["image"], record)
-        return _json_line({**head, **rounded(record)})
+            return summary(head["image"] or f"line {head['line']}", record)
+        return json_line({**head, **rounded(record)})
     if not options.json and options.out is None and sys.stdout.isatty():
-        return printable(f"line {head['line']}: error: {result}") + "\n"
-    return _json_line({**head, "error": str(result), "kind": type(result).__name__})
-
-
-def _json_line(record: Record) -> str:
-    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        return printable(f"error: {result}") + "\n"
+    return json_line({**head, "error": str(result), "kind": type(result).__name__})

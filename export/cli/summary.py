@@ -18,23 +18,24 @@ def summary(name: str, record: Record) -> str:
     """Lines on the prediction `record` (`Prediction.to_dict`) for the image `name`.
 
     Of a pair that is not manipulated only the verdict and the warnings; types, box and words mean nothing
-    there. The box is of a face, so it is given where a face type is detected.
+    there. The box is of a face, so it is given where a face type is detected. An image or a caption by itself
+    has no verdict.
     """
-    verdict = "manipulated" if record["manipulated"] else "not manipulated"
-    threshold = record["thresholds"].get("manipulated")
-    counted = "" if threshold is None else f" (threshold {percent(threshold)})"
-    lines = [
-        f"{name}: {verdict}",
-        *row("probability", f"{percent(record['score'])} of manipulation{counted}"),
-    ]
-    if record["manipulated"]:
+    verdict = {None: "not answered", True: "manipulated", False: "not manipulated"}[record["manipulated"]]
+    lines = [f"{name}: {verdict}"]
+    if record["score"] is not None:
+        threshold = record["thresholds"].get("manipulated")
+        counted = "" if threshold is None else f" (threshold {percent(threshold)})"
+        lines += row("probability", f"{percent(record['score'])} of manipulation{counted}")
+    if record["manipulated"] is not False:
         types = [f"{kind} {percent(record['types'][kind])}" for kind in record["detected"]]
         lines += row("types", ", ".join(types) or "none reaches its threshold")
         if record["box"] is not None and any(kind in record["detected"] for kind in _FACE):
             x1, y1, x2, y2 = (f"{x:.0f}" for x in record["box"])
             lines += row("face", f"from ({x1}, {y1}) to ({x2}, {y2}), in pixels")
         marked = [f"[{w['text']}]" if w["manipulated"] else w["text"] for w in record["words"]]
-        lines += row("words", " ".join(marked))
+        if marked:
+            lines += row("words", " ".join(marked))
     for warning in record["warnings"]:
         lines += row("warning", warning)
     return "\n".join(map(printable, lines)) + "\n"

@@ -146,7 +146,7 @@ def test_the_page_tells_once_that_the_weights_say_nothing():
     [
         ("item 7 ('/data/a: b.png'): no such file; expected an image", "no such file; expected an image"),
         ("item 7: expected a pair, got None", "expected a pair, got None"),
-        ("line 8 of the list: expected JSON", "expected JSON"),
+        ("line 8: expected JSON", "expected JSON"),
         ("x" * 1000, "x" * 237 + "..."),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InputError
-from export.cli.answers import Answers
+from export.cli.answers import Answers, json_line
 from export.cli.pairs import Entry
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,10 +23,7 @@ ENTRIES = [Entry(1, "a.jpg", "one"), Entry(3, "caf\udce9.jpg", "t\udce9wo", 7), 
 
 def line_of(entry, **changes):
     record = {**entry.head(), "caption": entry.caption.replace("\udce9", "\ufffd"), **changes}
-    return (
-        json.dumps({"model": {"name": "asap", "backend": "ort"}, "thresholds": {"words": 0.5}, **record})
-        + "\n"
-    )
+    return json_line({"model": {"name": "asap", "backend": "ort"}, "thresholds": {"words": 0.5}, **record})
 
 
 @pytest.fixture
@@ -45,15 +42,16 @@ def stopped(tmp_path):
 
 def test_a_stopped_run_goes_on(stopped, capsys):
     with Answers(stopped) as answers:
-        assert answers.keep(ENTRIES, MAKER) == 2
-        answers.write(line_of(ENTRIES[2]))
+        entries = iter(ENTRIES)
+        assert answers.keep(entries, MAKER) == (2, 0)
+        answers.write(line_of(next(entries)))
     assert stopped.read_text() == "".join(map(line_of, ENTRIES))
     assert [path.name for path in stopped.parent.iterdir()] == ["answers.jsonl"]
 
 
 def test_it_says_where_the_answers_are(stopped, capsys):
     with pytest.raises(ValueError, match="boom"), Answers(stopped) as answers:
-        answers.keep(ENTRIES, MAKER)
+        answers.keep(iter(ENTRIES), MAKER)
         raise ValueError("boom")
     expected = f"dgm4: {stopped}.partial holds the answers so far; --resume goes on with it\n"
     assert capsys.readouterr().err == expected
@@ -61,9 +59,9 @@ def test_it_says_where_the_answers_are(stopped, capsys):
 
 def test_a_finished_file_of_a_list_that_grew(stopped):
     with Answers(stopped) as answers:
-        answers.keep(ENTRIES[:2], MAKER)
+        answers.keep(iter(ENTRIES[:2]), MAKER)
     with Answers(stopped) as answers:
-        assert answers.keep(ENTRIES, MAKER) == 2
+        assert answers.keep(iter(ENTRIES), MAKER) == (2, 0)
         answers.write(line_of(ENTRIES[2]))
     assert stopped.read_text() == "".join(map(line_of, ENTRIES))
 
@@ -80,14 +78,14 @@ def test_a_run_that_starts_anew_says_what_it_replaces(stopped, capsys):
 
 def test_a_full_disk_keeps_what_is_there(stopped, capsys):
     with pytest.raises(OSError, match="full"), Answers(stopped) as answers:
-        answers.keep(ENTRIES, MAKER)
+        answers.keep(iter(ENTRIES), MAKER)
         raise OSError(28, "full")
     assert "--resume goes on with it" in capsys.readouterr().err
 
 
 def test_without_an_earlier_run_it_starts(tmp_path):
     with Answers(tmp_path / "a.jsonl") as answers:
-        assert answers.keep(ENTRIES, MAKER) == 0
+        assert answers.keep(iter(ENTRIES), MAKER) == (0, 0)
         answers.write(line_of(ENTRIES[0]))
     assert (tmp_path / "a.jsonl").read_text() == line_of(ENTRIES[0])
 
@@ -117,13 +115,42 @@ def test_a_changed_list_is_told(stopped, entries, message):
         pytest.raises(InputError, match=f"{message}.*; leave out --resume to start anew"),
         Answers(stopped) as answers,
     ):
-        answers.keep(entries, MAKER)
+        answers.keep(iter(entries), MAKER)
     assert Path(f"{stopped}.partial").read_bytes() == before
+
+
+def test_a_finished_file_is_refused_without_a_copy(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(line_of(ENTRIES[0]))
+    with pytest.raises(InputError, match=r"answers.jsonl: answer 1 is of"), Answers(out) as answers:
+        answers.keep(iter(ENTRIES[1:]), MAKER)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_failed_answers_are_kept_and_counted(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(line_of(ENTRIES[0], error="line 1: broken") + line_of(ENTRIES[1]))
+    with Answers(out) as answers:
+        assert answers.keep(iter(ENTRIES), MAKER) == (2, 1)
+
+
+@pytest.mark.parametrize("entry", [Entry(1, "a.jpg"), Entry(1, caption="words")])
+def test_half_a_pair_is_found_again(entry, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(json_line({**entry.head(), "caption": entry.caption or ""}))
+    with Answers(out) as answers:
+        assert answers.keep(iter([entry]), MAKER) == (1, 0)
+
+
+def test_every_line_is_valid_unicode():
+    line = json_line({"image": "caf\udce9.jpg", "id": ["\ud800"], "caption": "你好"})
+    assert line == '{"image": "caf\\\\udce9.jpg", "id": ["\\\\ud800"], "caption": "你好"}\n'
+    assert json.loads(line.encode())["image"] == r"caf\udce9.jpg"
 
 
 def test_another_bundle_is_told(stopped):
     with pytest.raises(InputError, match="of another bundle or other options"), Answers(stopped) as answers:
-        answers.keep(ENTRIES, {"model": {"name": "hammer"}})
+        answers.keep(iter(ENTRIES), {"model": {"name": "hammer"}})
 
 
 def test_sigterm_leaves_the_answers_and_nothing_else(tmp_path):

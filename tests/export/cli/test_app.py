@@ -198,6 +198,18 @@ def test_standard_streams_may_be_closed(closed, tmp_path):
     assert int((tmp_path / "number").read_text()) > 2
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_options_stand_anywhere_among_the_arguments(place):
+    words = ["my-bundle", "photo.jpg", "A caption"]
+    options = app.make_parser().parse_args(["predict", *words[:place], "--json", *words[place:]])
+    assert (str(options.bundle), str(options.image), options.caption) == (
+        "my-bundle",
+        "photo.jpg",
+        "A caption",
+    )
+    assert options.json
+
+
 @pytest.mark.parametrize("prog", PARSERS)
 def test_every_verb_is_described(prog):
     assert PARSERS[prog].description

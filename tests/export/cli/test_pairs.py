@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,14 +56,32 @@ def test_every_form_holds_the_same_pairs(name, tmp_path, monkeypatch):
 
 def test_columns_in_any_order_and_ids(tmp_path):
     path = tmp_path / "list.csv"
-    path.write_text("id,source,caption,image\n7,x,one,a.jpg\n\n8,x\n9,x,caf\xe9,b.jpg,more\n", "latin-1")
-    first, short, latin = PairList(path)
+    path.write_text("id,source,caption,image\n7,x,one,a.jpg\n\n9,x,caf\xe9,b.jpg\n", "latin-1")
+    first, latin = PairList(path)
     assert first.head() == {"line": 2, "image": "a.jpg", "id": "7"}
-    assert (short.number, "expected an image and a caption, got \"['8', 'x']\"" in str(short.error)) == (
-        4,
-        True,
+    assert str(latin.error) == "line 4: expected UTF-8, got 'caf\\udce9'; save the list as UTF-8"
+
+
+@pytest.mark.parametrize("header", ["image,caption\n", ""])
+@pytest.mark.parametrize(("row", "fields"), [("b.jpg,A man, smiling, waves", 4), ("b.jpg", 1)])
+def test_a_row_of_other_fields_fails(header, row, fields, tmp_path):
+    """A comma that was not quoted would cut the caption in silence."""
+    path = tmp_path / "list.csv"
+    path.write_text(f'{header}a.jpg,one\n{row}\nc.jpg,"x, y"\n')
+    first, wrong, last = PairList(path)
+    assert (first.caption, last.caption) == ("one", "x, y")
+    assert str(wrong.error) == (
+        f"line {wrong.number}: expected 2 fields, got {fields}; quote a caption that holds the delimiter ','"
     )
-    assert (latin.number, "expected UTF-8" in str(latin.error)) == (5, True)
+
+
+def test_a_quote_that_is_never_closed_fails(tmp_path):
+    """It would make one caption of the lines after it."""
+    path = tmp_path / "list.csv"
+    path.write_text('image,caption\na.jpg,one\nb.jpg,"two\nc.jpg,three\n')
+    first, wrong = PairList(path)
+    assert (first.caption, wrong.number) == ("one", 3)
+    assert "close the quotes" in str(wrong.error)
 
 
 def test_lines_of_a_quoted_caption_count(tmp_path):
@@ -84,13 +104,65 @@ def test_a_list_that_is_none(name, content, message, tmp_path):
 
 
 def test_items_of_an_array_that_are_no_pairs(tmp_path):
-    (tmp_path / "list.json").write_text('[3, {"image": "a.jpg"}, {"image": "a.jpg", "caption": "x"}]')
-    assert [entry.error is None for entry in PairList(tmp_path / "list.json")] == [False, False, True]
+    (tmp_path / "list.json").write_text('[3, {"id": 1}, {"image": "a.jpg", "caption": "x"}]')
+    number, neither, pair = PairList(tmp_path / "list.json")
+    assert str(number.error).startswith("line 1: expected {") and str(number.error).endswith("got '3'")
+    assert str(neither.error).startswith("line 2: expected {")
+    assert pair.error is None
 
 
-def test_an_empty_list_is_one(tmp_path):
-    (tmp_path / "list.csv").write_text("\n\n")
-    assert found(tmp_path / "list.csv") == []
+@pytest.mark.parametrize(
+    ("name", "content", "pairs"),
+    [
+        ("list.jsonl", '{"image": "a.jpg"}\n{"image": null, "text": "x"}', [("a.jpg", None), (None, "x")]),
+        ("list.json", '[{"file_name": "a.jpg", "caption": null}]', [("a.jpg", None)]),
+        ("list.csv", "image,caption\na.jpg,\n,x\n", [("a.jpg", ""), (None, "x")]),
+    ],
+)
+def test_half_a_pair_is_one(name, content, pairs, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert [entry.error for entry in PairList(tmp_path / name)] == [None] * len(pairs)
+    assert found(tmp_path / name) == pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("list.csv", "\n\n"), ("head.csv", "image,caption\n"), ("list.jsonl", ""), ("list.json", "[]")],
+)
+def test_an_empty_list_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name}: expected at least one pair, got an empty list"):
+        list(PairList(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "txt"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("image,caption\na.jpg,x\n".encode("utf-16"), "UTF-16"),
+        ('{"image": "a.jpg", "caption": "x"}'.encode("utf-16-be"), "a binary file"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF,\0\n\n\xff", "a binary file"),
+        (b"PK\x03\x04\x14\0,\n" * 100, "a binary file"),
+    ],
+)
+def test_a_list_that_is_no_text_is_one_error(content, kind, suffix, tmp_path):
+    path = tmp_path / f"list.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"expected a list as text in UTF-8, got {kind}"):
+        list(PairList(path))
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0", b"%PDF-1.4\n", b"photo.jpg\nother.jpg\n"])
+def test_a_list_that_begins_like_none_is_one_error(content, tmp_path):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(InputError, match="list: expected JSON lines, a JSON array, or CSV"):
+        list(PairList(tmp_path / "list"))
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "list")
+    pairs = PairList(tmp_path / "list")
+    assert (pairs.count(None), pairs.base) == (None, Path.cwd())
 
 
 def test_a_folder_with_a_list_of_captions(tmp_path):
@@ -114,7 +186,7 @@ def test_a_folder_with_a_text_beside_each_image(tmp_path):
     assert (b.image, b.caption) == ("b.JPG", "caf\ufffd")
     assert (c.image, str(c.error)) == (
         "c.webp",
-        "c.webp: no caption; expected it in c.txt beside the image",
+        "line 3 ('c.webp'): no caption; expected it in c.txt beside the image",
     )
 
 

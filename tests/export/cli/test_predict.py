@@ -265,24 +265,104 @@ def test_a_long_list_is_taken_up_where_it_stopped(served, photo, tmp_path, capsy
 
 @pytest.mark.parametrize("form", ["--json", "--html"])
 def test_a_name_that_is_not_utf8(form, served, photo, tmp_path, capsys):
-    """Its bytes come as surrogates; they are replaced, in JSON by what names the file again."""
-    name = os.fsdecode(b"caf\xe9.png")
+    """Its bytes come as surrogates, which strict readers of JSON refuse; they are replaced."""
+    name, shown = os.fsdecode(b"caf\xe9.png"), r"caf\udce9.png"
     (tmp_path / name).write_bytes(photo.read_bytes())
     assert main(["predict", served, str(tmp_path / name), "words", form, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out").read_text(encoding="utf-8")
-    assert "caf\\udce9.png" in text
-    if form == "--json":
-        assert json.loads(text)["image"] == str(tmp_path / name)
-    assert main(["predict", served, str(tmp_path / name), "words"]) == 0
-    assert "caf\\udce9.png" in capsys.readouterr().out
+    if form == "--html":
+        assert shown in text
+    else:
+        assert json.loads(text)["image"] == str(tmp_path / shown)
 
 
 def test_stdout_closed(served, photo, tmp_path):
+    """An answer in a file is whole; one that has nowhere to go is an error."""
     (tmp_path / "list.csv").write_text("image,caption\nphoto.png,words\n")
-    command = (
-        f"{sys.executable} -m export.cli predict {served} --list {tmp_path}/list.csv --out {tmp_path}/o >&-"
-    )
+    command = f"{sys.executable} -m export.cli predict {served} --list {tmp_path}/list.csv"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "-c", command], env=environment, cwd=ROOT, capture_output=True, timeout=120)
+    done, lost = (
+        subprocess.run(["sh", "-c", line], env=environment, cwd=ROOT, capture_output=True, timeout=120)
+        for line in (f"{command} --out {tmp_path}/o >&-", f"{command} >&-")
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "o").read_text())["line"] == 2
+    assert lost.returncode == 1
+    assert lost.stderr.decode().startswith("dgm4: error: stdout is closed: expected somewhere to write")
+
+
+@pytest.mark.parametrize(
+    "verb", [["inspect", "{bundle}"], ["doctor"], ["list"], ["predict", "{bundle}", "a", "b"]]
+)
+def test_an_answer_with_nowhere_to_go_is_an_error(verb, served, monkeypatch, capsys):
+    with Path(os.devnull).open("w") as null:
+        monkeypatch.setattr(sys, "stdout", null)
+        assert main([part.format(bundle=served) for part in verb]) == 1
+    assert "stdout is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "a.png", "x"],
+        ["evaluate", "--data", "d"],
+        ["calibrate", "--data", "d", "--false-alarms", "0.01"],
+        ["bench"],
+    ],
+)
+def test_a_batch_above_the_bundles_limit_is_a_usage_error(arguments, served, capsys):
+    verb, *more = arguments
+    with pytest.raises(SystemExit) as stop:
+        main([verb, served, *more, "--batch", "99999"])
+    assert stop.value.code == 2
+    assert re.search(r"--batch: expected at most \d+, the bundle's limit, got 99999", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("form", ["--json", "--html"])
+def test_an_empty_list_is_an_error(form, served, tmp_path, capsys):
+    source, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    source.touch()
+    assert main(["predict", served, "-q", "--list", str(source), "--out", str(out), form]) == 1
+    assert capsys.readouterr().err == (
+        f"dgm4: error: {source}: expected at least one pair, got an empty list\n"
+    )
+    assert not out.exists()
+
+
+def test_half_a_pair_of_a_list_is_answered(served, photo, tmp_path, capsys, monkeypatch):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"image": "photo.png", "caption": null}\n{"caption": "words"}')
+    assert main(["predict", served, "--list", str(source)]) == 0
+    image, caption = records(capsys)
+    assert (image["image"], image["score"], image["words"]) == ("photo.png", None, [])
+    assert (caption["image"], caption["box"], caption["caption"]) == (None, None, "words")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["predict", served, "--list", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert "photo.png: not answered\n" in out and "line 2: not answered\n" in out
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.json", "list.jsonl"])
+def test_a_message_has_the_number_of_its_line(name, served, photo, tmp_path, capsys):
+    images = ["photo.png", "absent.png", "photo.png", "absent.png"]
+    forms = {
+        "list.csv": "image,caption\n" + "".join(f"{image},x\n" for image in images),
+        "list.json": json.dumps([{"image": image, "caption": "x"} for image in images]),
+        "list.jsonl": "".join(json.dumps({"image": image, "caption": "x"}) + "\n" for image in images),
+    }
+    source, out = tmp_path / name, tmp_path / "answers.jsonl"
+    source.write_text(forms[name])
+    arguments = ["predict", served, "--list", str(source), "--out", str(out)]
+    assert main(arguments) == 1
+    failed = [record for record in map(json.loads, out.read_text().splitlines()) if "error" in record]
+    assert len(failed) == 2
+    for record in failed:
+        assert record["error"].startswith(f"line {record['line']} ('")
+    # A finished file is kept, with what failed.
+    before = out.read_text()
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 1
+    assert out.read_text() == before
+    assert "2 of 4 pairs failed; their lines hold the error; leave out --resume to try them again" in (
+        capsys.readouterr().err
+    )
