@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from export.cli import app as cli
+from export import cli
 
 STATE = {"visual_encoder.cls_token": torch.ones(2), "itm_head.0.weight": torch.arange(6.0).view(2, 3)}
 
