@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from engine import Predictor
@@ -11,7 +10,7 @@ from engine.render import check_plot_path
 from export.cli.arguments import Verbs
 from export.cli.plot import save_plot
 from export.cli.summary import summary
-from export.output import check_output
+from export.output import check_output, open_output
 
 BUNDLE = "demo:asap"
 
@@ -46,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     with Predictor(BUNDLE) as predictor:
         prediction = predictor.predict(image, caption)
     save_plot(prediction, options.out)
-    sys.stdout.write(summary(image.name, prediction.to_dict(heatmap=False)))
-    sys.stdout.write(f"{'  card':<15}{options.out}\n")
+    with open_output(None) as out:
+        out.write(summary(image.name, prediction.to_dict(heatmap=False)))
+        out.write(f"{'  card':<15}{options.out}\n")
     return 0
