@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import re
 from collections import Counter
@@ -153,12 +152,12 @@ def _card(result: Result, stored: bool) -> dict[str, Any]:
     }
 
 
-@cache
-def _environment() -> Environment:
+def environment(package: str) -> Environment:
+    """Jinja2 over the templates of a package: all text escaped, control characters replaced."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("engine"),
+    return Environment(
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -166,9 +165,14 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: _allowed(value) if type(value) is str else value,
     )
-    environment.filters |= {"percent": percent, "threshold": threshold_percent}
-    environment.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT))}
-    return environment
+
+
+@cache
+def _environment() -> Environment:
+    made = environment("engine")
+    made.filters |= {"percent": percent, "threshold": threshold_percent}
+    made.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT))}
+    return made
 
 
 def embed(photo: Image.Image) -> str:
@@ -201,10 +205,6 @@ def css(color: Color) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def escape(text: str) -> str:
-    """Escape for HTML; control characters, which it does not allow, become U+FFFD."""
-    return html.escape(_allowed(text), quote=True)
-
-
 def _allowed(text: str) -> str:
+    """The text with U+FFFD for control characters, which HTML does not allow."""
     return "".join(c if c >= " " and not "\x7f" <= c <= "\x9f" or c in "\t\n\r" else "\ufffd" for c in text)

@@ -37,7 +37,6 @@ from engine.typeset import lacks_shaping
 logger = logging.getLogger(__name__)
 
 EMPTY: Color = (209, 213, 219)
-PRISTINE: Color = (46, 125, 50)
 BOX: Color = (0, 229, 255)
 # A bar says how much, not good or bad: its colour only tells whether its threshold is reached.
 REACHED: Color = (51, 65, 85)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
-from engine.markup import embed
+from engine.markup import embed, environment
 from export.evaluation.agreement import Case, shown_box
 from export.evaluation.curves import Judgement, Reliability
 from export.evaluation.evaluate import Evaluation
@@ -31,7 +30,6 @@ from export.evaluation.report import (
 from export.output import Rows
 
 _PICTURE = 520  # longer side in pixels
-_CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], "\ufffd")
 
 
 class _Line(NamedTuple):
@@ -54,31 +52,26 @@ class _Plot(NamedTuple):
 
 def write_page(evaluation: Evaluation, failures: Failures) -> str:
     """Return the evaluation as a whole HTML document, its curves and the worst disagreements drawn."""
-    environment = Environment(
-        loader=PackageLoader("export.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # HTML does not allow control characters.
-        finalize=lambda value: value.translate(_CONTROL) if type(value) is str else value,
-    )
     compared = evaluation.comparison
-    return environment.get_template("page.html").render(
-        head=list(head(evaluation)),
-        gate=None if failures is None else gate_lines(evaluation, failures),
-        passed=not failures,
-        metrics=_with_meaning(metric_rows(evaluation)),
-        types=type_rows(evaluation),
-        decisions=decision_rows(evaluation),
-        reliability=reliability_rows(evaluation),
-        judgements={
-            name: (list(_plots(judgement)), sweep_rows(judgement.sweep, evaluation.level))
-            for name, judgement in evaluation.decisions.items()
-        },
-        agreement=None if compared is None else [("", ""), *agreement_rows(compared)],
-        cases=[] if compared is None else [_case(case) for case in compared.worst],
-        terms=MORE_TERMS,
+    return (
+        environment("export.evaluation")
+        .get_template("page.html")
+        .render(
+            head=list(head(evaluation)),
+            gate=None if failures is None else gate_lines(evaluation, failures),
+            passed=not failures,
+            metrics=_with_meaning(metric_rows(evaluation)),
+            types=type_rows(evaluation),
+            decisions=decision_rows(evaluation),
+            reliability=reliability_rows(evaluation),
+            judgements={
+                name: (list(_plots(judgement)), sweep_rows(judgement.sweep, evaluation.level))
+                for name, judgement in evaluation.decisions.items()
+            },
+            agreement=None if compared is None else [("", ""), *agreement_rows(compared)],
+            cases=[] if compared is None else [_case(case) for case in compared.worst],
+            terms=MORE_TERMS,
+        )
     )
 
 
