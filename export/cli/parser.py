@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
-        self._given_usage, self._intermixed = self.usage, False
+        self._given_usage, self._usage_line = self.usage, ""
         loudness = self.add_mutually_exclusive_group()
         loudness.add_argument(
             *("-v", "--verbose"),
@@ -54,17 +54,17 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Let options stand among arguments that may be left out; argparse would take these for absent."""
         optional = any(x.nargs == argparse.OPTIONAL and not x.option_strings for x in self._actions)
-        if self._intermixed or not optional:
+        if self._usage_line or not optional:
             return super().parse_known_args(args, namespace)
-        self._intermixed = True
+        self._usage_line = self._short_usage()  # meanwhile argparse takes the arguments away
         try:
             return self.parse_known_intermixed_args(args, namespace)
         finally:
-            self._intermixed = False
+            self._usage_line = ""
 
     def error(self, message: str) -> NoReturn:
         """Show the usage in one line and the reason in the next; exit with 2."""
-        self.exit(2, f"{self._short_usage()}\n{self.prog}: error: {message}\n")
+        self.exit(2, f"{self._usage_line or self._short_usage()}\n{self.prog}: error: {message}\n")
 
     def unrecognized(self, arguments: Iterable[str]) -> NoReturn:
         """Refuse arguments that nothing reads, with the options that are spelled nearly so."""

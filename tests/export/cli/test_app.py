@@ -213,3 +213,9 @@ def test_options_stand_anywhere_among_the_arguments(place):
 @pytest.mark.parametrize("prog", PARSERS)
 def test_every_verb_is_described(prog):
     assert PARSERS[prog].description
+
+
+def test_the_usage_of_an_error_names_the_arguments(capsys):
+    with pytest.raises(SystemExit):
+        app.make_parser().parse_args(["predict", "b", "a.jpg", "x", "--threshold", "nan"])
+    assert capsys.readouterr().err.startswith("usage: dgm4 predict [options] bundle [image] [caption] ")
