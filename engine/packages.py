@@ -20,6 +20,12 @@ EXTRAS = {
     "onnxscript": "export",
     "scipy": "export",
     "skimage": "export",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "python_multipart": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "timm": "train",
     "transformers": "train",
 }

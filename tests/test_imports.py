@@ -31,6 +31,7 @@ ROOMS = {
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends",
+    "engine.serving": "engine engine.errors engine.inputs engine.network.config",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
@@ -54,7 +55,8 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.progress engine.scores export export.bench export.bundle "
+    "engine.layout engine.packages engine.progress engine.scores engine.serving export export.bench "
+    "export.bundle "
     "export.evaluation "
     "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
