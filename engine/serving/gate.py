@@ -80,7 +80,7 @@ class Gate:
 
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if exchange.unread and message["status"] >= 400:
+                if exchange.unread and message["status"] not in (200, 408):
                     await self._linger(receive, exchange, headers)
                 _stamp(message, exchange, scope)
             await send(message)

@@ -122,6 +122,25 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or late or self._service.failure is not None
 
 
+def configure(app: FastAPI, connections: int, proxies: str | None = None) -> uvicorn.Config:
+    """uvicorn's settings for the application; see `serve`."""
+    service: Service = app.state.service
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=proxies is not None,
+        forwarded_allow_ips=proxies,
+        limit_concurrency=connections,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(service.settings.timeout_s + _SPARE_S),
+    )
+
+
 def serve(
     app: FastAPI,
     host: str,
@@ -139,20 +158,7 @@ def serve(
     error of a warm-up that failed.
     """
     service: Service = app.state.service
-    config = uvicorn.Config(
-        app,
-        http=BoundedProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=proxies is not None,
-        forwarded_allow_ips=proxies,
-        limit_concurrency=connections,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(service.settings.timeout_s + _SPARE_S),
-    )
+    config = configure(app, connections, proxies)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
         bound = listener.getsockname()
