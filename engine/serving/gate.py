@@ -103,7 +103,7 @@ class Gate:
     def _admit(self, scope: Scope, headers: Headers, exchange: Exchange) -> None:
         """Refuse what can be refused before the body is read."""
         token = self._settings.token
-        if token is not None and not _OPEN.fullmatch(scope["path"]):
+        if token is not None and not needs_no_token(scope["path"]):
             kind, _, given = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode(), token.encode())
             if kind.lower() != "bearer" or not same:
@@ -180,6 +180,11 @@ class Gate:
         }
         level = logging.ERROR if status == 500 else logging.INFO
         logger.log(level, "request", extra={"fields": fields})
+
+
+def needs_no_token(path: str) -> bool:
+    """Whether the path is open to everyone, where a token is set."""
+    return _OPEN.fullmatch(path) is not None
 
 
 def _stamp(message: Message, exchange: Exchange, scope: Scope) -> None:

@@ -49,6 +49,8 @@ class Service:
 
     def drain(self) -> None:
         """Stop being ready; what was taken is still answered, and what comes meanwhile."""
+        if not self._draining:
+            logger.info("draining")
         self._draining = True
         self.metrics.ready.set(0)
 

@@ -116,6 +116,7 @@ def test_two_signals_and_an_address_that_is_taken(start, bundle_dir, tmp_path):
     assert any("no token is set" in line for line in second.stderr.splitlines())
     process.await_line("ready")
     process.popen.send_signal(signal.SIGTERM)
+    process.await_line("draining")
     process.popen.send_signal(signal.SIGTERM)
     assert process.end()[0] == 143
 
