@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Callable
@@ -148,6 +147,8 @@ class Batcher:
                     >>> asyncio.run(batcher.predict_async("photo.jpg", "Obama speaks"))
                     Prediction(manipulated 0.59; 2 of 2 words)
         """
+        import asyncio  # costs as much as the rest of the package, and is there where this is awaited
+
         pair = self._submit(image, caption, timeout)
         try:
             async with asyncio.timeout(pair.timeout):
