@@ -110,7 +110,9 @@ async def model(request: Request, name: str) -> ModelMetadata:
     )
 
 
-@router.get("/models/{name}/ready", summary="Whether the model answers", responses=_refusals(401, 404, 422, 503))
+@router.get(
+    "/models/{name}/ready", summary="Whether the model answers", responses=_refusals(401, 404, 422, 503)
+)
 async def model_ready(request: Request, name: str) -> Ready:
     """200 once the warm-up is done, until the process is asked to stop."""
     _service(request, name)
