@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from engine.errors import InputError
+from engine.files import begin_unfinished, end_unfinished
 from engine.inputs.text import read_caption
 from export.cli.pairs import Entry
 from export.output import ERRORS
@@ -76,6 +77,7 @@ class Answers:
     ) -> None:
         if self._file is None:
             return
+        end_unfinished(self.partial)
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -84,14 +86,20 @@ class Answers:
             return
         with contextlib.suppress(OSError):  # a full disk, again
             self._file.close()
-        if self.partial.stat().st_size == 0:
-            self.partial.unlink()
-        else:
-            sys.stderr.write(f"dgm4: {self.partial} holds the answers so far; --resume goes on with it\n")
+        _leave(self.partial)
 
     def _open(self, mode: str) -> IO[str]:
+        begin_unfinished(self.partial, _leave)  # by a signal that ends the process
         # By the line: a process that is killed leaves one torn line at most.
         return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
+
+
+def _leave(partial: Path) -> None:
+    """Leave the answers so far for the next run."""
+    if partial.stat().st_size == 0:
+        partial.unlink()
+    else:
+        sys.stderr.write(f"dgm4: {partial} holds the answers so far; --resume goes on with it\n")
 
 
 def json_line(record: Mapping[str, Any]) -> str:
