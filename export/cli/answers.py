@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 from engine.files import begin_unfinished, end_unfinished
 from engine.inputs.text import read_caption
 from export.cli.pairs import Entry
@@ -103,9 +104,15 @@ def _leave(partial: Path) -> None:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    r"""A line of JSON that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
+    """A line of JSON that is valid Unicode, with U+FFFD in place of what is not.
+
+    A path that is not UTF-8 is given whole too, as `image_base64`.
+    """
+    image = record.get("image")
+    if isinstance(image, str) and _SURROGATE.search(image):
+        record = {**record, "image_base64": base64.b64encode(os.fsencode(image)).decode("ascii")}
     text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n"
+    return _SURROGATE.sub("\ufffd", text) + "\n"
 
 
 def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:
@@ -115,9 +122,9 @@ def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path)
         ours = json.loads(json_line({**entry.head(), "caption": read_caption(entry.caption or "")[0]}))
         if all(ours.get(name) == value for name, value in theirs.items()):
             return
-    now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
+    now = "nothing" if entry is None else f"line {entry.number}, {quoted(entry.image)}"
     raise InputError(
-        f"{path}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
+        f"{path}: answer {number} is of line {theirs.get('line')}, {quoted(theirs.get('image'))}, "
         f"where the list now has {now}; leave out --resume to start anew"
     )
 

@@ -15,8 +15,8 @@ _CLEAR = "\r\x1b[K"  # of a terminal's line, where a bar may stand
 def leave(number: int, frame: FrameType | None) -> None:
     """Handle a signal: remove unfinished files, and end the process with 128 + `number`.
 
-    The process ends in the handler itself. An exception raised there can strike inside a lock, a destructor or
-    the import of a library, where it is lost, becomes another one or leaves a thread waiting for ever.
+    The process ends in the handler itself. An exception raised there can strike inside a lock, a destructor
+    or the import of a library, where it is lost, becomes another one or leaves a thread waiting for ever.
     """
     try:
         if os.getpid() == _PID:  # a child that was forked has nothing of its own to remove or to tell
