@@ -136,6 +136,13 @@ def golden_keys():
     return lambda name: [(k, tuple(s)) for k, s in json.loads((GOLDEN / f"keys_{name}.json").read_text())]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """Keep what earlier modules left, some million objects, out of the collector's walks, which take seconds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", params=NAMES)
 def base(request):
     """One base network at a time, drawn weights: .name, .model and .golden. Tests leave it as it is."""
@@ -148,6 +155,7 @@ def base(request):
     )
     yield network
     del network.model
+    gc.unfreeze()
     gc.collect()
 
 
