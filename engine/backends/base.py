@@ -31,7 +31,8 @@ class OutOfMemoryError(BackendError):
 # What the libraries say, since each has a kind of its own or none: torch and CUDA; ONNX Runtime's arenas;
 # cuBLAS and cuDNN; TensorRT; C++; NumPy.
 _NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|failed to allocate memory|unable to allocate|_STATUS_ALLOC_FAILED|bad[_ ]alloc",
+    r"out of memory|OutOfMemory|failed to allocate memory|unable to allocate|_STATUS_ALLOC_FAILED"
+    r"|bad[_ ]alloc",
     re.IGNORECASE,
 )
 
