@@ -68,7 +68,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=_WAIT,
         default=5.0,
         metavar="MS",
-        help="for a batch to fill (%(default)s)",
+        help="for a batch to fill (%(default)g)",
     )
     add(
         "--max-pending",
@@ -87,8 +87,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help="of all requests (%(default)s)",
     )
     add("--connections", type=POSITIVE, default=_CONNECTIONS, metavar="N", help="open at once (%(default)s)")
-    add("--timeout", type=SECONDS, default=30.0, metavar="S", help="for an answer (%(default)s); else 504")
-    add("--read-timeout", type=SECONDS, default=15.0, metavar="S", help="for a body (%(default)s); else 408")
+    add("--timeout", type=SECONDS, default=30.0, metavar="S", help="for an answer (%(default)g); else 504")
+    add("--read-timeout", type=SECONDS, default=15.0, metavar="S", help="for a body (%(default)g); else 408")
     add("--rate", type=_RATE, metavar="N", help="pairs a second of one client, else 429; no limit")
     add("--burst", type=POSITIVE, default=32, metavar="N", help="pairs at once under --rate (%(default)s)")
     add("--trust-proxy", metavar="ADDRESS[,..]", help="proxies whose X-Forwarded-For names the client")
@@ -97,7 +97,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=_DRAIN,
         default=0.0,
         metavar="S",
-        help="to go on after SIGTERM, not ready (%(default)s)",
+        help="to go on after SIGTERM, not ready (%(default)g)",
     )
 
 
