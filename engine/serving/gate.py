@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.serving.metrics import Metrics
@@ -198,7 +199,7 @@ def _stamp(message: Message, exchange: Exchange, scope: Scope) -> None:
         headers["Connection"] = "close"
 
 
-def answer(problem: Problem, scope: Scope, error: BaseException | None = None) -> ASGIApp:
+def answer(problem: Problem, scope: Scope, error: BaseException | None = None) -> Response:
     """The response for a problem; a fault of the service goes to the log too, without its message."""
     exchange: Exchange = scope[EXCHANGE]
     exchange.code = problem.code

@@ -142,7 +142,8 @@ def test_codes_of_refusals(tables):
 def test_metrics(tables):
     metrics = pytest.importorskip("engine.serving.metrics")
     made = metrics.Metrics()
-    made.watch(metrics.BatcherStatistics, dict.fromkeys(("name", "size", "precision", "backend", "device", "weights"), ""))
+    model = dict.fromkeys(("name", "size", "precision", "backend", "device", "weights"), "")
+    made.watch(metrics.BatcherStatistics, model)
     known = {family.name for family in made.registry.collect() if family.name.startswith("dgm4_")}
     assert {row[0].strip("`") for row in tables("serving", "Operation")[1:]} == known
 
