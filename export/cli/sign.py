@@ -28,8 +28,8 @@ def add_parser(verbs: Verbs) -> None:
         f"an Ed25519 key. The signature is the bundle's {SIGNATURE}. A Predictor with your public key, and "
         "every one where DGM4_PUBLIC_KEY is its path, refuses other bundles.",
         epilog="A key is made by openssl genpkey -algorithm ed25519 -out key.pem, and its public half by "
-        "openssl pkey -in key.pem -pubout -out public.pem. A bundle that is calibrated or rebuilt is another one: "
-        "sign it again.\n\n"
+        "openssl pkey -in key.pem -pubout -out public.pem. A bundle that is calibrated or rebuilt is "
+        "another one: sign it again.\n\n"
         "examples:\n  dgm4 sign my-bundle --key key.pem",
     )
     parser.add_argument("bundle", type=Path)
