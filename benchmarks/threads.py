@@ -1,7 +1,7 @@
 """Whether threads at once get what one thread gets: `python -m benchmarks.threads --out FILE`.
 
-16 threads make 1,000 calls each of one tiny float32 network, through `Predictor.predict` and through a Batcher
-with batches of one pair, so that every batch has the shape of the serial one. Python switches between
+16 threads make 1,000 calls each of one tiny float32 network, through `Predictor.predict` and through a
+Batcher with batches of one pair, so that every batch has the shape of the serial one. Python switches between
 the threads as often as it can. Every answer is compared bit for bit with the serial answer.
 """
 
@@ -27,7 +27,21 @@ from export.pipeline import export_bundle
 
 SWITCH_S = 1e-6
 PAIRS = 16
-_WORDS = "the president speaks to a crowd in the city after a long day".split()
+_WORDS = [
+    "the",
+    "president",
+    "speaks",
+    "to",
+    "a",
+    "crowd",
+    "in",
+    "her",
+    "city",
+    "after",
+    "one",
+    "long",
+    "day",
+]
 
 Pairs = Sequence[tuple[Image.Image, str]]
 Predict = Callable[[Image.Image, str], Prediction]
@@ -71,14 +85,16 @@ def count_differing(predict: Predict, pairs: Pairs, threads: int, calls: int) ->
 
 def measure(bundle: Path, backend: str, threads: int, calls: int) -> Iterator[dict[str, Any]]:
     """Rows: what differed, of how many calls, for the Predictor and for a Batcher."""
-    with Predictor(bundle, backend=backend, device="cpu", thumbnail=0) as predictor:
-        with Batcher(predictor, max_batch=1) as batcher:
-            for way, predict in (("Predictor", predictor.predict), ("Batcher", batcher.predict)):
-                started = time.perf_counter()
-                differing = count_differing(predict, draw_pairs(PAIRS), threads, calls)
-                seconds = round(time.perf_counter() - started, 1)
-                counts = {"threads": threads, "calls_each": calls, "differing": differing}
-                yield {"backend": backend, "way": way, **counts, "seconds": seconds}
+    with (
+        Predictor(bundle, backend=backend, device="cpu", thumbnail=0) as predictor,
+        Batcher(predictor, max_batch=1) as batcher,
+    ):
+        for way, predict in (("Predictor", predictor.predict), ("Batcher", batcher.predict)):
+            started = time.perf_counter()
+            differing = count_differing(predict, draw_pairs(PAIRS), threads, calls)
+            seconds = round(time.perf_counter() - started, 1)
+            counts = {"threads": threads, "calls_each": calls, "differing": differing}
+            yield {"backend": backend, "way": way, **counts, "seconds": seconds}
 
 
 def main() -> int:
