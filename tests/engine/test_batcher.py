@@ -80,6 +80,7 @@ def same(left, right):
 
 
 def test_pairs_that_come_while_the_network_runs_are_the_next_batches(own_predictor, gate, photo):
+    own_predictor._runner.workers = 1  # so that pairs get ready in order
     pairs = [(photo.rotate(10 * i), f"obama {i}") for i in range(9)]
     with Batcher(own_predictor) as batcher:
         first = hold(batcher, gate, photo)
@@ -95,9 +96,8 @@ def test_pairs_that_come_while_the_network_runs_are_the_next_batches(own_predict
         assert all(map(same, results[start : start + 4], batch))
 
 
-def test_captions_of_similar_length_run_together_but_the_oldest_first(
-    own_predictor, gate, photo, monkeypatch
-):
+def test_captions_of_similar_length_run_together_but_the_oldest_first(own_predictor, gate, photo):
+    own_predictor._runner.workers = 1  # so that pairs get ready in order
     tokens, submit = [], gate.submit
     gate.submit = lambda images, text: (
         tokens.append(text["attention_mask"].sum(1).tolist()) or submit(images, text)
