@@ -12,7 +12,10 @@ from engine import Batcher, Predictor
 
 @pytest.mark.parametrize("way", ["Predictor", "Batcher"])
 def test_eight_threads_answer_as_one(bundle_dir, way):
-    with Predictor(bundle_dir, threads=1, thumbnail=0) as predictor, Batcher(predictor, max_batch=1) as batcher:
+    with (
+        Predictor(bundle_dir, threads=1, thumbnail=0) as predictor,
+        Batcher(predictor, max_batch=1) as batcher,
+    ):
         predict = (predictor if way == "Predictor" else batcher).predict
         assert threads.count_differing(predict, threads.draw_pairs(8), threads=8, calls=100) == 0
 
