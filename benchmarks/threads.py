@@ -116,7 +116,7 @@ def main() -> int:
                     print(row, flush=True)
                     if row["differing"]:
                         result.fail(backend, row["way"], error=f"{row['differing']} answers differ")
-            result.save({"network": "asap tiny fp32", "switch_interval_s": SWITCH_S, "rows": rows})
+                    result.save({"network": "asap tiny fp32", "switch_interval_s": SWITCH_S, "rows": rows})
     return result.exit_code
 
 
