@@ -420,6 +420,18 @@ def test_event_loops_share_a_batcher(predictor, photo):
         assert batcher.statistics().answered == 40
 
 
+def test_another_kind_of_event_loop(predictor, photo):
+    uvloop = pytest.importorskip("uvloop")
+
+    async def ask():
+        with pytest.raises(DeadlineError):
+            await batcher.predict_async(photo, "late", timeout=0)
+        return await asyncio.gather(*(batcher.predict_async(photo, f"{i}", timeout=SOON) for i in range(9)))
+
+    with Batcher(predictor) as batcher:
+        assert [result.caption for result in uvloop.run(ask())] == [f"{i}" for i in range(9)]
+
+
 def test_cancelling_a_task_cancels_its_pair(own_predictor, gate, photo):
     async def ask(batcher):
         running = asyncio.create_task(batcher.predict_async(photo, "running"))
