@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,7 @@ def measure_lengths(predictor: Predictor, pairs: Sequence[Pair], turns: int) -> 
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(turns):
         for name, ordered in orders.items():
-            times[name].append(
-                Turn(len(pairs), lambda ordered=ordered: in_batches(predictor, ordered)).cpu_ms
-            )
+            times[name].append(Turn(len(pairs), partial(in_batches, predictor, ordered)).cpu_ms)
     row: Row = {f"{name}_cpu_ms": round(statistics.median(values), 2) for name, values in times.items()}
     for name in ("chosen", "sorted"):
         ratios = [x / base for x, base in zip(times[name], times["as_they_come"], strict=True)]
