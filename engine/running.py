@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import copy_context
@@ -241,7 +241,11 @@ def _traced(job: Prepare) -> Item:
 
 def raised(results: Iterator[Prediction | ItemError]) -> Iterator[Prediction]:
     """The predictions in order; the first error among them is raised."""
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:  # the error's traceback would keep a stream and its threads
+        if isinstance(results, Generator):
+            results.close()
