@@ -75,9 +75,10 @@ def decode_image(
     options = options or ImageOptions()
     label = label_of(source, name)
     with _boundary(label), _whole_files():
-        image, data = open_source(source, label, options)
+        image, data, walked = open_source(source, label, options)
         check_pixels(image.size, label, options)
         depth, warnings = depth_of(image), _frame_warning(image)
+        walked.watch(image)
         image.load()
         orientation, exif_warning = _orientation(image) if options.apply_orientation else (1, "")
         low = low_bytes(image, depth, data)
@@ -86,7 +87,7 @@ def decode_image(
             depth_warning = guessed(max(high for _, high in extrema(low)), 255)
         if orientation in _TRANSPOSES:
             rgb = rgb.transpose(_TRANSPOSES[orientation])
-    warnings += [depth_warning, exif_warning, _content_warning(rgb)]
+    warnings += [walked.warning, depth_warning, exif_warning, _content_warning(rgb)]
     return Decoded(rgb, tuple(filter(None, warnings)))
 
 
