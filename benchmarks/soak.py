@@ -26,7 +26,7 @@ from benchmarks.results import ResultFile
 from engine import InputError, Predictor
 
 STEPS = 50  # of the run, after each of which memory is read
-_WORDS = "a man president smiles with the new house in front of senate while reporters wait".split()
+_TEXT = "a man president smiles with the new house in front of senate while reporters wait"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
@@ -51,10 +51,10 @@ def make_pictures(count: int, seed: int) -> list[bytes]:
 
 def soak(predictor: Predictor, calls: int, seed: int = 0) -> list[dict[str, float]]:
     """Answer `calls` pairs; rows of what the process holds after each of `STEPS` equal steps."""
-    random = np.random.default_rng(seed)
+    random, words = np.random.default_rng(seed), _TEXT.split()
     pictures, rows, begun, refused = make_pictures(50, seed), [], time.perf_counter(), 0
     for number in range(1, calls + 1):
-        caption = " ".join(random.choice(_WORDS, int(random.integers(0, 60))))
+        caption = " ".join(random.choice(words, int(random.integers(0, 60))))
         try:
             predictor.predict(pictures[number % len(pictures)], caption)
         except InputError:

@@ -1,4 +1,4 @@
-"""Mutated pictures: sound files of every format and mode, what may happen to a file, and what a reader says."""
+"""Mutated pictures: sound files of every format and mode, what may happen to one, and what a reader says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def _runs() -> bytes:
     width, height = SIDES
     values = np.asarray(photo().convert("L")) // 32
     row = [b"".join(bytes([1, value]) for value in line) + b"\0\0" for line in values.tolist()]
-    data, palette = b"".join(row[::-1]) + b"\0\1", bytes(x for i in range(256) for x in (i, 255 - i, i // 2, 0))
+    data, palette = (
+        b"".join(row[::-1]) + b"\0\1",
+        bytes(x for i in range(256) for x in (i, 255 - i, i // 2, 0)),
+    )
     place = 14 + 40 + len(palette)
     head = struct.pack("<HIHHI", 0x4D42, place + len(data), 0, 0, place)
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0)
@@ -70,11 +73,22 @@ def sound_files() -> dict[str, bytes]:
     turned[_ORIENTATION] = 6
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     modes = {
-        "": [("jpeg", image, {}), ("png", image, {}), ("webp", image, {}), ("bmp", image, {}), ("gif", palette, {})],
+        "": [
+            ("jpeg", image, {}),
+            ("png", image, {}),
+            ("webp", image, {}),
+            ("bmp", image, {}),
+            ("gif", palette, {}),
+        ],
         "grey": [(kind, image.convert("L"), {}) for kind in ("jpeg", "png", "bmp")],
         "palette": [("png", palette, {"transparency": 3}), ("bmp", palette, {})],
         "alpha": [("png", alpha, {}), ("webp", alpha, {"lossless": True})],
-        "animated": [("png", image, more), ("webp", image, more), ("gif", palette, more), ("mpo", image, more)],
+        "animated": [
+            ("png", image, more),
+            ("webp", image, more),
+            ("gif", palette, more),
+            ("mpo", image, more),
+        ],
         "cmyk": [("jpeg", image.convert("CMYK"), {})],
         "progressive": [("jpeg", image, {"progressive": True})],
         "restarts": [("jpeg", image, {"restart_marker_blocks": 4, "subsampling": 0})],

@@ -32,6 +32,7 @@ _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP "}
 _GIF_TAIL = 5  # bytes that hold the codes Clear and End and a part of the last pixels' code
+_RUNS_HEADER = 40  # bytes of the oldest header that tells of compression
 _RUNS = (1, 2)  # a BMP's compression in runs, 8 and 4 bits
 _MOST_RUNS = 2**20  # bytes of them: Pillow reads them in Python, a microsecond a byte
 
@@ -274,9 +275,11 @@ def _walk_webp(data: bytes) -> Walked:
 
 def _walk_bmp(data: bytes) -> Walked:
     """The size that the header states, and that of runs."""
-    if _number(data, 14, 4, big=False) >= 40 and _number(data, 30, 4, big=False) in _RUNS:
-        if len(data) > _MOST_RUNS:
-            raise _TooManyError(f"a bitmap in runs of at most {_MOST_RUNS} bytes, got {len(data)}; save it as PNG")
+    in_runs = _number(data, 14, 4, big=False) >= _RUNS_HEADER and _number(data, 30, 4, big=False) in _RUNS
+    if in_runs and len(data) > _MOST_RUNS:
+        raise _TooManyError(
+            f"a bitmap in runs of at most {_MOST_RUNS} bytes, got {len(data)}; save it as PNG"
+        )
     stated = _number(data, 2, 4, big=False)
     if stated and stated != len(data):
         raise Damaged(f"it states {stated} bytes and has {len(data)}")
