@@ -62,8 +62,8 @@ def _load(job: Job) -> tuple[Detector, Weights, str | None]:
         else:
             model, weights, vocabulary = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
-        digest = f", SHA-256 {weights.sha256}" if weights.sha256 else ""
-        stage.text = f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights.source}{digest}"
+        origin = f"{weights.source}, SHA-256 {weights.sha256}" if weights.sha256 else weights.source
+        stage.text = f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {origin}"
     return model, weights, vocabulary
 
 
