@@ -35,7 +35,7 @@ def decoding_bytes(image: Image.Image, turned: bool, opened: bool = True) -> int
     extra: float = _WEBP_CANVASES if image.format == "WEBP" else 0
     if image.info.get("progressive"):  # libjpeg holds all coefficients, of two bytes, until the last scan
         samples = [across * down for _, across, down, *_ in getattr(image, "layer", ())]
-        extra = 2 * sum(samples) / max(samples, default=1)
+        extra = 2 * sum(samples) / max([1, *samples])  # a damaged file may state 0
     return int(image.width * image.height * (stored + result + extra))
 
 
