@@ -26,8 +26,8 @@ COMMANDS = ("export", "predict", "data")
 _PAIRS = 60
 _SERVER = """
 import json, os, sys
-import dgm4, torch, onnxscript, onnxruntime, export.pipeline, dgm4.data.make
-from export.cli import app
+import dgm4, torch, onnxscript, onnxruntime, export.cli.app, export.pipeline, dgm4.data.make
+from export import cli
 torch.set_num_threads(1)
 for line in sys.stdin:
     process = os.fork()
@@ -36,7 +36,7 @@ for line in sys.stdin:
         os.dup2(0, 1), os.dup2(0, 2)
         code = 99
         try:
-            code = app.main(json.loads(line))
+            code = cli.main(json.loads(line))
         except SystemExit as error:
             code = error.code
         finally:
