@@ -126,7 +126,7 @@ def test_a_manifest_that_is_no_json_object(bundle_copy, data):
         (
             "outputs/0/shape/0",
             "/etc/passwd",
-            r"outputs\[0\]: expected float32 \['batch', 2\] for logits_real",
+            r"outputs\[0\]: expected float32 \['batch', 2\] for",
         ),
         ("inputs/1/dtype", "float32", r"inputs\[1\]: expected int64 \['batch', 'tokens'\] for input_ids"),
         ("verification/0/more", {"a": {"a": 1}}, r"verification\[0\].more: expected no field of this name"),
