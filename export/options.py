@@ -20,9 +20,9 @@ from export.trt.options import EngineOptions
 MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
 CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
 SPLITS = ("train", "val", "test")
-FEWEST_TOKENS = 2  # [CLS] and a word
 _BATCH = Number(f"1 to {LARGEST_BATCH} pairs", int, 1, LARGEST_BATCH)
-TOKENS = Number("2 to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
+FEWEST_TOKENS = 16  # about a dozen words: with fewer, what most captions say is cut off
+TOKENS = Number(f"{FEWEST_TOKENS} to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
 
 
 def _parse_targets(text: str) -> tuple[str, ...] | None:
@@ -31,7 +31,9 @@ def _parse_targets(text: str) -> tuple[str, ...] | None:
     if targets == ("none",):
         return None
     if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
-        raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected compute capabilities as 8.6,8.9 or none, got {quoted(text)}"
+        )
     return targets
 
 
