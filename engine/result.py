@@ -32,6 +32,8 @@ class Word(Record):
         'Obama'
     """
 
+    open: ClassVar[bool] = True  # to what a later release adds
+
     text: str
     start: int
     end: int
@@ -76,6 +78,7 @@ class Result(Record):
 
     document: ClassVar[str] = "prediction"
     error: ClassVar[type[InputError]] = InputError
+    open: ClassVar[bool] = True
 
     manipulated: bool | None
     score: _Score | None

@@ -122,9 +122,7 @@ class Backend(ABC, Generic[Network]):
     def _check(self, feeds: Arrays, specs: Sequence[TensorSpec]) -> Mapping[str, int]:
         """Return the sizes "batch" and "tokens" of `feeds`; raises BackendError unless they fit `specs`."""
         sizes = measure(feeds, specs)
-        vocabulary = self._manifest.model.config.get("vocabulary")
-        if vocabulary is not None:
-            check_ids(feeds["input_ids"], vocabulary)
+        check_ids(feeds["input_ids"], self._manifest.model.config.vocabulary)
         return sizes
 
     @contextmanager
