@@ -22,8 +22,8 @@ from engine.layout import FLAT_GRAPH, GRAPH_DATA
 logger = logging.getLogger(__name__)
 
 # One for the process, never let go. The CPU plugin of a Core gives the calling thread a stack for signals and
-# unmaps it with the Core, in whatever order: after two Cores that were dropped first to last the thread's stack
-# lies in unmapped memory, and the next signal with a Python handler kills the process.
+# unmaps it with the Core, in whatever order: after two Cores that were dropped first to last the thread's
+# stack lies in unmapped memory, and the next signal with a Python handler kills the process.
 _CORE = openvino.Core()
 # Mapped weights would change with their file.
 _CORE.set_property({"ENABLE_MMAP": False})
