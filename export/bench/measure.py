@@ -55,8 +55,8 @@ class BenchOptions:
 class Row:
     """One backend at one batch: percentiles in milliseconds a call, by part; pairs a second.
 
-    `threads` is the number that was asked for. `pairs_per_s` is end to end, `model_pairs_per_s` counts the time
-    of inference alone.
+    `threads` is the number asked for. `pairs_per_s` is end to end, `model_pairs_per_s` counts the time of
+    inference alone.
     """
 
     backend: str
