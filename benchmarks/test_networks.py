@@ -29,7 +29,7 @@ from export.quantization.calibrate import calibrate
 from export.quantization.dynamic_int8 import quantize_dynamic
 from export.quantization.qdq import int8_layers, to_int8
 
-# int8 is dynamic, qdq calibrated; plain is ONNX Runtime with its own options, whose int8 is inexact without VNNI.
+# int8 is dynamic, qdq calibrated; plain is ONNX Runtime with the options that it has by itself.
 VARIANTS = (
     "published",
     "torch",
