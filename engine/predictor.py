@@ -114,7 +114,7 @@ class Predictor:
 
     @property
     def model(self) -> dict[str, str]:
-        """Name, size, precision and kind of weights of the model, and the backend and device that run it."""
+        """Name, size, precision and kind of weights, the backend and device that run it, and why that one."""
         info = self.manifest.model
         return {
             "name": info.name,
@@ -123,6 +123,7 @@ class Predictor:
             "backend": self._backend.name,
             "device": self._backend.device,
             "weights": self.manifest.weights.kind,
+            "chosen": self._backend.chosen,
         }
 
     def predict(self, image: ImageInput | None, caption: Caption | None) -> Prediction:

@@ -31,7 +31,8 @@ ROOMS = {
     "engine.inputs": "engine.errors engine.layout engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
-    "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
+    "engine.bundle engine.inputs engine.network engine.network.config engine.network.output engine.schema "
+    "kernels",
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends engine.logs engine.signing engine.tracing",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "

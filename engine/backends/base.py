@@ -67,12 +67,14 @@ class Backend(ABC, Generic[Network]):
     library: what error messages call the library that runs the network.
     resizes: `submit` takes images of any size; else they must have the network's.
     asynchronous: `submit` returns while the network runs; else once it has run.
+    chosen: why it is this backend that runs the bundle; `engine.backends.create` says so.
     """
 
     name: str
     library: str
     resizes = False
     asynchronous = False
+    chosen = "asked for"
 
     def __init__(self, network: Network, manifest: Manifest, device: str) -> None:
         self.device = device

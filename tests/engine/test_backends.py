@@ -66,9 +66,9 @@ def machine(bundle_dir, monkeypatch):
         monkeypatch.setattr(
             torch_backend, "find_device", lambda _: SimpleNamespace(type="cuda" if gpu else "cpu")
         )
-        monkeypatch.setattr(torch_backend, "create", lambda *_: "torch")
-        monkeypatch.setattr(ort, "create", lambda *_: "ort")
-        return backends.create("auto", found, device, 1)
+        monkeypatch.setattr(torch_backend, "create", lambda *_: SimpleNamespace(name="torch"))
+        monkeypatch.setattr(ort, "create", lambda *_: SimpleNamespace(name="ort"))
+        return backends.create("auto", found, device, 1).name
 
     return ask
 

@@ -71,6 +71,7 @@ def test_the_answer_is_the_networks(predictor, photo, expected_outputs, network_
         "backend": "ort",
         "device": "cpu",
         "weights": "trained",
+        "chosen": "the rule for a CPU; dgm4 bench --choose measures",
     }
 
 
