@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
+from engine.logs import level_of_environment
 from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
 from export.cli.parser import usage_errors
 from export.flags import POSITIVE, SECONDS, Number
@@ -56,6 +57,12 @@ def add_parser(verbs: Verbs) -> None:
     _add_limits(parser.add_argument_group("limits"))
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
+    add(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; DGM4_PUBLIC_KEY",
+    )
     add_thresholds(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -122,8 +129,8 @@ def run(options: argparse.Namespace) -> int:
             burst=options.burst,
         )
     check_batch(options)
-    verbose = getattr(options, "verbose", 0)
-    set_up(logging.ERROR if options.quiet else logging.DEBUG if verbose > 1 else logging.INFO)
+    louder = logging.DEBUG if getattr(options, "verbose", 0) > 1 else level_of_environment() or logging.INFO
+    set_up(logging.ERROR if options.quiet else louder)
     _serve(options, settings)
     return 0
 
@@ -146,6 +153,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> None:
         thumbnail=0,
         thresholds=dict(options.thresholds),
         rebuild=options.rebuild,
+        public_key=options.public_key,
     ) as predictor:
         serve(
             create_app(predictor, settings),
