@@ -58,9 +58,17 @@ class _Connection:
         return made
 
     def send(self, request: bytes, started: float) -> None:
-        """Send a request, which counts from `started` on."""
+        """Send a request, which counts from `started` on; over a new connection where this one was closed."""
         self.started, self.received = started, b""
+        if self._closed():
+            self.renew()
         self.socket.sendall(request)
+
+    def _closed(self) -> bool:
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
 
     def read(self) -> int | None:
         """Read what there is; the status once the response is whole, 0 where the connection ended."""
