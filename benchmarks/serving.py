@@ -220,19 +220,17 @@ def soak(bundle: str, count: int) -> Row:
 def table(result: Row) -> str:
     """The table of the documentation, the bundles side by side."""
     bundles = result["bundles"]
+    medians, half = ([x[part] for x in bundles.values()] for part in ("medians", "half_load"))
     rows = [
         ("pairs a second", *bundles),
         ("---",) * (1 + len(bundles)),
-        ("Predictor, in batches", *(f"{x['medians']['predictor']:.1f}" for x in bundles.values())),
-        ("service, 64 clients", *(f"{x['medians']['service']:.1f}" for x in bundles.values())),
-        ("ratio, median of turns", *(f"{x['medians']['ratio']:.2f}" for x in bundles.values())),
-        (
-            "the client's share of the cores",
-            *(f"{x['medians']['client_share']:.1%}" for x in bundles.values()),
-        ),
-        ("half load, p50", *(f"{x['half_load']['p50_ms']:.0f} ms" for x in bundles.values())),
-        ("half load, p99", *(f"{x['half_load']['p99_ms']:.0f} ms" for x in bundles.values())),
-        ("p99 / p50", *(f"{x['half_load']['ratio']:.1f}" for x in bundles.values())),
+        ("Predictor, in batches", *(f"{x['predictor']:.1f}" for x in medians)),
+        (f"service, {CONNECTIONS} clients", *(f"{x['service']:.1f}" for x in medians)),
+        ("ratio, median of turns", *(f"{x['ratio']:.2f}" for x in medians)),
+        ("the client's share of the cores", *(f"{x['client_share']:.1%}" for x in medians)),
+        ("half load, p50", *(f"{x['p50_ms']:.0f} ms" for x in half)),
+        ("half load, p99", *(f"{x['p99_ms']:.0f} ms" for x in half)),
+        ("p99 / p50", *(f"{x['ratio']:.1f}" for x in half)),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
