@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import selectors
 import socket
 import time
@@ -65,10 +66,8 @@ class _Connection:
         self.socket.sendall(request)
 
     def _closed(self) -> bool:
-        try:
-            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+        """Whether the server closed it while nothing was asked: it can be read, and ends."""
+        return bool(select.select([self.socket], [], [], 0)[0])
 
     def read(self) -> int | None:
         """Read what there is; the status once the response is whole, 0 where the connection ended."""
