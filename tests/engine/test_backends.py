@@ -106,7 +106,7 @@ def test_a_bundle_that_nothing_serves_on_the_gpu(machine, monkeypatch):
 
 def test_a_gpu_that_is_asked_for_needs_torch(machine, monkeypatch):
     monkeypatch.setattr(backends, "available", lambda: ["ort"])
-    with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which is not"):
+    with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which are not"):
         machine("cuda")
 
 
