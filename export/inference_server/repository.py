@@ -44,6 +44,7 @@ CLIENT, CONFIG, README, MODEL = "client.py", "config.pbtxt", "README.md", "model
 VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"
+_COMPILED = re.compile(rf"{_NAME.pattern}/{VERSION}/__pycache__/model\.[\w-]+\.pyc")
 _PLACE = re.compile(rf"{_FILE}(/{_FILE})*")
 
 
@@ -76,6 +77,11 @@ class RepositoryWriter(BundleWriter):
         path = self._opened() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    @classmethod
+    def is_derived(cls, name: str) -> bool:
+        """Whether the server compiled it of a model.py."""
+        return _COMPILED.fullmatch(name) is not None
 
     def _check_manifest(self, content: bytes) -> None:
         """Nothing to check: only `check_replaceable` reads it, and only the format and the files."""

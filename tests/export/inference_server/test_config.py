@@ -14,7 +14,7 @@ import pytest
 from engine import Bundle
 from engine.errors import InputError
 from engine.manifest import EngineEntry
-from export.inference_server.config import ServerOptions, write_config
+from export.inference_server.config import ServerOptions, write_configs
 
 PLAN = EngineEntry(
     file="model.trt-sm90.engine",
@@ -44,6 +44,12 @@ def parse(proto):
     from google.protobuf import text_format
 
     return lambda text: text_format.Parse(text, proto.ModelConfig())
+
+
+def write_config(name, manifest, engine, options):
+    """The configuration of the only model that a bare network is."""
+    (config,) = write_configs(name, manifest, engine, options).values()
+    return config
 
 
 @pytest.fixture
@@ -160,7 +166,10 @@ def test_a_bundle_of_single_pairs_is_not_batched(parse, manifest):
         (None, {"preferred": (8, 64)}, "expected batches up to 32, the bundle's limit, got 64"),
         (None, {"accelerate": True, "kind": "cpu"}, "for ONNX Runtime on a GPU"),
         (PLAN, {"accelerate": True}, "for ONNX Runtime on a GPU"),
-        (PLAN, {"threads": 2}, "those of ONNX Runtime"),
+        (PLAN, {"threads": 2}, "those of a network on a CPU"),
+        (None, {"form": "julia"}, "with: expected one of network, python, ensemble, got 'julia'"),
+        (PLAN, {"form": "python"}, "plan is for the server's own runtimes: leave it out with python"),
+        (None, {"form": "python", "accelerate": True}, "accelerate is for the server's own runtimes"),
     ],
 )
 def test_options_that_do_not_fit(bundle, engine, options, message):

@@ -20,39 +20,13 @@ from PIL import Image
 
 from engine import Bundle, Predictor
 from engine.errors import BundleError, InputError
-from engine.manifest import manifest_digest
 from export import cli
 from export.cli import export as cli_export
-from export.inference_server import client as triton_client
+from export.inference_server import network_client
 from export.inference_server.config import ServerOptions
 from export.inference_server.repository import RepositoryWriter, name_models, write_repository
 
 CAPTION = "The defeat at the park brings pleasure to Laura Cook"
-
-
-@pytest.fixture
-def asap(bundle):
-    return Bundle.open(bundle("asap", "fp32").path)
-
-
-@pytest.fixture
-def with_engine(bundle, tmp_path):
-    """A copy of a bundle that holds an engine of `library`."""
-
-    def make(library, **own):
-        copy = tmp_path / f"bundle-{library}"
-        shutil.copytree(bundle("asap", "fp32").path, copy)
-        (copy / "model.engine").write_bytes(b"engine")
-        fields = json.loads((copy / "manifest.json").read_text())
-        record = {"file": "model.engine", "library": library, "version": "1", "compute_capabilities": ["9.0"]}
-        fields["engines"] = [{**record, "onnx_sha256": "0" * 64, "profiles": [{}], **own}]
-        digest = hashlib.sha256(b"engine").hexdigest()
-        fields["files"]["model.engine"] = {"sha256": digest, "bytes": 6}
-        fields["sha256"] = manifest_digest(fields)
-        (copy / "manifest.json").write_text(json.dumps(fields))
-        return Bundle.open(copy)
-
-    return make
 
 
 def files_of(folder):
@@ -124,7 +98,7 @@ def test_the_client_gets_the_answer_of_the_bundle(asap, tmp_path):
     write_repository({"m": asap}, tmp_path / "r")
     server, triton = Server(tmp_path / "r"), SimpleNamespace(InferInput=InferInput)
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    answer = triton_client.Model(tmp_path / "r" / "m").ask(triton, server, Image.fromarray(noise), CAPTION)
+    answer = network_client.Model(tmp_path / "r" / "m").ask(triton, server, Image.fromarray(noise), CAPTION)
     with Predictor(asap.path, backend="ort") as predictor:
         expected = predictor.predict(noise, CAPTION)
     assert server.shapes == [(1, 16)]  # padded, for requests that share a batch

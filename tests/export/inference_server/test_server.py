@@ -403,7 +403,7 @@ def test_a_server_that_is_told_to_end_answers_what_it_took(start, jpeg, tmp_path
         done = queue.Queue()
         inputs = tensors(client, image=[jpeg(1)], caption=[CAPTION])
         for _ in range(4):
-            client.async_infer("demo", inputs, callback=lambda *answer: done.put(answer))
+            client.async_infer("demo", inputs, callback=lambda result, error: done.put((result, error)))
         while server.scrape()['nv_inference_pending_request_count{model="demo",version="1"}'] < 4:
             time.sleep(0.05)
         server.process.terminate()
