@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dgm4.model import Detector, create_model
+from engine.inputs.options import check_count
 
 _SPREAD = 1.5  # a matrix keeps the scale of its input through norm and activation
 # Layers that end a residual branch. Where a branch outweighs its stream all words become alike.
@@ -52,7 +53,11 @@ def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD
 
 
 def seeded_model(name: str, size: str = "base", seed: int = 1) -> Detector:
-    """Build a network with drawn weights, in evaluation mode, float32; see `dgm4.create_model`."""
+    """Build a network with drawn weights, in evaluation mode, float32; see `dgm4.create_model`.
+
+    Raises InputError for a seed that is no integer from 0.
+    """
+    check_count("seed", seed, least=0)
     with torch.device("meta"):
         model = create_model(name, size)
     state = {k: torch.from_numpy(draw(k, tuple(v.shape), seed)) for k, v in model.state_dict().items()}

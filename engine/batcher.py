@@ -137,15 +137,14 @@ class Batcher:
     ) -> Prediction:
         """Predict one pair in a batch with others, from any event loop; cancelling the task cancels the pair.
 
-                Raises what `predict` does.
+        Raises what `predict` does.
 
-                Examples:
-                    >>> import asyncio
-        import math
-                    >>> from engine import Batcher, Predictor
-                    >>> batcher = Batcher(Predictor("my-bundle"))
-                    >>> asyncio.run(batcher.predict_async("photo.jpg", "Obama speaks"))
-                    Prediction(manipulated 0.59; 2 of 2 words)
+        Examples:
+            >>> import asyncio
+            >>> from engine import Batcher, Predictor
+            >>> batcher = Batcher(Predictor("my-bundle"))
+            >>> asyncio.run(batcher.predict_async("photo.jpg", "Obama speaks"))
+            Prediction(manipulated 0.59; 2 of 2 words)
         """
         import asyncio  # costs as much as the rest of the package, and is there where this is awaited
 

@@ -25,7 +25,7 @@ ROOMS = {
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
     "engine.shipped": "engine.errors engine.layout engine.network.config",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
-    "engine.inputs": "engine.errors engine.manifest",
+    "engine.inputs": "engine.errors engine.layout engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
@@ -48,8 +48,8 @@ ROOMS = {
     "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
-    "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
-    "engine.manifest export.bundle",
+    "export.inference_server": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
+    "engine.manifest engine.network.config engine.schema export.bundle",
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",

@@ -140,7 +140,8 @@ def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: Serve
         if source == MANIFEST:
             writer.add_bytes(place, record)
         else:
-            shutil.copyfile(bundle.verified(source), writer.path(place))
+            with bundle.held(source):
+                shutil.copyfile(bundle.path / source, writer.path(place))
     for model, kind in _python_models(name, options.form).items():
         writer.add_text(f"{model}/{VERSION}/{MODEL}", _MODEL.format(name=model, kind=kind))
     if options.form == ENSEMBLE:

@@ -390,7 +390,8 @@ def test_the_clients_that_a_repository_holds(server, repositories, predictor, as
     (tmp_path / "a.jpg").write_bytes(b"")
     done = run("a.jpg")
     assert (done.returncode, done.stderr) == (1, "client: error: [400] the pair: the file is empty\n")
-    model = network_client.Model(repositories / "ensemble" / "asap-network")
+    model = network_client.Model(repositories / "ensemble" / "asap-pre")
+    model.name = "asap-network"  # which would stand with its record in a repository of its own
     with http(server) as client, Predictor(asap, backend="ort", thumbnail=0) as own:
         agree(model.ask(triton, client, jpeg(1), CAPTION.decode()), own.predict(jpeg(1), CAPTION))
 
