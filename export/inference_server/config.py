@@ -145,7 +145,11 @@ def _before(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:
 
 def _after(manifest: Manifest) -> dict[str, Any]:
     caption = _pair()[1]
-    inputs = [*(_tensor(*spec) for spec in _specs(manifest.outputs)), _tensor(PICTURE, "STRING", (1,)), caption]
+    inputs = [
+        *(_tensor(*spec) for spec in _specs(manifest.outputs)),
+        _tensor(PICTURE, "STRING", (1,)),
+        caption,
+    ]
     return {**_python(manifest, inputs, ANSWER), **_host()}
 
 

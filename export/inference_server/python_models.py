@@ -166,9 +166,7 @@ class PictureNote(Record):
     @classmethod
     def of(cls, picture: Picture) -> PictureNote:
         """The note of a picture that has just been prepared."""
-        return cls(
-            size=picture.size, warnings=picture.warnings, timing=picture.timing, prepared=time.time()
-        )
+        return cls(size=picture.size, warnings=picture.warnings, timing=picture.timing, prepared=time.time())
 
     @classmethod
     def from_json(cls, text: bytes) -> PictureNote:

@@ -1,4 +1,4 @@
-"""README.md of a model repository: the models, how a server is started on them, what goes in and comes out."""
+"""README.md of a model repository: its models, how a server is started, what goes in and comes out."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _PAIR = """
 - `image`, BYTES [batch, 1]: the file of a picture (JPEG, PNG, WebP, BMP, GIF), as it is.
 - `caption`, BYTES [batch, 1]: the caption in UTF-8.
 
-Either may be left out, and is then judged as absent; an empty caption is a caption. Send one pair a request, a
-batch of 1: the server makes batches of requests, and a pair that fails is an error of its whole request.
+Either may be left out, and is then judged as absent; an empty caption is a caption. Send one pair a request,
+a batch of 1: the server makes batches of requests, and a pair that fails is an error of its whole request.
 
 ## What comes back
 
 - `score` FP32 [batch, 1]: probability that the pair is manipulated.
 - `types` FP32 [batch, 4]: probabilities of {types}.
-- `box` FP32 [batch, 4]: left, top, right, bottom of a manipulated face in pixels; read it where a face type is
-  detected.
-- `words` INT32 [batch, words, 2]: begin and end of each word that was read, in characters (code points) of the
-  caption.
+- `box` FP32 [batch, 4]: left, top, right, bottom of a manipulated face in pixels; read it where a face type
+  is detected.
+- `words` INT32 [batch, words, 2]: begin and end of each word that was read, in characters (code points) of
+  the caption.
 - `word_scores` FP32 [batch, words]: probability that the word is manipulated.
 - `prediction` BYTES [batch, 1]: the whole answer as JSON, with the verdict, thresholds and warnings;
   `Prediction.from_json` of the package `dgm4` reads it.
@@ -85,7 +85,8 @@ Thresholds, types and the record of every check of the export are in `<model>/bu
 `score_calibration`, divide logits by its `temperatures` before softmax and sigmoid.
 """
 
-_PACKAGE = """The server's Python needs the package `dgm4` (3.11 or newer; the containers have 3.12 from 24.12 on): install
+_PACKAGE = """\
+The server's Python needs the package `dgm4` (3.11 or newer; the containers have 3.12 from 24.12 on): install
 it in the image, `pip install "dgm4[{extra}]"`, or in a folder, `pip install --target /opt/dgm4 ...`, that is
 mounted into the container and named by `PYTHONPATH`. Pictures reach it through shared memory: give a
 container `--shm-size=1g` or more.
@@ -98,8 +99,9 @@ later releases of its major version, with `--backend-config=tensorrt,version-com
 """
 _GRAPH = """The graph is of opset 20 and IR version 10: take a server with ONNX Runtime 1.18 or newer.
 """
-_NO_VNNI = """On an x86 CPU without VNNI the server's ONNX Runtime adds int8 products in 16 bits, which saturate: answers
-are wrong without a word, and no setting of the server changes that. `dgm4 repository --with python` does.
+_NO_VNNI = """\
+On an x86 CPU without VNNI the server's ONNX Runtime adds int8 products in 16 bits, which saturate: answers
+are wrong without a word, and no setting of the server changes that. Serve such a bundle `--with python`.
 """
 _ACCELERATED = f"""ONNX Runtime builds TensorRT engines when the server first starts, and keeps them in
 `{ENGINE_CACHE}`: mount a volume there.
@@ -128,7 +130,9 @@ def write_readme(manifests: Mapping[str, Manifest], options: ServerOptions) -> s
 
 def _model(name: str, manifest: Manifest, options: ServerOptions) -> str:
     info, spec = manifest.model, manifest.preprocess
-    text = f"- `{name}`: {info.name} {info.size}, {manifest.precision}, up to {manifest.limits.max_batch} pairs"
+    text = (
+        f"- `{name}`: {info.name} {info.size}, {manifest.precision}, up to {manifest.limits.max_batch} pairs"
+    )
     if options.form == NETWORK:
         return f"{text} of {spec.min_tokens} to {spec.max_tokens} tokens"
     if options.form == ENSEMBLE:
@@ -137,7 +141,9 @@ def _model(name: str, manifest: Manifest, options: ServerOptions) -> str:
 
 
 def _serving_note(manifests: Collection[Manifest], options: ServerOptions) -> str:
-    notes = [_PACKAGE.format(extra="gpu" if options.kind == "gpu" else "cpu")] if options.form == PYTHON else []
+    notes = (
+        [_PACKAGE.format(extra="gpu" if options.kind == "gpu" else "cpu")] if options.form == PYTHON else []
+    )
     if options.form == ENSEMBLE:
         notes.append(_PACKAGE.replace("[{extra}]", ""))
     if options.plan:

@@ -15,8 +15,8 @@ import time
 import numpy as np
 import onnxruntime
 import pytest
-from benchmarks.tritonserver import INSTALL, VARIABLE, TritonServer, server_folder
 
+from benchmarks.tritonserver import INSTALL, VARIABLE, TritonServer, server_folder
 from engine import Bundle, Prediction, Predictor
 from engine.network.config import TYPES
 from export.inference_server import network_client
@@ -276,7 +276,10 @@ def test_the_configuration_of_a_bare_network_is_read(server, repositories, model
     path = repositories / model / model / "config.pbtxt"
     right = path.read_text()
     with http(server) as client:
-        for change in (lambda text: text, lambda text: text.replace("max_batch_size: 32", "max_batch_size: 33")):
+        for change in (
+            lambda text: text,
+            lambda text: text.replace("max_batch_size: 32", "max_batch_size: 33"),
+        ):
             path.write_text(change(right))
             with pytest.raises(Exception, match=f"unable to find backend library for backend '{backend}'"):
                 client.load_model(model)
@@ -363,7 +366,11 @@ def test_a_stranger_asks_the_model_after_the_network(server, asap):
             (b"\xff", b"", "picture: expected JSON"),
             (b"[" * 100_000, b"", "picture: expected JSON"),
             (b"[]", b"", "picture: the document: expected an object"),
-            (json.dumps({**right, "size": [0, 1]}).encode(), b"", r"picture: size\[0\]: expected an integer >= 1"),
+            (
+                json.dumps({**right, "size": [0, 1]}).encode(),
+                b"",
+                r"picture: size\[0\]: expected an integer >= 1",
+            ),
             (json.dumps(right).encode(), CAPTION, "logits_tok: expected the rows of 1[0-9] tokens, got 1"),
             (json.dumps({**right, "size": None}).encode(), None, "expected an image or a caption"),
         ):
