@@ -138,7 +138,8 @@ def _predictor(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:
 
 def _before(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:
     """Pictures that have arrived are prepared together, in threads of one process; none waits for others."""
-    outputs = [(PIXELS if name == _IMAGE else name, *rest) for name, *rest in _specs(manifest.inputs)]
+    tensors = _specs(manifest.inputs)
+    outputs = [(PIXELS if name == _IMAGE else name, dtype, dims) for name, dtype, dims in tensors]
     outputs.append((PICTURE, "STRING", (1,)))
     return {**_python(manifest, _pair(), outputs), **_host(), **_batching(manifest, options, {})}
 

@@ -54,7 +54,8 @@ import os
 import sys
 
 # The interpreter of some servers does not look there itself.
-sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path[:0] = [path for path in paths if path and path not in sys.path]
 try:
     from export.inference_server.python_models import {kind} as TritonPythonModel  # noqa: F401
 except ModuleNotFoundError as error:

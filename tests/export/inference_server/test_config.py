@@ -14,6 +14,7 @@ import pytest
 from engine import Bundle
 from engine.errors import InputError
 from engine.manifest import EngineEntry
+from export.inference_server.answers import ANSWER
 from export.inference_server.config import ServerOptions, write_configs
 
 PLAN = EngineEntry(
@@ -148,6 +149,43 @@ def test_a_plan(parse, proto, manifest):
     assert (config.platform, config.default_model_filename) == ("tensorrt_plan", "model.plan")
     (group,) = config.instance_group
     assert (group.kind, list(group.profile)) == (proto.ModelInstanceGroup.KIND_GPU, ["0", "1"])
+
+
+def test_a_predictor(parse, proto, manifest):
+    options = ServerOptions(form="python", kind="gpu", instances=2, queue_size=7, preferred=(4,), threads=3)
+    (text,) = write_configs("detector", manifest, None, options).values()
+    config = parse(text)
+    assert (config.backend, config.platform, config.max_batch_size) == ("python", "", 32)
+    assert [(x.name, x.data_type, list(x.dims), x.optional) for x in config.input] == [
+        ("image", proto.TYPE_STRING, [1], True),
+        ("caption", proto.TYPE_STRING, [1], True),
+    ]
+    assert [x.name for x in config.output] == [name for name, *_ in ANSWER]
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (2, proto.ModelInstanceGroup.KIND_GPU)
+    assert list(config.dynamic_batching.preferred_batch_size) == [4]
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert {k: v.string_value for k, v in config.parameters.items()} == {"threads": "3"}
+
+
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_an_ensemble_hands_on_what_its_models_take_and_give(parse, manifest, plan):
+    options = ServerOptions(form="ensemble", plan=plan is not None)
+    configs = {k: parse(v) for k, v in write_configs("m", manifest, plan, options).items()}
+    assert list(configs) == ["m", "m-pre", "m-network", "m-post"]
+    assert {name: config.name for name, config in configs.items()} == {name: name for name in configs}
+    ensemble = configs.pop("m")
+    known = {x.name: (x.data_type, list(x.dims)) for x in ensemble.input}
+    for step, (name, config) in zip(ensemble.ensemble_scheduling.step, configs.items(), strict=True):
+        assert step.model_name == name
+        given = {x.name: (x.data_type, list(x.dims)) for x in config.input}
+        assert {key: known[value] for key, value in step.input_map.items()} == given
+        made = {x.name: (x.data_type, list(x.dims)) for x in config.output}
+        assert dict(step.output_map).keys() == made.keys()
+        for key, value in step.output_map.items():
+            assert value not in known  # the server takes a tensor from one step alone
+            known[value] = made[key]
+    assert {x.name: (x.data_type, list(x.dims)) for x in ensemble.output}.items() <= known.items()
 
 
 def test_a_bundle_of_single_pairs_is_not_batched(parse, manifest):
