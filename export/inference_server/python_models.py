@@ -25,12 +25,14 @@ from engine.backends import usable_cores
 from engine.errors import Dgm4Error, InputError, why_no_json
 from engine.inputs.preparation import Item, Picture
 from engine.prediction import Prediction
-from engine.schema import Record, at_least
+from engine.schema import Check, Record, within
 from export.inference_server.answers import BUNDLE, PAIR, PICTURE, PIXELS, answer_tensors
 from export.inference_server.ends import NetworkEnds
 
 _Pairs = list[tuple[bytes | None, bytes | None]]
-_Pixels = Annotated[int, at_least(1)]
+# What a stranger may say: numbers that no sum and no product of them makes infinite.
+_Pixels = Annotated[int, Check("a number of pixels", lambda value: 1 <= value <= 10**9)]
+_Time = Annotated[float, within(0, 1e12)]
 _USUAL_TOKENS = 24
 FAILURES = "dgm4_failed_requests"  # a counter among the server's metrics
 
@@ -160,8 +162,8 @@ class PictureNote(Record):
 
     size: tuple[_Pixels, _Pixels] | None
     warnings: tuple[str, ...]
-    timing: dict[str, float]
-    prepared: float
+    timing: dict[str, _Time]
+    prepared: _Time
 
     @classmethod
     def of(cls, picture: Picture) -> PictureNote:

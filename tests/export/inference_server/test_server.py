@@ -360,24 +360,25 @@ def test_a_stranger_asks_the_model_after_the_network(server, asap):
     shapes = {"logits_real_fake": (2,), "logits_multicls": (4,), "box": (4,), "logits_tok": (1, 2)}
     shapes["attention_map"] = (2, 257)
     right = {"size": [10, 10], "warnings": [], "timing": {}, "prepared": 0.0}
+    notes = (
+        (b"{", "picture: expected JSON"),
+        (b"\xff", "picture: expected JSON"),
+        (b"[" * 100_000, "picture: expected JSON"),
+        (b"[]", "picture: the document: expected an object"),
+        ({**right, "size": [0, 1]}, r"picture: size\[0\]: expected a number of pixels, got 0"),
+        ({**right, "size": [1, 10**400]}, r"picture: size\[1\]: expected a number of pixels, got 1000"),
+        ({**right, "prepared": -1e308}, "picture: prepared: expected a finite number"),
+        ({**right, "timing": {"decode": 1e308}}, "picture: timing.decode: expected a finite number"),
+        (right, "logits_tok: expected the rows of 1[0-9] tokens, got 1"),
+        ({**right, "size": None}, "expected an image or a caption"),
+    )
     with grpc(server) as client:
-        for note, caption, message in (
-            (b"{", b"", "picture: expected JSON"),
-            (b"\xff", b"", "picture: expected JSON"),
-            (b"[" * 100_000, b"", "picture: expected JSON"),
-            (b"[]", b"", "picture: the document: expected an object"),
-            (
-                json.dumps({**right, "size": [0, 1]}).encode(),
-                b"",
-                r"picture: size\[0\]: expected an integer >= 1",
-            ),
-            (json.dumps(right).encode(), CAPTION, "logits_tok: expected the rows of 1[0-9] tokens, got 1"),
-            (json.dumps({**right, "size": None}).encode(), None, "expected an image or a caption"),
-        ):
+        for note, message in notes:
             outputs = {name: np.zeros((1, *shape), np.float32) for name, shape in shapes.items()}
-            columns = {**outputs, "picture": [note], "caption": None if caption is None else [caption]}
+            text = note if isinstance(note, bytes) else json.dumps(note).encode()
+            caption = None if "an image or a caption" in message else [CAPTION]
             with pytest.raises(Exception, match=message):
-                client.infer("asap-post", tensors(client, **columns))
+                client.infer("asap-post", tensors(client, **outputs, picture=[text], caption=caption))
         assert client.is_model_ready("asap-post")
 
 
