@@ -54,9 +54,10 @@ def start(tmp_path_factory):
     if folder is None:
         pytest.skip(f"needs a Triton Inference Server: {INSTALL}, then {VARIABLE}=FOLDER")
 
-    def make(*repositories):
-        places = [f"--model-repository={place}" for place in repositories]
-        return TritonServer(folder, tmp_path_factory.mktemp("work"), "--model-control-mode=explicit", *places)
+    def make(*repositories, more=()):
+        arguments = [f"--model-repository={place}" for place in repositories]
+        arguments += ["--model-control-mode=explicit", *more]
+        return TritonServer(folder, tmp_path_factory.mktemp("work"), *arguments)
 
     return make
 
@@ -84,8 +85,9 @@ def repositories(start, bundle, with_engine, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start, repositories):
-    """A server that has loaded the demo and the ensemble."""
-    with start(*sorted(repositories.iterdir())) as server, http(server) as client:
+    """A server that has loaded the demo and the ensemble, and adds nothing to their configurations."""
+    whole = ["--disable-auto-complete-config"]
+    with start(*sorted(repositories.iterdir()), more=whole) as server, http(server) as client:
         for model in ("demo", "batched", "asap"):
             client.load_model(model)
         yield server
