@@ -56,7 +56,7 @@ def ask_for(ask: Callable[[Pair], object], pairs: list[Pair], callers: int, seco
     end = time.perf_counter() + seconds
 
     def work(first: int) -> list[float]:
-        times = []
+        times: list[float] = []
         for pair in itertools.islice(itertools.cycle(pairs), first, None):
             started = time.perf_counter()
             if started >= end:
