@@ -52,8 +52,8 @@ ROOMS = {
     "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
-    "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
-    "engine.manifest export.bundle",
+    "export.inference_server": "engine engine.backends engine.bundle engine.errors engine.inputs "
+    "engine.layout engine.manifest engine.network.config engine.schema export.bundle",
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",

@@ -33,8 +33,8 @@ OPTIONS = {
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",
     "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out --choose",
-    "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
-    "--threads --accelerate",
+    "repository": "bundle --out --name --with --plan --kind --instances --queue-delay --queue-size "
+    "--preferred --threads --accelerate",
     "inspect": "bundle --layers --data --split --json --public-key",
     "sign": "bundle --key",
     "demo": "--out",
