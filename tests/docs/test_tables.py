@@ -134,6 +134,28 @@ def test_errors_and_exit_codes(tables):
     assert shown == {kind.__name__: str(kind.exit_code) for kind in kinds}
 
 
+def test_codes_of_refusals(tables):
+    problems = pytest.importorskip("engine.serving.problems")
+    shown = {row[0].strip("`"): f"{row[1]}: {row[2]}" for row in tables("serving", "Refusals")[1:]}
+    assert shown == problems.CODES
+
+
+def test_metrics(tables):
+    metrics = pytest.importorskip("engine.serving.metrics")
+    made = metrics.Metrics()
+    model = dict.fromkeys(("name", "size", "precision", "backend", "device", "weights"), "")
+    made.watch(metrics.BatcherStatistics, model)
+    known = {family.name for family in made.registry.collect() if family.name.startswith("dgm4_")}
+    assert {row[0].strip("`") for row in tables("serving", "Operation")[1:]} == known
+
+
+def test_outputs_of_the_protocol(tables):
+    tensors = pytest.importorskip("engine.serving.tensors")
+    shown = {row[0].strip("`"): row[1] for row in tables("serving", "Open Inference Protocol")[1:]}
+    inner = {name: ", ".join(["n", *map(str, shape)]) for name, (_, shape) in tensors.OUTPUTS.items()}
+    assert shown == {name: f"{kind} [{inner[name]}]" for name, (kind, _) in tensors.OUTPUTS.items()}
+
+
 def test_backends(tables):
     assert [row[0].strip("`") for row in tables("serving", "Backends")[1:]] == backends.known()
 
