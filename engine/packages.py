@@ -22,6 +22,8 @@ EXTRAS = {
     "skimage": "export",
     "timm": "train",
     "transformers": "train",
+    "ray": "ray",
+    "pyarrow": "parquet",
 }
 
 

@@ -31,6 +31,8 @@ ROOMS = {
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.network.config "
+    "engine.packages engine.progress",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
@@ -54,9 +56,9 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.progress engine.scores export export.bench export.bundle "
-    "export.evaluation "
-    "export.flags export.inference_server export.output export.quantization export.trt",
+    "engine.layout engine.packages engine.progress engine.scores engine.scoring export export.bench "
+    "export.bundle export.evaluation export.flags export.inference_server export.output "
+    "export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,12 @@ from typing import IO, Any
 
 from engine.errors import InputError
 from engine.inputs.text import read_caption
-from export.cli.pairs import Entry
+from engine.scoring.pairs import Entry
+from engine.scoring.records import json_line
 from export.output import ERRORS
 
 SUFFIX = ".partial"
 Maker = Mapping[str, Mapping[str, Any]]
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Answers:
@@ -92,12 +90,6 @@ class Answers:
     def _open(self, mode: str) -> IO[str]:
         # By the line: a process that is killed leaves one torn line at most.
         return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    r"""A line of JSON that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
-    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n"
 
 
 def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:

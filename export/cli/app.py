@@ -33,6 +33,7 @@ from export.cli import (
     pretrain,
     rebuild,
     repository,
+    score,
     train,
 )
 from export.cli.parser import Parser
@@ -41,7 +42,7 @@ from export.output import ERRORS
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
-    "answer": (demo, predict, models),
+    "answer": (demo, predict, score, models),
     "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),

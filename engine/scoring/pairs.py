@@ -1,4 +1,4 @@
-"""The pairs of a list: JSON lines, a JSON array, CSV, or a folder of images with their captions."""
+"""The pairs of a list: JSON lines, a JSON array, CSV, Parquet, or a folder of images with their captions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import codecs
 import csv
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from engine.errors import InputError, shorten
+from engine.scoring.parquet import SUFFIX as PARQUET
+from engine.scoring.parquet import read_rows
 
 STDIN = Path("-")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -23,7 +26,18 @@ _DELIMITERS = ",;\t|"
 _LONGEST_PATH = 4096  # characters: the system's limit
 _SHOWN = 60  # characters of a faulty line that a message repeats
 _EXPECTED = 'expected {"image": path, "caption": text}, where one of the two may be null'
+_QUOTE = "; quote a caption that holds the delimiter"
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins like the first, and holds NUL as these do
+
+
+class Mark(NamedTuple):
+    """A place in a list: how many bytes and lines of its text come before it, or how many items."""
+
+    offset: int = 0
+    number: int = 0
+
+
+START = Mark()
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,8 @@ class Entry:
     """A pair of a list, or what is wrong with its line; `number` counts lines, or items where there are none.
 
     `image` is the path as the list has it, relative to `PairList.base`; `id` what the list calls the pair.
-    The image or the caption is None where the list has none.
+    The image or the caption is None where the list has none. `content` are the bytes of an image that the
+    list itself holds.
     """
 
     number: int
@@ -39,6 +54,7 @@ class Entry:
     caption: str | None = None
     id: Any = None
     error: InputError | None = None
+    content: bytes | None = None
 
     def head(self) -> dict[str, Any]:
         """What the record of the pair's prediction begins with."""
@@ -53,28 +69,38 @@ class PairList:
     """The pairs of a file, of a folder, or of stdin (`STDIN`), read anew at each iteration.
 
     A file is told by its suffix, else by how it begins. CSV has the columns image and caption (or file_name
-    and text), in any order, or two without a header. A folder has one of `captions.jsonl`, `.json`, `.csv`,
-    `.tsv` and `.txt`, or a NAME.txt beside each image. Iterating raises InputError for a list that cannot be
-    read as a whole or is empty; a line that cannot be used is an `Entry` with an error.
+    and text), in any order, or two without a header; Parquet has them by name, and its images may be bytes.
+    A folder has one of `captions.jsonl`, `.json`, `.csv`, `.tsv` and `.txt`, or Parquet files, which are one
+    list in the order of their names, or a NAME.txt beside each image. Iterating raises InputError for a list
+    that cannot be read as a whole or is empty; a line that cannot be used is an `Entry` with an error.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_once = path == STDIN or path.is_fifo()  # <(...) in a shell
+        self._files: list[Path] = []  # of a folder
         self.base = Path.cwd() if self._read_once else path if path.is_dir() else path.parent
 
     def __iter__(self) -> Iterator[Entry]:
-        name, entry = str(self.path), None
-        if self.path == STDIN:
-            name, entries = "stdin", _read(sys.stdin.buffer, "", "stdin")
-        elif self.path.is_dir():
-            entries = _read_folder(self.path)
-        else:
-            entries = _read_file(self.path)
-        for entry in entries:
+        entry = None
+        for entry, _ in self.read():
             yield entry
         if entry is None:
+            name = "stdin" if self.path == STDIN else str(self.path)
             raise InputError(f"{name}: expected at least one pair, got an empty list")
+
+    def read(self, start: Mark = START, content: bool = True) -> Iterator[tuple[Entry, Mark]]:
+        """The entries from a mark on, each with the mark behind it; a stream has no marks but its start.
+
+        Without `content` the images that a list holds as bytes are not read.
+        """
+        if self.path == STDIN:
+            return _read(sys.stdin.buffer, "", "stdin", START)
+        if self.path.is_dir():
+            if start == START or not self._files:  # a listing of a million files serves all marks
+                self._files = sorted(Path(x.path) for x in os.scandir(self.path) if x.is_file())
+            return _read_folder(self.path, self._files, start, content)
+        return _read_file(self.path, start, content)
 
     def count(self, out: Path | None) -> int | None:
         """How many pairs there are, None for a stream, which is read once.
@@ -97,44 +123,69 @@ class PairList:
         return total
 
 
-def _read_file(path: Path) -> Iterator[Entry]:
+class _Lines:
+    """The lines of a binary file with their numbers; `mark` is the place behind the last one."""
+
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        self._lines = iter(lines)
+        self.mark = START
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> tuple[int, bytes]:
+        line = next(self._lines)
+        self.mark = Mark(self.mark.offset + len(line), self.mark.number + 1)
+        return self.mark.number, line
+
+
+def _read_file(path: Path, start: Mark, content: bool) -> Iterator[tuple[Entry, Mark]]:
+    if path.suffix.lower() == PARQUET:
+        yield from _read_parquet([path], start, content)
+        return
     try:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"{path}: cannot read the list: {error.strerror}") from error
     with file:
-        yield from _read(file, path.suffix.lower(), str(path))
+        yield from _read(file, path.suffix.lower(), str(path), start)
 
 
-def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
-    """The entries of a file's or a stream's lines; `name` is what messages call it."""
-    numbered = enumerate(lines, start=1)
-    head = next(((n, line) for n, line in numbered if line.removeprefix(codecs.BOM_UTF8).strip()), None)
+def _read(file: BinaryIO, suffix: str, name: str, start: Mark) -> Iterator[tuple[Entry, Mark]]:
+    """The entries of a file or a stream from a mark on; `name` is what messages call it."""
+    lines = _Lines(file)
+    head = next(((n, line) for n, line in lines if line.removeprefix(codecs.BOM_UTF8).strip()), None)
     if head is None:
         return
     first = head[1].removeprefix(codecs.BOM_UTF8)
     if first.startswith(_WIDE) or b"\0" in first:
         kind = "UTF-16; save it as UTF-8" if first.startswith(_WIDE) else "a binary file"
         raise InputError(f"{name}: expected a list as text in UTF-8, got {kind}")
-    whole = itertools.chain([(head[0], first)], numbered)
+    whole = itertools.chain([(head[0], first)], lines)
     if suffix not in (*_LINES, *_TABLES) and first.lstrip().startswith(b"["):
-        yield from _read_array(b"".join(line for _, line in whole), name)
-    elif suffix not in _LINES and (table := _Table.found(first, suffix)) is not None:
-        yield from table.read(whole)
-    elif suffix in _TABLES:
-        raise InputError(
-            f"{name}: expected a header with the columns image and caption, or two columns, "
-            f"got {_shorten(first)}; quote a caption that holds the delimiter"
-        )
-    elif not first.lstrip().startswith(b"{"):
-        raise InputError(
-            f"{name}: expected JSON lines, a JSON array, or CSV with the columns image and caption, "
-            f"in UTF-8, got {_shorten(first)}"
-        )
+        for entry in _read_array(b"".join(line for _, line in whole), name)[start.number :]:
+            yield entry, Mark(0, entry.number)
+        return
+    table = None if suffix in _LINES else _Table.found(first, suffix)
+    if table is None and (suffix in _TABLES or not first.lstrip().startswith(b"{")):
+        raise InputError(f"{name}: {_no_list(suffix)}, got {_shorten(first)}{_QUOTE * (suffix in _TABLES)}")
+    if start != START:
+        file.seek(start.offset)
+        lines.mark, whole = start, itertools.chain(lines)
+        table = table and replace(table, header=False)
+    if table is not None:
+        entries = table.read(whole, start.number or head[0] - 1)
     else:
-        for number, line in whole:
-            if line.strip():
-                yield _read_line(line, number)
+        entries = (_read_line(line, number) for number, line in whole if line.strip())
+    for entry in entries:
+        yield entry, lines.mark
+
+
+def _no_list(suffix: str) -> str:
+    """What was expected of a file that is no list."""
+    if suffix in _TABLES:
+        return "expected a header with the columns image and caption, or two columns"
+    return "expected JSON lines, a JSON array, or CSV with the columns image and caption, in UTF-8"
 
 
 def _read_line(line: bytes, number: int) -> Entry:
@@ -146,21 +197,23 @@ def _read_line(line: bytes, number: int) -> Entry:
     return _entry(record, number, _shorten(line))
 
 
-def _read_array(content: bytes, name: str) -> Iterator[Entry]:
+def _read_array(content: bytes, name: str) -> list[Entry]:
     try:
         records = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: expected a JSON array of pairs in UTF-8: {str(error)[:_SHOWN]}") from error
-    for number, record in enumerate(records, start=1):
-        yield _entry(record, number, _shorten(json.dumps(record).encode()))
+    return [
+        _entry(record, number, _shorten(json.dumps(record).encode()))
+        for number, record in enumerate(records, start=1)
+    ]
 
 
-def _entry(record: Any, number: int, shown: str) -> Entry:
+def _entry(record: Any, number: int, shown: str, content: bytes | None = None) -> Entry:
     if isinstance(record, dict):
         image, caption = (_first(record, names) for names in (_IMAGE_NAMES, _CAPTION_NAMES))
-        neither = image is None and caption is None
+        neither = image is None and caption is None and content is None
         if isinstance(image, str | None) and isinstance(caption, str | None) and not neither:
-            return Entry(number, image, caption, record.get("id"))
+            return Entry(number, image, caption, record.get("id"), content=content)
     return _failed(number, f"{_EXPECTED}, got {shown}")
 
 
@@ -205,9 +258,8 @@ class _Table:
                 return _Table(delimiter, 2, 0, 1, None, False)
         return None
 
-    def read(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[Entry]:
-        """The entries of numbered lines."""
-        number, read = 0, 0  # of the row's first line, and of the last one read
+    def read(self, lines: Iterator[tuple[int, bytes]], read: int) -> Iterator[Entry]:
+        """The entries of numbered lines; `read` is the number of the last line before them."""
         taken: list[str] = []  # the lines of the row
 
         def text() -> Iterator[str]:
@@ -260,9 +312,15 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read_folder(folder: Path) -> Iterator[Entry]:
-    """The entries of a folder's captions file, or of its images with the text files beside them."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+def _read_parquet(paths: list[Path], start: Mark, content: bool) -> Iterator[tuple[Entry, Mark]]:
+    """The entries of the rows of Parquet files, taken as one table."""
+    for number, row in enumerate(read_rows(paths, start.number, content), start=start.number + 1):
+        data = row.pop("content", None)
+        yield _entry(row, number, _shorten(repr(row).encode()), data), Mark(0, number)
+
+
+def _read_folder(folder: Path, files: list[Path], start: Mark, content: bool) -> Iterator[tuple[Entry, Mark]]:
+    """The entries of a folder's captions file, its Parquet files, or its images with the texts beside."""
     lists = [path for path in files if path.name.lower() in _CAPTION_FILES]
     if len(lists) > 1:
         raise InputError(
@@ -270,7 +328,10 @@ def _read_folder(folder: Path) -> Iterator[Entry]:
             "name one of them with --list"
         )
     if lists:
-        yield from _read_file(lists[0])
+        yield from _read_file(lists[0], start, content)
+        return
+    if tables := [path for path in files if path.suffix.lower() == PARQUET]:
+        yield from _read_parquet(tables, start, content)
         return
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
@@ -278,12 +339,15 @@ def _read_folder(folder: Path) -> Iterator[Entry]:
             f"{folder}: expected captions.csv or another list of captions, or images with a text file "
             "each, got neither"
         )
-    for number, image in enumerate(images, start=1):
+    for number, image in enumerate(images[start.number :], start=start.number + 1):
         caption = image.with_suffix(".txt")
         try:
-            yield Entry(number, image.name, caption.read_bytes().decode("utf-8-sig", "replace").strip())
+            text = caption.read_bytes().decode("utf-8-sig", "replace").strip()
+            entry = Entry(number, image.name, text)
         except OSError:
-            yield _failed(number, f"no caption; expected it in {caption.name} beside the image", image.name)
+            reason = f"no caption; expected it in {caption.name} beside the image"
+            entry = _failed(number, reason, image.name)
+        yield entry, Mark(0, number)
 
 
 def _shorten(line: bytes) -> str:
