@@ -106,7 +106,6 @@ def _describe(work: Work, shards: list[Shard], size: int) -> dict[str, Any]:
     return {
         "version": __version__,
         "bundle": work.digest,
-        "list": {"pairs": shards[-1].stop, "sha256": digest_of(shards)},
         "shard": size,
         "format": work.format,
         "heatmap": work.heatmap,
@@ -114,6 +113,8 @@ def _describe(work: Work, shards: list[Shard], size: int) -> dict[str, Any]:
         "backend": work.backend,
         "device": work.device,
         "thresholds": dict(work.thresholds),
+        "pairs": shards[-1].stop,
+        "list": digest_of(shards),
     }
 
 
