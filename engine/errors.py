@@ -1,4 +1,4 @@
-"""The exceptions of the project: one base class, eight kinds, each with its exit code on the command line.
+"""The exceptions of the project: one base class, ten kinds, each with its exit code on the command line.
 
 A message says what was expected, what was given and what to do. The command line prints the message
 alone; a library user catches `Dgm4Error` or one of its kinds.
@@ -57,6 +57,18 @@ class BuildError(Dgm4Error):
 
 class BackendError(Dgm4Error):
     """The machine lacks a library, a device or a permission that the request needs."""
+
+    exit_code = 4
+
+
+class OverloadedError(Dgm4Error):
+    """More pairs wait already than a `Batcher` holds; the caller should try again later, or elsewhere."""
+
+    exit_code = 4
+
+
+class DeadlineError(Dgm4Error, TimeoutError):
+    """A pair was not answered within the `timeout` that its caller gave."""
 
     exit_code = 4
 

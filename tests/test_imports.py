@@ -33,6 +33,7 @@ ROOMS = {
     "engine.bundle engine.inputs engine.backends",
     "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.network.config "
     "engine.packages engine.progress",
+    "engine.serving": "engine engine.errors engine.inputs engine.network.config",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
@@ -56,8 +57,8 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.progress engine.scores engine.scoring export export.bench "
-    "export.bundle export.evaluation export.flags export.inference_server export.output "
+    "engine.layout engine.packages engine.progress engine.scores engine.scoring engine.serving export "
+    "export.bench export.bundle export.evaluation export.flags export.inference_server export.output "
     "export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }

@@ -34,6 +34,7 @@ from export.cli import (
     rebuild,
     repository,
     score,
+    serve,
     train,
 )
 from export.cli.parser import Parser
@@ -42,7 +43,7 @@ from export.output import ERRORS
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
-    "answer": (demo, predict, score, models),
+    "answer": (demo, predict, score, serve, models),
     "make a bundle": (export, convert, calibrate, rebuild, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
