@@ -69,6 +69,7 @@ class Job:
     def finish(self) -> Tally:
         """Write the counts once every shard's file is there and no other; returns them."""
         out, suffix = self.work.out, self.work.format
+        sweep(out)
         there = {path.name for path in out.glob(f"pairs-*.{suffix}")}
         wanted = {self.work.path(shard).name for shard in self.shards}
         if there != wanted or self.tally.pairs != self.pairs:
@@ -94,11 +95,16 @@ def open_job(work: Work, size: int, max_failed: int | None = None) -> Iterator[J
         if not shards:
             raise InputError(f"{work.source}: expected at least one pair, got an empty list")
         _agree(work.out / JOB, _describe(work, shards, size))
-        for stray in work.out.glob(".pairs-*"):  # of a process that was killed
-            stray.unlink(missing_ok=True)
+        sweep(work.out)
         job = Job(work, shards, max_failed)
         job.find_missing()
         yield job
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote."""
+    for stray in folder.glob(".pairs-*"):
+        stray.unlink(missing_ok=True)
 
 
 def _describe(work: Work, shards: list[Shard], size: int) -> dict[str, Any]:
