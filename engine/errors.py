@@ -80,11 +80,15 @@ class EngineMismatchError(Dgm4Error):
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A question that names what is spelled most like `text`; empty where nothing is."""
+    """A question that names what is spelled most like `text`; empty where nothing is.
+
+    The dashes of options, which all have, are not compared.
+    """
     import difflib  # only for a mistake
 
-    close = difflib.get_close_matches(text, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(text.lstrip("-"), names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def why_no_json(error: Exception) -> str:

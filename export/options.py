@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, InputError, quoted
 from engine.manifest import PRECISIONS
 from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
 from export.trt import build
@@ -30,7 +30,9 @@ def _parse_targets(text: str) -> tuple[str, ...] | None:
     if targets == ("none",):
         return None
     if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
-        raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected compute capabilities as 8.6,8.9 or none, got {quoted(text)}"
+        )
     return targets
 
 

@@ -6,7 +6,8 @@
 `run` does it all. Ray and pyarrow are imported only where they are asked for.
 """
 
-from engine.scoring.pairs import Entry, PairList
+from engine.scoring.entries import Entry
+from engine.scoring.pairs import PairList
 from engine.scoring.ray_data import Cluster
 from engine.scoring.run import score
 from engine.scoring.worker import Tally, Work

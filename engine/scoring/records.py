@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +15,7 @@ from engine.errors import Dgm4Error
 from engine.prediction import Prediction
 from engine.predictor import Predictor
 from engine.result import to_rows
-from engine.scoring.pairs import Entry
+from engine.scoring.entries import Entry
 
 Record = dict[str, Any]
 Answer = Prediction | Dgm4Error
@@ -28,7 +30,7 @@ def answers(
 ) -> Iterator[tuple[Entry, Answer]]:
     """Each entry of a list with its prediction or its error, lazily and in order.
 
-    `base` is the folder that the paths of images are relative to. Errors name the entry's line.
+    `base` is the folder that the paths of images are relative to. Errors name the entry's place.
     """
     waiting: deque[Entry] = deque()
 
@@ -47,7 +49,7 @@ def answers(
         if entry.error is not None:
             yield entry, entry.error
         elif isinstance(answer, Dgm4Error):
-            yield entry, type(answer)(_ITEM.sub(f"line {entry.number}", str(answer)))
+            yield entry, type(answer)(_ITEM.sub(entry.place, str(answer)))
         else:
             yield entry, answer
 
@@ -85,11 +87,16 @@ def rounded(record: Record) -> Record:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    r"""A line of JSON that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
-    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n"
+    """A line of JSON that is valid Unicode, with U+FFFD in place of what is not.
+
+    A path that is not UTF-8 is given whole too, as `image_base64`.
+    """
+    image = record.get("image")
+    if isinstance(image, str) and _SURROGATE.search(image):
+        record = {**record, "image_base64": base64.b64encode(os.fsencode(image)).decode("ascii")}
+    return readable(json.dumps(record, allow_nan=False, ensure_ascii=False)) + "\n"
 
 
 def readable(text: str) -> str:
-    r"""Text that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
-    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):x}", text)
+    """Text that is valid Unicode, with U+FFFD in place of what is not."""
+    return _SURROGATE.sub("\ufffd", text)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.errors import InputError
-from engine.scoring.pairs import START, Entry, Mark, PairList
+from engine.scoring.entries import START, Entry, Mark
+from engine.scoring.pairs import PairList
 
 _DIGITS = 12
 

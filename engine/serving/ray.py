@@ -58,7 +58,7 @@ class Deployment(BaseModel):
 
 
 def build(options: Deployment) -> Application:
-    """The application for `serve run` and `serve.run`; replicas are made, and a bundle opened, on the cluster.
+    """The application for `serve run` and `serve.run`; the bundle is opened on the cluster.
 
     Examples:
         >>> from engine.serving.ray import Deployment, build

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
+from engine.files import begin_unfinished, end_unfinished
 from engine.inputs.text import read_caption
-from engine.scoring.pairs import Entry
+from engine.scoring.entries import Entry
 from engine.scoring.records import json_line
 from export.output import ERRORS
 
@@ -74,6 +75,7 @@ class Answers:
     ) -> None:
         if self._file is None:
             return
+        end_unfinished(self.partial)
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -82,14 +84,20 @@ class Answers:
             return
         with contextlib.suppress(OSError):  # a full disk, again
             self._file.close()
-        if self.partial.stat().st_size == 0:
-            self.partial.unlink()
-        else:
-            sys.stderr.write(f"dgm4: {self.partial} holds the answers so far; --resume goes on with it\n")
+        _leave(self.partial)
 
     def _open(self, mode: str) -> IO[str]:
+        begin_unfinished(self.partial, _leave)  # by a signal that ends the process
         # By the line: a process that is killed leaves one torn line at most.
         return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
+
+
+def _leave(partial: Path) -> None:
+    """Leave the answers so far for the next run."""
+    if partial.stat().st_size == 0:
+        partial.unlink()
+    else:
+        sys.stderr.write(f"dgm4: {partial} holds the answers so far; --resume goes on with it\n")
 
 
 def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:
@@ -99,9 +107,9 @@ def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path)
         ours = json.loads(json_line({**entry.head(), "caption": read_caption(entry.caption or "")[0]}))
         if all(ours.get(name) == value for name, value in theirs.items()):
             return
-    now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
+    now = "nothing" if entry is None else f"line {entry.number}, {quoted(entry.image)}"
     raise InputError(
-        f"{path}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
+        f"{path}: answer {number} is of line {theirs.get('line')}, {quoted(theirs.get('image'))}, "
         f"where the list now has {now}; leave out --resume to start anew"
     )
 

@@ -5,33 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from engine import Predictor
-from engine.errors import Dgm4Error, InputError
+from engine import ImageOptions, Predictor
+from engine.errors import Dgm4Error, InputError, quoted, shorten
+from engine.inputs.sources import check_file
 from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
-from engine.scoring.pairs import STDIN, PairList
+from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
 from engine.scoring.records import Answer, Record, answers, json_line, line_record
 from export.cli.answers import Answers, Maker
 from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
 from export.cli.plot import save_plot
-from export.cli.summary import printable, summary
+from export.cli.summary import summary
 from export.flags import POSITIVE
-from export.output import check_output, full_disk_as_input_error, open_output
+from export.output import check_output, full_disk_as_input_error, open_output, printable
 
 _BAD_INPUT = 1
 _BATCH = 8
 _EPILOG = """
 A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
 as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
-list. An image or a caption that is null is judged alone. A failed item gives a line with its error, and
-exit code 1.
+list. An image or a caption is judged alone beside null, an empty cell or an empty text file. A failed item
+gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
 stopped goes on there with --resume, which keeps failed items too.
@@ -74,12 +76,18 @@ def add_parser(verbs: Verbs) -> None:
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
+    parser.surplus = '; quote the caption: "A caption of several words"'
     parser.set_defaults(run=run, parser=parser)
 
 
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
+    if (form := _with_bundle(options)) is not None:
+        return (
+            f"BUNDLE is missing, {quoted(str(options.bundle))} is none: expected dgm4 predict {form}; "
+            "demo:asap is a bundle that ships"
+        )
     if given == (True, False, False) and Path(options.image).is_dir():
         return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
@@ -91,6 +99,17 @@ def _usage_error(options: argparse.Namespace) -> str | None:
     if options.resume and (options.html or options.list is None or options.out is None):
         return "--resume is for JSON lines: it needs --list and --out, and goes without --html"
     return None
+
+
+def _with_bundle(options: argparse.Namespace) -> str | None:
+    """The arguments with BUNDLE before an image or a list that stands in its place; None where none does."""
+    given, suffix = options.bundle, options.bundle.suffix.lower()
+    if given.is_dir() or not (given == STDIN or suffix in (*IMAGE_SUFFIXES, *LIST_SUFFIXES)):
+        return None
+    if options.list is None and suffix not in LIST_SUFFIXES:
+        caption = "CAPTION" if options.image is None else shlex.quote(shorten(options.image))
+        return f"BUNDLE {shlex.quote(shorten(str(given)))} {caption}"
+    return f"BUNDLE --list {shlex.quote(shorten(str(options.list or given)))}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,11 +125,15 @@ def run(options: argparse.Namespace) -> int:
         check_output(options.plot, "--plot", [image])
         if options.out is not None and options.out.absolute() == options.plot.absolute():
             raise InputError("--out and --plot name the same file; choose two")
-    with open_output(options.out, [image]) as out, _predictor(options) as predictor:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open_output(options.out, [image]))
+        if image is not None:
+            check_file(image, quoted(options.image), ImageOptions())  # before the network is loaded
+        predictor = stack.enter_context(_predictor(options))
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
         prediction = predictor.predict(sys.stdin.buffer.read() if image is None else options.image, caption)
-        _write(out, options, [({"image": options.image}, prediction)])
+        _write(out, options, [(options.image, {"image": options.image}, prediction)])
         if options.plot:
             save_plot(prediction, options.plot)
     return 0
@@ -152,18 +175,19 @@ def _predict_list(options: argparse.Namespace) -> int:
         shown = not options.quiet and (options.out is not None or not sys.stdout.isatty())
         bar = stack.enter_context(progress_bar("predict", total, "pairs", shown, initial=done))
 
-        def predictions() -> Iterator[tuple[Record, Answer]]:
+        def predictions() -> Iterator[tuple[str, Record, Answer]]:
             nonlocal failed, done
             for entry, answer in stream:
                 failed += isinstance(answer, Dgm4Error)
                 done += 1
                 bar.update()
-                yield entry.head(), answer
+                yield entry.name, entry.head(), answer
 
         _write(out, options, predictions())
     if failed:
+        where = "cards" if options.html else "lines"
         again = "; leave out --resume to try them again" if options.resume else ""
-        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error{again}\n")
+        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their {where} hold the error{again}\n")
     return _BAD_INPUT if failed else 0
 
 
@@ -173,21 +197,20 @@ def _maker(predictor: Predictor) -> Maker:
     return {"model": model, "thresholds": vars(predictor.manifest.thresholds)}
 
 
-def _write(out: _Sink, options: argparse.Namespace, results: Iterable[tuple[Record, Answer]]) -> None:
-    """Write each prediction as it comes."""
+def _write(out: _Sink, options: argparse.Namespace, results: Iterable[tuple[str, Record, Answer]]) -> None:
+    """Write each prediction as it comes: its name, what its record begins with, and the result."""
     if options.html:
-        named = ((head["image"] or f"line {head['line']}", result) for head, result in results)
-        for part in write_page(named):
+        for part in write_page((name, result) for name, _, result in results):
             out.write(part)
         return
-    for head, result in results:
-        out.write(_text(head, result, options))
+    for name, head, result in results:
+        out.write(_text(name, head, result, options))
 
 
-def _text(head: Record, result: Answer, options: argparse.Namespace) -> str:
+def _text(name: str, head: Record, result: Answer, options: argparse.Namespace) -> str:
     """A prediction or an error for reading on a terminal, or as a line of JSON."""
     if options.json or options.out is not None or not sys.stdout.isatty():
         return json_line(line_record(head, result, options.heatmap))
     if isinstance(result, Dgm4Error):
         return printable(f"error: {result}") + "\n"
-    return summary(head["image"] or f"line {head['line']}", result.to_dict(options.heatmap))
+    return summary(name, result.to_dict(options.heatmap))

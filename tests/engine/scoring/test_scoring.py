@@ -16,7 +16,7 @@ from engine import Prediction, Predictor, to_rows
 from engine.errors import BundleError, InputError
 from engine.scoring import PairList, score
 from engine.scoring import job as jobs
-from engine.scoring.pairs import START
+from engine.scoring.entries import START
 from engine.scoring.shards import cut, read
 from export.cli import main
 
@@ -171,7 +171,7 @@ def rows_of(pairs, start=START):
 FORMS = {
     "list.jsonl": '{"image": "a"}\n\n{"image": "b", "text": "y"}\nno\n{"image": null, "text": "z"}\r\n',
     "list.csv": 'id,image,caption\n1,a,"x\ny"\n\n2,b,"un"closed"\n3,c\n4,d,z\n',
-    "bare.csv": '\na,"x\ny"\nb,z\nc,"w"\n',
+    "bare.csv": '\na.png,"x\ny"\nb.png,z\nc.png,"w"\n',
     "list.json": '[{"image": "a", "caption": "x"}, 3, {"image": "b", "caption": "y"}, {"caption": "z"}]',
 }
 
