@@ -26,6 +26,7 @@ from engine.scoring.shards import Shard
 from engine.scoring.worker import Tally, Work, Worker
 
 _OBJECT_STORE = 128 * 2**20  # bytes, where we start the cluster
+_BLOCKS = 10_000  # that are given out; each holds one shard or, of a longer list, several
 _TRIES = 5  # of a shard whose worker dies: one that always kills it must end the job
 
 
@@ -103,7 +104,11 @@ def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
     cores = int(ray.cluster_resources().get("CPU", 1))
     workers = cluster.workers or gpus or max(1, cores // cluster.cores)
     resources = {"num_gpus": 1} if gpus else {"num_cpus": cluster.cores}
-    return ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(
+    # Of items that are there, not of `range`: its reading would wait for a core that the actors never leave.
+    numbers = ray.data.from_items(
+        [{"id": number} for number in range(len(shards))], override_num_blocks=min(len(shards), _BLOCKS)
+    )
+    return numbers.map_batches(
         ShardActor,
         batch_size=None,
         # One shard at a time: a second would wait behind the first while another worker has none.

@@ -22,7 +22,7 @@ psutil = pytest.importorskip("psutil")
 ray = pytest.importorskip("ray")
 
 ROOT = Path(__file__).resolve().parents[3]
-COPIES, SIZE = 40, 10
+COPIES, SIZE = 24, 10
 
 
 @pytest.fixture(scope="module")
