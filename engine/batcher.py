@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Callable
@@ -138,16 +137,17 @@ class Batcher:
     ) -> Prediction:
         """Predict one pair in a batch with others, from any event loop; cancelling the task cancels the pair.
 
-                Raises what `predict` does.
+        Raises what `predict` does.
 
-                Examples:
-                    >>> import asyncio
-        import math
-                    >>> from engine import Batcher, Predictor
-                    >>> batcher = Batcher(Predictor("my-bundle"))
-                    >>> asyncio.run(batcher.predict_async("photo.jpg", "Obama speaks"))
-                    Prediction(manipulated 0.59; 2 of 2 words)
+        Examples:
+            >>> import asyncio
+            >>> from engine import Batcher, Predictor
+            >>> batcher = Batcher(Predictor("my-bundle"))
+            >>> asyncio.run(batcher.predict_async("photo.jpg", "Obama speaks"))
+            Prediction(manipulated 0.59; 2 of 2 words)
         """
+        import asyncio  # costs as much as the rest of the package, and is there where this is awaited
+
         pair = self._submit(image, caption, timeout)
         try:
             async with asyncio.timeout(pair.timeout):

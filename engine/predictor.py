@@ -225,7 +225,8 @@ class Predictor:
         """
         check_list("a list of captions", captions)
         self._check_on_error(on_error)
-        results = self._runner.captions(image, captions, self._largest(batch_size)) if captions else iter(())
+        size = self._largest(batch_size)
+        results = self._runner.captions(image, captions, size) if len(captions) else iter(())
         return list(results) if on_error == "return" else list(raised(results))
 
     @overload

@@ -45,7 +45,7 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
             """See tqdm; `left` is the time that remains, where it is known and there is some."""

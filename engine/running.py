@@ -16,6 +16,7 @@ import numpy as np
 from engine.backends import usable_cores
 from engine.backends.base import Backend, Outputs, Pending
 from engine.errors import BackendError, InputError, NumericalError
+from engine.halving import Halving
 from engine.inputs.pairs import Caption, Pair, unpack_pair
 from engine.inputs.preparation import Item, Preparation, milliseconds
 from engine.inputs.sources import ImageInput
@@ -68,7 +69,7 @@ class Runner:
         model: dict[str, str],
         warnings: tuple[str, ...],
     ) -> None:
-        self._backend, self._preparation, self._manifest = backend, preparation, manifest
+        self._halving, self._preparation, self._manifest = Halving(backend), preparation, manifest
         self._model, self._warnings = model, warnings
         self._pid = os.getpid()
         self.asynchronous = backend.asynchronous
@@ -105,12 +106,13 @@ class Runner:
         return self._preparation.pair(name, *unpack_pair(name, pair))
 
     def _stream(self, jobs: Iterator[Prepare], batch_size: int) -> Iterator[Prediction | ItemError]:
-        workers = min(self.workers, batch_size)
+        source, workers = _Source(jobs), min(self.workers, batch_size)
         running_at_once = 1 if self.asynchronous else 0  # while the next batch is submitted
-        with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
+        try:
             ahead: list[Future[Item | ItemError]] = []
             running: deque[Submitted] = deque()
-            while batch := list(itertools.islice(jobs, batch_size)):
+            while batch := source.take(batch_size):
                 current, ahead = ahead, [pool.submit(_prepared, job) for job in batch]
                 running.append(self.submit([future.result() for future in current]))
                 if len(running) > running_at_once:
@@ -118,6 +120,9 @@ class Runner:
             running.append(self.submit([future.result() for future in ahead]))
             for submitted in running:
                 yield from self.results(submitted)
+            source.check()
+        finally:  # a caller that stops early does not wait for what was read ahead
+            pool.shutdown(cancel_futures=True)
 
     def submit(self, items: Sequence[Item | ItemError]) -> Submitted:
         """Submit the prepared items among `items` as one batch; one image of them all is sent once."""
@@ -155,7 +160,7 @@ class Runner:
     def _run(self, images: list[np.ndarray], text: dict[str, np.ndarray]) -> Pending:
         """Submit a batch to the backend; raises BackendError in a forked process."""
         self.check_process()
-        return self._backend.submit(images, text)
+        return self._halving.submit(images, text)
 
     def _finish(
         self, outputs: Mapping[str, np.ndarray], row: int, item: Item, inference: float
@@ -183,6 +188,29 @@ class Runner:
             }
         )
         return leave_out(prediction, item.absent)
+
+
+class _Source:
+    """The jobs of a stream. What the caller's iterable raises comes after the results of what it gave."""
+
+    def __init__(self, jobs: Iterator[Prepare]) -> None:
+        self._jobs = jobs
+        self._error: Exception | None = None
+
+    def take(self, count: int) -> list[Prepare]:
+        """The next jobs, `count` at most; none at the end, and after an error."""
+        taken: list[Prepare] = []
+        try:
+            if self._error is None:
+                taken.extend(itertools.islice(self._jobs, count))
+        except Exception as error:
+            self._error = error
+        return taken
+
+    def check(self) -> None:
+        """Raise the error of the iterable, if any."""
+        if self._error is not None:
+            raise self._error
 
 
 def _prepared(job: Prepare) -> Item | ItemError:

@@ -20,8 +20,8 @@ from export.trt.options import EngineOptions
 MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
 CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
 SPLITS = ("train", "val", "test")
-FEWEST_TOKENS = 2  # [CLS] and a word
-TOKENS = Number("2 to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
+FEWEST_TOKENS = 16  # about a dozen words: with fewer, what most captions say is cut off
+TOKENS = Number(f"{FEWEST_TOKENS} to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
 
 
 def _parse_targets(text: str) -> tuple[str, ...] | None:

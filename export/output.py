@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.errors import InputError
-from engine.files import replacing
+from engine.files import open_file, replacing
 from engine.layout import MANIFEST
 from engine.manifest import FORMAT
 
@@ -92,7 +92,8 @@ def check_output(path: Path, option: str, inputs: Sequence[Path | None] = ()) ->
 def is_bundle(folder: Path) -> bool:
     """Whether a folder's manifest says that it is a bundle."""
     try:
-        fields = json.loads((folder / MANIFEST).read_bytes())
+        with open_file(folder / MANIFEST) as file:
+            fields = json.load(file)
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("format") == FORMAT

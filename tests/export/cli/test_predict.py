@@ -49,6 +49,24 @@ def test_a_rebuild_needs_a_gpu(served, photo, capsys, monkeypatch):
     assert "this machine's GPU, which needs an NVIDIA driver" in capsys.readouterr().err
 
 
+def test_a_missing_image_is_told_before_the_network_is_loaded(served, tmp_path, capsys, caplog):
+    assert main(["predict", served, str(tmp_path / "nowhere.jpg"), "words"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nowhere.jpg': no such file" in line
+    assert not caplog.records
+
+
+def test_failures_on_a_page_and_an_empty_cell(served, photo, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image,caption\nphoto.png,\nphoto.png,a,b\n")
+    arguments = ["predict", served, "--list", str(tmp_path / "list.csv")]
+    assert main([*arguments, "--html", "--out", str(tmp_path / "page.html")]) == 1
+    assert "1 of 2 pairs failed; their cards hold the error" in capsys.readouterr().err
+    assert main(arguments) == 1
+    alone, cut = records(capsys)
+    assert alone["manipulated"] is None and alone["warnings"][1].startswith("no_caption: ")
+    assert (cut["image"], cut["kind"]) == ("photo.png", "InputError")
+
+
 def test_heatmap_threshold_and_plot(served, photo, tmp_path, capsys):
     plot = tmp_path / "answer.png"
     arguments = ["--heatmap", "--threshold", "1.0", "--plot", str(plot)]
