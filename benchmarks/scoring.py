@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dgm4
 from benchmarks.results import ResultFile
 from dgm4.config import MODEL_NAMES
+from dgm4.tokenizer import BERT_VOCABULARY
 from engine import Predictor
 from engine.backends import usable_cores
 from engine.scoring import PairList
@@ -39,8 +40,10 @@ from engine.scoring.shards import cut
 from export.graph.rewrite import rewrite
 
 BUNDLE, SIZE, PICTURES = "demo:asap", (1200, 800), 24
-SHARD, TURNS, WORKER = 50, 5, "ShardActor"
+SHARD, TURNS, WORKER = 50, 3, "ShardActor"
 CAPTION = "The president smiles in front of the new house of the senate, a man says at noon on Friday"
+WORDS = 20  # of a caption, drawn, so that a table of them does not shrink as one sentence would
+KILL_PAIRS = 4000
 
 
 def make_list(folder: Path, pairs: int) -> Path:
@@ -51,10 +54,12 @@ def make_list(folder: Path, pairs: int) -> Path:
         low = Image.fromarray(draw.integers(0, 256, (40, 60, 3), np.uint8))
         low.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
     path = folder / "pairs.jsonl"
+    known = [word for word in BERT_VOCABULARY.read_text(encoding="utf-8").split() if word.isalpha()]
     with path.open("w") as file:
         for number in range(pairs):
             image = f"{number % PICTURES}.jpg" if number % 100 != 99 else "missing.jpg"
-            file.write(json.dumps({"id": number, "image": image, "caption": CAPTION}) + "\n")
+            caption = " ".join(draw.choice(known, WORDS))
+            file.write(json.dumps({"id": number, "image": image, "caption": caption}) + "\n")
     return path
 
 
@@ -115,13 +120,15 @@ def cpu_ms(work: Callable[[int], object], count: int) -> float:
 
 
 def costs(folder: Path, source: Path) -> dict[str, Any]:
-    """What a pair costs beside the network in CPU time of one core, and the bytes of what is read and written.
+    """What a pair costs beside the network in CPU time of one core, and the bytes that are read and written.
 
     CPU time, not the clock's, so that it holds on a busy machine too.
     """
     run_job(source, folder / "lines")
     run_job(source, folder / "rows", "--format", "parquet")
-    sizes = [sum(path.stat().st_size for path in (folder / name).glob("pairs-*")) for name in ("lines", "rows")]
+    sizes = [
+        sum(path.stat().st_size for path in (folder / name).glob("pairs-*")) for name in ("lines", "rows")
+    ]
     pictures = sorted(source.parent.glob("*.jpg"))
     pairs = len(list(PairList(source)))
     with Predictor(BUNDLE, thumbnail=0, threads=1) as predictor:
@@ -203,15 +210,17 @@ def main() -> int:
     """Measure, write the data, print it; 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--pairs", type=int, default=1000, help="of a run (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=600, help="of a run (%(default)s)")
     parser.add_argument("--turns", type=int, default=TURNS, help="%(default)s")
-    parser.add_argument("--drivers", type=int, default=8, help="that are killed (%(default)s)")
-    parser.add_argument("--workers", type=int, default=3, help="that are killed before each (%(default)s)")
+    parser.add_argument("--kill-pairs", type=int, default=KILL_PAIRS, help="while killing (%(default)s)")
+    parser.add_argument("--drivers", type=int, default=6, help="that are killed (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="that are killed before each (%(default)s)")
     options = parser.parse_args()
     # Ray's workers step back behind everything else on the machine; here they may not.
     os.environ.update(RAY_worker_niceness="0")
     result = ResultFile(options.out)
     record: dict[str, Any] = {"bundle": BUNDLE, "picture": list(SIZE), "pairs": options.pairs}
+    record["load"] = [round(x, 1) for x in os.getloadavg()]  # of other work, at the start
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = make_list(folder / "list", options.pairs)
@@ -224,7 +233,8 @@ def main() -> int:
             record["rows"] = compare(folder, source, options.turns)
         result.save(record)
         with result.case("survive"):
-            record["kills"] = survive(folder, source, options.drivers, options.workers)
+            long = make_list(folder / "long", options.kill_pairs)
+            record["kills"] = survive(folder, long, options.drivers, options.workers)
         result.save(record)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
     return result.exit_code
