@@ -133,7 +133,7 @@ def main() -> int:
     result, rows = ResultFile(options.out), []
     import ray
 
-    os.environ.update(RAY_worker_niceness="0")
+    os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0")
     with socket.socket() as free, tempfile.TemporaryDirectory() as name:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

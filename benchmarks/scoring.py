@@ -216,8 +216,8 @@ def main() -> int:
     parser.add_argument("--drivers", type=int, default=6, help="that are killed (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="that are killed before each (%(default)s)")
     options = parser.parse_args()
-    # Ray's workers step back behind everything else on the machine; here they may not.
-    os.environ.update(RAY_worker_niceness="0")
+    # Ray's workers step back behind everything else on the machine, and end when others fill its memory.
+    os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0")
     result = ResultFile(options.out)
     record: dict[str, Any] = {"bundle": BUNDLE, "picture": list(SIZE), "pairs": options.pairs}
     record["load"] = [round(x, 1) for x in os.getloadavg()]  # of other work, at the start

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.errors import InputError
 from engine.files import replacing
 from engine.scoring.pairs import PairList
@@ -110,7 +109,7 @@ def sweep(folder: Path) -> None:
 def _describe(work: Work, shards: list[Shard], size: int) -> dict[str, Any]:
     """What the answers depend on. Where and by how many workers they are made is none of it."""
     return {
-        "version": __version__,
+        "version": work.version,
         "bundle": work.digest,
         "shard": size,
         "format": work.format,

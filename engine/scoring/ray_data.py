@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from engine import errors
-from engine.errors import BackendError, Dgm4Error
+from engine.errors import BackendError, Dgm4Error, InputError
 from engine.packages import require
 from engine.scoring.shards import Shard
 from engine.scoring.worker import Tally, Work, Worker
@@ -102,6 +102,8 @@ def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
     if work.device.startswith("cuda") and not gpus:
         raise BackendError("--device cuda: the Ray cluster has no GPU; see ray status")
     cores = int(ray.cluster_resources().get("CPU", 1))
+    if cluster.address == "local" and not gpus and cores < cluster.cores:
+        raise InputError(f"threads: expected at most {cores}, the cores of this machine, got {cluster.cores}")
     workers = cluster.workers or gpus or max(1, cores // cluster.cores)
     resources = {"num_gpus": 1} if gpus else {"num_cpus": cluster.cores}
     # Of items that are there, not of `range`: its reading would wait for a core that the actors never leave.

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine import __version__
 from engine.bundle import Bundle
-from engine.errors import BundleError, Dgm4Error, InputError
+from engine.errors import BackendError, BundleError, Dgm4Error, InputError
 from engine.files import replacing, sha256_of
 from engine.layout import MANIFEST
 from engine.predictor import Predictor
@@ -42,6 +43,7 @@ class Work:
     device: str = "auto"
     threads: int | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    version: str = __version__  # of the process that gives the work out
 
     def path(self, shard: Shard) -> Path:
         """The file of a shard's answers."""
@@ -80,8 +82,9 @@ class Worker:
     def __call__(self, shard: Shard) -> Tally:
         """Score a shard and write its file, which appears whole or not at all.
 
-        Raises InputError where the list has changed, BundleError for another bundle than the job's, and what
-        a Predictor raises; the error of a pair is a row of the file.
+        Raises InputError where the list has changed, BundleError for another bundle than the job's,
+        BackendError for another version of this package, and what a Predictor raises. The error of a pair is
+        a row of the file.
         """
         work, tally = self.work, Tally()
         predictor = self._open()
@@ -98,6 +101,10 @@ class Worker:
     def _open(self) -> Predictor:
         if self._predictor is None:
             work = self.work
+            if work.version != __version__:
+                raise BackendError(
+                    f"this worker has dgm4 {__version__}, the driver {work.version}; take one for all"
+                )
             bundle = Bundle.open(work.bundle)
             if manifest_digest(bundle) != work.digest:
                 raise BundleError(

@@ -23,7 +23,7 @@ end. Run the same command again after a stop or a crash: what is there is kept. 
 with its error.
 
 Without --ray one process scores. --ray alone starts a cluster on this machine, --ray auto takes the one that
-the machine belongs to. See docs/scale-out.md.
+the machine belongs to.
 
 examples:
   dgm4 score my-bundle pairs.jsonl --out answers/
@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--workers is for a cluster: it needs --ray")
     if options.heatmap and options.format == "parquet":
         options.parser.error("--heatmap is for JSON lines: it goes without --format parquet")
+    if options.ray is not None and ":" in options.device:
+        options.parser.error("--device: a worker on a cluster has one GPU; give cuda, cpu or auto with --ray")
     check_batch(options)
     source, out = options.source, options.out
     if source == STDIN or source.is_fifo():
@@ -80,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
     threads = options.threads or (1 if options.ray else None)
     bundle = Bundle.open(options.bundle)
     work = Work(
-        bundle=str(bundle.path),
+        # A bundle that ships may lie elsewhere on another machine.
+        bundle=str(bundle.path if options.bundle.exists() else options.bundle),
         digest=manifest_digest(bundle),
         source=source.absolute(),
         out=out.absolute(),

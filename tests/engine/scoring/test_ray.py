@@ -33,8 +33,13 @@ def cluster():
         tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
-        # By default workers step back behind all else, on a busy machine for minutes.
-        settings = {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+        settings = {
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "disabled",
+            # By default workers step back behind all else, and end when others fill the machine's memory.
+            "RAY_worker_niceness": "0",
+            "RAY_memory_monitor_refresh_ms": "0",
+        }
         for name, value in settings.items():
             patch.setenv(name, value)
         context = ray.init(

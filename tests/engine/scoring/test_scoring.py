@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine import Prediction, Predictor, to_rows
 from engine.errors import BundleError, InputError
-from engine.scoring import PairList, score
+from engine.scoring import PairList, ray_data, score
 from engine.scoring import job as jobs
 from engine.scoring.entries import START
 from engine.scoring.shards import cut, read
@@ -260,3 +261,24 @@ def test_the_command(long_list, tmp_path, capsys):
     for wrong in (["--workers", "2"], ["--heatmap", "--format", "parquet"]):
         with pytest.raises(SystemExit):
             main([*command, *wrong])
+
+
+def test_what_ends_a_job_on_a_cluster(long_list, tmp_path):
+    """An error that is not of a pair comes back as data, and so does a shard that kills its workers."""
+    work = long_list.work()
+    work.out.mkdir()
+    shards = list(cut(PairList(work.source), 8))
+    numbers = {"id": np.array([1])}
+    (done,) = ray_data.ShardActor(work, shards)(numbers)["done"]
+    assert json.loads(done) == {"pairs": 8, "failed": {"InputError": 1}}
+    tries = tmp_path / "out" / f".{shards[1].name}.tries"
+    assert not tries.exists()
+    tries.write_text(".....")
+    for other, said in (
+        (work, "5 workers died over these pairs"),
+        (dataclasses.replace(work, digest="0" * 64, out=tmp_path / "a"), "another bundle than the job"),
+        (dataclasses.replace(work, version="0.0.1", out=tmp_path / "b"), "the driver 0.0.1"),
+    ):
+        other.out.mkdir(exist_ok=True)
+        (done,) = ray_data.ShardActor(other, shards)(numbers)["done"]
+        assert said in json.loads(done)["message"]
