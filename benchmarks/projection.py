@@ -88,7 +88,7 @@ def table() -> str:
 def overhead() -> str:
     """The measured variants of a job on one machine as Markdown."""
     lines = []
-    for row in read("scoring-cpu")["rows"]:
+    for row in read("scoring-cpu")["rows"]["variants"]:
         low, high = row["ratio_range"]
         ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"| {row['variant']} | {row['pairs_per_s']:.1f} | {ratio} | {row['seconds']:.1f} |")

@@ -44,6 +44,7 @@ SHARD, TURNS, WORKER = 50, 3, "ShardActor"
 CAPTION = "The president smiles in front of the new house of the senate, a man says at noon on Friday"
 WORDS = 20  # of a caption, drawn, so that a table of them does not shrink as one sentence would
 KILL_PAIRS = 4000
+CASES = ("gflop", "costs", "rows", "kills")
 
 
 def make_list(folder: Path, pairs: int) -> Path:
@@ -206,10 +207,38 @@ def survive(folder: Path, source: Path, drivers: int, workers: int, seed: int = 
     }
 
 
+def measure(result: ResultFile, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the cases asked for, writing after each; the others stay as an earlier call wrote them."""
+    record: dict[str, Any] = {"bundle": BUNDLE, "picture": list(SIZE)}
+    if result.path.exists():
+        record |= {name: x for name, x in json.loads(result.path.read_text()).items() if name in CASES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = make_list(folder / "list", options.pairs)
+        cases: dict[str, Callable[[], Any]] = {
+            "gflop": operations,
+            "costs": lambda: costs(folder, source),
+            "rows": lambda: {
+                "pairs": options.pairs,
+                "load": round(os.getloadavg()[0], 1),  # of other work
+                "variants": compare(folder, source, options.turns),
+            },
+            "kills": lambda: survive(
+                folder, make_list(folder / "long", options.kill_pairs), options.drivers, options.workers
+            ),
+        }
+        for case in options.cases:
+            with result.case(case):
+                record[case] = cases[case]()
+            result.save(record)
+    return record
+
+
 def main() -> int:
     """Measure, write the data, print it; 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="all by default")
     parser.add_argument("--pairs", type=int, default=600, help="of a run (%(default)s)")
     parser.add_argument("--turns", type=int, default=TURNS, help="%(default)s")
     parser.add_argument("--kill-pairs", type=int, default=KILL_PAIRS, help="while killing (%(default)s)")
@@ -219,23 +248,7 @@ def main() -> int:
     # Ray's workers step back behind everything else on the machine, and end when others fill its memory.
     os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0")
     result = ResultFile(options.out)
-    record: dict[str, Any] = {"bundle": BUNDLE, "picture": list(SIZE), "pairs": options.pairs}
-    record["load"] = [round(x, 1) for x in os.getloadavg()]  # of other work, at the start
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = make_list(folder / "list", options.pairs)
-        with result.case("operations"):
-            record["gflop"] = operations()
-        with result.case("costs"):
-            record["costs"] = costs(folder, source)
-        result.save(record)
-        with result.case("compare"):
-            record["rows"] = compare(folder, source, options.turns)
-        result.save(record)
-        with result.case("survive"):
-            long = make_list(folder / "long", options.kill_pairs)
-            record["kills"] = survive(folder, long, options.drivers, options.workers)
-        result.save(record)
+    record = measure(result, options)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
     return result.exit_code
 

@@ -10,6 +10,7 @@ from engine.errors import InputError, quoted, shorten
 
 IMAGE_NAMES, CAPTION_NAMES = ("image", "file_name"), ("caption", "text")
 SHOWN = 60  # characters of a faulty line that a message repeats
+ROW = "row"  # the unit of a list in Parquet
 _LONGEST_PATH = 4096  # characters: the system's limit
 _EXPECTED = 'expected {"image": path, "caption": text}, where one of the two may be null'
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import InputError
-from engine.scoring.entries import SHOWN, START, Entry, Mark, failed, make_entry, shown
+from engine.scoring.entries import ROW, SHOWN, START, Entry, Mark, failed, make_entry, shown
 from engine.scoring.parquet import SUFFIX as PARQUET
 from engine.scoring.parquet import read_rows
 from engine.scoring.tables import TABLES, Table, why_no_table
@@ -172,7 +172,7 @@ def _read_parquet(paths: list[Path], start: Mark, content: bool) -> Iterator[tup
     """The entries of the rows of Parquet files, taken as one table."""
     for number, row in enumerate(read_rows(paths, start.number, content), start=start.number + 1):
         data = row.pop("content", None)
-        entry = Entry(number, content=data, unit="row")
+        entry = Entry(number, content=data, unit=ROW)
         yield make_entry(row, entry, shown(repr(row).encode())), Mark(0, number)
 
 

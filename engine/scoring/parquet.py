@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".parquet"
 
-_ROWS = 1024  # of a list that are held at once
+_ROWS, _PACKED_ROWS = 1024, 32  # of a list that are held at once, the latter with images in them
 _GROUP = 8192  # rows of answers that are held at once
 _FLAGS, _COUNTS = ("manipulated",), ("line", "words", "marked", "width", "height")
 _NUMBERS = ("score", *TYPES, "x1", "y1", "x2", "y2", "milliseconds")  # the other columns are text
@@ -71,7 +71,8 @@ def _rows(file: ParquetFile, path: Path, skip: int, content: bool) -> Iterator[d
     groups = range(file.num_row_groups)
     while skip >= (size := file.metadata.row_group(groups[0]).num_rows):
         skip, groups = skip - size, groups[1:]
-    for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=wanted):
+    size = _PACKED_ROWS if packed and content else _ROWS
+    for batch in file.iter_batches(size, row_groups=list(groups), columns=wanted):
         for record in batch.slice(min(skip, len(batch))).to_pylist():
             row = {name: record.get(column) for name, column in columns.items()}
             yield _unpacked(row, content) if packed else row

@@ -138,9 +138,7 @@ def _connected(address: str) -> Iterator[None]:
         raise BackendError(f"--ray {address}: cannot be reached: {str(error).splitlines()[0]}") from error
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, on_sigterm
-            )  # Ray's own prints a trace, and does not end the process
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a trace
         from ray.data import DataContext
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)

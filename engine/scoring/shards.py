@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.errors import InputError
-from engine.scoring.entries import START, Entry, Mark
+from engine.scoring.entries import ROW, START, Entry, Mark
 from engine.scoring.pairs import PairList
 
 _DIGITS = 12
@@ -77,7 +77,9 @@ class Digest:
 
     def add(self, entry: Entry) -> None:
         """Take the next entry."""
-        said = (entry.number, entry.image, entry.caption, entry.id, entry.error and str(entry.error))
+        # Whether a row of Parquet has an image in bytes is known only where they are read.
+        error = entry.error if entry.unit != ROW else None
+        said = (entry.number, entry.image, entry.caption, entry.id, error and str(error))
         self._hash.update(repr(said).encode(errors="surrogatepass"))
 
     @property

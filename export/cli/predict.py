@@ -30,10 +30,10 @@ from export.output import check_output, full_disk_as_input_error, open_output, p
 _BAD_INPUT = 1
 _BATCH = 8
 _EPILOG = """
-A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
-as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
-list. An image or a caption is judged alone beside null, an empty cell or an empty text file. A failed item
-gives a line with its error, and exit code 1.
+A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
+one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
+relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
+A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
 stopped goes on there with --resume, which keeps failed items too.

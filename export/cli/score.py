@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine import Bundle
 from engine.errors import InputError
+from engine.packages import require
 from engine.scoring import Cluster, Work, score
 from engine.scoring.pairs import STDIN
 from engine.scoring.worker import manifest_digest
@@ -71,6 +72,10 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--heatmap is for JSON lines: it goes without --format parquet")
     if options.ray is not None and ":" in options.device:
         options.parser.error("--device: a worker on a cluster has one GPU; give cuda, cpu or auto with --ray")
+    if options.format == "parquet":
+        require("--format parquet", "pyarrow")
+    if options.ray is not None:
+        require("--ray", "ray", "pyarrow")
     check_batch(options)
     source, out = options.source, options.out
     if source == STDIN or source.is_fifo():

@@ -211,22 +211,23 @@ def test_lists_in_parquet(tmp_path, long_list):
     folder = tmp_path / "tables"
     folder.mkdir()
     parquet.write_table(arrow.table(columns), folder / "1.parquet", row_group_size=2)
-    parquet.write_table(arrow.table({"caption": ["f", None]}), folder / "2.parquet")
+    images = arrow.array([None, None, picture], arrow.binary())
+    parquet.write_table(arrow.table({"image": images, "caption": ["f", None, None]}), folder / "2.parquet")
     pairs = PairList(folder)
     entries = list(pairs)
-    assert [e.number for e in entries] == list(range(1, 8))
-    assert [e.content == picture for e in entries] == [True, True, True, False, True, False, False]
+    assert [e.number for e in entries] == list(range(1, 9))
+    assert [e.content == picture for e in entries] == [True, True, True, False, True, False, False, True]
     assert [(e.image, e.caption, e.id) for e in entries[3:6]] == [
         (None, "d", 3),
         ("4.png", "e", 4),
         (None, "f", None),
     ]
     assert "where one of the two may be null" in str(entries[6].error)
-    for size in (1, 2, 3, 7):
+    for size in (1, 2, 3, 8):
         found = [e for shard in cut(pairs, size) for e in read(pairs, shard)]
         assert [(e.number, e.caption) for e in found] == [(e.number, e.caption) for e in entries]
     tally = score(long_list.work(source=folder), size=3)
-    assert (tally.pairs, tally.failed) == (7, {"InputError": 1})
+    assert (tally.pairs, tally.failed) == (8, {"InputError": 1})
     (folder / "3.parquet").write_bytes(b"PAR1 none")
     with pytest.raises(InputError, match=r"3\.parquet: cannot be read as Parquet"):
         list(pairs)
