@@ -30,6 +30,7 @@ EXTRAS = {
     "transformers": "train",
     "ray": "ray",
     "pyarrow": "parquet",
+    "cryptography": "sign",
 }
 # The package of a module that is called otherwise.
 _NAMES = {"sklearn": "scikit-learn", "skimage": "scikit-image", "tensorrt_rtx": "tensorrt-rtx"}

@@ -22,6 +22,9 @@ def check_count(name: str, value: object, least: int) -> int:
 class ImageOptions:
     """How images are read: limits in bytes and pixels, EXIF orientation, the colour behind transparency.
 
+    `max_decoding_bytes` is for the pixels that all threads of the process decode at once, and again for those
+    that wait in full size for a backend that resizes them; a picture that needs more is decoded alone.
+
     Examples:
         >>> from engine import ImageOptions, Predictor
         >>> options = ImageOptions(max_bytes=8 * 2**20, background=(0, 0, 0))
@@ -32,10 +35,11 @@ class ImageOptions:
     max_pixels: int = 64_000_000
     apply_orientation: bool = True
     background: tuple[int, int, int] = (255, 255, 255)
+    max_decoding_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
         """Raise InputError for a limit below 1 and for a colour other than three integers from 0 to 255."""
-        for name in ("max_bytes", "max_pixels"):
+        for name in ("max_bytes", "max_pixels", "max_decoding_bytes"):
             check_count(name, getattr(self, name), least=1)
         colour = self.background
         if not isinstance(colour, tuple | list) or len(colour) != 3:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from engine.errors import InputError
 from engine.inputs.absent import WARNINGS, Absent
+from engine.inputs.budget import DECODING, KEPT
 from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
 from engine.inputs.preprocess import decode_image, make_thumbnail, resize_image
@@ -79,15 +80,18 @@ class Preparation:
         if image is None:
             return self._plain()
         started = perf_counter()
-        decoded = decode_image(image, name=name or None, options=self._options)
-        thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
-        decode_end = perf_counter()
-        pixels = self._pixels(decoded.rgb)
+        with DECODING.reserving(self._options.max_decoding_bytes) as reserve:
+            decoded = decode_image(image, name=name or None, options=self._options, reserve=reserve)
+            size, warnings = decoded.rgb.size, decoded.warnings
+            thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
+            decode_end = perf_counter()
+            pixels = self._pixels(decoded.rgb)
+            del decoded
         timing = {
             "decode": milliseconds(started, decode_end) / shares,
             "resize": milliseconds(decode_end, perf_counter()) / shares,
         }
-        return Picture(pixels, decoded.rgb.size, thumbnail, decoded.warnings, timing)
+        return Picture(pixels, size, thumbnail, warnings, timing)
 
     def _plain(self) -> Picture:
         side = self._spec.image_size
@@ -113,9 +117,11 @@ class Preparation:
 
     def _pixels(self, rgb: Image.Image) -> np.ndarray:
         # A second resize to the same size changes nothing, so one here does no harm before the backend's.
-        if self._resize or max(rgb.size) > _LARGEST_SENT:
-            rgb = resize_image(rgb, self._spec.image_size)
-        return np.asarray(rgb)
+        if not self._resize and max(rgb.size) <= _LARGEST_SENT:
+            whole = np.asarray(rgb)
+            if KEPT.keep(whole, self._options.max_decoding_bytes):
+                return whole
+        return np.asarray(resize_image(rgb, self._spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption."""

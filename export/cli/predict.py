@@ -74,6 +74,12 @@ def add_parser(verbs: Verbs) -> None:
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
     add_backend(parser)
+    add(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; DGM4_PUBLIC_KEY",
+    )
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
     parser.surplus = '; quote the caption: "A caption of several words"'
@@ -146,6 +152,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         device=options.device,
         threads=options.threads,
         rebuild=options.rebuild,
+        public_key=options.public_key,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=dict(options.thresholds),
     )

@@ -235,7 +235,9 @@ def test_metrics(client, jpeg):
     lines = client.get("/metrics").text.splitlines()
     assert 'dgm4_requests_total{method="POST",route="/v1/predict",status="200"} 1.0' in lines
     assert "dgm4_batch_pairs_count 1.0" in lines and "dgm4_pending_pairs 0.0" in lines
-    stages = {line.partition('stage="')[2].partition('"')[0] for line in lines if "dgm4_stage_seconds_count" in line}
+    stages = {
+        line.partition('stage="')[2].partition('"')[0] for line in lines if "dgm4_stage_seconds_count" in line
+    }
     assert {"decode", "resize", "tokenize", "inference", "postprocess", "total"} <= stages
     for random in ("BREW", "A" * 50):
         client.request(random, f"/{random}")
@@ -268,7 +270,10 @@ def tensor(name, data, **more):
 
 def test_the_protocol_answers_as_the_predictor_does(client, predictor, jpeg):
     expected = [predictor.predict(jpeg, caption) for caption in ("Obama", CAPTION)]
-    body = {"id": "7", "inputs": [tensor("image", [encoded(jpeg)] * 2), tensor("caption", ["Obama", CAPTION])]}
+    body = {
+        "id": "7",
+        "inputs": [tensor("image", [encoded(jpeg)] * 2), tensor("caption", ["Obama", CAPTION])],
+    }
     data = client.post(INFER, json=body).json()
     outputs = {output["name"]: output for output in data["outputs"]}
     assert (data["id"], data["model_name"], outputs["types"]["shape"]) == ("7", "asap-tiny-fp32", [2, 4])
@@ -302,7 +307,9 @@ def test_binary_tensors_as_triton_clients_send_them(client, predictor, jpeg):
     assert outputs[0]["parameters"] == {"binary_data_size": 16}
     values = struct.unpack("<4f", response.content[length:])
     expected = predictor.predict(jpeg, None)
-    assert values[0] == pytest.approx(expected.types["face_swap"]) and values[2] != values[2]  # NaN: no answer
+    assert (
+        values[0] == pytest.approx(expected.types["face_swap"]) and values[2] != values[2]
+    )  # NaN: no answer
     assert Prediction.from_json(outputs[1]["data"][0]) == expected
 
 
@@ -330,7 +337,9 @@ def test_wrong_tensors(client, inputs):
     assert response.status_code == 422 and set(response.json()) == {"error"}
 
 
-@pytest.mark.parametrize(("header", "tail"), [("9999", b""), ("x", b""), ("-1", b""), (None, b"\xff\xff\xff\xff")])
+@pytest.mark.parametrize(
+    ("header", "tail"), [("9999", b""), ("x", b""), ("-1", b""), (None, b"\xff\xff\xff\xff")]
+)
 def test_wrong_binary_data(client, header, tail):
     inputs = [{"name": "caption", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 4}}]
     text = json.dumps({"inputs": inputs}).encode()
@@ -368,7 +377,9 @@ def test_only_the_log_that_is_trusted_is_repeated():
     from engine.serving.logs import JsonFormatter
 
     def line(name, message, error=None):
-        record = logging.LogRecord(name, logging.ERROR, "f.py", 3, message, (), error and (type(error), error, None))
+        record = logging.LogRecord(
+            name, logging.ERROR, "f.py", 3, message, (), error and (type(error), error, None)
+        )
         return json.loads(JsonFormatter().format(record))
 
     assert line("engine.serving.gate", "request")["message"] == "request"
