@@ -29,7 +29,8 @@ class Work:
     """What every worker of a job is told: where the pairs are, what answers them, where answers go.
 
     `digest` is that of the bundle's manifest, so that no machine of a cluster answers with another bundle.
-    `threads` are the CPU threads of one worker, None for all cores.
+    `threads` are the CPU threads of one worker, None for all cores. With `public_key`, PEM, the bundle has to
+    be signed by its owner.
     """
 
     bundle: str
@@ -43,6 +44,7 @@ class Work:
     device: str = "auto"
     threads: int | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    public_key: bytes | None = field(default=None, repr=False)
     version: str = __version__  # of the process that gives the work out
 
     def path(self, shard: Shard) -> Path:
@@ -105,7 +107,7 @@ class Worker:
                 raise BackendError(
                     f"this worker has dgm4 {__version__}, the driver {work.version}; take one for all"
                 )
-            bundle = Bundle.open(work.bundle)
+            bundle = Bundle.open(work.bundle, public_key=work.public_key)
             if manifest_digest(bundle) != work.digest:
                 raise BundleError(
                     f"{bundle.path}: holds another bundle than the job began with; "
@@ -118,6 +120,7 @@ class Worker:
                 threads=work.threads,
                 thumbnail=0,
                 thresholds=work.thresholds,
+                public_key=work.public_key,
             )
         return self._predictor
 

@@ -12,6 +12,7 @@ from engine.packages import require
 from engine.scoring import Cluster, Work, score
 from engine.scoring.pairs import STDIN
 from engine.scoring.worker import manifest_digest
+from engine.signing import key_in_use
 from export.cli.arguments import Verbs, add_device, add_thresholds, backend, check_batch
 from export.flags import POSITIVE, WHOLE
 from export.output import is_bundle
@@ -59,6 +60,12 @@ def add_parser(verbs: Verbs) -> None:
     add_device(parser)
     add("--threads", type=POSITIVE, metavar="N", help="CPU threads of a worker; all cores, or 1 with --ray")
     add_thresholds(parser)
+    add(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; DGM4_PUBLIC_KEY",
+    )
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="score on a Ray cluster; here by default")
     add("--workers", type=POSITIVE, metavar="N", help="workers on the cluster; one a GPU, or all its cores")
     parser.set_defaults(run=run, parser=parser)
@@ -66,6 +73,18 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score the list; 0 also where pairs failed, which their rows say."""
+    _check(options)
+    work = _work(options)
+    cluster = Cluster(options.ray, options.workers, work.threads or 1) if options.ray else None
+    tally = score(work, options.shard, options.max_failed, cluster, options.quiet)
+    failed = ", ".join(f"{kind} {count}" for kind, count in tally.failed.most_common())
+    why = f" ({failed}; their rows hold the errors)" if failed else ""
+    sys.stdout.write(f"{options.out}: {tally.pairs} pairs, {tally.failed.total()} failed{why}\n")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Stop with an error of usage, or raise, before anything is loaded or written."""
     if options.workers is not None and options.ray is None:
         options.parser.error("--workers is for a cluster: it needs --ray")
     if options.heatmap and options.format == "parquet":
@@ -84,25 +103,24 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--out {out}: lies in a bundle, which it would damage; choose another place")
     if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: expected the name of a folder, in a folder that exists")
-    threads = options.threads or (1 if options.ray else None)
-    bundle = Bundle.open(options.bundle)
-    work = Work(
+
+
+def _work(options: argparse.Namespace) -> Work:
+    """What the workers are told."""
+    key = key_in_use(options.public_key)
+    bundle = Bundle.open(options.bundle, public_key=key)
+    return Work(
         # A bundle that ships may lie elsewhere on another machine.
         bundle=str(bundle.path if options.bundle.exists() else options.bundle),
         digest=manifest_digest(bundle),
-        source=source.absolute(),
-        out=out.absolute(),
+        source=options.source.absolute(),
+        out=options.out.absolute(),
         format=options.format,
         heatmap=options.heatmap,
         batch=options.batch or _BATCH,
         backend=options.backend,
         device=options.device,
-        threads=threads,
+        threads=options.threads or (1 if options.ray else None),
         thresholds=dict(options.thresholds),
+        public_key=key,
     )
-    cluster = Cluster(options.ray, options.workers, threads or 1) if options.ray else None
-    tally = score(work, options.shard, options.max_failed, cluster, options.quiet)
-    failed = ", ".join(f"{kind} {count}" for kind, count in tally.failed.most_common())
-    why = f" ({failed}; their rows hold the errors)" if failed else ""
-    sys.stdout.write(f"{out}: {tally.pairs} pairs, {tally.failed.total()} failed{why}\n")
-    return 0
