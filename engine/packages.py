@@ -28,6 +28,8 @@ EXTRAS = {
     "uvicorn": "serve",
     "timm": "train",
     "transformers": "train",
+    "ray": "ray",
+    "pyarrow": "parquet",
     "cryptography": "sign",
 }
 # The package of a module that is called otherwise.

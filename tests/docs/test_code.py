@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from export.cli.app import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_COMMANDS = (".", "mkdocs", "pytest")  # of other projects
-LANGUAGES = {"json", "python", "sh", "text", "toml"}
+OTHER_COMMANDS = (".", "mkdocs", "pytest", "ray", "serve")  # of other projects
+LANGUAGES = {"json", "python", "sh", "text", "toml", "yaml"}
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_only_tested_languages(pages):
 
 
 def test_data_blocks_parse(blocks):
-    for parse, language in ((json.loads, "json"), (tomllib.loads, "toml")):
+    for parse, language in ((json.loads, "json"), (tomllib.loads, "toml"), (yaml.safe_load, "yaml")):
         for block in sum(blocks(language).values(), []):
             parse(block)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines, serving
+from benchmarks import accuracy, demo, engines, inference_server, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -46,6 +46,7 @@ def result(name):
         ("accuracy-cpu", "precision-and-accuracy", lambda result: accuracy.table(result["bundles"])),
         ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
+        ("inference-server-cpu", "triton-server", inference_server.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
         ("serving-cpu", "serving", serving.table),
     ],
