@@ -54,17 +54,7 @@ class Served:
     """A `dgm4 serve` process."""
 
     def __init__(self, bundle: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "export.cli",
-            "serve",
-            bundle,
-            "--port",
-            "0",
-            "--max-pending",
-            "1024",
-        ]
+        command = [sys.executable, "-m", "export.cli", "serve", bundle, *_OPTIONS]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
         self.address = self._await_ready()
 
