@@ -193,6 +193,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "public_key",
         "to_rows",
     }
     assert found - fields == {row[0].strip("`") for row in tables("serving", "Warnings")[1:]}
