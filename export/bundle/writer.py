@@ -29,7 +29,7 @@ from typing import Any
 
 from engine.errors import BundleError, quoted
 from engine.files import begin_unfinished, end_unfinished, sha256_of, temporary_name
-from engine.layout import MANIFEST
+from engine.layout import MANIFEST, SIGNATURE
 from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
 from export.bundle.write_errors import as_bundle_error, refusal, write_error
 
@@ -102,7 +102,7 @@ class BundleWriter:
             raise BundleError(
                 f"{out} is not empty and not a {noun}: nothing there is touched, choose another --out"
             )
-        foreign = sorted(_entries(out) - listed)
+        foreign = sorted(name for name in _entries(out) - listed if not cls.is_derived(name))
         if foreign:
             raise BundleError(
                 f"{out} is a {noun} with files that are not in its manifest: {', '.join(foreign[:5])}; "
@@ -111,12 +111,17 @@ class BundleWriter:
         if not overwrite:
             raise BundleError(f"{out} already holds a {noun}: allow overwriting or choose another --out")
 
+    @classmethod
+    def is_derived(cls, name: str) -> bool:
+        """Whether a file that the manifest does not list was made of ours, and may go with them."""
+        return False
+
     def path(self, name: str) -> Path:
         """Path for a file called `name` of the bundle; the caller writes it before `commit`.
 
         Raises `BundleError` if the name is no plain file name, or is the manifest's own.
         """
-        if name in ("", ".", "..", MANIFEST) or name != Path(name).name or "\\" in name:
+        if name in ("", ".", "..", MANIFEST, SIGNATURE) or name != Path(name).name or "\\" in name:
             raise BundleError(f"expected a plain file name other than {MANIFEST}, got {quoted(name)}")
         return self._opened() / name
 
@@ -296,7 +301,7 @@ def _listed_files(directory: Path, kind: str) -> set[str] | None:
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         return None
     files = manifest.get("files")
-    return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
+    return {MANIFEST, SIGNATURE, *(files if isinstance(files, dict) else ())}
 
 
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
