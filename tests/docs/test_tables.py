@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines, inference_server
+from benchmarks import accuracy, demo, engines, inference_server, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -48,6 +48,7 @@ def result(name):
         ("demo", "training", demo.table),
         ("inference-server-cpu", "triton-server", inference_server.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
+        ("serving-cpu", "serving", serving.table),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
