@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines
+from benchmarks import accuracy, demo, engines, projection
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -47,6 +47,7 @@ def result(name):
         ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
+        ("scoring-cpu", "scale-out", lambda _: projection.table() + projection.overhead()),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
