@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines, inference_server, serving
+from benchmarks import accuracy, demo, engines, inference_server, projection, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -49,6 +49,7 @@ def result(name):
         ("inference-server-cpu", "triton-server", inference_server.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
         ("serving-cpu", "serving", serving.table),
+        ("scoring-cpu", "scale-out", lambda _: projection.table() + projection.overhead()),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
