@@ -25,7 +25,8 @@ ROOMS = {
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
     "engine.shipped": "engine.errors engine.layout engine.network.config",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
-    "engine.inputs": "engine.errors engine.manifest",
+    "engine._native": "",
+    "engine.inputs": "engine._native engine.errors engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",

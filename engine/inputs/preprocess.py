@@ -26,6 +26,7 @@ from engine.inputs.sources import ImageInput as ImageInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CHANNELS, LEVELS = 3, 256
 _TINY = 32  # pixels of the shorter side: no face or scene is to be seen below
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {

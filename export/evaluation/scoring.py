@@ -21,7 +21,8 @@ from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 from engine.backends import usable_cores
 from engine.errors import InputError
 from engine.inputs.preparation import Item, Preparation
-from engine.inputs.preprocess import ImageOptions, normalize_image
+from engine.inputs.network_input import join_slots
+from engine.inputs.options import ImageOptions
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.progress import progress_bar
@@ -54,7 +55,7 @@ class Pairs:
     """Annotated samples, prepared for one bundle as its Predictor would prepare them."""
 
     def __init__(self, samples: Sequence[Sample], tokenizer: CaptionTokenizer, spec: Preprocess) -> None:
-        self.samples, self.spec = samples, spec
+        self.samples = samples
         self._tokenizer = tokenizer
         self._preparation = Preparation(spec, tokenizer, _AS_STORED, thumbnail=0, resize=True)
 
@@ -73,9 +74,8 @@ class Pairs:
 
     def feeds(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """Return the network's inputs by name for a batch."""
-        spec = self.spec
-        images = [normalize_image(pair.item.picture.pixels, spec.mean, spec.std) for pair in pairs]
-        return {"image": np.stack(images), **self._preparation.text([pair.item for pair in pairs])}
+        images = [pair.item.picture.pixels for pair in pairs]
+        return {"image": join_slots(images), **self._preparation.text([pair.item for pair in pairs])}
 
 
 @dataclass(frozen=True)
