@@ -1,4 +1,4 @@
-"""Build entry point; pyproject.toml holds the metadata. The extension is optional: without it Pillow does its work."""
+"""Build entry point; pyproject.toml holds the metadata. Without the extension Pillow does its work."""
 
 import platform
 import sys

@@ -17,7 +17,7 @@ from engine.backends import usable_cores
 from engine.backends.base import Backend, Pending
 from engine.errors import BackendError, InputError, NumericalError
 from engine.inputs.pairs import Caption, Pair, unpack_pair
-from engine.inputs.preparation import Item, Preparation, milliseconds
+from engine.inputs.preparation import Item, Picture, Preparation, milliseconds
 from engine.inputs.sources import ImageInput
 from engine.manifest import Manifest
 from engine.partial import leave_out
@@ -27,7 +27,7 @@ from engine.prediction import Prediction
 OnError = Literal["raise", "return"]
 # What takes a failed item's place with on_error="return".
 ItemError = InputError | NumericalError
-Prepare = Callable[[], Item]
+Prepare = Callable[[np.ndarray | None], Item]  # into a slot of its batch
 
 _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _NOWHERE = 1, 1  # the image's size where there is no image to have a box
@@ -75,15 +75,19 @@ class Runner:
         """Predict captions of one image, prepared once; raises InputError where it cannot be read."""
         picture = self._preparation.picture("", image, shares=len(captions))
         named = ((f"caption {i}", caption) for i, caption in enumerate(captions))
-        prepare = self._preparation.caption
-        return self._stream((partial(prepare, name, picture, caption) for name, caption in named), batch_size)
+        return self._stream(
+            (partial(self._caption, name, picture, caption) for name, caption in named), batch_size
+        )
 
     def blank(self, pairs: int, tokens: int) -> None:
         """Run a blank batch of this shape."""
         self._run(*self._preparation.blank(pairs, tokens)).result()
 
-    def _pair(self, name: str, pair: object) -> Item:
-        return self._preparation.pair(name, *unpack_pair(name, pair))
+    def _pair(self, name: str, pair: object, slot: np.ndarray | None) -> Item:
+        return self._preparation.pair(name, *unpack_pair(name, pair), slot)
+
+    def _caption(self, name: str, picture: Picture, caption: Caption | None, _: np.ndarray | None) -> Item:
+        return self._preparation.caption(name, picture, caption)
 
     def _stream(self, jobs: Iterator[Prepare], batch_size: int) -> Iterator[Prediction | ItemError]:
         most = _MAX_WORKERS if self._backend.device == "cpu" else usable_cores()
@@ -93,7 +97,11 @@ class Runner:
             ahead: list[Future[Item | ItemError]] = []
             running: deque[_Batch] = deque()
             while batch := list(itertools.islice(jobs, batch_size)):
-                current, ahead = ahead, [pool.submit(_prepared, job) for job in batch]
+                slots = self._preparation.slots(len(batch))
+                current, ahead = (
+                    ahead,
+                    [pool.submit(_prepared, *work) for work in zip(batch, slots, strict=True)],
+                )
                 running.append(self._submit([future.result() for future in current]))
                 if len(running) > running_at_once:
                     yield from self._results(running.popleft())
@@ -161,10 +169,10 @@ class Runner:
         return leave_out(prediction, item.absent)
 
 
-def _prepared(job: Prepare) -> Item | ItemError:
+def _prepared(job: Prepare, slot: np.ndarray | None) -> Item | ItemError:
     """Prepare one pair of a batch; return the InputError of one that cannot be used."""
     try:
-        return job()
+        return job(slot)
     except InputError as error:
         return error
 

@@ -79,7 +79,7 @@ def _bands(rgb: Image.Image) -> Iterator[object]:
 
 
 def _memory(rgb: Image.Image) -> object:
-    """The capsules of Arrow's interface, without a copy; an array where this Pillow or its settings have none."""
+    """The capsules of Arrow's interface, without a copy; an array where this Pillow gives none."""
     try:
         return rgb.__arrow_c_array__()
     except (AttributeError, ValueError):  # before 11.2; blocks that were set smaller
