@@ -91,7 +91,8 @@ class Preparation:
         if image is None:
             return self._plain(slot)
         started = perf_counter()
-        decoded = decode_image(image, name=name or None, options=self._options)
+        side = self._spec.image_size
+        decoded = decode_image(image, name=name or None, options=self._options, side=side)
         thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
         decode_end = perf_counter()
         pixels = self._pixels(decoded.rgb, slot)
@@ -99,7 +100,7 @@ class Preparation:
             "decode": milliseconds(started, decode_end) / shares,
             "resize": milliseconds(decode_end, perf_counter()) / shares,
         }
-        return Picture(pixels, decoded.rgb.size, thumbnail, decoded.warnings, timing)
+        return Picture(pixels, decoded.size, thumbnail, decoded.warnings, timing)
 
     def _plain(self, slot: np.ndarray | None) -> Picture:
         side = self._spec.image_size

@@ -29,6 +29,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CHANNELS, LEVELS = 3, 256
 _TINY = 32  # pixels of the shorter side: no face or scene is to be seen below
 _ORIENTATION_TAG = 0x0112
+_FIRST_SIDEWAYS = 5
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,16 +59,24 @@ _PILLOW_ERRORS = (
 
 
 class Decoded(NamedTuple):
-    """An upright RGB image and the warnings of reading it."""
+    """An upright RGB image and the warnings of reading it.
+
+    size: (width, height) of the upright image as it was given; `rgb` is smaller where it was decoded so.
+    """
 
     rgb: Image.Image
     warnings: tuple[str, ...]
+    size: tuple[int, int]
 
 
 def decode_image(
-    source: ImageInput, *, name: str | None = None, options: ImageOptions | None = None
+    source: ImageInput,
+    *,
+    name: str | None = None,
+    options: ImageOptions | None = None,
+    side: int | None = None,
 ) -> Decoded:
-    """Read an image as upright RGB.
+    """Read an image as upright RGB; with options.decode "fast" smaller, but with `side` pixels a side at least.
 
     `source` is a path, the bytes of a file, a file object, a PIL image, an array of H x W or H x W x 1, 3
     or 4, or a torch tensor of that shape or of 1, 3 or 4 x H x W, as uint8 or as finite floats in [0, 1].
@@ -78,6 +87,9 @@ def decode_image(
     with _boundary(label), _whole_files():
         image, data = open_source(source, label, options)
         check_pixels(image.size, label, options)
+        size = image.size
+        if side is not None and options.decode == "fast" and isinstance(image, ImageFile.ImageFile):
+            image.draft(None, (side, side))  # only JPEG has it, libjpeg's scaled inverse transform
         depth, warnings = depth_of(image), _frame_warning(image)
         image.load()
         orientation, exif_warning = _orientation(image) if options.apply_orientation else (1, "")
@@ -87,8 +99,9 @@ def decode_image(
             depth_warning = guessed(max(high for _, high in extrema(low)), 255)
         if orientation in _TRANSPOSES:
             rgb = rgb.transpose(_TRANSPOSES[orientation])
+            size = size if orientation < _FIRST_SIDEWAYS else size[::-1]
     warnings += [depth_warning, exif_warning, _content_warning(rgb)]
-    return Decoded(rgb, tuple(filter(None, warnings)))
+    return Decoded(rgb, tuple(filter(None, warnings)), size)
 
 
 def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dgm4.places import check_checkpoint, check_data
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data, add_thresholds, check_batch
+from export.cli.arguments import Verbs, add_backend, add_data, add_decode, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
@@ -47,6 +47,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--limit", type=POSITIVE, metavar="N", help="draw N pairs of the split")
     add_backend(parser)
     add("--batch", type=POSITIVE, metavar="N", help="pairs a run; 32 or the bundle's largest")
+    add_decode(parser)
     add(
         "--reference",
         choices=("auto", "none"),

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from engine import Prediction, Predictor
+from engine import ImageOptions, Prediction, Predictor
 from engine.errors import Dgm4Error, InputError
 from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
 from export.cli.answers import Answers, Maker, json_line
-from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
+from export.cli.arguments import Verbs, add_backend, add_decode, add_thresholds, check_batch
 from export.cli.pairs import STDIN, Entry, PairList
 from export.cli.plot import save_plot
 from export.cli.summary import printable, rounded, summary
@@ -75,6 +75,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--plot", type=Path, metavar="FILE", help="draw the prediction of a single pair")
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
+    add_decode(parser)
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
@@ -127,6 +128,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         device=options.device,
         threads=options.threads,
         rebuild=options.rebuild,
+        image_options=ImageOptions(decode=options.decode),
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=dict(options.thresholds),
     )

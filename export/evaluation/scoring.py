@@ -22,15 +22,13 @@ from engine.backends import usable_cores
 from engine.errors import InputError
 from engine.inputs.preparation import Item, Preparation
 from engine.inputs.network_input import join_slots
-from engine.inputs.options import ImageOptions
+from engine.inputs.options import Decode, ImageOptions
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.progress import progress_bar
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
-# Annotated boxes refer to the image as it is stored.
-_AS_STORED = ImageOptions(apply_orientation=False)
 WAITING = "waiting for images"  # a key of the JSON report
 
 
@@ -54,10 +52,18 @@ class Pair(NamedTuple):
 class Pairs:
     """Annotated samples, prepared for one bundle as its Predictor would prepare them."""
 
-    def __init__(self, samples: Sequence[Sample], tokenizer: CaptionTokenizer, spec: Preprocess) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: CaptionTokenizer,
+        spec: Preprocess,
+        decode: Decode = "exact",
+    ) -> None:
         self.samples = samples
         self._tokenizer = tokenizer
-        self._preparation = Preparation(spec, tokenizer, _AS_STORED, thumbnail=0, resize=True)
+        # Annotated boxes refer to the image as it is stored.
+        as_stored = ImageOptions(apply_orientation=False, decode=decode)
+        self._preparation = Preparation(spec, tokenizer, as_stored, thumbnail=0, resize=True)
 
     def __len__(self) -> int:
         return len(self.samples)
