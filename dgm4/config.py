@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.errors import InputError, quoted
 from engine.network.config import BERT_EPS, NAMES, TORCH_EPS, TYPES, VIT_EPS, NetworkConfig
 
 __all__ = [
@@ -62,10 +63,10 @@ SIZES = tuple(_SIZES)
 def model_config(name: str, size: str = "base") -> ModelConfig:
     """Return the published shape ("base") or the small one with the same code ("tiny").
 
-    Raises ValueError for a name or a size that does not exist.
+    Raises InputError for a name or a size that does not exist.
     """
     if name not in MODEL_NAMES:
-        raise ValueError(f"unknown network {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+        raise InputError(f"unknown network {quoted(name)}: expected one of {', '.join(MODEL_NAMES)}")
     if size not in _SIZES:
-        raise ValueError(f"unknown size {size!r}: expected one of {', '.join(SIZES)}")
+        raise InputError(f"unknown size {quoted(size)}: expected one of {', '.join(SIZES)}")
     return replace(_SIZES[size], name=name)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgm4.config import TYPES
-from engine.errors import InputError, NumericalError
+from engine.errors import InputError, NumericalError, quoted
 
 PRISTINE = "orig"
 TOKEN_PADDING = -100
@@ -251,7 +251,9 @@ def _read_label(label: str) -> list[bool]:
     parts = [] if label == PRISTINE else label.split("&")
     unknown = [part for part in parts if part not in TYPES]
     if unknown:
-        raise InputError(f'labels: expected "{PRISTINE}" or {", ".join(TYPES)} joined by "&", got {label!r}')
+        raise InputError(
+            f'labels: expected "{PRISTINE}" or {", ".join(TYPES)} joined by "&", got {quoted(label)}'
+        )
     return [name in parts for name in TYPES]
 
 

@@ -14,14 +14,23 @@ import numpy as np
 import torch
 
 from dgm4.model import Detector, create_model
+from engine.inputs.options import check_count
 
 _SPREAD = 1.5  # a matrix keeps the scale of its input through norm and activation
+# Layers that end a residual branch. Where a branch outweighs its stream all words become alike.
+RESIDUAL = tuple(
+    f"{layer}.weight"
+    for layer in ("out_proj", "output.dense", "FFN.2", "aggregator_mlp.6", "attn.proj", "mlp.fc2")
+)
 _COUNTERS = ("num_batches_tracked", "queue_ptr")
 _TOKENS = ("cls_token", "pos_embed", "cls_token_local", "cls_token_local_e")
 
 
-def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Return the tensor of a checkpoint's entry `name`: float32, or int64 zeros for a counter."""
+def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD) -> np.ndarray:
+    """Return the tensor of a checkpoint's entry `name`: float32, or int64 zeros for a counter.
+
+    `residual` scales the matrices that end a residual branch; with 0.225 the words of a caption answer apart.
+    """
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _COUNTERS:
         return np.zeros(shape, np.int64)
@@ -39,11 +48,16 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return 1 + 0.1 * z if leaf == "weight" else 0.1 * z
     if "embeddings" in name:
         return 0.5 * z
-    return z * np.float32(_SPREAD / np.sqrt(prod(shape[1:])))
+    spread = residual if name.endswith(RESIDUAL) else _SPREAD
+    return z * np.float32(spread / np.sqrt(prod(shape[1:])))
 
 
 def seeded_model(name: str, size: str = "base", seed: int = 1) -> Detector:
-    """Build a network with drawn weights, in evaluation mode, float32; see `dgm4.create_model`."""
+    """Build a network with drawn weights, in evaluation mode, float32; see `dgm4.create_model`.
+
+    Raises InputError for a seed that is no integer from 0.
+    """
+    check_count("seed", seed, least=0)
     with torch.device("meta"):
         model = create_model(name, size)
     state = {k: torch.from_numpy(draw(k, tuple(v.shape), seed)) for k, v in model.state_dict().items()}

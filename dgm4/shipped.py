@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgm4.config import MODEL_NAMES
-from engine.errors import CheckpointError, InputError
+from engine.errors import CheckpointError, InputError, quoted
 
 _HERE = Path(__file__).resolve().parent
 DEMO = _HERE / "demo"
@@ -26,7 +26,7 @@ def demo_checkpoint(name: str) -> Path:
     Raises InputError for an unknown network, CheckpointError where the file is not installed.
     """
     if name not in MODEL_NAMES:
-        raise InputError(f"unknown network {name!r}: expected one of {', '.join(MODEL_NAMES)}")
+        raise InputError(f"unknown network {quoted(name)}: expected one of {', '.join(MODEL_NAMES)}")
     path = DEMO / f"{name}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path}: the demo weights are not there; install the whole package")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dgm4.places import check_checkpoint
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, quoted
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,9 @@ def find_state(path: Path, place: str | None = None, tensors_only: bool = False)
     elif place is None:
         _refuse_states(path, inner, list(states))
     elif place not in states:
-        raise CheckpointError(f"{path}: expected one of its states ({some(list(states))}), got {place!r}")
+        raise CheckpointError(
+            f"{path}: expected one of its states ({some(list(states))}), got {quoted(place)}"
+        )
     others = tuple(name for name in states if name != place)
     if others:
         log.warning("%s: took the state %s; not read: %s", path, place or "of the file", ", ".join(others))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from engine.errors import BundleError, shorten
-from engine.files import sha256_of
+from engine.files import open_file, sha256_of
 from engine.layout import ENGINE_SUFFIX, MANIFEST
 from engine.manifest import (
     FileEntry,
@@ -23,11 +23,12 @@ from engine.manifest import (
     check_digest,
     parse_manifest,
 )
-from engine.shipped import locate
+from engine.shipped import locate, suggest
 
 logger = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 4 * 2**20
+_SHOWN = 5  # names that a message lists
 
 
 class Bundle:
@@ -71,10 +72,13 @@ class Bundle:
         optional = set() if engines else {entry.file for entry in manifest.engines}
         missing = sorted(set(manifest.files) - set(sizes) - optional)
         if missing:
-            raise BundleError(f"{root}: missing {', '.join(missing)}; {_remedy(missing[0])}")
+            raise BundleError(f"{root}: missing {_some(missing)}; {_remedy(missing[0])}")
         foreign = sorted(set(sizes) - set(manifest.files))
         if foreign:
-            raise BundleError(f"{root}: {', '.join(foreign)} is not in the manifest; remove it")
+            verb = "is" if len(foreign) == 1 else "are"
+            raise BundleError(
+                f"{root}: {_some(foreign)} {verb} not in the manifest; remove what is not the bundle's"
+            )
         for name in set(manifest.files) - optional:
             _check_size(root / name, sizes[name], manifest.files[name])
         logger.debug("opened the bundle %s: %s", root, manifest.model.name)
@@ -113,9 +117,10 @@ class Bundle:
         """
         entry, path = self._entry(name), self.path / name
         try:
-            content = path.read_bytes()
+            with open_file(path) as file:
+                content = file.read()
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error}") from error
+            raise BundleError(f"{path}: cannot be read: {_reason(error)}") from error
         _check_size(path, len(content), entry)
         _compare(path, sha256_of(content), entry)
         return content
@@ -175,12 +180,15 @@ class Bundle:
 
 
 def _absolute(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise BundleError(f"expected the path of a bundle's directory, got {type(path).__name__}")
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        given = "an empty one" if path == "" else type(path).__name__
+        raise BundleError(f"expected the path of a bundle's directory, got {given}")
     try:
         return Path(os.fsdecode(path)).absolute()
     except OSError as error:  # the working directory is gone
-        raise BundleError(f"{path}: not a bundle, the working directory cannot be found: {error}") from error
+        raise BundleError(
+            f"{path}: not a bundle, the working directory cannot be found: {_reason(error)}"
+        ) from error
 
 
 def _reopen(path: Path, manifest: Manifest, engines: bool) -> Bundle:
@@ -193,7 +201,7 @@ def _reopen(path: Path, manifest: Manifest, engines: bool) -> Bundle:
 def _read_manifest(root: Path) -> bytes:
     path = root / MANIFEST
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise BundleError(f"{shorten(str(root))}: not a bundle, {_why_none(root, error)}") from error
@@ -212,9 +220,20 @@ def _parse(root: Path, data: bytes) -> Manifest:
 def _why_none(root: Path, error: OSError | ValueError) -> str:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         there = "a file" if root.is_file() else "a directory without one" if root.is_dir() else "nothing"
-        return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {there}"
-    reason = getattr(error, "strerror", None) or error
-    return f"its {MANIFEST} cannot be read: {reason}"
+        hint = suggest(root) if there == "nothing" else ""
+        return f"expected the directory with a {MANIFEST} that dgm4 export writes, got {there}{hint}"
+    return f"its {MANIFEST} cannot be read: {_reason(error)}"
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """The error without its number and path, which a message has."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, in which nothing moves a terminal's cursor."""
+    shown = [shorten(name if name.isprintable() else repr(name)) for name in names[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _list_files(root: Path) -> dict[str, int]:
@@ -228,10 +247,12 @@ def _list_files(root: Path) -> dict[str, int]:
                 kind = (
                     "a link to nothing" if entry.is_symlink() and not Path(entry).exists() else "not a file"
                 )
-                raise BundleError(f"{root}: {entry.name} is {kind}; {_remedy(entry.name)}, or remove it")
+                raise BundleError(
+                    f"{root}: {_some([entry.name])} is {kind}; {_remedy(entry.name)}, or remove it"
+                )
             sizes[entry.name] = entry.stat().st_size
     except OSError as error:
-        raise BundleError(f"{root}: cannot list the bundle: {error}") from error
+        raise BundleError(f"{root}: cannot list the bundle: {_reason(error)}") from error
     return sizes
 
 
@@ -243,12 +264,12 @@ def _check_size(path: Path, size: int, entry: FileEntry) -> None:
 def _check_digest(path: Path, entry: FileEntry) -> tuple[int, ...]:
     """Raise BundleError unless the file's SHA-256 agrees; return the state of the file that was hashed."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = os.fstat(file.fileno())
             _check_size(path, found.st_size, entry)
             digest = sha256_of(file)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error}") from error
+        raise BundleError(f"{path}: cannot be read: {_reason(error)}") from error
     _compare(path, digest, entry)
     return _state(found)
 

@@ -1,4 +1,4 @@
-"""The exceptions of the project: one base class, eight kinds, each with its exit code on the command line.
+"""The exceptions of the project: one base class, ten kinds, each with its exit code on the command line.
 
 A message says what was expected, what was given and what to do. The command line prints the message
 alone; a library user catches `Dgm4Error` or one of its kinds.
@@ -61,6 +61,18 @@ class BackendError(Dgm4Error):
     exit_code = 4
 
 
+class OverloadedError(Dgm4Error):
+    """More pairs wait already than a `Batcher` holds; the caller should try again later, or elsewhere."""
+
+    exit_code = 4
+
+
+class DeadlineError(Dgm4Error, TimeoutError):
+    """A pair was not answered within the `timeout` that its caller gave."""
+
+    exit_code = 4
+
+
 class EngineMismatchError(Dgm4Error):
     """An engine was built for another machine or library version; names both sides."""
 
@@ -68,11 +80,15 @@ class EngineMismatchError(Dgm4Error):
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A question that names what is spelled most like `text`; empty where nothing is."""
+    """A question that names what is spelled most like `text`; empty where nothing is.
+
+    The dashes of options, which all have, are not compared.
+    """
     import difflib  # only for a mistake
 
-    close = difflib.get_close_matches(text, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(text.lstrip("-"), names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def why_no_json(error: Exception) -> str:

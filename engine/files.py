@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import hashlib
 import math
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -81,12 +83,24 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading bytes; raises OSError for what is none, as a pipe, which waits for a writer."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Not a file", os.fspath(path))
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
 def sha256_of(file: Path | BufferedReader | bytes) -> str:
     """Digest of a file or of bytes, in hexadecimal; of an open file from where it stands."""
     if isinstance(file, bytes):
         return hashlib.sha256(file).hexdigest()
     if isinstance(file, Path):
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             return sha256_of(opened)
     return hashlib.file_digest(file, "sha256").hexdigest()
 

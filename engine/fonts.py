@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from engine.errors import InputError, quoted
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _SUFFIXES = (".ttf", ".otf", ".ttc")
@@ -32,6 +34,9 @@ _BLANK = "lastresort"  # has a placeholder for every letter
 _MOST_FONTS = 400  # opened in search of a letter, about a millisecond each
 _PROBE_SIZE = 16
 _UNASSIGNED = "\U0010ffff"  # no font has it, so it is drawn as the font draws what it lacks
+_SYMBOLS = ("So", "Sk", "Me")  # pictures, modifiers such as skin colours, and enclosing marks
+_FLAG_A = "\U0001f1e6"
+_EMOJI_JOINERS = "\u200d\ufe0f"
 JOINERS = "\u200c\u200d"  # decide how the letters beside them join
 
 _found: dict[str, str | None] = {}  # by letter: the installed font that has it
@@ -73,13 +78,20 @@ def _styles(path: str) -> int:
 class Fonts:
     """The fonts of one card: a given TrueType file or Pillow's own font first, then the installed ones.
 
-    `missing` collects the letters that none of them has. Raises OSError where `path` cannot be read.
+    `missing` collects the letters that none of them has; `spelt` is whether symbols were put in words. Raises
+    InputError where `path` cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else os.fspath(path)
         self.missing: set[str] = set()
-        _load(self.path, _PROBE_SIZE)
+        self.spelt = False
+        try:
+            _load(self.path, _PROBE_SIZE)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"font {quoted(self.path)}: cannot be read as a TrueType font: {error}"
+            ) from error
 
     def runs(self, text: str, size: int) -> list[tuple[str, Font]]:
         """Split `text` into the longest runs that one font draws, in order."""
@@ -96,6 +108,19 @@ class Fonts:
         pairs = groupby(zip(text, chosen, strict=True), key=lambda pair: pair[1])
         return [("".join(c for c, _ in run), _load(path, size)) for path, run in pairs]
 
+    def spelled(self, text: str) -> str:
+        """Return `text` with the symbols that no font has in words, as "[thumbs up sign]" for an emoji.
+
+        Parts of an emoji, such as a skin colour, are left out where no font has them; flags become letters.
+        """
+        lacking = {c for c in text if _needs_glyph(c) and not _has_glyph(self.path, c)}
+        _find(lacking)
+        absent = {c for c in lacking if _found[c] is None and unicodedata.category(c) in _SYMBOLS}
+        if not absent:
+            return text
+        self.spelt = True
+        return "".join(_spell(c) if c in absent else "" if c in _EMOJI_JOINERS else c for c in text)
+
     def length(self, text: str, size: int) -> float:
         """Return the width of `text` in pixels."""
         return sum(font.getlength(part) for part, font in self.runs(text, size))
@@ -107,6 +132,15 @@ class Fonts:
             if _needs_glyph(c) and not unicodedata.combining(c):
                 path = _found[c] or self.path if c in lacking else self.path
             yield path
+
+
+def _spell(c: str) -> str:
+    """A symbol in words; nothing for a part of another one."""
+    if _FLAG_A <= c <= "\U0001f1ff":  # two of these letters are a flag
+        return chr(ord("A") + ord(c) - ord(_FLAG_A))
+    if unicodedata.category(c) != "So":
+        return ""
+    return f"[{unicodedata.name(c, 'symbol').lower()}]"
 
 
 def _find(letters: Iterable[str]) -> None:

@@ -23,6 +23,8 @@ EXTRAS = {
     "timm": "train",
     "transformers": "train",
 }
+# The package of a module that is called otherwise.
+_NAMES = {"sklearn": "scikit-learn", "skimage": "scikit-image", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 def version_of(*packages: str) -> str | None:
@@ -47,7 +49,8 @@ def require(user: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         extras = dict.fromkeys(EXTRAS[module] for module in missing)
-        raise BackendError(f"{user} needs {', '.join(missing)}: {install_command(*extras)}")
+        names = ", ".join(_NAMES.get(module, module) for module in missing)
+        raise BackendError(f"{user} needs {names}: {install_command(*extras)}")
 
 
 def lacking(user: str, error: ModuleNotFoundError) -> BackendError:
@@ -55,7 +58,7 @@ def lacking(user: str, error: ModuleNotFoundError) -> BackendError:
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         raise error
-    return BackendError(f"{user} needs {module}: {install_command(EXTRAS[module])}")
+    return BackendError(f"{user} needs {_NAMES.get(module, module)}: {install_command(EXTRAS[module])}")
 
 
 def find_conflict() -> str | None:

@@ -53,8 +53,8 @@ class Prediction(Result):
         face type is detected. `image` replaces the stored thumbnail, `font` (a TrueType file) the built-in
         one, which has little more than ASCII; letters that it lacks are drawn with an installed font, and
         those that no font has are named on the card and in the log.
-        Saves to `path` if given. Raises InputError for an unreadable `image` and for a `path` that is not an
-        image file's, OSError where writing it or reading `font` fails.
+        Saves to `path` if given. Raises InputError for an `image` or a `font` that cannot be read and for a
+        `path` that is not an image file's, OSError where writing it fails.
 
         Examples:
             >>> from engine import Predictor

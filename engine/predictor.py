@@ -18,7 +18,6 @@ from engine.inputs.pairs import Caption, Pair, check_list, check_shapes, join_pa
 from engine.inputs.preparation import Preparation
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
-from engine.layout import TOKENIZER
 from engine.manifest import Manifest
 from engine.prediction import Prediction
 from engine.running import ItemError, OnError, Runner, raised
@@ -88,9 +87,7 @@ class Predictor:
         manifest = self.bundle.manifest
         self._manifest = replace(manifest, thresholds=manifest.thresholds.replaced(thresholds or {}))
         spec = self.manifest.preprocess
-        tokenizer = CaptionTokenizer(
-            self.bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, self.bundle.read(TOKENIZER)
-        )
+        tokenizer = CaptionTokenizer.of(self.bundle)
         self._backend = create(backend, self.bundle, device, threads)
         self._preparation = Preparation(
             spec, tokenizer, image_options or ImageOptions(), thumbnail, resize=not self._backend.resizes
@@ -228,7 +225,8 @@ class Predictor:
         """
         check_list("a list of captions", captions)
         self._check_on_error(on_error)
-        results = self._runner.captions(image, captions, self._largest(batch_size)) if captions else iter(())
+        size = self._largest(batch_size)
+        results = self._runner.captions(image, captions, size) if len(captions) else iter(())
         return list(results) if on_error == "return" else list(raised(results))
 
     @overload

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _EVERY_S = 15.0  # between plain lines
-_PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left{postfix}"
+_PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far{left}{postfix}"
 _PLAIN_UNCOUNTED = "{desc}: {n_fmt} {unit}, {elapsed} so far{postfix}"
 
 
@@ -45,9 +45,19 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            """See tqdm; `left` is the time that remains, where it is known and there is some."""
+            values = super().format_dict
+            rate = values["rate"] or (self.n - self.initial) / (values["elapsed"] or 1)
+            rest = (self.total or 0) - self.n
+            values["left"] = f", {self.format_interval(rest / rate)} left" if rate and rest > 0 else ""
+            return values
+
     terminal = on_terminal()
     format_ = {} if terminal else {"bar_format": _PLAIN if total is not None else _PLAIN_UNCOUNTED}
-    with tqdm(
+    with Bar(
         total=total,
         desc=label,
         unit=unit if not terminal else f" {unit}",

@@ -69,6 +69,8 @@ class Layout(NamedTuple):
 
 def check_plot_path(path: str | os.PathLike[str]) -> None:
     """Raise InputError unless `path` has an extension that Pillow writes and its folder exists."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"expected the path of an image file to draw into, got {type(path).__name__}")
     target = Path(path)
     if target.suffix.lower() not in _EXTENSIONS:
         raise InputError(f"{target}: expected the name of an image file, ending in {', '.join(_EXTENSIONS)}")
@@ -79,7 +81,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
 def draw_card(result: Result, image: ImageInput | None, font: str | os.PathLike[str] | None) -> Image.Image:
     """Draw the whole card; its size follows the image's shape and the caption.
 
-    Raises InputError where `image` cannot be read, OSError where `font` cannot.
+    Raises InputError where `image` or `font` cannot be read.
     """
     fonts = Fonts(font)
     photo = read_photo(result, image)
@@ -298,6 +300,8 @@ def _drawing_notes(caption: str, notes: list[str], fonts: Fonts) -> list[str]:
     if fonts.missing:
         letters = " ".join(f"U+{ord(c):04X}" for c in sorted(fonts.missing)[:5])
         told.append(f"Some letters cannot be drawn, such as {letters}: install a font that has them.")
+    if fonts.spelt:
+        told.append("Symbols that no font here has stand as words in brackets.")
     if lacks_shaping(caption):
         told.append("Right-to-left letters are not joined: this Pillow was built without raqm.")
     for note in told:

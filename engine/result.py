@@ -134,6 +134,8 @@ class Result(Record):
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
+        if not set(self.detected) <= set(self.types):
+            yield "detected", f"some of {', '.join(self.types) or 'no type'}", list(self.detected)
         for i, word in enumerate(self.words):
             if not 0 <= word.start <= word.end <= len(self.caption):
                 yield f"words[{i}]", "a span of the caption", [word.start, word.end]
@@ -226,6 +228,9 @@ def to_rows(results: Iterable[Result | Exception]) -> list[Row]:
         >>> [row["error_kind"] for row in rows]
         [None, 'InputError']
     """
+    if not isinstance(results, Iterable):
+        hint = "; of one, take its to_row()" if isinstance(results, Result) else ""
+        raise InputError(f"to_rows: expected an iterable of predictions, got {type(results).__name__}{hint}")
     return [_row_of(result) for result in results]
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from engine.backends import usable_cores
-from engine.backends.base import Backend, Pending
+from engine.backends.base import Backend, Outputs, Pending
 from engine.errors import BackendError, InputError, NumericalError
+from engine.halving import Halving
 from engine.inputs.pairs import Caption, Pair, unpack_pair
 from engine.inputs.preparation import Item, Picture, Preparation, milliseconds
 from engine.inputs.sources import ImageInput
@@ -33,19 +34,32 @@ _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _NOWHERE = 1, 1  # the image's size where there is no image to have a box
 
 
-class _Batch(NamedTuple):
+class Submitted:
     """A submitted batch: its items in order, and the run of those that could be prepared.
 
-    `submitting` is the time of the submission in milliseconds, on a CPU that of the network's run.
+    inference: milliseconds of the submission, on a CPU those of the network's run; `wait` adds its own.
     """
 
-    items: Sequence[Item | ItemError]
-    run: Pending | None
-    submitting: float
+    def __init__(self, items: Sequence[Item | ItemError], run: Pending | None, inference: float) -> None:
+        self.items, self.inference = items, inference
+        self._run = run
+        self._outputs: Outputs = {}
+
+    def wait(self) -> Outputs:
+        """Wait for the network's outputs, once, and return them by name; raises BackendError."""
+        if self._run is not None:
+            started = perf_counter()
+            self._outputs, self._run = self._run.result(), None
+            self.inference += milliseconds(started, perf_counter())
+        return self._outputs
 
 
 class Runner:
-    """Prepares and runs pairs on one backend; every Prediction gets `model` and `warnings`."""
+    """Prepares and runs pairs on one backend; every Prediction gets `model` and `warnings`.
+
+    workers: threads that prepare pairs while the network runs.
+    asynchronous: a batch runs while the next is submitted.
+    """
 
     def __init__(
         self,
@@ -55,14 +69,20 @@ class Runner:
         model: dict[str, str],
         warnings: tuple[str, ...],
     ) -> None:
-        self._backend, self._preparation, self._manifest = backend, preparation, manifest
+        self._halving, self._preparation, self._manifest = Halving(backend), preparation, manifest
         self._model, self._warnings = model, warnings
         self._pid = os.getpid()
+        self.asynchronous = backend.asynchronous
+        most = _MAX_WORKERS if backend.device == "cpu" else usable_cores()
+        self.workers = min(most, usable_cores())  # threads that prepare
 
     def one(self, image: ImageInput | None, caption: Caption | None) -> Prediction | ItemError:
         """Predict one pair; raises InputError, and returns the error of the network's outputs."""
-        item = self._preparation.pair("", image, caption)
-        return next(self._results(self._submit([item])))
+        return next(self.results(self.submit([self.prepare(image, caption)])))
+
+    def prepare(self, image: ImageInput | None, caption: Caption | None) -> Item:
+        """Prepare one pair; raises InputError."""
+        return self._preparation.pair("", image, caption)
 
     def pairs(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Prediction | ItemError]:
         """Predict pairs lazily and in order; see `Predictor.stream`."""
@@ -90,56 +110,62 @@ class Runner:
         return self._preparation.caption(name, picture, caption)
 
     def _stream(self, jobs: Iterator[Prepare], batch_size: int) -> Iterator[Prediction | ItemError]:
-        most = _MAX_WORKERS if self._backend.device == "cpu" else usable_cores()
-        workers = min(most, usable_cores(), batch_size)
-        running_at_once = 1 if self._backend.asynchronous else 0  # while the next batch is submitted
-        with ThreadPoolExecutor(workers, thread_name_prefix="preprocess") as pool:
+        source, workers = _Source(jobs), min(self.workers, batch_size)
+        running_at_once = 1 if self.asynchronous else 0  # while the next batch is submitted
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
+        try:
             ahead: list[Future[Item | ItemError]] = []
-            running: deque[_Batch] = deque()
-            while batch := list(itertools.islice(jobs, batch_size)):
-                slots = self._preparation.slots(len(batch))
-                current, ahead = (
-                    ahead,
-                    [pool.submit(_prepared, *work) for work in zip(batch, slots, strict=True)],
-                )
-                running.append(self._submit([future.result() for future in current]))
+            running: deque[Submitted] = deque()
+            while batch := source.take(batch_size):
+                work = zip(batch, self._preparation.slots(len(batch)), strict=True)
+                current, ahead = ahead, [pool.submit(_prepared, job, slot) for job, slot in work]
+                running.append(self.submit([future.result() for future in current]))
                 if len(running) > running_at_once:
-                    yield from self._results(running.popleft())
-            running.append(self._submit([future.result() for future in ahead]))
+                    yield from self.results(running.popleft())
+            running.append(self.submit([future.result() for future in ahead]))
             for submitted in running:
-                yield from self._results(submitted)
+                yield from self.results(submitted)
+            source.check()
+        finally:  # a caller that stops early does not wait for what was read ahead
+            pool.shutdown(cancel_futures=True)
 
-    def _submit(self, items: Sequence[Item | ItemError]) -> _Batch:
+    def submit(self, items: Sequence[Item | ItemError]) -> Submitted:
         """Submit the prepared items among `items` as one batch; one image of them all is sent once."""
         ready = [item for item in items if isinstance(item, Item)]
         if not ready:
-            return _Batch(items, None, 0.0)
+            return Submitted(items, None, 0.0)
         started = perf_counter()
         images = [item.picture.pixels for item in ready]
         if all(image is images[0] for image in images):
             images = images[:1]
         run = self._run(images, self._preparation.text(ready))
-        return _Batch(items, run, milliseconds(started, perf_counter()))
+        return Submitted(items, run, milliseconds(started, perf_counter()))
 
-    def _results(self, batch: _Batch) -> Iterator[Prediction | ItemError]:
+    def results(self, batch: Submitted) -> Iterator[Prediction | ItemError]:
         """Wait for a batch and yield its results in order; an error takes its item's place."""
-        started = perf_counter()
-        outputs = {} if batch.run is None else batch.run.result()
-        elapsed = batch.submitting + milliseconds(started, perf_counter())
+        outputs = batch.wait()
         rows = itertools.count()  # of the outputs, which skip the items that could not be prepared
         ready = sum(isinstance(item, Item) for item in batch.items)
         for item in batch.items:
             if isinstance(item, Item):
-                yield self._finish(outputs, next(rows), item, elapsed / ready)
+                yield self._finish(outputs, next(rows), item, batch.inference / ready)
             else:
                 yield item
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked process: it has none of its parent's threads, and would wait for ever."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise BackendError in a forked process."""
+        if self.forked:
+            raise BackendError("the Predictor was made before a fork; create it in the process that uses it")
+
     def _run(self, images: list[np.ndarray], text: dict[str, np.ndarray]) -> Pending:
         """Submit a batch to the backend; raises BackendError in a forked process."""
-        # A forked child has none of the parent's threads: the run would wait for them for ever.
-        if os.getpid() != self._pid:
-            raise BackendError("the Predictor was made before a fork; create it in the process that uses it")
-        return self._backend.submit(images, text)
+        self.check_process()
+        return self._halving.submit(images, text)
 
     def _finish(
         self, outputs: Mapping[str, np.ndarray], row: int, item: Item, inference: float
@@ -167,6 +193,29 @@ class Runner:
             }
         )
         return leave_out(prediction, item.absent)
+
+
+class _Source:
+    """The jobs of a stream. What the caller's iterable raises comes after the results of what it gave."""
+
+    def __init__(self, jobs: Iterator[Prepare]) -> None:
+        self._jobs = jobs
+        self._error: Exception | None = None
+
+    def take(self, count: int) -> list[Prepare]:
+        """The next jobs, `count` at most; none at the end, and after an error."""
+        taken: list[Prepare] = []
+        try:
+            if self._error is None:
+                taken.extend(itertools.islice(self._jobs, count))
+        except Exception as error:
+            self._error = error
+        return taken
+
+    def check(self) -> None:
+        """Raise the error of the iterable, if any."""
+        if self._error is not None:
+            raise self._error
 
 
 def _prepared(job: Prepare, slot: np.ndarray | None) -> Item | ItemError:

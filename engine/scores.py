@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
 
-from engine.errors import InputError, quoted
+from engine.errors import InputError, did_you_mean, quoted
 from engine.network.config import TYPES
 from engine.schema import Record, at_least, matching, within
 
@@ -44,8 +44,10 @@ class Thresholds(Record):
         """Return these with some replaced by name, "types" those of all four; raises InputError."""
         names = (*DECISIONS, GROUP)
         if not isinstance(given, Mapping) or not set(given) <= set(names):
+            unknown = [str(name) for name in given if name not in names] if isinstance(given, Mapping) else []
+            hint = did_you_mean(unknown[0], names) if unknown else ""
             raise InputError(
-                f"thresholds: expected a mapping with some of {', '.join(names)}, got {quoted(given)}"
+                f"thresholds: expected a mapping with some of {', '.join(names)}, got {quoted(given)}{hint}"
             )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:

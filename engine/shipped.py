@@ -38,6 +38,12 @@ def locate(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return folder / f"{name.removeprefix(_PREFIX)}{_SUFFIX}"
 
 
+def suggest(path: Path) -> str:
+    """A question that names the ready bundle which was probably meant by a path to nothing."""
+    wanted = f"{_PREFIX}{path.name}"
+    return f"; did you mean {wanted}?" if wanted in shipped_bundles() else ""
+
+
 def _folder() -> Path | None:
     """The package's demo folder, found without importing what needs torch; None where it is not installed."""
     spec = importlib.util.find_spec("dgm4")

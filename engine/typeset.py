@@ -60,7 +60,7 @@ def lacks_shaping(text: str) -> bool:
 def _atoms(pieces: Iterable[Piece], fonts: Fonts, size: int, width: float) -> Iterator[Atom]:
     """The pieces' atoms, white space as one space; one wider than a row is cut into parts that fit."""
     for piece in pieces:
-        for text in _ATOM.findall(_printable(piece.text)):
+        for text in _ATOM.findall(fonts.spelled(_printable(piece.text))):
             rest = " " if text.isspace() else text
             while (length := fonts.length(rest, size)) > width and len(rest) > 1:
                 head = rest[: _fitting(rest, fonts, size, width)]

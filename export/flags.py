@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Number:
         except ValueError:
             value = self.kind(-1)
         if value not in self or (self.kind is int and not text.isdecimal()):
-            raise argparse.ArgumentTypeError(f"expected {self.text}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {self.text}, got {quoted(text)}")
         return value
 
     def __contains__(self, value: float) -> bool:
@@ -114,7 +114,9 @@ def check_values(options: Any) -> None:
             check_values(value)
         elif value is not None and (flag := item.metadata.get("flag")) is not None:
             if flag.choices is not None and value not in flag.choices:
-                raise InputError(f"{item.name}: expected one of {', '.join(flag.choices)}, got {value!r}")
+                raise InputError(
+                    f"{item.name}: expected one of {', '.join(flag.choices)}, got {quoted(value)}"
+                )
             if isinstance(flag.type, Number) and value not in flag.type:
                 raise InputError(f"{item.name}: expected {flag.type.text}, got {value}")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, InputError, quoted
 from engine.manifest import PRECISIONS
 from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
 from export.trt import build
@@ -20,8 +20,8 @@ from export.trt.options import EngineOptions
 MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
 CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
 SPLITS = ("train", "val", "test")
-FEWEST_TOKENS = 2  # [CLS] and a word
-TOKENS = Number("2 to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
+FEWEST_TOKENS = 16  # about a dozen words: with fewer, what most captions say is cut off
+TOKENS = Number(f"{FEWEST_TOKENS} to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
 
 
 def _parse_targets(text: str) -> tuple[str, ...] | None:
@@ -30,7 +30,9 @@ def _parse_targets(text: str) -> tuple[str, ...] | None:
     if targets == ("none",):
         return None
     if not all(re.fullmatch(r"\d+\.\d", target) for target in targets):
-        raise argparse.ArgumentTypeError(f"expected compute capabilities as 8.6,8.9 or none, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected compute capabilities as 8.6,8.9 or none, got {quoted(text)}"
+        )
     return targets
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.errors import InputError
-from engine.files import replacing
+from engine.files import open_file, replacing
 from engine.layout import MANIFEST
 from engine.manifest import FORMAT
 
@@ -20,6 +20,7 @@ Rows = list[tuple[str, ...]]
 
 # File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9.
 ERRORS = "backslashreplace"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk answers
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # of the caller's block too, so no other kind is taken for ours
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise InputError(
             f"{option} {path}: cannot be written: {error.strerror}; free space or choose another place"
@@ -91,10 +92,21 @@ def check_output(path: Path, option: str, inputs: Sequence[Path | None] = ()) ->
 def is_bundle(folder: Path) -> bool:
     """Whether a folder's manifest says that it is a bundle."""
     try:
-        fields = json.loads((folder / MANIFEST).read_bytes())
+        with open_file(folder / MANIFEST) as file:
+            fields = json.load(file)
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("format") == FORMAT
+
+
+def printable(text: str) -> str:
+    """The text with what would move a terminal's cursor replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def escaped(text: str) -> str:
+    """The text with control characters, which may be of a file's name, as in a literal; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def align(rows: Rows, left: int = 1) -> list[str]:

@@ -3,12 +3,14 @@
 The same as `dgm4 export`; see `python export/to_trt.py --help`.
 """
 
+import os
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a script, Python puts this folder first on its path; the packages lie one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Run as a script, Python puts this folder first on its path; the packages lie one above. No pathlib:
+    # before `main` an interrupt would show a traceback.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
     from export.cli import main
 
-    sys.exit(main(["export", *sys.argv[1:]]))
+    sys.argv[1:1] = ["export"]
+    sys.exit(main())

@@ -26,7 +26,7 @@ ROOMS = {
     "engine.shipped": "engine.errors engine.layout engine.network.config",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
     "engine._native": "",
-    "engine.inputs": "engine._native engine.errors engine.manifest",
+    "engine.inputs": "engine._native engine.errors engine.layout engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",

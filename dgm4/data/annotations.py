@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dgm4.config import TYPES
 from dgm4.places import check_data
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import MAX_CHARACTERS, clean_caption
 
@@ -123,7 +123,7 @@ def read_split(
 ) -> Annotations:
     """Read the annotations of a split of a data folder in the published layout; see `read_annotations`."""
     if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {quoted(split)}: expected one of {', '.join(SPLITS)}")
     return read_annotations([split_file(data, split)], data, on_error, check_pictures)
 
 
@@ -146,7 +146,7 @@ def read_annotations(
     image. Raises InputError where `root` is no folder and where a file cannot be opened.
     """
     if on_error not in _CHOICES:
-        raise InputError(f"on_error: expected one of {', '.join(_CHOICES)}, got {on_error!r}")
+        raise InputError(f"on_error: expected one of {', '.join(_CHOICES)}, got {quoted(on_error)}")
     folder = Path(root)
     check_data(folder)
     reader = _Reader(folder.resolve(), on_error, check_pictures)
@@ -256,11 +256,11 @@ def _check_fields(record: Any) -> None:
         raise _Unusable("not_an_object", f"expected an object, got {type(record).__name__}")
     for name, kinds in _FIELDS.items():
         if name not in record:
-            raise _Unusable("field_missing", f"expected the field {name!r}, which is missing")
+            raise _Unusable("field_missing", f"expected the field {quoted(name)}, which is missing")
         if type(record[name]) not in kinds:  # not isinstance: true and false are no ids
             wanted = " or ".join(kind.__name__ for kind in kinds)
             actual = type(record[name]).__name__
-            raise _Unusable("field_type", f"expected the field {name!r} as {wanted}, got {actual}")
+            raise _Unusable("field_type", f"expected the field {quoted(name)} as {wanted}, got {actual}")
 
 
 def _read_types(fake_cls: str) -> tuple[str, ...]:
@@ -270,11 +270,11 @@ def _read_types(fake_cls: str) -> tuple[str, ...]:
     names = fake_cls.split("&")
     if unknown := [name for name in names if name not in TYPES]:
         known = ", ".join((ORIGINAL, *TYPES))
-        raise _Unusable("class_unknown", f"expected fake_cls of {known}, got {unknown[0]!r}")
+        raise _Unusable("class_unknown", f"expected fake_cls of {known}, got {quoted(unknown[0])}")
     modalities = [name.partition("_")[0] for name in names]
     if len(set(modalities)) < len(modalities):
         raise _Unusable(
-            "class_forbidden", f"expected at most one face type and one text type, got {fake_cls!r}"
+            "class_forbidden", f"expected at most one face type and one text type, got {quoted(fake_cls)}"
         )
     return tuple(name for name in TYPES if name in names)
 
@@ -285,7 +285,7 @@ def _locate(image: str, root: Path) -> Path:
     if "\\" in image and not _exists(root / plain):  # written on Windows
         return _locate(image.replace("\\", "/"), root)
     if not image or "\0" in image or plain.startswith(("/", "../")) or plain in (".", ".."):
-        raise _Unusable("path_outside", f"expected a path inside the data folder, got {image!r}")
+        raise _Unusable("path_outside", f"expected a path inside the data folder, got {quoted(image)}")
     return root / plain
 
 
@@ -374,7 +374,7 @@ def _exists(path: Path) -> bool:
 def _check_picture(sample: Sample) -> Sample:
     """Return the sample with its box clipped to the stored image, whose header is read."""
     if not _exists(sample.picture):
-        raise _Unusable("picture_missing", f"expected the picture {str(sample.picture)!r}, which is missing")
+        raise _Unusable("picture_missing", f"expected the picture {quoted(sample.picture)}, which is missing")
     try:
         width, height = read_size(sample.picture)
     except InputError as error:

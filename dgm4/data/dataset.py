@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from dgm4.config import TYPES
 from dgm4.data.annotations import Box, Problem, Sample
 from dgm4.data.labels import encode, label_tokens, normalize_box
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 from engine.inputs.preprocess import ImageOptions, decode_image, normalize_image, resize_image
 from engine.inputs.text import CaptionTokenizer
 
@@ -185,7 +185,7 @@ def read_sidecar(path: str | Path) -> dict[str, str]:
         raise InputError(f"{path}: expected an object {{image: text}}, got {type(texts).__name__}")
     for image, text in texts.items():
         if not isinstance(text, str):
-            raise InputError(f"{path}: expected a text for {image!r}, got {type(text).__name__}")
+            raise InputError(f"{path}: expected a text for {quoted(image)}, got {type(text).__name__}")
     return texts
 
 

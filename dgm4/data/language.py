@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, InputError, quoted
 from engine.packages import install_command
 
 # What a captioner with a chat template is told beside the image; the others are shown the image alone.
@@ -186,11 +186,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {quoted(name)}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
-            f"device: torch finds {torch.cuda.device_count()} GPUs here, got {name!r}; take cpu or auto"
+            f"device: torch finds {torch.cuda.device_count()} GPUs here, got {quoted(name)}; take cpu or auto"
         )
     return device
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dgm4.checkpoint import encoder_keys, load_state, read_checkpoint, resample_positions
 from dgm4.state import read_state
 from dgm4.training.trainee import Trainee
-from engine.errors import BackendError, CheckpointError, InputError
+from engine.errors import BackendError, CheckpointError, InputError, quoted
 
 TIMM = "timm:"
 _CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "dist_token")
@@ -92,5 +92,5 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm raises what its hub, its registry and the network raise
-        raise InputError(f"timm has no weights for {name!r}: {error}") from error
+        raise InputError(f"timm has no weights for {quoted(name)}: {error}") from error
     return state

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgm4.config import MODEL_NAMES, SIZES
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _LARGEST_SEED = 2**32
@@ -49,13 +49,15 @@ class TrainOptions:
         """Raise InputError for a value out of range."""
         for name, known in (("model", MODEL_NAMES), ("size", SIZES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise InputError(
+                    f"{name}: expected one of {', '.join(known)}, got {quoted(getattr(self, name))}"
+                )
         for name in ("epochs", "batch", "accumulate", "queue", "lr", "lr_vision"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}: expected a value above 0, got {getattr(self, name)!r}")
+                raise InputError(f"{name}: expected a value above 0, got {quoted(getattr(self, name))}")
         for name in ("min_lr", "weight_decay", "warmup_epochs", "clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: expected a value from 0, got {getattr(self, name)!r}")
+                raise InputError(f"{name}: expected a value from 0, got {quoted(getattr(self, name))}")
         if self.seed > _LARGEST_SEED:
             raise InputError(f"seed: expected at most {_LARGEST_SEED}, got {self.seed}")
 
@@ -82,11 +84,11 @@ def check_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
     checked = {}
     for name, value in values.items():
         if name not in known:
-            raise InputError(f"{source}: unknown field {name!r}; expected some of {', '.join(known)}")
+            raise InputError(f"{source}: unknown field {quoted(name)}; expected some of {', '.join(known)}")
         kind = known[name]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise InputError(f"{source}: {name}: expected {kind.__name__}, got {value!r}")
+            raise InputError(f"{source}: {name}: expected {kind.__name__}, got {quoted(value)}")
         checked[name] = value
     return checked

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, InputError, quoted
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first process evaluates on the split "val"
 
@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     kind, _, index = name.partition(":")
     if kind != "cuda" or not (name == kind or index.isdecimal()):
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {quoted(name)}")
     wanted = int(index or os.environ.get("LOCAL_RANK", "0"))
     if wanted >= torch.cuda.device_count():
         raise BackendError(

@@ -16,7 +16,7 @@ from engine.backends.base import Backend
 from engine.backends.cores import usable_cores as usable_cores
 from engine.backends.cores import visible_cores
 from engine.backends.cuda import load_library, open_gpu
-from engine.errors import BackendError, quoted
+from engine.errors import BackendError, did_you_mean, quoted
 from engine.layout import FLAT_GRAPH, GRAPH, WEIGHTS
 from engine.packages import find_conflict, install_command
 
@@ -102,6 +102,13 @@ def remedy(name: str) -> str | None:
     return first + install_command(kind.extra)
 
 
+def takes(name: str, device: str) -> bool:
+    """Whether a backend runs on the kind of `device`; true for "auto" in either place."""
+    if "auto" in (name, device) or name == "torch":
+        return True
+    return device.startswith("cuda") == _BACKENDS[name].gpu
+
+
 def serving(bundle: Bundle) -> dict[str, str | None]:
     """The backends that can read the bundle, each with its missing requirements, or None."""
     missing = describe()
@@ -118,16 +125,21 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
     another machine, BundleError for a model that does not load.
     """
     if not isinstance(device, str) or _DEVICE.fullmatch(device) is None:
-        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(device)}")
+        hint = did_you_mean(str(device), ("auto", "cpu", "cuda"))
+        raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(device)}{hint}")
     present, suited = available(), _suited(bundle)
     if name == "auto":
         name = _choose(bundle, device, present, suited)
     if not isinstance(name, str) or name not in _BACKENDS:
-        raise BackendError(f"unknown backend {quoted(name)}; known are auto, {', '.join(_BACKENDS)}")
+        hint = did_you_mean(str(name), _BACKENDS)
+        raise BackendError(f"unknown backend {quoted(name)}; known are auto, {', '.join(_BACKENDS)}{hint}")
     if name not in present:
-        needed = " and ".join(_missing(name) or _BACKENDS[name].libraries)
+        needed = _missing(name) or _BACKENDS[name].libraries
+        verb = "is" if len(needed) == 1 else "are"
         how = f": {command}" if (command := remedy(name)) else ""
-        raise BackendError(f"the backend {name!r} needs {needed}, which is not installed{how}")
+        raise BackendError(
+            f"the backend {name!r} needs {' and '.join(needed)}, which {verb} not installed{how}"
+        )
     if name not in suited and name != "tensorrt":  # which says how an engine is built
         precision, others = bundle.manifest.precision, " or ".join(map(repr, suited))
         why = f"needs {_BACKENDS[name].reads}; this {precision} bundle does not contain it"

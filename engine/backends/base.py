@@ -24,6 +24,24 @@ Network = TypeVar("Network")
 Outputs = dict[str, np.ndarray]
 
 
+class OutOfMemoryError(BackendError):
+    """The device, or the host, has no memory for a batch; a smaller one may fit."""
+
+
+# What the libraries say, since each has a kind of its own or none: torch and CUDA; ONNX Runtime's arenas;
+# cuBLAS and cuDNN; TensorRT; C++; NumPy.
+_NO_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|failed to allocate memory|unable to allocate|_STATUS_ALLOC_FAILED"
+    r"|bad[_ ]alloc",
+    re.IGNORECASE,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a library's error says that there was no memory."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
 class Pending(Protocol):
     """A batch that was submitted."""
 
@@ -85,6 +103,9 @@ class Backend(ABC, Generic[Network]):
         with self._reported(feeds):
             return self._run(network, feeds, sizes["batch"], sizes["tokens"])
 
+    def free(self) -> None:
+        """Give memory that is kept for later batches back to the device, where there is such memory."""
+
     def close(self) -> None:
         """Drop the network; its memory is freed once running calls are done."""
         self._network = None
@@ -112,11 +133,15 @@ class Backend(ABC, Generic[Network]):
         """Turn whatever the library raises into a BackendError with the shapes of the inputs."""
         try:
             yield
-        except Dgm4Error:
-            raise
         except Exception as error:  # the errors of these libraries share no base but Exception
+            short = lacks_memory(error)
+            if isinstance(error, Dgm4Error) and not short:
+                raise
+            if short:  # the frames of its traceback hold what fills the memory
+                error.__traceback__ = None
             shapes = {name: list(array.shape) for name, array in feeds.items()}
-            raise BackendError(f"{self.library} failed on inputs of shape {shapes}: {error}") from error
+            kind = OutOfMemoryError if short else BackendError
+            raise kind(f"{self.library} failed on inputs of shape {shapes}: {error}") from error
 
 
 def graph_files(bundle: Bundle, model: str, data: str) -> list[str]:

@@ -225,16 +225,22 @@ class GraphRunner:
 
     def _captured(self, bucket: Bucket) -> Captured:
         if bucket not in self._graphs:
-            try:
-                captured = self._capture(self._inputs.named(bucket))
-            except RuntimeError as error:
-                # Where memory is short, an allocation in another thread can break a capture: the allocator
-                # gives back no memory while one is under way. It does so now.
-                logger.warning("the graph of %s is captured again: %s", bucket, error)
+            captured = self._try_to_capture(bucket)
+            if captured is None:  # only here is the error gone, whose traceback holds memory
                 torch.cuda.empty_cache()
                 captured = self._capture(self._inputs.named(bucket))
             self._graphs[bucket] = captured
         return self._graphs[bucket]
+
+    def _try_to_capture(self, bucket: Bucket) -> Captured | None:
+        """Capture a bucket's graph; None where that should be tried once more."""
+        try:
+            return self._capture(self._inputs.named(bucket))
+        except RuntimeError as error:
+            # Where memory is short, an allocation in another thread can break a capture: the allocator
+            # gives back no memory while one is under way. It does so now.
+            logger.warning("the graph of %s is captured again: %s", bucket, error)
+            return None
 
     def _capture(self, inputs: Mapping[str, Tensor]) -> Captured:
         """Warm up, so that what a pass caches for later ones lies outside the pool, and record a pass."""

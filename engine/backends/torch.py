@@ -206,6 +206,10 @@ class GpuBackend(TorchBackend[GraphRunner]):
             replay = runner.start(images, text, sizes["batch"], sizes["tokens"])
         return _Submitted(replay, partial(self._reported, text))
 
+    def free(self) -> None:
+        """Give what torch keeps for later batches back to the GPU."""
+        torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Drop the network once submitted batches are done."""
         runner = self._network

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.errors import BundleError, InputError
+from engine.layout import TOKENIZER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from engine.bundle import Bundle
 
 MAX_CHARACTERS = 4096
 _BYTES_PER_CHARACTER = 4
@@ -174,6 +177,12 @@ class CaptionTokenizer:
             raise BundleError(f"{path}: the vocabulary has no [CLS]; expected that of bert-base-uncased")
         self.cls_id: int = cls_id
         self._unknown_id: int | None = self._tokenizer.token_to_id("[UNK]")
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> CaptionTokenizer:
+        """The tokenizer of a bundle, made of the very bytes that were hashed; raises BundleError."""
+        spec = bundle.manifest.preprocess
+        return cls(bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, bundle.read(TOKENIZER))
 
     def __call__(self, caption: str | bytes) -> tuple[str, Tokens]:
         """Return (the caption that the words' spans refer to, its tokens); raises InputError."""

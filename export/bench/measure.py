@@ -18,7 +18,6 @@ from engine import Bundle
 from engine.backends import known
 from engine.errors import BackendError, Dgm4Error, EngineMismatchError, InputError
 from engine.inputs.text import CaptionTokenizer
-from engine.layout import TOKENIZER
 from export.bench.machine import describe_machine
 from export.bench.process import PICTURE, Call, Server
 
@@ -136,7 +135,7 @@ def make_caption(bundle: Bundle, tokens: int) -> str:
     Its words are made of one letter each: how many pieces a word has depends on the vocabulary.
     """
     spec = bundle.manifest.preprocess
-    tokenizer = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
+    tokenizer = CaptionTokenizer.of(bundle)
     words: list[str] = []
     left, places = tokens - 1, min(tokens - 1, spec.max_words)
     lengths = {len(tokenizer(_LETTER * n)[1].ids) - 1: _LETTER * n for n in range(_LONGEST_WORD, 0, -1)}

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine.errors import BundleError
+from engine.errors import BundleError, quoted
 from engine.files import begin_unfinished, end_unfinished, sha256_of, temporary_name
 from engine.layout import MANIFEST
 from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
@@ -117,7 +117,7 @@ class BundleWriter:
         Raises `BundleError` if the name is no plain file name, or is the manifest's own.
         """
         if name in ("", ".", "..", MANIFEST) or name != Path(name).name or "\\" in name:
-            raise BundleError(f"expected a plain file name other than {MANIFEST}, got {name!r}")
+            raise BundleError(f"expected a plain file name other than {MANIFEST}, got {quoted(name)}")
         return self._opened() / name
 
     def add_bytes(self, name: str, content: bytes) -> Path:

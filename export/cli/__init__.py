@@ -9,8 +9,15 @@ _INTERRUPTED = 130  # 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; a user's error shows one line, no trace."""
+    """Run the command line and return its exit code; a user's error shows one line, no trace.
+
+    Without `arguments`, those of the process, Ctrl-C ends the process at once, be it during an import.
+    """
     try:
+        if arguments is None:
+            from export.cli.leaving import leave_on_interrupt
+
+            leave_on_interrupt()
         from export.cli.app import run
 
         return run(arguments)

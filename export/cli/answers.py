@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -13,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
+from engine.files import begin_unfinished, end_unfinished
 from engine.inputs.text import read_caption
 from export.cli.pairs import Entry
 from export.output import ERRORS
@@ -76,6 +78,7 @@ class Answers:
     ) -> None:
         if self._file is None:
             return
+        end_unfinished(self.partial)
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -84,20 +87,32 @@ class Answers:
             return
         with contextlib.suppress(OSError):  # a full disk, again
             self._file.close()
-        if self.partial.stat().st_size == 0:
-            self.partial.unlink()
-        else:
-            sys.stderr.write(f"dgm4: {self.partial} holds the answers so far; --resume goes on with it\n")
+        _leave(self.partial)
 
     def _open(self, mode: str) -> IO[str]:
+        begin_unfinished(self.partial, _leave)  # by a signal that ends the process
         # By the line: a process that is killed leaves one torn line at most.
         return self.partial.open(mode, encoding="utf-8", errors=ERRORS, buffering=1)
 
 
+def _leave(partial: Path) -> None:
+    """Leave the answers so far for the next run."""
+    if partial.stat().st_size == 0:
+        partial.unlink()
+    else:
+        sys.stderr.write(f"dgm4: {partial} holds the answers so far; --resume goes on with it\n")
+
+
 def json_line(record: Mapping[str, Any]) -> str:
-    r"""A line of JSON that is valid Unicode; a byte of a file name that is not UTF-8 reads as "\udce9"."""
+    """A line of JSON that is valid Unicode, with U+FFFD in place of what is not.
+
+    A path that is not UTF-8 is given whole too, as `image_base64`.
+    """
+    image = record.get("image")
+    if isinstance(image, str) and _SURROGATE.search(image):
+        record = {**record, "image_base64": base64.b64encode(os.fsencode(image)).decode("ascii")}
     text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n"
+    return _SURROGATE.sub("\ufffd", text) + "\n"
 
 
 def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:
@@ -107,9 +122,9 @@ def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path)
         ours = json.loads(json_line({**entry.head(), "caption": read_caption(entry.caption or "")[0]}))
         if all(ours.get(name) == value for name, value in theirs.items()):
             return
-    now = "nothing" if entry is None else f"line {entry.number}, {entry.image!r}"
+    now = "nothing" if entry is None else f"line {entry.number}, {quoted(entry.image)}"
     raise InputError(
-        f"{path}: answer {number} is of line {theirs.get('line')}, {theirs.get('image')!r}, "
+        f"{path}: answer {number} is of line {theirs.get('line')}, {quoted(theirs.get('image'))}, "
         f"where the list now has {now}; leave out --resume to start anew"
     )
 

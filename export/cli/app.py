@@ -35,9 +35,10 @@ from export.cli import (
     repository,
     train,
 )
+from export.cli.arguments import check_device
 from export.cli.parser import Parser
 from export.cli.stopping import exit_on_sigterm
-from export.output import ERRORS
+from export.output import ERRORS, FULL, escaped
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
@@ -72,6 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if "run" not in options:
         options.parser.print_help(sys.stderr)
         return _USAGE
+    check_device(options)
     try:
         with exit_on_sigterm():
             keep_to_quota()
@@ -83,10 +85,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail(wanted := lacking(options.parser.prog, error), wanted.exit_code, verbose)
     except BrokenPipeError:
-        # The reader of stdout went away; Python would report it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # its reader went away
         return 0
     except OSError as error:
+        if error.filename is None and error.errno in FULL:  # a file that is full is named by its option
+            _drop_stdout()
+            error = OSError(
+                f"stdout: cannot be written: {error.strerror}; free space or choose another place"
+            )
         return _fail(error, _BAD_INPUT, verbose)
 
 
@@ -106,6 +112,11 @@ def _open_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors=ERRORS)
 
 
+def _drop_stdout() -> None:
+    """Send what is left for stdout nowhere; Python would report its failure once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _set_up_log(verbose: int, quiet: bool) -> None:
     logging.basicConfig(
         level=logging.ERROR if quiet else logging.WARNING,
@@ -120,7 +131,7 @@ def _set_up_log(verbose: int, quiet: bool) -> None:
 def _fail(error: BaseException, code: int, verbose: int) -> int:
     if verbose:
         logging.getLogger(__name__).error("traceback", exc_info=error)
-    sys.stderr.write(f"dgm4: error: {error}\n")
+    sys.stderr.write(f"dgm4: error: {escaped(str(error))}\n")
     return code
 
 

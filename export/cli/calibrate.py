@@ -10,8 +10,8 @@ from pathlib import Path
 from dgm4.places import check_data
 from engine.bundle import Bundle
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data, check_batch
-from export.flags import POSITIVE, WHOLE, Number, read_options
+from export.cli.arguments import Verbs, add_annotated, check_batch
+from export.flags import WHOLE, Number, read_options
 
 _RATE = Number("a rate above 0 and below 1, as 0.01", float, 1e-9, 1 - 1e-9)
 
@@ -28,21 +28,10 @@ def add_parser(verbs: Verbs) -> None:
         epilog="examples:\n  dgm4 calibrate my-bundle --data DGM4 --false-alarms 0.01",
     )
     add = parser.add_argument
-    add("bundle", type=Path)
-    add_data(parser)
+    add_annotated(parser, "val")
     add("--false-alarms", type=_RATE, required=True, metavar="RATE", help="the wanted rate, as 0.01")
-    add("--split", choices=("train", "val", "test"), default="val", help="(%(default)s)")
     add("--out", type=Path, metavar="DIR", help="the new bundle; BUNDLE-calibrated")
-    add_backend(parser)
-    add("--batch", type=POSITIVE, metavar="N", help="pairs a run; 32 or the bundle's largest")
     add("--seed", type=WHOLE, default=0, metavar="N", help="draws the halves (%(default)s)")
-    add(
-        "--on-bad",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what an unusable record does (%(default)s)",
-    )
-    add("--json", action="store_true", help="print one JSON report instead of a table")
     parser.set_defaults(run=run, parser=parser)
 
 

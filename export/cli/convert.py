@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dgm4.places import check_checkpoint
+from engine.errors import quoted
 from export.cli.arguments import Verbs
 from export.output import check_output
 
@@ -30,7 +31,9 @@ def add_parser(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert, and say in a line what was taken."""
     if options.out.suffix != ".safetensors":
-        options.parser.error(f"OUT: expected a name that ends in .safetensors, got {str(options.out)!r}")
+        options.parser.error(
+            f"OUT: expected a name that ends in .safetensors, got {quoted(str(options.out))}"
+        )
     check_checkpoint(options.checkpoint)
     check_output(options.out, "OUT")
     from safetensors.torch import save_file

@@ -14,7 +14,7 @@ from dgm4.places import check_checkpoint, check_data
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.packages import require
-from export.cli.arguments import Verbs, add_backend, add_data, add_decode, add_thresholds, check_batch
+from export.cli.arguments import Verbs, add_annotated, add_decode, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
@@ -41,12 +41,8 @@ def add_parser(verbs: Verbs) -> None:
         "  dgm4 evaluate my-bundle --data DGM4 --limit 1000 --html report.html",
     )
     add = parser.add_argument
-    add("bundle", type=Path)
-    add_data(parser)
-    add("--split", choices=("train", "val", "test"), default="test")
+    add_annotated(parser, "test")
     add("--limit", type=POSITIVE, metavar="N", help="draw N pairs of the split")
-    add_backend(parser)
-    add("--batch", type=POSITIVE, metavar="N", help="pairs a run; 32 or the bundle's largest")
     add_decode(parser)
     add(
         "--reference",
@@ -57,13 +53,6 @@ def add_parser(verbs: Verbs) -> None:
     add_thresholds(parser)
     add("--checkpoint", type=Path, metavar="FILE", help="the reference's weights; else the bundle's own")
     add("--gate", action="store_true", help="fail where accuracy is lost")
-    add(
-        "--on-bad",
-        choices=("skip", "raise"),
-        default="skip",
-        help="what an unusable record does (%(default)s)",
-    )
-    add("--json", action="store_true", help="print one JSON report instead of a table")
     add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     add("--html", type=Path, metavar="FILE", help="write a page with images too")
     parser.set_defaults(run=run, parser=parser)

@@ -6,20 +6,23 @@ import codecs
 import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError, shorten
+from engine.errors import InputError, quoted, shorten
 
 STDIN = Path("-")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-_CAPTION_FILES = tuple(f"captions.{suffix}" for suffix in ("jsonl", "json", "csv", "tsv", "txt"))
+LIST_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+_CAPTION_FILES = tuple(f"captions{suffix}" for suffix in LIST_SUFFIXES if suffix != ".ndjson")
 _IMAGE_NAMES, _CAPTION_NAMES = ("image", "file_name"), ("caption", "text")
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _DELIMITERS = ",;\t|"
+_COLUMN_NAME = re.compile(r"[^\W\d][\w -]*")  # a path has a dot or a slash
 _LONGEST_PATH = 4096  # characters: the system's limit
 _SHOWN = 60  # characters of a faulty line that a message repeats
 _EXPECTED = 'expected {"image": path, "caption": text}, where one of the two may be null'
@@ -28,10 +31,11 @@ _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins like the fir
 
 @dataclass(frozen=True)
 class Entry:
-    """A pair of a list, or what is wrong with its line; `number` counts lines, or items where there are none.
+    """A pair of a list, or what is wrong with it; `number` counts lines, or items where there are none.
 
     `image` is the path as the list has it, relative to `PairList.base`; `id` what the list calls the pair.
-    The image or the caption is None where the list has none.
+    The image or the caption is None where the list has none. Of a pair with an error what is known is there.
+    `unit` is what `number` counts: "line" or "item".
     """
 
     number: int
@@ -39,6 +43,17 @@ class Entry:
     caption: str | None = None
     id: Any = None
     error: InputError | None = None
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """What a message calls the pair, as "line 3"."""
+        return f"{self.unit} {self.number}"
+
+    @property
+    def name(self) -> str:
+        """What people know it by."""
+        return self.image or self.place
 
     def head(self) -> dict[str, Any]:
         """What the record of the pair's prediction begins with."""
@@ -54,8 +69,9 @@ class PairList:
 
     A file is told by its suffix, else by how it begins. CSV has the columns image and caption (or file_name
     and text), in any order, or two without a header. A folder has one of `captions.jsonl`, `.json`, `.csv`,
-    `.tsv` and `.txt`, or a NAME.txt beside each image. Iterating raises InputError for a list that cannot be
-    read as a whole or is empty; a line that cannot be used is an `Entry` with an error.
+    `.tsv` and `.txt`, or a NAME.txt beside each image. An empty cell or text file is None. Iterating raises
+    InputError for a list that cannot be read as a whole or is empty; a line that cannot be used is an `Entry`
+    with an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +107,7 @@ class PairList:
                 image = self.base / entry.image
                 if image.exists() and written.samefile(image):
                     raise InputError(
-                        f"--out {out}: would overwrite an input, the image of line {entry.number} of the "
+                        f"--out {out}: would overwrite an input, the image of {entry.place} of the "
                         "list; choose another name"
                     )
         return total
@@ -122,10 +138,7 @@ def _read(lines: Iterable[bytes], suffix: str, name: str) -> Iterator[Entry]:
     elif suffix not in _LINES and (table := _Table.found(first, suffix)) is not None:
         yield from table.read(whole)
     elif suffix in _TABLES:
-        raise InputError(
-            f"{name}: expected a header with the columns image and caption, or two columns, "
-            f"got {_shorten(first)}; quote a caption that holds the delimiter"
-        )
+        raise InputError(f"{name}: {_why_no_table(first)}")
     elif not first.lstrip().startswith(b"{"):
         raise InputError(
             f"{name}: expected JSON lines, a JSON array, or CSV with the columns image and caption, "
@@ -142,8 +155,8 @@ def _read_line(line: bytes, number: int) -> Entry:
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or numbers and nesting past reason
-        return _failed(number, f"expected JSON in UTF-8, got {_shorten(line)}")
-    return _entry(record, number, _shorten(line))
+        return _failed(Entry(number), f"expected JSON in UTF-8, got {_shorten(line)}")
+    return _entry(record, Entry(number), _shorten(line))
 
 
 def _read_array(content: bytes, name: str) -> Iterator[Entry]:
@@ -152,22 +165,24 @@ def _read_array(content: bytes, name: str) -> Iterator[Entry]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: expected a JSON array of pairs in UTF-8: {str(error)[:_SHOWN]}") from error
     for number, record in enumerate(records, start=1):
-        yield _entry(record, number, _shorten(json.dumps(record).encode()))
+        yield _entry(record, Entry(number, unit="item"), _shorten(json.dumps(record).encode()))
 
 
-def _entry(record: Any, number: int, shown: str) -> Entry:
+def _entry(record: Any, empty: Entry, shown: str) -> Entry:
+    """The pair of a JSON object, at the place of `empty`."""
     if isinstance(record, dict):
         image, caption = (_first(record, names) for names in (_IMAGE_NAMES, _CAPTION_NAMES))
-        neither = image is None and caption is None
-        if isinstance(image, str | None) and isinstance(caption, str | None) and not neither:
-            return Entry(number, image, caption, record.get("id"))
-    return _failed(number, f"{_EXPECTED}, got {shown}")
+        known = image if isinstance(image, str) else None
+        empty = replace(empty, image=known, id=record.get("id"))
+        if known == image and isinstance(caption, str | None) and not (image is None and caption is None):
+            return replace(empty, caption=caption)
+    return _failed(empty, f"{_EXPECTED}, got {shown}")
 
 
-def _failed(number: int, reason: str, image: str | None = None) -> Entry:
-    """The entry of a line that cannot be used."""
-    where = f"line {number}" if image is None else f"line {number} ({image!r})"
-    return Entry(number, image, error=InputError(f"{where}: {reason}"))
+def _failed(entry: Entry, reason: str) -> Entry:
+    """The entry of a pair that cannot be used, with what is known of it."""
+    where = entry.place if entry.image is None else f"{entry.place} ({quoted(entry.image)})"
+    return replace(entry, error=InputError(f"{where}: {reason}"))
 
 
 def _first(record: dict[str, Any], names: Iterable[str]) -> Any:
@@ -201,7 +216,7 @@ class _Table:
                 return _Table(delimiter, len(row), image, caption, known, True)
         # Without a header a comma may be one of the caption's, so that outside a .csv only a tab counts.
         for delimiter, row in rows.items():
-            if len(row) == 2 and (delimiter == "\t" or suffix in _TABLES):
+            if len(row) == 2 and (delimiter == "\t" or suffix in _TABLES) and not _is_header(row):
                 return _Table(delimiter, 2, 0, 1, None, False)
         return None
 
@@ -230,26 +245,61 @@ class _Table:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield _failed(number, f"{error}; close the quotes of its caption, and double those within")
+                row = next(csv.reader(taken[:1], delimiter=self.delimiter))
+                reason = f"{error}; close the quotes of its caption, and double those within"
+                yield _failed(self._known(row, number), reason)
                 continue
-            if any(cell.strip() for cell in row):
+            if len(row) > 1 or any(cell.strip() for cell in row):
                 yield self._entry(row, number)
 
     def _entry(self, row: list[str], number: int) -> Entry:
+        entry = self._known(row, number)
         if len(row) != self.columns:
             return _failed(
-                number,
+                entry,
                 f"expected {self.columns} fields, got {len(row)}; "
                 f"quote a caption that holds the delimiter {self.delimiter!r}",
             )
-        if not _is_utf8(row[self.caption]):
-            return _failed(
-                number, f"expected UTF-8, got {row[self.caption][:_SHOWN]!r}; save the list as UTF-8"
-            )
-        image = row[self.image].strip() or None
-        if image is None and not row[self.caption].strip():
-            return _failed(number, "expected an image or a caption, got neither")
-        return Entry(number, image, row[self.caption], None if self.id is None else row[self.id])
+        caption = row[self.caption] if row[self.caption].strip() else None
+        if caption is not None and not _is_utf8(caption):
+            return _failed(entry, f"expected UTF-8, got {quoted(caption[:_SHOWN])}; save the list as UTF-8")
+        if entry.image is None and caption is None:
+            return _failed(entry, "expected an image or a caption, got two empty cells")
+        return replace(entry, caption=caption)
+
+    def _known(self, row: list[str], number: int) -> Entry:
+        """The image and the id of a row, also of one that a delimiter in its caption has cut."""
+
+        def cell(column: int | None) -> str | None:
+            if column is None:
+                return None
+            place = column if column < self.caption else column + len(row) - self.columns
+            return row[place].strip() or None if 0 <= place < len(row) and place != self.caption else None
+
+        return Entry(number, cell(self.image), None, cell(self.id))
+
+
+def _is_header(row: list[str]) -> bool:
+    """Whether a row of two cells names columns rather than an image and its caption."""
+    names = [cell.strip().lower() for cell in row]
+    known = (*_IMAGE_NAMES, *_CAPTION_NAMES)
+    return any(name in known for name in names) or all(_COLUMN_NAME.fullmatch(name) for name in names)
+
+
+def _why_no_table(first: bytes) -> str:
+    """Why the first line is of no table, and what to do."""
+    line = first.decode(errors="replace").lower()
+    cells = [cell.strip() for cell in re.split(rf"[{re.escape(_DELIMITERS)}]", line)]
+    found = [known[0] for known in (_IMAGE_NAMES, _CAPTION_NAMES) if any(name in cells for name in known)]
+    expected = "expected a header with the columns image and caption, or two columns without one"
+    if len(found) == 1:
+        lacking = "caption" if found == ["image"] else "image"
+        advice = f"add the column {lacking}, whose cells may be empty, or give it this name"
+    elif len(cells) == 2 and _is_header(cells):
+        advice = "give its columns these names, or put image,caption above a row that is a pair"
+    else:
+        advice = "quote a caption that holds the delimiter"
+    return f"{expected}, got {_shorten(first)}; {advice}"
 
 
 def _is_utf8(text: str) -> bool:
@@ -279,11 +329,12 @@ def _read_folder(folder: Path) -> Iterator[Entry]:
             "each, got neither"
         )
     for number, image in enumerate(images, start=1):
-        caption = image.with_suffix(".txt")
+        entry, caption = Entry(number, image.name, unit="item"), image.with_suffix(".txt")
         try:
-            yield Entry(number, image.name, caption.read_bytes().decode("utf-8-sig", "replace").strip())
+            text = caption.read_bytes().decode("utf-8-sig", "replace").strip()
+            yield replace(entry, caption=text or None)
         except OSError:
-            yield _failed(number, f"no caption; expected it in {caption.name} beside the image", image.name)
+            yield _failed(entry, f"no caption; expected it in {caption.name} beside the image")
 
 
 def _shorten(line: bytes) -> str:

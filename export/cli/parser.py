@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from engine.errors import InputError, did_you_mean
+from engine.errors import InputError, did_you_mean, quoted, shorten
+from export.output import escaped
 
 _VERBS = "dgm4 --help lists the verbs"
 _UNBROKEN = 10_000  # columns of the usage's line, which a terminal breaks where it likes
@@ -31,8 +32,11 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors name the verb's own usage in one line, and what was probably meant.
 
-    Each takes -v and -q, so that they may stand before and after the verb.
+    Each takes -v and -q, so that they may stand before and after the verb. `surplus` is what an error says of
+    one argument too many.
     """
+
+    surplus = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
@@ -64,18 +68,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Show the usage in one line and the reason in the next; exit with 2."""
-        self.exit(2, f"{self._usage_line or self._short_usage()}\n{self.prog}: error: {message}\n")
+        usage = self._usage_line or self._short_usage()
+        self.exit(2, f"{usage}\n{self.prog}: error: {escaped(message)}\n")
 
     def unrecognized(self, arguments: Iterable[str]) -> NoReturn:
         """Refuse arguments that nothing reads, with the options that are spelled nearly so."""
         arguments = list(arguments)
-        hints = [
-            hint
-            for argument in arguments
-            if argument.startswith("-")
-            for hint in [did_you_mean(argument.partition("=")[0], self._option_string_actions)]
-        ]
-        self.error(f"unrecognized arguments: {' '.join(arguments)}{next(filter(None, hints), '')}")
+        options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        known = self._option_string_actions
+        hints = [did_you_mean(option, known) for option in options] if options else [self.surplus]
+        self.error(f"unrecognized arguments: {shorten(' '.join(arguments))}{next(filter(None, hints), '')}")
 
     def _short_usage(self) -> str:
         required = [action for action in self._actions if action.required or not action.option_strings]
@@ -89,9 +91,9 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             hint = did_you_mean(str(value), choices)
             if isinstance(action, argparse._SubParsersAction):
-                raise argparse.ArgumentError(None, f"no verb {value!r}{hint or '; ' + _VERBS}")
+                raise argparse.ArgumentError(None, f"no verb {quoted(value)}{hint or '; ' + _VERBS}")
             chosen = f"(choose from {', '.join(choices)})"
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {chosen}{hint}")
+            raise argparse.ArgumentError(action, f"invalid choice: {quoted(value)} {chosen}{hint}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from engine import ImageOptions, Prediction, Predictor
-from engine.errors import Dgm4Error, InputError
+from engine.errors import Dgm4Error, InputError, quoted, shorten
+from engine.inputs.sources import check_file
 from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
 from export.cli.answers import Answers, Maker, json_line
 from export.cli.arguments import Verbs, add_backend, add_decode, add_thresholds, check_batch
-from export.cli.pairs import STDIN, Entry, PairList
+from export.cli.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, Entry, PairList
 from export.cli.plot import save_plot
-from export.cli.summary import printable, rounded, summary
+from export.cli.summary import rounded, summary
 from export.flags import POSITIVE
-from export.output import check_output, full_disk_as_input_error, open_output
+from export.output import check_output, full_disk_as_input_error, open_output, printable
 
 Record = dict[str, Any]
 
@@ -34,8 +36,8 @@ _ITEM = re.compile(r"^item \d+")  # what the predictor calls the pairs of a stre
 _EPILOG = """
 A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
 as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
-list. An image or a caption that is null is judged alone. A failed item gives a line with its error, and
-exit code 1.
+list. An image or a caption is judged alone beside null, an empty cell or an empty text file. A failed item
+gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
 stopped goes on there with --resume, which keeps failed items too.
@@ -79,12 +81,18 @@ def add_parser(verbs: Verbs) -> None:
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
+    parser.surplus = '; quote the caption: "A caption of several words"'
     parser.set_defaults(run=run, parser=parser)
 
 
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
+    if (form := _with_bundle(options)) is not None:
+        return (
+            f"BUNDLE is missing, {quoted(str(options.bundle))} is none: expected dgm4 predict {form}; "
+            "demo:asap is a bundle that ships"
+        )
     if given == (True, False, False) and Path(options.image).is_dir():
         return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
@@ -96,6 +104,17 @@ def _usage_error(options: argparse.Namespace) -> str | None:
     if options.resume and (options.html or options.list is None or options.out is None):
         return "--resume is for JSON lines: it needs --list and --out, and goes without --html"
     return None
+
+
+def _with_bundle(options: argparse.Namespace) -> str | None:
+    """The arguments with BUNDLE before an image or a list that stands in its place; None where none does."""
+    given, suffix = options.bundle, options.bundle.suffix.lower()
+    if given.is_dir() or not (given == STDIN or suffix in (*IMAGE_SUFFIXES, *LIST_SUFFIXES)):
+        return None
+    if options.list is None and suffix not in LIST_SUFFIXES:
+        caption = "CAPTION" if options.image is None else shlex.quote(shorten(options.image))
+        return f"BUNDLE {shlex.quote(shorten(str(given)))} {caption}"
+    return f"BUNDLE --list {shlex.quote(shorten(str(options.list or given)))}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -111,11 +130,15 @@ def run(options: argparse.Namespace) -> int:
         check_output(options.plot, "--plot", [image])
         if options.out is not None and options.out.absolute() == options.plot.absolute():
             raise InputError("--out and --plot name the same file; choose two")
-    with open_output(options.out, [image]) as out, _predictor(options) as predictor:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open_output(options.out, [image]))
+        if image is not None:
+            check_file(image, quoted(options.image), ImageOptions())  # before the network is loaded
+        predictor = stack.enter_context(_predictor(options))
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
         prediction = predictor.predict(sys.stdin.buffer.read() if image is None else options.image, caption)
-        _write(out, options, [({"image": options.image}, prediction)])
+        _write(out, options, [(options.image, {"image": options.image}, prediction)])
         if options.plot:
             save_plot(prediction, options.plot)
     return 0
@@ -176,22 +199,23 @@ def _predict_list(options: argparse.Namespace) -> int:
         shown = not options.quiet and (options.out is not None or not sys.stdout.isatty())
         bar = stack.enter_context(progress_bar("predict", total, "pairs", shown, initial=done))
 
-        def predictions() -> Iterator[tuple[Record, Prediction | Dgm4Error]]:
+        def predictions() -> Iterator[tuple[str, Record, Prediction | Dgm4Error]]:
             nonlocal failed, done
             for result in stream:
                 entry = reader.pending.popleft()
                 answer = result if entry.error is None else entry.error
                 if isinstance(answer, Dgm4Error):
                     failed += 1
-                    answer = type(answer)(_ITEM.sub(f"line {entry.number}", str(answer)))
+                    answer = type(answer)(_ITEM.sub(entry.place, str(answer)))
                 done += 1
                 bar.update()
-                yield entry.head(), answer
+                yield entry.name, entry.head(), answer
 
         _write(out, options, predictions())
     if failed:
+        where = "cards" if options.html else "lines"
         again = "; leave out --resume to try them again" if options.resume else ""
-        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their lines hold the error{again}\n")
+        sys.stderr.write(f"dgm4: {failed} of {done} pairs failed; their {where} hold the error{again}\n")
     return _BAD_INPUT if failed else 0
 
 
@@ -202,24 +226,23 @@ def _maker(predictor: Predictor) -> Maker:
 
 
 def _write(
-    out: _Sink, options: argparse.Namespace, results: Iterable[tuple[Record, Prediction | Dgm4Error]]
+    out: _Sink, options: argparse.Namespace, results: Iterable[tuple[str, Record, Prediction | Dgm4Error]]
 ) -> None:
-    """Write each prediction as it comes."""
+    """Write each prediction as it comes: its name, what its record begins with, and the result."""
     if options.html:
-        named = ((head["image"] or f"line {head['line']}", result) for head, result in results)
-        for part in write_page(named):
+        for part in write_page((name, result) for name, _, result in results):
             out.write(part)
         return
-    for head, result in results:
-        out.write(_text(head, result, options))
+    for name, head, result in results:
+        out.write(_text(name, head, result, options))
 
 
-def _text(head: Record, result: Prediction | Dgm4Error, options: argparse.Namespace) -> str:
+def _text(name: str, head: Record, result: Prediction | Dgm4Error, options: argparse.Namespace) -> str:
     """A prediction or an error for reading on a terminal, or as a line of JSON."""
     if isinstance(result, Prediction):
         record = result.to_dict(options.heatmap)
         if not options.json and options.out is None and sys.stdout.isatty():
-            return summary(head["image"] or f"line {head['line']}", record)
+            return summary(name, record)
         return json_line({**head, **rounded(record)})
     if not options.json and options.out is None and sys.stdout.isatty():
         return printable(f"error: {result}") + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dgm4.tokenizer import build_tokenizer, count_pieces
 from dgm4.training.options import TrainOptions, check_fields, read_recipe
-from engine.errors import InputError, did_you_mean
+from engine.errors import InputError, did_you_mean, quoted, shorten
 from engine.inputs.text import CaptionTokenizer
 from export.cli.parser import usage_errors
 
@@ -31,7 +31,7 @@ def recipe_of(options: argparse.Namespace, model: str | None = None) -> TrainOpt
             name, equals, text = setting.partition("=")
             if not equals or name not in types:
                 raise InputError(
-                    f"--set {setting}: expected NAME=VALUE with one of {', '.join(types)}"
+                    f"--set {shorten(setting)}: expected NAME=VALUE with one of {', '.join(types)}"
                     f"{did_you_mean(name, types)}"
                 )
             given[name] = _parse(name, text, types[name])
@@ -48,12 +48,12 @@ def recipe_of(options: argparse.Namespace, model: str | None = None) -> TrainOpt
 def _parse(name: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text not in ("true", "false"):
-            raise InputError(f"--set {name}: expected true or false, got {text!r}")
+            raise InputError(f"--set {name}: expected true or false, got {quoted(text)}")
         return text == "true"
     try:
         return kind(text)
     except ValueError as error:
-        raise InputError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
+        raise InputError(f"--set {name}: expected {kind.__name__}, got {quoted(text)}") from error
 
 
 def tokenizer_of(vocabulary: Path) -> tuple[CaptionTokenizer, int]:

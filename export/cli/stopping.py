@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from engine.files import remove_unfinished
+from export.cli.leaving import leave
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -18,14 +16,12 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def exit_on_sigterm() -> Iterator[None]:
     """On SIGTERM or SIGHUP inside the block remove unfinished files and exit with 128 + number.
 
-    Main thread only. The process ends in the handler itself: an exception raised there can strike
-    inside a lock or a destructor, where it is lost or leaves a thread waiting for ever. A SIGHUP that
-    is ignored, as under nohup, stays ignored.
+    Main thread only. A SIGHUP that is ignored, as under nohup, stays ignored.
     """
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
     handled = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
     for number in handled:
-        signal.signal(number, _leave)
+        signal.signal(number, leave)
     try:
         yield
     finally:
@@ -58,14 +54,3 @@ def stop_first(stop: Callable[[], None]) -> Iterator[list[int]]:
         yield received
     finally:
         put_back()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    try:
-        remove_unfinished()
-        for stream in (sys.stdout, sys.stderr):
-            # The signal may have struck inside this very stream, or its reader may be gone.
-            with contextlib.suppress(RuntimeError, OSError, ValueError):
-                stream.flush()
-    finally:
-        os._exit(128 + number)

@@ -6,6 +6,8 @@ import shutil
 import textwrap
 from typing import Any
 
+from export.output import printable
+
 Record = dict[str, Any]
 
 _INDENT = 11  # columns of a line's name
@@ -55,11 +57,6 @@ def percent(share: float) -> str:
     if share > 0.999:
         return "> 99.9 %"
     return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
-
-
-def printable(text: str) -> str:
-    """The text with what would move a terminal's cursor replaced."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def rounded(record: Record) -> Record:

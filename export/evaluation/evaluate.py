@@ -17,13 +17,14 @@ from dgm4.shipped import demo_checkpoint, demo_of
 from engine.bundle import Bundle
 from engine.errors import InputError, NumericalError
 from engine.files import sha256_of, without_nan
+from engine.inputs.text import CaptionTokenizer
 from engine.layout import WEIGHTS
 from engine.manifest import Manifest
 from engine.scores import ScoreCalibration
 from export.evaluation.agreement import Agreement, Case, measure_agreement, worst_cases
 from export.evaluation.curves import Judgement, judge
 from export.evaluation.decisions import read_decisions
-from export.evaluation.running import BUNDLE, REFERENCE, Run, RunOptions, open_tokenizer, run_bundle
+from export.evaluation.running import BUNDLE, REFERENCE, Run, RunOptions, run_bundle
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def _compare(
         name: Change(value - scores.metrics[name], *intervals[name])
         for name, value in bundle_scores.metrics.items()
     }
-    worst = worst_cases(run.scored.samples, ours, theirs, options.worst, manifest, open_tokenizer(bundle))
+    tokenizer = CaptionTokenizer.of(bundle)
+    worst = worst_cases(run.scored.samples, ours, theirs, options.worst, manifest, tokenizer)
     return Comparison(source, scores, changes, measure_agreement(ours, theirs, manifest), worst)
 
 

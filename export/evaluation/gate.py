@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 from engine.scores import Rate, ScoreCalibration
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def check_gate(
     without a gate.
     """
     if precision not in GATES:
-        raise InputError(f"precision: expected one of {', '.join(GATES)}, got {precision!r}")
+        raise InputError(f"precision: expected one of {', '.join(GATES)}, got {quoted(precision)}")
     allowed = GATES[precision]
     return [
         GateFailure(name, metrics[name], reference[name], allowed)

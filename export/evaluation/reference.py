@@ -55,7 +55,8 @@ def load_reference(bundle: Bundle, checkpoint: Path | None) -> tuple[TorchNetwor
     if checkpoint is not None:
         model = _load_checkpoint(checkpoint, config)
         return TorchNetwork(model), checkpoint.name, _origin_note(checkpoint, manifest)
-    model = dgm4.load_checkpoint(bundle.verified(WEIGHTS), config.name, config)
+    with bundle.held(WEIGHTS):
+        model = dgm4.load_checkpoint(bundle.path / WEIGHTS, config.name, config)
     note = ""
     if manifest.precision != "fp32":
         note = "the reference's weights are the bundle's, rounded to float16; --checkpoint for the exact ones"

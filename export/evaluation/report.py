@@ -12,7 +12,7 @@ from export.evaluation.calibrate import Calibrated, Outcome
 from export.evaluation.curves import AtThreshold
 from export.evaluation.evaluate import Comparison, Evaluation
 from export.evaluation.gate import GATED, GATES, Failures
-from export.output import Rows, align
+from export.output import Rows, align, printable
 
 # The terms of the report, a line each. "At 0.5" is the benchmark's own threshold, whatever is in use.
 TERMS = {
@@ -219,7 +219,7 @@ def _worst_rows(compared: Comparison) -> Rows:
         pair = case.ours, case.theirs
         scores = " / ".join(f"{answer.score:.3f}" for answer in pair)
         types = " / ".join("&".join(shown_types(answer)) or "none" for answer in pair)
-        names = (_line(case.sample.id), _line(case.sample.image), ", ".join(case.changes))
+        names = (printable(case.sample.id), printable(case.sample.image), ", ".join(case.changes))
         iou = f"{1 - case.parts['box']:.3f}" if all(map(shown_box, pair)) else "-"
         rows.append((*names, scores, types, iou))
     return rows
@@ -247,8 +247,3 @@ def percent(value: float, sign: str = "") -> str:
 
 def _interval(bounds: Interval, sign: str = "") -> str:
     return "-" if math.isnan(bounds[0]) else " to ".join(percent(value, sign) for value in bounds)
-
-
-def _line(text: str) -> str:
-    """Text of a user on one line of a terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)

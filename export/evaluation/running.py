@@ -16,7 +16,7 @@ from engine.bundle import Bundle
 from engine.errors import InputError
 from engine.inputs.options import Decode
 from engine.inputs.text import CaptionTokenizer
-from engine.layout import DATA_SUFFIX, TOKENIZER
+from engine.layout import DATA_SUFFIX
 from engine.manifest import Manifest
 from export.evaluation.scoring import Network, Pairs, Scored, score
 
@@ -55,12 +55,6 @@ class Run:
     problems: dict[str, int]
 
 
-def open_tokenizer(bundle: Bundle) -> CaptionTokenizer:
-    """Return the bundle's tokenizer; raises BundleError."""
-    spec = bundle.manifest.preprocess
-    return CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
-
-
 def run_bundle(
     bundle: Bundle,
     data: str | Path,
@@ -76,7 +70,7 @@ def run_bundle(
     manifest = bundle.manifest
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
-    pairs = Pairs(samples, open_tokenizer(bundle), manifest.preprocess, options.decode)
+    pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest.preprocess, options.decode)
     network = _load_network(bundle, options)
     networks: dict[str, Network] = {BUNDLE: network}
     if reference is not None:

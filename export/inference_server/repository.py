@@ -147,7 +147,8 @@ def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: Serve
     record = (bundle.path / MANIFEST).read_bytes()
     writer.add_bytes(f"{name}/{RECORD}", record)
     for place, source in {TOKENIZER: TOKENIZER, **files}.items():
-        shutil.copyfile(bundle.verified(source), writer.path(f"{name}/{place}"))
+        with bundle.held(source):
+            shutil.copyfile(bundle.path / source, writer.path(f"{name}/{place}"))
     served = PLAN_FILE if engine is not None else GRAPH_FILE
     return {
         "serves": served,

@@ -20,7 +20,6 @@ from engine.backends.float32 import full_float32
 from engine.backends.torch import load_float, read_scales
 from engine.bundle import Bundle
 from engine.inputs.text import CaptionTokenizer
-from engine.layout import TOKENIZER
 from engine.network.model import InferenceModel
 from export.graph.parity import case_inputs
 from export.quantization.pairs import read_pairs
@@ -61,7 +60,7 @@ def bundle_errors(
     batches: Iterable[dict[str, Tensor]] = case_inputs(reference.config)
     if data is not None:
         spec = manifest.preprocess
-        words = CaptionTokenizer(bundle.verified(TOKENIZER), spec.max_words, spec.max_tokens)
+        words = CaptionTokenizer.of(bundle)
         batches = _drawn_pairs(data, count, words, spec.image_size, split)
     return layer_errors(reference, lowered, manifest.precision, batches, manifest.kept_layers, progress)
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BackendError, BuildError
+from engine.errors import BackendError, BuildError, quoted
 from engine.files import temporary_name, unfinished
 from engine.packages import EXTRAS, install_command, version_of
 from export.trt.features import Features
@@ -196,7 +196,7 @@ def _check_paths(spec: EngineSpec, out: Path) -> None:
     if not out.parent.is_dir():
         raise BuildError(f"{out.parent} is not a directory; create it before the engine is built")
     if spec.library not in (None, *LIBRARIES):
-        raise BuildError(f"expected the library to be one of {LIBRARIES}, got {spec.library!r}")
+        raise BuildError(f"expected the library to be one of {LIBRARIES}, got {quoted(spec.library)}")
     if spec.time_limit_s <= 0:
         raise BuildError(f"expected a time limit above 0 s, got {spec.time_limit_s}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.errors import BackendError, InputError
+from engine.errors import BackendError, InputError, quoted
 from engine.packages import EXTRAS, install_command
 from export.flags import SECONDS, Number, check_values, flag
 from export.trt import build
@@ -35,7 +35,9 @@ def _parse_extents(text: str) -> tuple[Extent, ...] | None:
         return None
     matches = [_EXTENT.fullmatch(part.strip()) for part in text.split(",")]
     if None in matches:
-        raise argparse.ArgumentTypeError(f"expected auto or pairs x tokens as 1x32,32x128, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected auto or pairs x tokens as 1x32,32x128, got {quoted(text)}"
+        )
     return tuple((int(match[1]), int(match[2])) for match in matches if match is not None)
 
 

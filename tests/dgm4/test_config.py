@@ -12,6 +12,7 @@ from torch import nn
 import dgm4
 from dgm4 import checkpoint, config
 from dgm4.model import Cals
+from engine.errors import InputError
 
 PARAMETERS = {"hammer": 227.9, "asap": 230.2, "cals": 235.9}  # millions, live at inference
 
@@ -149,7 +150,7 @@ def test_config_survives_json(name, size):
     ("name", "size", "expected"), [("hamer", "base", "hammer, asap"), ("asap", "large", "tiny")]
 )
 def test_unknown_name_or_size(name, size, expected):
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(InputError, match=expected):
         dgm4.create_model(name, size)
 
 

@@ -40,6 +40,12 @@ def test_seed_and_name_both_count():
     assert not np.array_equal(first, draw("cls_head.0.weight", (4, 4), 1))
 
 
+@pytest.mark.parametrize("seed", [-1, "x", 1.5])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(dgm4.InputError, match="seed: expected an integer of at least 0, got"):
+        dgm4.seeded_model("asap", "tiny", seed)
+
+
 def test_model_is_ready_to_answer(name):
     model = dgm4.seeded_model(name, "tiny")
     assert not model.training

@@ -34,6 +34,24 @@ def test_a_prediction_survives_a_dictionary_and_json(prediction):
     assert Prediction.from_json(prediction.to_json(heatmap=False)).heatmap is None
 
 
+def test_rows_of_one_prediction_or_of_nothing(prediction):
+    with pytest.raises(InputError, match="expected an iterable of predictions, got Prediction; of one, take"):
+        to_rows(prediction)
+    with pytest.raises(InputError, match="expected an iterable of predictions, got int$"):
+        to_rows(3)
+
+
+def test_a_detected_type_is_one_of_the_types(prediction):
+    line = prediction.to_dict() | {"types": {}, "detected": ["face_swap"]}
+    with pytest.raises(InputError, match=r"detected: expected some of no type, got \['face_swap'\]"):
+        Prediction.from_dict(line)
+
+
+def test_a_card_needs_a_path(prediction):
+    with pytest.raises(InputError, match="expected the path of an image file to draw into, got int"):
+        prediction.plot(3)
+
+
 def test_a_prediction_survives_pickle(prediction):
     again = pickle.loads(pickle.dumps(prediction))
     assert again == prediction

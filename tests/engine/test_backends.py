@@ -16,7 +16,7 @@ from engine import Bundle, Predictor, backends
 from engine.backends import base, ort
 from engine.backends import torch as torch_backend
 from engine.backends.cores import visible_cores
-from engine.errors import BackendError, BundleError
+from engine.errors import BackendError, BundleError, InputError
 
 
 def feeds(batch: int, tokens: int) -> dict[str, np.ndarray]:
@@ -152,6 +152,20 @@ def test_a_device_that_nobody_knows(bundle_dir, backend, device):
     ) as caught:
         Predictor(bundle_dir, backend=backend, device=device)
     assert len(str(caught.value)) < 200
+
+
+def test_what_was_probably_meant(bundle_dir, monkeypatch):
+    with pytest.raises(BackendError, match="; did you mean cuda?"):
+        Predictor(bundle_dir, device="cudaa")
+    with pytest.raises(BackendError, match="; did you mean openvino?"):
+        Predictor(bundle_dir, backend="openvion")
+    with pytest.raises(InputError, match="; did you mean manipulated?"):
+        Predictor(bundle_dir, thresholds={"manipulate": 0.5})
+    find = importlib.util.find_spec
+    lacking = ("torch", "safetensors")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
+    with pytest.raises(BackendError, match="needs torch and safetensors, which are not installed"):
+        Predictor(bundle_dir, backend="torch")
 
 
 @pytest.mark.parametrize("backend", [None, ["ort"], "ort" * 1000])

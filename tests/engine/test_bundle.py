@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine import Bundle, Predictor
 from engine import manifest as manifests
 from engine.errors import BundleError
 from engine.manifest import parse_manifest
+from export.output import is_bundle
 
 DELETED = object()
 
@@ -176,6 +178,47 @@ def test_a_foreign_file_is_named(bundle_copy, name):
     (bundle_copy / name).write_bytes(b"x")
     with pytest.raises(BundleError, match=f"{name} is not in the manifest"):
         Bundle.open(bundle_copy)
+
+
+def test_foreign_files_are_counted_and_move_no_cursor(bundle_copy):
+    for number in range(1000):
+        (bundle_copy / f"a\x1b[31m{number}\n").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"and 995 more are not in the manifest; remove") as caught:
+        Bundle.open(bundle_copy)
+    assert str(caught.value).removeprefix(str(bundle_copy)).isprintable()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, bundle_copy):
+    (bundle_copy / name).unlink()
+    os.mkfifo(bundle_copy / name)
+    with pytest.raises(
+        BundleError, match=r"manifest\.json cannot be read: Not a file|model\.onnx is not a file"
+    ):
+        Bundle.open(bundle_copy)
+    assert is_bundle(bundle_copy) == (name != "manifest.json")
+
+
+def test_a_pipe_that_takes_the_place_of_an_opened_bundles_file(bundle_copy):
+    bundle = Bundle.open(bundle_copy)
+    (bundle_copy / "model.onnx").unlink()
+    os.mkfifo(bundle_copy / "model.onnx")
+    for read in (bundle.read, bundle.verified):
+        with pytest.raises(BundleError, match=r"model\.onnx: cannot be read: Not a file$"):
+            read("model.onnx")
+
+
+def test_a_link_to_itself(bundle_copy):
+    (bundle_copy / "model.onnx").unlink()
+    (bundle_copy / "model.onnx").symlink_to("model.onnx")
+    with pytest.raises(BundleError, match=r": cannot list the bundle: Too many levels of symbolic links$"):
+        Bundle.open(bundle_copy)
+
+
+def test_an_empty_path_is_not_the_working_directory(bundle_copy, monkeypatch):
+    monkeypatch.chdir(bundle_copy)
+    with pytest.raises(BundleError, match="^expected the path of a bundle's directory, got an empty one$"):
+        Bundle.open("")
 
 
 def test_a_foreign_folder_is_named(bundle_copy):

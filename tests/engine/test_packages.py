@@ -24,6 +24,9 @@ def test_what_is_absent_is_named(monkeypatch):
 
 
 def test_a_failed_import_is_told_as_well():
+    assert str(lacking("this", ModuleNotFoundError("", name="sklearn.metrics"))) == (
+        'this needs scikit-learn: pip install "dgm4[evaluate]"'
+    )
     error = lacking("dgm4 train", ModuleNotFoundError("", name="safetensors.torch"))
     assert str(error) == 'dgm4 train needs safetensors: pip install "dgm4[export]"'
     ours = ModuleNotFoundError("No module named 'engine.absent'", name="engine.absent")

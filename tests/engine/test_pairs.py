@@ -26,6 +26,12 @@ def test_a_predictor_can_be_called(predictor, photo):
     assert predictor(photo, CAPTION) == predictor.predict(photo, CAPTION)
 
 
+def test_captions_may_be_an_array(predictor, photo):
+    captions = np.array([CAPTION, "x"])
+    assert predictor.predict_captions(photo, captions) == predictor.predict_captions(photo, [CAPTION, "x"])
+    assert predictor.predict_captions(photo, captions[:0]) == []
+
+
 # Mappings
 
 

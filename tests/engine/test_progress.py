@@ -37,6 +37,18 @@ def test_plain_lines(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("work: 2 pairs, ")
 
 
+def test_the_time_that_is_left_is_told_where_it_is_known(capsys, monkeypatch):
+    monkeypatch.setattr("engine.progress._EVERY_S", 0.0)
+    with progress_bar("work", 5, "pairs", initial=3) as bar:
+        bar.update()
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "work: 3 of 5 pairs, 00:00 so far"
+    assert last == "work: 4 of 5 pairs, 00:00 so far, 00:00 left"
+    with progress_bar("work", 3, "pairs", initial=3):  # a finished list, once more
+        pass
+    assert set(capsys.readouterr().err.splitlines()) == {"work: 3 of 3 pairs, 00:00 so far"}
+
+
 def test_not_shown(capsys):
     with progress_bar("work", 3, "pairs", shown=False) as bar:
         bar.update()

@@ -40,6 +40,14 @@ def test_a_name_whose_bundle_does_not_ship(name, remedy):
     assert str(caught.value) == f"{name}: expected the name of a ready bundle (demo:asap){remedy}"
 
 
+@pytest.mark.parametrize(("name", "hint"), [("asap", "; did you mean demo:asap?"), ("my-bundle", "")])
+def test_a_name_without_its_prefix(name, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(name)
+    assert str(caught.value).endswith(f"that dgm4 export writes, got nothing{hint}")
+
+
 def test_without_the_package_no_bundle_ships(monkeypatch):
     monkeypatch.setattr(shipped.importlib.util, "find_spec", lambda name: None)
     assert shipped_bundles() == []

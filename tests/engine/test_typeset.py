@@ -6,6 +6,7 @@ from predictions import make_prediction
 
 from engine import fonts
 from engine.card import Piece, caption_pieces
+from engine.errors import InputError
 from engine.fonts import Fonts
 from engine.typeset import set_rows
 
@@ -79,6 +80,28 @@ def test_a_letter_is_drawn_with_an_installed_font_that_has_it(tmp_path, monkeypa
     assert used.missing == {"\u65e5"}
 
 
+@pytest.mark.parametrize(
+    ("text", "shown", "spelt"),
+    [
+        ("Well \U0001f44d\U0001f3fd done", "Well [thumbs up sign] done", True),
+        ("\U0001f469\u200d\U0001f467\ufe0f", "[woman][girl]", True),
+        ("\U0001f1eb\U0001f1f7 1\ufe0f\u20e3", "FR 1", True),
+        (
+            "na\u0131\u0308ve caf\xe9 \u0645\u06cc\u200c\u062e",
+            "na\u0131\u0308ve caf\xe9 \u0645\u06cc\u200c\u062e",
+            False,
+        ),
+        ("\u6771", "\u6771", False),  # a letter, whose name says nothing to most
+    ],
+)
+def test_a_symbol_that_no_font_has_stands_in_words(text, shown, spelt, monkeypatch):
+    monkeypatch.setattr(fonts, "installed_fonts", tuple)
+    monkeypatch.setattr(fonts, "_found", {})
+    used = Fonts(None)
+    rows, _ = set_rows([Piece(text, None)], used, SIZE, 10_000, 1)
+    assert ("".join(atom.text for atom in rows[0]), used.spelt) == (shown, spelt)
+
+
 def test_installed_fonts_are_looked_for_in_the_usual_folders(tmp_path, monkeypatch):
     for name in ("B-Bold.ttf", "A-Italic.OTF", "C.ttc", "readme.txt", "LastResort.ttf"):
         path = tmp_path / "fonts" / "family" / name
@@ -92,5 +115,7 @@ def test_installed_fonts_are_looked_for_in_the_usual_folders(tmp_path, monkeypat
 
 
 def test_a_font_that_cannot_be_read_is_an_error(tmp_path):
-    with pytest.raises(OSError, match="."):
-        Fonts(tmp_path / "absent.ttf")
+    (tmp_path / "no.ttf").write_bytes(b"no font")
+    for name in ("absent.ttf", "no.ttf", ""):
+        with pytest.raises(InputError, match="font '.*': cannot be read as a TrueType font"):
+            Fonts(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -143,9 +144,11 @@ def test_half_a_pair_is_found_again(entry, tmp_path):
 
 
 def test_every_line_is_valid_unicode():
-    line = json_line({"image": "caf\udce9.jpg", "id": ["\ud800"], "caption": "你好"})
-    assert line == '{"image": "caf\\\\udce9.jpg", "id": ["\\\\ud800"], "caption": "你好"}\n'
-    assert json.loads(line.encode())["image"] == r"caf\udce9.jpg"
+    record = json.loads(json_line({"image": "caf\udce9.jpg", "id": ["\ud800"], "caption": "你好"}).encode())
+    path = base64.b64decode(record.pop("image_base64"))
+    assert record == {"image": "caf\ufffd.jpg", "id": ["\ufffd"], "caption": "你好"}
+    assert path == b"caf\xe9.jpg"
+    assert json_line({"image": "你.jpg"}) == '{"image": "你.jpg"}\n'
 
 
 def test_another_bundle_is_told(stopped):

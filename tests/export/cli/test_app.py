@@ -112,6 +112,43 @@ def test_every_verb_has_an_example_that_it_takes(prog, capsys):
         (["export", "--target", "7.5"], "usage: dgm4 export", "--target: tensorrt_rtx builds for compute"),
         (["data", "make", "--out", "x", "--pairs", "1"], "usage: dgm4 data make", "from 6, got '1'"),
         (["inspect", "b", "--data", "x"], "usage: dgm4 inspect", "--data and --split are for --layers"),
+        (
+            ["predict", "a.jpg", "A man"],
+            "usage: dgm4 predict",
+            "BUNDLE is missing, 'a.jpg' is none: expected dgm4 predict BUNDLE a.jpg 'A man'; demo:asap is",
+        ),
+        (["predict", "a.PNG"], "usage: dgm4 predict", "expected dgm4 predict BUNDLE a.PNG CAPTION;"),
+        (["predict", "-", "words"], "usage: dgm4 predict", "expected dgm4 predict BUNDLE - words;"),
+        (["predict", "b.csv"], "usage: dgm4 predict", "expected dgm4 predict BUNDLE --list b.csv;"),
+        (["predict", "a.jpg", "--list", "b"], "usage: dgm4 predict", "dgm4 predict BUNDLE --list b;"),
+        (
+            ["predict", "demo:asap", "a.jpg", "Two", "men", "and", "a", "dog"],
+            "usage: dgm4 predict",
+            'unrecognized arguments: men and a dog; quote the caption: "A caption of several words"',
+        ),
+        (["export", "--demo"], "usage: dgm4 export", "unrecognized arguments: --demo"),
+        (
+            ["predict", "b", "i", "c", "--device", "cpuu"],
+            "usage: dgm4 predict",
+            "got 'cpuu'; did you mean cpu?",
+        ),
+        (
+            ["predict", "b", "i", "c", "--threshold", "text_swop=0.5"],
+            "usage: dgm4 predict",
+            "got 'text_swop=0.5'; did you mean text_swap?",
+        ),
+        (
+            ["predict", "b", "i", "c", "--device", "cuda:0", "--backend", "ort"],
+            "usage: dgm4 predict",
+            "--device cuda:0: the backend ort runs on cpu; leave out one of --device and --backend",
+        ),
+        (
+            ["bench", "b", "--backend", "torch", "--backend", "tensorrt", "--device", "cpu"],
+            "usage: dgm4 bench",
+            "--device cpu: the backend tensorrt runs on cuda;",
+        ),
+        (["bench", "b", "--seconds", "\x1b[31m"], "usage: dgm4 bench", r"got '\x1b[31m'"),
+        (["bench", "b", "--\x1b[31m"], "usage: dgm4 bench", r"unrecognized arguments: --\x1b[31m"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -123,7 +160,29 @@ def test_one_line_of_usage_then_the_reason(arguments, usage, reason, capsys, mon
     )
     first, second = refused(arguments, capsys)
     assert first.startswith(usage)
-    assert reason in second
+    assert second.endswith(reason) if reason.endswith("?") else reason in second
+    assert "--demo; did you mean" not in second
+
+
+def test_what_a_user_gave_moves_no_cursor_and_is_not_endless(capsys):
+    name = "\x1b[2J\u202e" + "x" * 300
+    for arguments in (["predict", name, "a.jpg", "x"], ["train", "--data", name, "--out", "o"]):
+        assert cli.main(arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.isprintable()
+    line = refused(["bench", "b", "--batch", "9" * 5000], capsys)[1]
+    assert len(line) < 300
+
+
+def test_a_full_disk_behind_stdout():
+    """The number of the system's error says nothing, and Python tells of it once more at exit."""
+    command = [sys.executable, "-m", "export.cli", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    expected = "stdout: cannot be written: No space left on device; free space or choose another place"
+    assert (done.returncode, done.stderr) == (1, f"dgm4: error: {expected}\n")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_columns_in_any_order_and_ids(tmp_path):
     path.write_text("id,source,caption,image\n7,x,one,a.jpg\n\n9,x,caf\xe9,b.jpg\n", "latin-1")
     first, latin = PairList(path)
     assert first.head() == {"line": 2, "image": "a.jpg", "id": "7"}
-    assert str(latin.error) == "line 4: expected UTF-8, got 'caf\\udce9'; save the list as UTF-8"
+    assert str(latin.error) == "line 4 ('b.jpg'): expected UTF-8, got 'caf\\udce9'; save the list as UTF-8"
+    assert latin.head() == {"line": 4, "image": "b.jpg", "id": "9"}
 
 
 @pytest.mark.parametrize("header", ["image,caption\n", ""])
@@ -71,8 +72,32 @@ def test_a_row_of_other_fields_fails(header, row, fields, tmp_path):
     first, wrong, last = PairList(path)
     assert (first.caption, last.caption) == ("one", "x, y")
     assert str(wrong.error) == (
-        f"line {wrong.number}: expected 2 fields, got {fields}; quote a caption that holds the delimiter ','"
+        f"line {wrong.number} ('b.jpg'): expected 2 fields, got {fields}; "
+        "quote a caption that holds the delimiter ','"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "known"),
+    [
+        ("id,image,caption\n7,b.jpg,A man, smiling\n", ("b.jpg", "7")),
+        ("id,caption,image\n7,A man, smiling,b.jpg\n", ("b.jpg", "7")),
+        ("caption,image,id\nA man, smiling,b.jpg,7\n", ("b.jpg", "7")),
+        ("caption,image\nA man\n", (None, None)),
+        ('image,caption,id\nb.jpg,"two\nc.jpg,three,8\n', ("b.jpg", None)),
+        ('{"image": "b.jpg", "caption": 7, "id": "7"}\n', ("b.jpg", "7")),
+        ('{"image": 3, "caption": "words", "id": "7"}\n', (None, "7")),
+        ('[{"image": "b.jpg", "caption": {}, "id": 7}]', ("b.jpg", 7)),
+    ],
+)
+def test_what_is_known_of_a_pair_that_fails_is_kept(content, known, tmp_path):
+    path = tmp_path / ("list.csv" if content[0] not in "{[" else "list")
+    path.write_text(content)
+    (entry,) = PairList(path)
+    assert entry.error is not None
+    assert (entry.image, entry.id) == known
+    assert entry.head()["image"] == known[0]
+    assert (f"({known[0]!r})" in str(entry.error)) == (known[0] is not None)
 
 
 def test_a_quote_that_is_never_closed_fails(tmp_path):
@@ -94,6 +119,15 @@ def test_lines_of_a_quoted_caption_count(tmp_path):
     ("name", "content", "message"),
     [
         ("list.csv", "picture,words,more\n", "expected a header with the columns image and caption"),
+        ("list.csv", "url,text\na.jpg,x\n", ".*got 'url,text'; add the column image, .*or give it this name"),
+        (
+            "list.csv",
+            "image;title\n",
+            ".*got 'image;title'; add the column caption, whose cells may be empty",
+        ),
+        ("list.csv", "image\na.jpg\n", ".*got 'image'; add the column caption, whose cells may be empty"),
+        ("list.tsv", "Photo\tHead line\na.jpg\tx\n", ".*; give its columns these names, or put image,"),
+        ("list.csv", "a.jpg,one, two\n", ".*; quote a caption that holds the delimiter"),
         ("list.json", '[{"image": "a"', "expected a JSON array of pairs in UTF-8"),
     ],
 )
@@ -106,8 +140,8 @@ def test_a_list_that_is_none(name, content, message, tmp_path):
 def test_items_of_an_array_that_are_no_pairs(tmp_path):
     (tmp_path / "list.json").write_text('[3, {"id": 1}, {"image": "a.jpg", "caption": "x"}]')
     number, neither, pair = PairList(tmp_path / "list.json")
-    assert str(number.error).startswith("line 1: expected {") and str(number.error).endswith("got '3'")
-    assert str(neither.error).startswith("line 2: expected {")
+    assert str(number.error).startswith("item 1: expected {") and str(number.error).endswith("got '3'")
+    assert str(neither.error).startswith("item 2: expected {")
     assert pair.error is None
 
 
@@ -116,13 +150,30 @@ def test_items_of_an_array_that_are_no_pairs(tmp_path):
     [
         ("list.jsonl", '{"image": "a.jpg"}\n{"image": null, "text": "x"}', [("a.jpg", None), (None, "x")]),
         ("list.json", '[{"file_name": "a.jpg", "caption": null}]', [("a.jpg", None)]),
-        ("list.csv", "image,caption\na.jpg,\n,x\n", [("a.jpg", ""), (None, "x")]),
+        ("list.csv", "image,caption\na.jpg,\n,x\n", [("a.jpg", None), (None, "x")]),
+        ("list.tsv", 'image\tcaption\na.jpg\t""\n""\tx\n', [("a.jpg", None), (None, "x")]),
+        ("list.csv", 'a.jpg,"  "\n\n"",x\n', [("a.jpg", None), (None, "x")]),
+        ("list.jsonl", '{"image": "a.jpg", "text": ""}', [("a.jpg", "")]),  # said to be empty
     ],
 )
 def test_half_a_pair_is_one(name, content, pairs, tmp_path):
     (tmp_path / name).write_text(content)
     assert [entry.error for entry in PairList(tmp_path / name)] == [None] * len(pairs)
     assert found(tmp_path / name) == pairs
+
+
+def test_two_empty_cells_are_no_pair(tmp_path):
+    (tmp_path / "list.csv").write_text("image,caption,id\na.jpg,x,1\n\n , ,2\n,,\n")
+    pair, named, blank = PairList(tmp_path / "list.csv")
+    assert pair.error is None
+    assert str(named.error) == "line 4: expected an image or a caption, got two empty cells"
+    assert (named.head(), blank.number) == ({"line": 4, "image": None, "id": "2"}, 5)
+
+
+def test_an_empty_text_beside_an_image_is_no_caption(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    (tmp_path / "a.txt").write_text(" \n")
+    assert found(tmp_path) == [("a.jpg", None)]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +237,7 @@ def test_a_folder_with_a_text_beside_each_image(tmp_path):
     assert (b.image, b.caption) == ("b.JPG", "caf\ufffd")
     assert (c.image, str(c.error)) == (
         "c.webp",
-        "line 3 ('c.webp'): no caption; expected it in c.txt beside the image",
+        "item 3 ('c.webp'): no caption; expected it in c.txt beside the image",
     )
 
 

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import os
@@ -46,6 +47,24 @@ def test_a_rebuild_needs_a_gpu(served, photo, capsys, monkeypatch):
     monkeypatch.setattr("engine.backends._has_driver", lambda: False)
     assert main(["predict", served, str(photo), "words", "--rebuild"]) == 4
     assert "this machine's GPU, which needs an NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_missing_image_is_told_before_the_network_is_loaded(served, tmp_path, capsys, caplog):
+    assert main(["predict", served, str(tmp_path / "nowhere.jpg"), "words"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nowhere.jpg': no such file" in line
+    assert not caplog.records
+
+
+def test_failures_on_a_page_and_an_empty_cell(served, photo, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image,caption\nphoto.png,\nphoto.png,a,b\n")
+    arguments = ["predict", served, "--list", str(tmp_path / "list.csv")]
+    assert main([*arguments, "--html", "--out", str(tmp_path / "page.html")]) == 1
+    assert "1 of 2 pairs failed; their cards hold the error" in capsys.readouterr().err
+    assert main(arguments) == 1
+    alone, cut = records(capsys)
+    assert alone["manipulated"] is None and alone["warnings"][1].startswith("no_caption: ")
+    assert (cut["image"], cut["kind"]) == ("photo.png", "InputError")
 
 
 def test_heatmap_threshold_and_plot(served, photo, tmp_path, capsys):
@@ -265,15 +284,17 @@ def test_a_long_list_is_taken_up_where_it_stopped(served, photo, tmp_path, capsy
 
 @pytest.mark.parametrize("form", ["--json", "--html"])
 def test_a_name_that_is_not_utf8(form, served, photo, tmp_path, capsys):
-    """Its bytes come as surrogates, which strict readers of JSON refuse; they are replaced."""
-    name, shown = os.fsdecode(b"caf\xe9.png"), r"caf\udce9.png"
+    """Its bytes come as surrogates, which strict readers of JSON refuse: the path is told whole besides."""
+    name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / name).write_bytes(photo.read_bytes())
     assert main(["predict", served, str(tmp_path / name), "words", form, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out").read_text(encoding="utf-8")
     if form == "--html":
-        assert shown in text
+        assert r"caf\udce9.png" in text
     else:
-        assert json.loads(text)["image"] == str(tmp_path / shown)
+        record = json.loads(text)
+        assert record["image"] == str(tmp_path / "caf\ufffd.png")
+        assert base64.b64decode(record["image_base64"]) == os.fsencode(tmp_path / name)
 
 
 def test_stdout_closed(served, photo, tmp_path):
@@ -357,7 +378,8 @@ def test_a_message_has_the_number_of_its_line(name, served, photo, tmp_path, cap
     failed = [record for record in map(json.loads, out.read_text().splitlines()) if "error" in record]
     assert len(failed) == 2
     for record in failed:
-        assert record["error"].startswith(f"line {record['line']} ('")
+        unit = "item" if name == "list.json" else "line"
+        assert record["error"].startswith(f"{unit} {record['line']} ('")
     # A finished file is kept, with what failed.
     before = out.read_text()
     capsys.readouterr()

@@ -55,4 +55,5 @@ def test_a_threshold_that_cannot_be_is_a_usage_error(verb, text, capsys):
     assert stopped.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "expected P or NAME=P with P from 0 to 1 and NAME one of manipulated, face_swap" in message
-    assert message.endswith(f"got {text!r}")
+    hint = "; did you mean face_swap?" if text == "face=0.5" else ""
+    assert message.endswith(f"got {text!r}{hint}")
