@@ -1,6 +1,6 @@
-"""Resize and normalisation in compiled code, where setup.py could build it; `resample` is None elsewhere.
+"""Resize and normalisation in compiled code, where setup.py could build it; elsewhere `resample` is None.
 
-The arithmetic is that of Pillow and NumPy, bit for bit; see engine/inputs/network_input.py, which has both forms.
+The bits are those of Pillow and NumPy; see engine/inputs/network_input.py, which has both forms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 MAX_SIDE = 1 << 16  # pixels of a side: bounds the tables of weights
 MAX_SIZE = 1 << 11  # pixels of a side of the output
 
-# Bands of rows, uint8 [rows, W, 3] or the capsules of Arrow's interface; W; H; levels, [3, 256]; out, [3, S, S].
+# Bands of rows, uint8 [rows, W, 3] or Arrow's capsules; W; H; levels, [3, 256]; out, [3, S, S].
 Resample = Callable[[Iterable[Any], int, int, Any, Any], None]
 
 resample: Resample | None

@@ -66,7 +66,8 @@ class Backend(ABC, Generic[Network]):
 
     name, device: "torch" and "cuda:0", for example.
     library: what error messages call the library that runs the network.
-    resizes: `submit` takes RGB images, uint8 [H, W, 3] of any size; else the network's input, float32 [3, S, S].
+    resizes: `submit` takes RGB images of any size, uint8 [H, W, 3]; else the network's input, float32
+        [3, S, S].
     asynchronous: `submit` returns while the network runs; else once it has run.
     """
 
@@ -82,11 +83,11 @@ class Backend(ABC, Generic[Network]):
         self._outputs = [spec.name for spec in manifest.outputs]
 
     def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
-        """Submit one batch of images, float32 [3, S, S], and the other inputs by name; uint8 if it `resizes`.
+        """Submit one batch: images, float32 [3, S, S] or what `resizes` says, and the other inputs by name.
 
-        A single image is that of all captions; `run` gets it as a view that repeats it. Images in slots of one
-        buffer are not copied. The network gets what `engine.inputs.network_input` makes of an image, bit for
-        bit. Raises BackendError.
+        A single image is that of all captions; `run` gets it as a view that repeats it. Images in slots of
+        one buffer are not copied. The network gets what `engine.inputs.network_input` makes of an image, bit
+        for bit. Raises BackendError.
         """
         pixels = join_slots(images)
         if len(pixels) == 1:

@@ -20,7 +20,7 @@ from PIL import Image
 from engine import _native
 from engine.inputs.preprocess import CHANNELS, LEVELS, normalize_image, resize_image
 
-# Pillow keeps an image of more than 16 MB in several blocks, which it does not give away; parts of it are copied.
+# Pillow keeps an image of more than 16 MB in several blocks, which it does not give away: bands are copied.
 _BLOCK, _BAND = 16 << 20, 1 << 20  # bytes
 _PIXEL = 4  # bytes of an RGB pixel in Pillow's memory
 
@@ -28,12 +28,12 @@ Colour = tuple[float, float, float]
 
 
 def make_slots(count: int, image_size: int) -> list[np.ndarray]:
-    """`count` slots, float32 [3, S, S] each, that lie one behind the other in one buffer; values are arbitrary."""
+    """`count` slots, float32 [3, S, S] each, one behind the other in one buffer; values are arbitrary."""
     return list(np.empty((count, CHANNELS, image_size, image_size), dtype=np.float32))
 
 
 def join_slots(images: Sequence[np.ndarray]) -> np.ndarray:
-    """A batch, [B, 3, S, S], of images [3, S, S]: their buffer where they are its slots in a row, else a copy."""
+    """A batch [B, 3, S, S] of images [3, S, S]; no copy where they are slots of one buffer in a row."""
     buffer = images[0].base
     if isinstance(buffer, np.ndarray) and buffer.ndim == images[0].ndim + 1:
         start = (_address(images[0]) - _address(buffer)) // images[0].nbytes
@@ -49,7 +49,7 @@ def network_input(
 ) -> np.ndarray:
     """Resize to S = `image_size` as `resize_image` does and normalise as `normalize_image` does.
 
-    Into `out`, dense float32 or float16 [3, S, S], or a new float32 array; returned. float16 is float32 rounded.
+    Into `out`, dense float32 or float16 [3, S, S], or a new float32 array, and return it.
     """
     if out is None:
         (out,) = make_slots(1, image_size)

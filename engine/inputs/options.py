@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from engine.errors import InputError, quoted
 
-
 Decode = Literal["exact", "fast"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
 
@@ -43,7 +42,7 @@ class ImageOptions:
     decode: Decode = "exact"
 
     def __post_init__(self) -> None:
-        """Raise InputError for a limit below 1, a colour other than three integers from 0 to 255, and others."""
+        """Raise InputError for a limit below 1, a colour not of 0 to 255, and an unknown way to decode."""
         if self.decode not in DECODES:
             raise InputError(f'decode: expected "exact" or "fast", got {quoted(self.decode)}')
         for name in ("max_bytes", "max_pixels"):

@@ -76,7 +76,7 @@ def decode_image(
     options: ImageOptions | None = None,
     side: int | None = None,
 ) -> Decoded:
-    """Read an image as upright RGB; with options.decode "fast" smaller, but with `side` pixels a side at least.
+    """Read an image as upright RGB; with options.decode "fast" smaller, but no side below `side` pixels.
 
     `source` is a path, the bytes of a file, a file object, a PIL image, an array of H x W or H x W x 1, 3
     or 4, or a torch tensor of that shape or of 1, 3 or 4 x H x W, as uint8 or as finite floats in [0, 1].

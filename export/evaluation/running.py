@@ -29,8 +29,8 @@ class RunOptions:
 
     `graph` names an ONNX file of the bundle to run in ONNX Runtime, in place of a backend's choice.
     `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
-    largest, 32 at most. `decode` is that of `ImageOptions`. `on_bad` "skip" leaves unusable records out, "raise" stops there. `level` is that of
-    the intervals.
+    largest, 32 at most. `decode` is that of `ImageOptions`. `on_bad` "skip" leaves unusable records out,
+    "raise" stops there. `level` is that of the intervals.
     """
 
     split: str = "test"

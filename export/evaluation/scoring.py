@@ -20,9 +20,9 @@ from dgm4.data.labels import join_outputs, label_tokens, normalize_box
 from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 from engine.backends import usable_cores
 from engine.errors import InputError
-from engine.inputs.preparation import Item, Preparation
 from engine.inputs.network_input import join_slots
 from engine.inputs.options import Decode, ImageOptions
+from engine.inputs.preparation import Item, Preparation
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.progress import progress_bar
