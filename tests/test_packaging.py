@@ -1,4 +1,4 @@
-"""The wheel: what it holds, with and without a compiler, and that it lives beside Hugging Face's `kernels`."""
+"""The wheel: its files, with a compiler and without, and that it lives beside Hugging Face's `kernels`."""
 
 from __future__ import annotations
 
