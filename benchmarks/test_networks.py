@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -27,11 +29,12 @@ from export.quantization.calibrate import calibrate
 from export.quantization.dynamic_int8 import quantize_dynamic
 from export.quantization.qdq import int8_layers, to_int8
 
-# int8 is dynamic, qdq calibrated.
+# int8 is dynamic, qdq calibrated; plain is ONNX Runtime with the options that it has by itself.
 VARIANTS = (
     "published",
     "torch",
     "compile",
+    "plain-fp32",
     "ort-fp32",
     "openvino-fp32",
     "ort-int8",
@@ -63,8 +66,9 @@ class Variants:
             return _torch_call(torch.compile(self.inference) if variant == "compile" else self.inference)
         library, precision = variant.split("-")
         graph = self.graph(precision)
-        if library == "ort":
-            session = load_session(graph, usable_cores())
+        if library != "openvino":
+            plain = partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
+            session = plain(graph) if library == "plain" else load_session(graph, usable_cores())
             return lambda inputs: session.run(None, _arrays(inputs))
         from engine.backends import openvino  # where it is not installed, its variants fail alone
 

@@ -39,6 +39,7 @@ _WORDS_KEY = "text_encoder.bert.embeddings.word_embeddings.weight"
 _WIDTH_KEY = "visual_encoder.cls_token"
 _BRANCH_KEY = re.compile(r"visual_encoder\.(Conv|Scales\.\d+)\.conv\.weight")
 _POSITIONS_KEY = "visual_encoder.pos_embed"
+_LARGEST_WEIGHT = 1e8  # a flipped bit of a float's exponent makes 1e30 and more; no training does
 _TEXT_POSITIONS_KEY = "text_encoder.bert.embeddings.position_embeddings.weight"
 
 
@@ -184,6 +185,10 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
         problems.append(f"{len(foreign)} without floating values ({some(foreign)})")
     if not problems and (bad := [k for k in common if not state[k].isfinite().all()]):
         problems.append(f"{len(bad)} with NaN or infinity ({some(bad)})")
+    if not problems and (bad := [k for k in common if state[k].abs().amax() > _LARGEST_WEIGHT]):
+        problems.append(
+            f"{len(bad)} with values beyond {_LARGEST_WEIGHT:.0e}, as damage makes them ({some(bad)})"
+        )
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: expected the {len(expected)} live tensors of {config.name} ({config.size}), "

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -70,25 +69,6 @@ _SAFE_GLOBALS: list[Any] = [
     ),
 ]
 
-# What reading a damaged or foreign file was seen to raise.
-_READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    AssertionError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    safetensors.SafetensorError,
-    pickle.UnpicklingError,
-)
-
 
 class Found(NamedTuple):
     """A state, its place in the file ("model", "" for the whole), and the places of the states left there.
@@ -136,7 +116,9 @@ def read_content(path: Path, tensors_only: bool = False) -> Any:
         elif head[:1] != b"\x80":
             _refuse(path, _foreign(head))
         return _read_pickle(path, head[:2] == b"PK", tensors_only)
-    except _READ_ERRORS as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file makes its reader raise anything
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         _refuse(path, f"it cannot be read ({reason}): it is damaged or something else", error)
 
@@ -184,7 +166,7 @@ def _read_pickle(path: Path, zipped: bool, tensors_only: bool) -> Any:
                 source, mapped = (file, False) if misnamed else (path, zipped)
                 content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
             break
-        except _READ_ERRORS as error:
+        except Exception as error:  # a damaged file makes it raise anything
             # torch's own message advises to load the file unsafely; only names are taken from it.
             unpickling = isinstance(error, pickle.UnpicklingError)
             if unpickling and _stand_in(foreign, str(error)):

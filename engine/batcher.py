@@ -158,7 +158,15 @@ class Batcher:
             raise pair.deadline_error() from None
 
     def statistics(self) -> BatcherStatistics:
-        """What was done so far and what waits now, for metrics."""
+        """What was done so far and what waits now, for metrics.
+
+        Examples:
+            >>> from engine import Batcher, Predictor
+            >>> batcher = Batcher(Predictor("my-bundle"))
+            >>> prediction = batcher.predict("photo.jpg", "Obama speaks")
+            >>> batcher.statistics().batch_sizes
+            {1: 1}
+        """
         self._runner.check_process()
         return self._queue.statistics()
 
@@ -166,6 +174,14 @@ class Batcher:
         """End the threads, once all accepted pairs are answered; later calls raise BackendError.
 
         Without `drain` only the batch that runs is answered, and the other pairs get a BackendError.
+
+        Examples:
+            >>> from engine import Batcher, Predictor
+            >>> batcher = Batcher(Predictor("my-bundle"))
+            >>> future = batcher.submit("photo.jpg", "Obama speaks")
+            >>> batcher.close()
+            >>> future.done()
+            True
         """
         if self._runner.forked:  # it has none of the threads, and perhaps a locked lock
             return

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.errors import BundleError, shorten
 from engine.files import open_file, sha256_of
-from engine.layout import ENGINE_SUFFIX, MANIFEST
+from engine.layout import ENGINE_SUFFIX, MANIFEST, SIGNATURE
 from engine.manifest import (
     FileEntry,
     Manifest,
@@ -24,6 +24,7 @@ from engine.manifest import (
     parse_manifest,
 )
 from engine.shipped import locate, suggest
+from engine.signing import PublicKey, check_signature, read_public_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ _SHOWN = 5  # names that a message lists
 class Bundle:
     """A bundle's directory whose manifest was read; all of its files are there, and no others.
 
-    `path` is absolute, so that a later change of the working directory does not matter. A Bundle is pickled
-    by its path, and opened again where it is unpickled.
+    `path` is absolute, so that a later change of the working directory does not matter. `public_key` is the
+    key, as PEM text, whose owner signed it, where `open` was given one. A Bundle is pickled by its path, and
+    opened again where it is unpickled.
 
     Examples:
         >>> from engine import Bundle, Predictor
@@ -44,22 +46,27 @@ class Bundle:
         'asap'
     """
 
-    def __init__(self, path: Path, manifest: Manifest, engines: bool = True):
+    def __init__(self, path: Path, manifest: Manifest, engines: bool = True, public_key: bytes | None = None):
         self.path = path
         self.manifest = manifest
+        self.public_key = public_key
         self._engines = engines
         self._verified: set[str] = set()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], engines: bool = True) -> Bundle:
+    def open(
+        cls, path: str | os.PathLike[str], engines: bool = True, public_key: PublicKey | None = None
+    ) -> Bundle:
         """Read the manifest of the bundle at `path` and compare the directory with it.
 
         A name such as "demo:asap" stands for a bundle that ships with the package (`engine.shipped`).
         Without `engines` its prebuilt engines may be missing or damaged: for a caller that builds them again.
         Links to files are followed, as a cache of downloads makes them, and hidden files are ignored.
-        Raises BundleError for a manifest that is missing, of another format or wrong, and for a file
-        that is missing, foreign or of another size.
+        With `public_key`, an Ed25519 key in PEM as a file's path or as bytes, its owner must have signed the
+        bundle (`dgm4 sign`).
+        Raises BundleError for a manifest that is missing, of another format or wrong, for a file that is
+        missing, foreign or of another size, and for a signature that is missing or wrong.
 
         Examples:
             >>> from engine import Bundle
@@ -67,7 +74,11 @@ class Bundle:
             'fp32'
         """
         root = _absolute(locate(path))
-        manifest = _parse(root, _read_manifest(root))
+        content = _read_manifest(root)
+        key = None if public_key is None else read_public_key(public_key)
+        if key is not None:
+            check_signature(root, content, key)
+        manifest = _parse(root, content)
         sizes = _list_files(root)
         optional = set() if engines else {entry.file for entry in manifest.engines}
         missing = sorted(set(manifest.files) - set(sizes) - optional)
@@ -82,10 +93,10 @@ class Bundle:
         for name in set(manifest.files) - optional:
             _check_size(root / name, sizes[name], manifest.files[name])
         logger.debug("opened the bundle %s: %s", root, manifest.model.name)
-        return cls(root, manifest, engines)
+        return cls(root, manifest, engines, key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.manifest, self._engines)
+        return _reopen, (self.path, self.manifest, self._engines, self.public_key)
 
     def verified(self, name: str) -> Path:
         """Return the path of the file `name` once its SHA-256 agrees; hashes each file only once.
@@ -191,8 +202,8 @@ def _absolute(path: object) -> Path:
         ) from error
 
 
-def _reopen(path: Path, manifest: Manifest, engines: bool) -> Bundle:
-    bundle = Bundle.open(path, engines)
+def _reopen(path: Path, manifest: Manifest, engines: bool, public_key: bytes | None = None) -> Bundle:
+    bundle = Bundle.open(path, engines, public_key)
     if bundle.manifest != manifest:
         raise BundleError(f"{path}: holds another bundle than when it was pickled; make the Predictor again")
     return bundle
@@ -237,11 +248,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _list_files(root: Path) -> dict[str, int]:
-    """Return the size of every file of the directory but the manifest and the hidden ones."""
+    """Return the size of every file of the directory but the manifest, its signature and the hidden ones."""
     sizes = {}
     try:
         for entry in os.scandir(root):
-            if entry.name == MANIFEST or entry.name.startswith("."):
+            if entry.name in (MANIFEST, SIGNATURE) or entry.name.startswith("."):
                 continue
             if not entry.is_file():
                 kind = (

@@ -1,6 +1,7 @@
 """The names of the files in a bundle.
 
 manifest.json       what the bundle is, and the SHA-256 of every other file
+manifest.json.sig   an Ed25519 signature of that file, where the bundle was signed
 README.md           the model card
 tokenizer.json      WordPiece of the captions
 model.safetensors   the weights under their released names
@@ -14,6 +15,7 @@ model.*.engine      prebuilt TensorRT engines
 from __future__ import annotations
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"

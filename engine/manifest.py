@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 from engine.errors import BundleError, why_no_json
 from engine.layout import MANIFEST
-from engine.network.config import TYPES
-from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, within
+from engine.network.config import LARGEST_CAPTION, NAMES, TYPES, NetworkConfig
+from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, whole, within
 from engine.scores import ScoreCalibration, Temperatures, Thresholds
 
 FORMAT = "dgm4-bundle"
@@ -26,6 +26,7 @@ INPUTS = ("image", "input_ids", "attention_mask")
 OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
 OPTIONAL_OUTPUTS = ("attention_map",)
 NOT_STATED = "not stated"
+_ENVELOPE = ("format", "format_version", "sha256")  # beside the content, which the last is of
 _REMEDY = "export or copy the bundle again"
 
 # The demo weights of bundles that were written before a manifest said what kind its weights are.
@@ -36,20 +37,33 @@ FIRST_DEMOS = (
 )
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
+LARGEST_BATCH = 4096
 _Count = Annotated[int, at_least(1)]
 _CountOrNone = Annotated[int, at_least(0)]
+_Batch = Annotated[int, whole(1, LARGEST_BATCH)]
+_Tokens = Annotated[int, whole(1, LARGEST_CAPTION)]
+_Dimension = Annotated[int, whole(1, 2**20)]
 _Difference = Annotated[float, within(0)]
+_Fraction = Annotated[float, within(0, 1)]
+_Colour = Annotated[float, within(-1000, 1000)]
+_Module = Annotated[str, matching(r"[\w.]{1,200}", "the name of a module")]
 _Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
-_Positive = Check("three numbers > 0", lambda values: min(values) > 0)
+_Scale = Check("three numbers from 0.001 to 1000", lambda values: 1e-3 <= min(values) <= max(values) <= 1e3)
 
 
 @dataclass(frozen=True)
 class ModelInfo(Record):
     """Which network: its `name`, `size` and every field of its configuration."""
 
-    name: str
+    name: Annotated[str, one_of(*NAMES)]
     size: str
-    config: dict[str, Any]
+    config: NetworkConfig
+
+    def problems(self) -> Iterator[tuple[str, str, object]]:
+        """See `Record.problems`."""
+        for name in ("name", "size"):
+            if getattr(self, name) != getattr(self.config, name):
+                yield name, f"{getattr(self.config, name)!r} as in config", getattr(self, name)
 
 
 @dataclass(frozen=True)
@@ -77,9 +91,11 @@ class Weights(Record):
     @classmethod
     def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """Tell the kind of weights of bundles that said only whether they were trained."""
-        if "kind" in raw or not isinstance(raw.get("trained"), bool):
+        if not isinstance(raw.get("trained"), bool):
             return raw
-        kind = "demo" if raw.get("sha256") in FIRST_DEMOS else "trained" if raw["trained"] else "drawn"
+        raw = dict(raw)
+        trained = raw.pop("trained")
+        kind = "demo" if raw.get("sha256") in FIRST_DEMOS else "trained" if trained else "drawn"
         return {"kind": kind, **raw}
 
 
@@ -96,14 +112,14 @@ class Vocabulary(Record):
 class Preprocess(Record):
     """How the network's inputs are made; sizes in pixels, lengths in words and tokens."""
 
-    image_size: _Count
-    patch_size: _Count
+    image_size: _Dimension
+    patch_size: _Dimension
     resample: Annotated[str, one_of("bicubic")]
-    mean: tuple[float, float, float]
-    std: Annotated[tuple[float, float, float], _Positive]
-    max_words: _Count
-    max_tokens: _Count
-    min_tokens: _Count
+    mean: tuple[_Colour, _Colour, _Colour]
+    std: Annotated[tuple[float, float, float], _Scale]
+    max_words: _Tokens
+    max_tokens: _Tokens
+    min_tokens: _Tokens
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
@@ -126,8 +142,8 @@ class TensorSpec(Record):
 class Limits(Record):
     """The largest batch and the most tokens that one call may have."""
 
-    max_batch: _Count
-    max_tokens: _Count
+    max_batch: _Batch
+    max_tokens: _Tokens
 
 
 @dataclass(frozen=True)
@@ -142,8 +158,24 @@ class FileEntry(Record):
 class BuildCost(Record):
     """What a build took: seconds, and megabytes of memory (2**20 bytes) at its peak."""
 
-    seconds: float
-    peak_memory_mb: int
+    seconds: _Difference
+    peak_memory_mb: _CountOrNone
+
+
+@dataclass(frozen=True)
+class ShapeRange(Record):
+    """The shapes of one input that an engine takes: the smallest, the one it is best at, the largest."""
+
+    min: tuple[_Dimension, ...]
+    opt: tuple[_Dimension, ...]
+    max: tuple[_Dimension, ...]
+
+    def problems(self) -> Iterator[tuple[str, str, object]]:
+        """See `Record.problems`."""
+        shapes = self.min, self.opt, self.max
+        ordered = all(low <= best <= high for low, best, high in zip(*shapes, strict=False))
+        if len({len(shape) for shape in shapes}) > 1 or not ordered:
+            yield "max", "min <= opt <= max in every dimension", [list(shape) for shape in shapes]
 
 
 @dataclass(frozen=True)
@@ -159,11 +191,11 @@ class EngineEntry(Record):
     """
 
     file: str
-    library: str
-    version: str
-    compute_capabilities: tuple[str, ...]
+    library: Annotated[str, one_of("tensorrt", "tensorrt_rtx")]
+    version: Annotated[str, matching(r"\d[\w.+-]{0,63}", "a version")]
+    compute_capabilities: tuple[Annotated[str, matching(r"\d{1,2}\.\d", "a number such as 8.9")], ...]
     onnx_sha256: _Sha256
-    profiles: tuple[dict[str, Any], ...]
+    profiles: tuple[dict[str, ShapeRange], ...]
     plugins: dict[str, _Count] = field(default_factory=dict)
     fused_attention: _CountOrNone = 0
     stripped: bool = False
@@ -207,8 +239,8 @@ class Accuracy(Record):
 
     source: str
     pairs: _Count
-    metrics: dict[str, float]
-    reference: dict[str, float]
+    metrics: dict[str, _Fraction]
+    reference: dict[str, _Fraction]
 
 
 @dataclass(frozen=True)
@@ -240,7 +272,9 @@ class Manifest(Record):
     bundle is being written.
     """
 
-    created: str
+    created: Annotated[
+        str, matching(r"\d{4}-\d\d-\d\dT[\d:.+Z-]{5,30}", "a time, such as 2026-01-31T12:00:00Z")
+    ]
     model: ModelInfo
     weights: Weights
     precision: Annotated[str, one_of(*PRECISIONS)]
@@ -254,8 +288,8 @@ class Manifest(Record):
     versions: dict[str, str]
     verification: tuple[Verification, ...]
     accuracy: tuple[Accuracy, ...] = ()
-    float32_layers: tuple[str, ...] = ()
-    kept_layers: tuple[str, ...] = ()
+    float32_layers: tuple[_Module, ...] = ()
+    kept_layers: tuple[_Module, ...] = ()
     calibration: Calibration | None = None
     vocabulary: Vocabulary | None = None
     score_calibration: ScoreCalibration | None = None
@@ -268,7 +302,7 @@ class Manifest(Record):
 
     @classmethod
     def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Refuse another format than this release reads."""
+        """Refuse another format than this release reads; leave out what is no field of the content."""
         for name, expected, hint in (
             ("format", FORMAT, ""),
             ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
@@ -276,7 +310,7 @@ class Manifest(Record):
             value = raw.get(name, NOTHING)
             if type(value) is not type(expected) or value != expected:
                 fail(name, f"{expected!r}{hint}", value)
-        return raw
+        return {name: value for name, value in raw.items() if name not in _ENVELOPE}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""
@@ -286,6 +320,7 @@ class Manifest(Record):
         """See `Record.problems`."""
         yield from _name_problems("inputs", self.inputs, INPUTS, ())
         yield from _name_problems("outputs", self.outputs, OUTPUTS, OPTIONAL_OUTPUTS)
+        yield from self._shape_problems()
         if self.types != TYPES:
             yield "types", str(list(TYPES)), list(self.types)
         if self.preprocess.max_tokens > self.limits.max_tokens:
@@ -297,6 +332,40 @@ class Manifest(Record):
         for i, engine in enumerate(self.engines):
             if engine.file not in self.files:
                 yield f"engines[{i}].file", "one of the bundle's files", engine.file
+
+    def _shape_problems(self) -> Iterator[tuple[str, str, object]]:
+        config, preprocess = self.model.config, self.preprocess
+        for name in ("image_size", "patch_size"):
+            if getattr(preprocess, name) != getattr(config, name):
+                yield (
+                    f"preprocess.{name}",
+                    f"{getattr(config, name)} of model.config",
+                    getattr(preprocess, name),
+                )
+        if preprocess.max_tokens > config.positions:
+            yield "preprocess.max_tokens", f"at most {config.positions} positions", preprocess.max_tokens
+        shapes = tensor_shapes(config)
+        for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for i, spec in enumerate(specs):
+                expected = shapes[spec.name]
+                if (spec.dtype, spec.shape) != expected:
+                    found = f"{spec.dtype} {list(spec.shape)}"
+                    yield f"{kind}[{i}]", f"{expected[0]} {list(expected[1])} for {spec.name}", found
+
+
+def tensor_shapes(config: NetworkConfig) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+    """Type and shape of every tensor that a graph of the network may have, by name."""
+    size = config.image_size
+    return {
+        "image": ("float32", ("batch", 3, size, size)),
+        "input_ids": ("int64", ("batch", "tokens")),
+        "attention_mask": ("int64", ("batch", "tokens")),
+        "logits_real_fake": ("float32", ("batch", 2)),
+        "logits_multicls": ("float32", ("batch", len(TYPES))),
+        "box": ("float32", ("batch", 4)),
+        "logits_tok": ("float32", ("batch", "tokens - 1", 2)),
+        "attention_map": ("float32", ("batch", "tokens", config.image_tokens)),
+    }
 
 
 def _name_problems(
@@ -330,7 +399,7 @@ def check_digest(data: bytes) -> bytes:
 
 def _load(data: bytes) -> Any:
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST}: not valid JSON: {why_no_json(error)}; {_REMEDY}") from error
 
@@ -342,3 +411,10 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names a field twice")
+    return fields

@@ -22,6 +22,7 @@ EXTRAS = {
     "skimage": "export",
     "timm": "train",
     "transformers": "train",
+    "cryptography": "sign",
 }
 # The package of a module that is called otherwise.
 _NAMES = {"sklearn": "scikit-learn", "skimage": "scikit-image", "tensorrt_rtx": "tensorrt-rtx"}

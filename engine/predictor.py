@@ -18,9 +18,11 @@ from engine.inputs.pairs import Caption, Pair, check_list, check_shapes, join_pa
 from engine.inputs.preparation import Preparation
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
+from engine.logs import warn_once
 from engine.manifest import Manifest
 from engine.prediction import Prediction
 from engine.running import ItemError, OnError, Runner, raised
+from engine.signing import PublicKey, key_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Predictor:
         thumbnail: int = THUMBNAIL_SIDE,
         thresholds: Mapping[str, float] | None = None,
         rebuild: bool = False,
+        public_key: PublicKey | None = None,
     ):
         """Open, verify and load a bundle.
 
@@ -64,7 +67,8 @@ class Predictor:
         such as {"manipulated": 0.8, "face_swap": 0.5, "words": 0.6} replace the bundle's, each by itself,
         "types" those of all four types. With `rebuild` a bundle without an engine for this machine's GPU gets
         one first, on disk too, which can take many minutes. An engine is checked here and loaded at the first
-        run: call `warm_up` to load it before.
+        run: call `warm_up` to load it before. With `public_key`, or the environment's
+        DGM4_PUBLIC_KEY, the path of one, the bundle must be signed by its owner: see `Bundle.open`.
         Raises BundleError for a bundle that is incomplete or altered, BackendError for what this machine
         lacks, EngineMismatchError for an engine of another machine, InputError for a threshold of an unknown
         name or outside [0, 1], a negative thumbnail and other image options than an `ImageOptions`.
@@ -81,7 +85,14 @@ class Predictor:
             "thumbnail": thumbnail,
             "thresholds": thresholds,
         }
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        key = key_in_use(public_key)
+        if rebuild and key is not None:
+            raise InputError("rebuild: changes a bundle that must be signed; rebuild it first, then sign it")
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle, public_key=key)
+        elif key is not None and bundle.public_key != key:
+            bundle = Bundle.open(bundle.path, public_key=key)
+        self.bundle = bundle
         if rebuild:
             self.bundle = rebuilt(backend, self.bundle, device)
         manifest = self.bundle.manifest
@@ -103,7 +114,7 @@ class Predictor:
 
     @property
     def model(self) -> dict[str, str]:
-        """Name, size, precision and kind of weights of the model, and the backend and device that run it."""
+        """Name, size, precision and kind of weights, the backend and device that run it, and why that one."""
         info = self.manifest.model
         return {
             "name": info.name,
@@ -112,6 +123,7 @@ class Predictor:
             "backend": self._backend.name,
             "device": self._backend.device,
             "weights": self.manifest.weights.kind,
+            "chosen": self._backend.chosen,
         }
 
     def predict(self, image: ImageInput | None, caption: Caption | None) -> Prediction:
@@ -318,5 +330,5 @@ def _weights_warning(manifest: Manifest) -> tuple[str, ...]:
     warning = manifest.weights.warning
     if warning is None:
         return ()
-    logger.warning("%s", warning)
+    warn_once(logger, warning)
     return (warning,)

@@ -41,6 +41,11 @@ class BatcherStatistics:
         pairs: pairs in these batches.
         batch_sizes: number of batches by their number of pairs.
         queue_ms: milliseconds that these pairs waited, added up; one pair's are its timing "queue".
+
+    Examples:
+        >>> from engine import BatcherStatistics
+        >>> BatcherStatistics(batches=3, pairs=8, batch_sizes={1: 1, 3: 1, 4: 1}).pending
+        0
     """
 
     pending: int = 0

@@ -31,6 +31,7 @@ from engine.drawing import INK, MANIPULATED, MUTED, SCALE, TRACK, WHITE, Color, 
 from engine.errors import InputError
 from engine.fonts import Fonts
 from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
+from engine.logs import warn_once
 from engine.result import Result
 from engine.typeset import lacks_shaping
 
@@ -305,5 +306,5 @@ def _drawing_notes(caption: str, notes: list[str], fonts: Fonts) -> list[str]:
     if lacks_shaping(caption):
         told.append("Right-to-left letters are not joined: this Pillow was built without raqm.")
     for note in told:
-        logger.warning("%s", note)
+        warn_once(logger, note)
     return told

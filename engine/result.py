@@ -32,6 +32,8 @@ class Word(Record):
         'Obama'
     """
 
+    open: ClassVar[bool] = True  # to what a later release adds
+
     text: str
     start: int
     end: int
@@ -60,10 +62,10 @@ class Result(Record):
         size: (width, height) of the upright image; None without one.
         heatmap: float32 [16, 16] in [0, 1], rows from the top: how strongly the words point at each patch;
             None where the model has no such map, and without a caption or an image.
-        timing: milliseconds by stage: decode (with the thumbnail), resize (0 where a GPU does it), tokenize,
-            inference (with the normalisation), postprocess, and total, their sum. In a batch the inference
-            time is the batch's divided by its size, and so are decode and resize where captions share an
-            image.
+        timing: milliseconds by stage: queue (what the pair waited, only from a Batcher), decode (with the
+            thumbnail), resize (0 where a GPU does it), tokenize, inference (with the normalisation),
+            postprocess, and total, their sum. In a batch the inference time is the batch's divided by its
+            size, and so are decode and resize where captions share an image.
         warnings: short codes, each with detail after a colon.
         thresholds: the scores from which the verdict, each type and a word count: manipulated, the four
             types, words.
@@ -76,6 +78,7 @@ class Result(Record):
 
     document: ClassVar[str] = "prediction"
     error: ClassVar[type[InputError]] = InputError
+    open: ClassVar[bool] = True
 
     manipulated: bool | None
     score: _Score | None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import copy_context
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from engine.manifest import Manifest
 from engine.partial import leave_out
 from engine.postprocess import read_result
 from engine.prediction import Prediction
+from engine.tracing import span
 
 OnError = Literal["raise", "return"]
 # What takes a failed item's place with on_error="return".
@@ -82,7 +85,7 @@ class Runner:
 
     def prepare(self, image: ImageInput | None, caption: Caption | None) -> Item:
         """Prepare one pair; raises InputError."""
-        return self._preparation.pair("", image, caption)
+        return _traced(partial(self._preparation.pair, "", image, caption))
 
     def pairs(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Prediction | ItemError]:
         """Predict pairs lazily and in order; see `Predictor.stream`."""
@@ -118,7 +121,7 @@ class Runner:
             running: deque[Submitted] = deque()
             while batch := source.take(batch_size):
                 work = zip(batch, self._preparation.slots(len(batch)), strict=True)
-                current, ahead = ahead, [pool.submit(_prepared, job, slot) for job, slot in work]
+                current, ahead = ahead, [pool.submit(copy_context().run, _prepared, *pair) for pair in work]
                 running.append(self.submit([future.result() for future in current]))
                 if len(running) > running_at_once:
                     yield from self.results(running.popleft())
@@ -138,17 +141,23 @@ class Runner:
         images = [item.picture.pixels for item in ready]
         if all(image is images[0] for image in images):
             images = images[:1]
-        run = self._run(images, self._preparation.text(ready))
+        text = self._preparation.text(ready)
+        shape = {"pairs": len(ready), "images": len(images), "tokens": text["input_ids"].shape[1]}
+        with span("inference", **shape, **self._model):
+            run = self._run(images, text)
         return Submitted(items, run, milliseconds(started, perf_counter()))
 
     def results(self, batch: Submitted) -> Iterator[Prediction | ItemError]:
         """Wait for a batch and yield its results in order; an error takes its item's place."""
-        outputs = batch.wait()
+        with span("wait", pairs=len(batch.items)) if self.asynchronous else nullcontext():
+            outputs = batch.wait()
         rows = itertools.count()  # of the outputs, which skip the items that could not be prepared
         ready = sum(isinstance(item, Item) for item in batch.items)
         for item in batch.items:
             if isinstance(item, Item):
-                yield self._finish(outputs, next(rows), item, batch.inference / ready)
+                with span("postprocess", words=len(item.tokens.words)):
+                    result = self._finish(outputs, next(rows), item, batch.inference / ready)
+                yield result
             else:
                 yield item
 
@@ -221,14 +230,27 @@ class _Source:
 def _prepared(job: Prepare, slot: np.ndarray | None) -> Item | ItemError:
     """Prepare one pair of a batch; return the InputError of one that cannot be used."""
     try:
-        return job(slot)
+        return _traced(partial(job, slot))
     except InputError as error:
         return error
 
 
+def _traced(job: Callable[[], Item]) -> Item:
+    """Prepare one pair in a span of its own."""
+    with span("prepare") as note:
+        item = job()
+        width, height = item.picture.size or (0, 0)
+        note(width=width, height=height, tokens=len(item.tokens.ids))
+    return item
+
+
 def raised(results: Iterator[Prediction | ItemError]) -> Iterator[Prediction]:
     """The predictions in order; the first error among them is raised."""
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:  # the error's traceback would keep a stream and its threads
+        if isinstance(results, Generator):
+            results.close()

@@ -2,14 +2,15 @@
 
 The annotation of a field is its schema:
 
-    str, bool, int, float, Any      a float is finite, and true is no integer
-    Annotated[int, at_least(1)]     with a `Check`: `at_least`, `within`, `one_of`, `matching`
+    str, bool, int, float           a float is finite, true is no integer, and no text is endless
+    Annotated[int, at_least(1)]     with a `Check`: `at_least`, `whole`, `within`, `one_of`, `matching`
     X | None, int | str             null is allowed; either type
     tuple[X, ...], tuple[X, X]      a list of any length; of this length
     dict[str, X]                    an object with any names
     a subclass of Record            an object with these fields
 
-A field with a default may be missing. Unknown fields are ignored, so that older releases read newer files.
+A field with a default may be missing. A field that is not known is a mistake: what a release cannot read, it
+must not take for something else. Only an `open` record ignores it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import (
     get_type_hints,
 )
 
-from engine.errors import BundleError, Dgm4Error, quoted
+from engine.errors import BundleError, Dgm4Error, quoted, shorten
 from engine.layout import MANIFEST
 
 _NAMES = {
@@ -45,6 +46,8 @@ _NAMES = {
     tuple: "a list",
 }
 _LARGEST = 1.7e308  # an integer beyond it cannot become a float
+_EXACT = 2**53  # integers up to it are the same number in every reader of JSON
+_LONGEST = 10_000  # characters of a string
 
 
 class _Nothing:
@@ -64,7 +67,12 @@ class Check(NamedTuple):
 
 def at_least(low: int) -> Check:
     """An integer from `low` on."""
-    return Check(f"an integer >= {low}", lambda value: value >= low)
+    return Check(f"an integer >= {low}", lambda value: low <= value <= _EXACT)
+
+
+def whole(low: int, high: int) -> Check:
+    """An integer from `low` to `high`."""
+    return Check(f"an integer from {low} to {high}", lambda value: low <= value <= high)
 
 
 def within(low: float, high: float = math.inf) -> Check:
@@ -92,6 +100,7 @@ class Record:
 
     document: ClassVar[str] = MANIFEST
     error: ClassVar[type[Dgm4Error]] = BundleError
+    open: ClassVar[bool] = False
 
     @classmethod
     def from_dict(cls, raw: object, path: str = "") -> Self:
@@ -139,11 +148,15 @@ def _read_record(kind: Any, raw: Any, path: str) -> Any:
     if not isinstance(raw, dict):
         fail(path or "the document", _NAMES[dict], raw)
     raw, kinds, values = kind.upgrade(raw), _type_hints(kind), {}
-    for field in dataclasses.fields(kind):
+    fields = dataclasses.fields(kind)
+    for field in fields:
         if field.name in raw:
             values[field.name] = _read(kinds[field.name], raw[field.name], _join(path, field.name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             fail(_join(path, field.name), "a value", NOTHING)
+    if not kind.open and (unknown := raw.keys() - {field.name for field in fields}):
+        name = min(unknown)
+        fail(_join(path, shorten(name)), "no field of this name in this release", raw[name])
     record = kind(**values)
     for name, expected, value in record.problems():
         fail(_join(path, name), expected, value)
@@ -169,7 +182,9 @@ def _read(kind: Any, value: Any, path: str, expected: str | None = None) -> Any:
         return _read_record(kind, value, path)
     if kind is float and type(value) in (int, float) and abs(value) <= _LARGEST:  # false for NaN
         return float(value)
-    if kind is Any or (kind is not float and type(value) is kind):  # type(): true is no integer
+    if kind is str and type(value) is str and len(value) > _LONGEST:
+        fail(path, f"a string of at most {_LONGEST} characters", value)
+    if kind is not float and type(value) is kind:  # type(): true is no integer
         return value
     return fail(path, expected or _NAMES[kind], value)
 

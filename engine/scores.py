@@ -13,32 +13,35 @@ from typing import Annotated, Any
 
 from engine.errors import InputError, did_you_mean, quoted
 from engine.network.config import TYPES
-from engine.schema import Record, at_least, matching, within
+from engine.schema import Check, Record, at_least, matching, within
 
 DECISIONS = ("manipulated", *TYPES, "words")
 GROUP = "types"  # names the thresholds of all four types at once
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 
 _Score = Annotated[float, within(0, 1)]
+_Threshold = Annotated[float, Check("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
 _Count = Annotated[int, at_least(0)]
 _Temperature = Annotated[float, within(LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)]
 
 
 @dataclass(frozen=True)
 class Thresholds(Record):
-    """Scores in [0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
+    """Scores in (0, 1] from which a pair counts as manipulated, a type as detected, a word as manipulated."""
 
-    manipulated: _Score
-    face_swap: _Score
-    face_attribute: _Score
-    text_swap: _Score
-    text_attribute: _Score
-    words: _Score
+    manipulated: _Threshold
+    face_swap: _Threshold
+    face_attribute: _Threshold
+    text_swap: _Threshold
+    text_attribute: _Threshold
+    words: _Threshold
 
     @classmethod
     def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """Give each type the one threshold of bundles that had a single one for all of them."""
-        return {**dict.fromkeys(TYPES, raw[GROUP]), **raw} if GROUP in raw else raw
+        raw = dict(raw)
+        group = raw.pop(GROUP, None)
+        return raw if group is None else dict.fromkeys(TYPES, group) | raw
 
     def replaced(self, given: Mapping[str, float]) -> Thresholds:
         """Return these with some replaced by name, "types" those of all four; raises InputError."""

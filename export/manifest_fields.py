@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -21,6 +21,7 @@ from engine.manifest import (
     TensorSpec,
     Thresholds,
     Verification,
+    tensor_shapes,
 )
 from engine.packages import version_of
 from export.bundle.licences import licence_of
@@ -46,7 +47,7 @@ def describe_export(
     config, checks = source.config, (source.rewrite, *lowered.checks)
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelInfo(config.name, config.size, config.to_dict()),
+        model=ModelInfo(config.name, config.size, config),
         weights=replace(source.weights, licence=licence_of(source.weights.kind, options.licence)),
         precision=options.precision,
         preprocess=Preprocess(
@@ -59,8 +60,8 @@ def describe_export(
             max_tokens=min(LONGEST_CAPTION, options.max_tokens),
             min_tokens=MIN_TOKENS,
         ),
-        inputs=_inputs(config),
-        outputs=_outputs(config),
+        inputs=_tensors(config, INPUTS),
+        outputs=_tensors(config, outputs_of(config)),
         limits=Limits(options.max_batch, options.max_tokens),
         types=TYPES,
         thresholds=Thresholds(**dict.fromkeys(("manipulated", *TYPES, "words"), THRESHOLD)),
@@ -80,21 +81,6 @@ def describe_export(
     )
 
 
-def _inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    image, *text = INPUTS
-    size = config.image_size
-    return (
-        TensorSpec(image, "float32", ("batch", 3, size, size)),
-        *(TensorSpec(name, "int64", ("batch", "tokens")) for name in text),
-    )
-
-
-def _outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "logits_real_fake": ("batch", 2),
-        "logits_multicls": ("batch", len(TYPES)),
-        "box": ("batch", 4),
-        "logits_tok": ("batch", "tokens - 1", 2),
-        "attention_map": ("batch", "tokens", config.image_tokens),
-    }
-    return tuple(TensorSpec(name, "float32", shapes[name]) for name in outputs_of(config))
+def _tensors(config: ModelConfig, names: Iterable[str]) -> tuple[TensorSpec, ...]:
+    shapes = tensor_shapes(config)
+    return tuple(TensorSpec(name, *shapes[name]) for name in names)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import BackendError, InputError, quoted
-from engine.manifest import PRECISIONS
+from engine.manifest import LARGEST_BATCH, PRECISIONS
 from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
 from export.trt import build
 from export.trt.options import EngineOptions
@@ -20,6 +20,7 @@ from export.trt.options import EngineOptions
 MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
 CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
 SPLITS = ("train", "val", "test")
+_BATCH = Number(f"1 to {LARGEST_BATCH} pairs", int, 1, LARGEST_BATCH)
 FEWEST_TOKENS = 16  # about a dozen words: with fewer, what most captions say is cut off
 TOKENS = Number(f"{FEWEST_TOKENS} to 512 tokens", int, FEWEST_TOKENS, 512)  # BERT's positions
 
@@ -36,6 +37,12 @@ def _parse_targets(text: str) -> tuple[str, ...] | None:
     return targets
 
 
+def _parse_sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected 64 hexadecimal digits, got {quoted(text)}")
+    return text.lower()
+
+
 def _parse_keep_layers(text: str) -> int | str:
     return text if text == "auto" else int(WHOLE(text))
 
@@ -44,6 +51,7 @@ def _parse_keep_layers(text: str) -> int | str:
 class ExportOptions:
     """What to export. `size` and `model` are read off a checkpoint; without one the weights are drawn.
 
+    With `sha256` no checkpoint of another hash is read: little damage to weights can be told otherwise.
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out; `building` is how it is built.
     `vocabulary` is a file with one word piece a line, `licence` that of the weights. `data` is a folder in
@@ -58,13 +66,19 @@ class ExportOptions:
     checkpoint: Path | None = flag(
         None, ".pth or .safetensors; else the trained demo", metavar="FILE", type=Path
     )
+    sha256: str | None = flag(
+        None,
+        "expected SHA-256 of the checkpoint; the export of another file is refused",
+        metavar="HEX",
+        type=_parse_sha256,
+    )
     size: str | None = flag(None, "read off a checkpoint; tiny without one", choices=SIZES)
     precision: str = flag(
         "fp32",
         "of the products (%(default)s); bf16 and fp8 are for GPUs: on a CPU torch alone serves them",
         choices=PRECISIONS,
     )
-    max_batch: int = flag(32, "largest batch (%(default)s)", metavar="N", type=POSITIVE)
+    max_batch: int = flag(32, "largest batch (%(default)s)", metavar="N", type=_BATCH)
     max_tokens: int = flag(128, "longest caption (%(default)s)", metavar="N", type=TOKENS)
     targets: tuple[str, ...] = flag(
         (),
@@ -100,6 +114,8 @@ def check_options(options: ExportOptions) -> None:
     Raises BackendError where the builder of this machine lacks what is asked for.
     """
     check_values(options)
+    if options.sha256 is not None and options.checkpoint is None:
+        raise InputError("sha256: is that of a checkpoint; give one")
     if options.calibration is not None and options.precision not in CALIBRATED:
         raise InputError(
             f"calibration: expected precision {' or '.join(CALIBRATED)} with it, got {options.precision}"

@@ -92,7 +92,7 @@ def _with_profiles_of(options: EngineOptions, engines: Sequence[EngineEntry]) ->
     several = [entry.profiles for entry in engines if len(entry.profiles) > 1]
     if options.profiles is not None or not several:
         return options
-    most = [profile["input_ids"]["max"] for profile in several[-1]]
+    most = [profile["input_ids"].max for profile in several[-1]]
     return replace(options, profiles=tuple((batch, tokens) for batch, tokens in most))
 
 

@@ -13,6 +13,7 @@ import dgm4
 from dgm4.checkpoint import Checkpoint, grid_of
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
+from dgm4.places import check_checkpoint
 from dgm4.shipped import demo_of
 from dgm4.state import some
 from dgm4.tokenizer import build_tokenizer, vocabulary_digest, vocabulary_of
@@ -61,19 +62,24 @@ def _load(job: Job) -> tuple[Detector, Weights, str | None]:
         else:
             model, weights, vocabulary = _load_checkpoint(options, options.checkpoint)
         count = sum(p.numel() for p in model.parameters())
-        stage.text = (
-            f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {weights.source}"
-        )
+        origin = f"{weights.source}, SHA-256 {weights.sha256}" if weights.sha256 else weights.source
+        stage.text = f"{model.config.name} {model.config.size}, {count / 1e6:.1f} M parameters, {origin}"
     return model, weights, vocabulary
 
 
 def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weights, str | None]:
+    check_checkpoint(path)
+    digest = sha256_of(path)
+    if options.sha256 not in (None, digest):
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {options.sha256}, got {digest}; the file is damaged or another one: "
+            "fetch it again"
+        )
     checkpoint = dgm4.read_checkpoint(path)
     trained = checkpoint.layout != "albef"
     model = dgm4.load_state(checkpoint, options.model)
     if options.size not in (None, model.config.size):
         raise CheckpointError(f"{path}: expected a network of size {options.size}, got {model.config.size}")
-    digest = sha256_of(path)
     known = demo_of(digest) or digest in FIRST_DEMOS
     kind = "demo" if known else "trained" if trained else "drawn"
     notes = _notes(checkpoint, model.config)

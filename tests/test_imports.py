@@ -18,20 +18,24 @@ ROOMS = {
     "engine.packages": "engine.errors",
     "engine.files": "",
     "engine.progress": "",
+    "engine.logs": "engine.errors",
+    "engine.tracing": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.network.config": "engine.schema",
     "engine.network.output": "",
     "engine.scores": "engine.errors engine.network.config engine.schema",
     "engine.manifest": "engine.errors engine.layout engine.network.config engine.schema engine.scores",
     "engine.shipped": "engine.errors engine.layout engine.network.config",
-    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped",
+    "engine.signing": "engine.errors engine.files engine.layout engine.packages",
+    "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped engine.signing",
     "engine._native": "",
     "engine.inputs": "engine._native engine.errors engine.layout engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
-    "engine.bundle engine.inputs engine.network engine.network.config engine.network.output kernels",
+    "engine.bundle engine.inputs engine.network engine.network.config engine.network.output engine.schema "
+    "kernels",
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
-    "engine.bundle engine.inputs engine.backends",
+    "engine.bundle engine.inputs engine.backends engine.logs engine.signing engine.tracing",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
@@ -55,8 +59,10 @@ ROOMS = {
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.packages engine.progress engine.scores export export.bench export.bundle "
-    "export.evaluation "
+    "engine.layout engine.logs engine.packages engine.progress engine.scores engine.shipped "
+    "engine.signing export "
+    "export.bench "
+    "export.bundle export.evaluation "
     "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }

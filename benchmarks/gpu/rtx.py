@@ -58,7 +58,7 @@ def _errors(bundle: Bundle, backend: TensorRtBackend) -> dict[str, float]:
     side = bundle.manifest.preprocess.image_size
     feeds: dict[str, np.ndarray] = {
         "image": random.standard_normal((batch, 3, side, side), dtype=np.float32),
-        "input_ids": random.integers(0, bundle.manifest.model.config["vocabulary"], (batch, tokens)),
+        "input_ids": random.integers(0, bundle.manifest.model.config.vocabulary, (batch, tokens)),
         "attention_mask": np.ones((batch, tokens), np.int64),
     }
     other = create("ort", bundle, "cpu", None)

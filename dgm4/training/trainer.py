@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,8 @@ from dgm4.training.order import BatchOrder
 from dgm4.training.outputs import collect, to_device
 from dgm4.training.processes import any_process, join, pick_device, random_states, set_random_state, wait
 from dgm4.training.reading import Unreadable, load, make_loader
+from dgm4.training.resume import Progress as Progress
+from dgm4.training.resume import restore, taking_up
 from dgm4.training.snapshot import load_released, read_snapshot, released_state, write_snapshot
 from dgm4.training.trainee import Terms, Trainee
 from engine.errors import BackendError, InputError, NumericalError
@@ -63,33 +65,6 @@ class Place:
     save_every: int = 0
     stop_after: int = 0
     progress: bool = True
-
-
-@dataclass
-class Progress:
-    """How far a run is: epochs done, batches of the epoch under way, updates in all, the best score.
-
-    `seconds` of training in all; `epoch_seconds` and the `sums` of the losses over the epoch under way.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    update: int = 0
-    best: float = float("-inf")
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def count(self, losses: dict[str, float], seconds: float) -> None:
-        """Add what one batch gave and took."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.seconds += seconds
-        self.epoch_seconds += seconds
-
-    def close_epoch(self) -> None:
-        """Go on to the next epoch."""
-        self.epoch, self.batch, self.epoch_seconds, self.sums = self.epoch + 1, 0, 0.0, {}
 
 
 class _Stopped(Exception):
@@ -336,21 +311,19 @@ class Trainer:
             write_snapshot(self.place.out / name, content)
 
     def _resume(self, path: Path) -> None:
-        content = read_snapshot(path)
-        theirs = content["config"]
-        if changed := [name for name, value in self._config().items() if theirs.get(name) != value]:
-            raise InputError(
-                f"{path}: was made with another recipe, number of pairs or number of processes "
-                f"({', '.join(changed)} differ); give the same one, or start anew"
-            )
-        load_released(self.trainee, content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["lr_scheduler"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.progress = Progress(**content["progress"])
-        set_random_state(content["random"][self.rank], self.device)
-        if self.rank == 0:
-            keep_lines(path.with_name(LOG), self.progress.epoch)
+        with taking_up(path, path.with_name(BEST)):
+            content = read_snapshot(path)
+            theirs = content["config"]
+            if changed := [name for name, value in self._config().items() if theirs.get(name) != value]:
+                raise InputError(
+                    f"{path}: was made with another recipe, number of pairs or number of processes "
+                    f"({', '.join(changed)} differ); give the same one, or start anew"
+                )
+            load_released(self.trainee, content["model"])
+            self.progress = restore(content, self.optimizer, self.schedule, self.scaler)
+            set_random_state(content["random"][self.rank], self.device)
+            if self.rank == 0:
+                keep_lines(path.with_name(LOG), self.progress.epoch)
 
 
 def _datasets(

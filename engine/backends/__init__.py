@@ -12,6 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engine.backends import choice
 from engine.backends.base import Backend
 from engine.backends.cores import usable_cores as usable_cores
 from engine.backends.cores import visible_cores
@@ -31,8 +32,7 @@ class _Kind(NamedTuple):
 
     `libraries` are modules ("a|b" for either); `part` is a file inside the first of them that only some of
     its builds contain, and `package` the one that does. The `extra` of `dgm4` installs them. `gpu`: it needs
-    an NVIDIA GPU. `asked`: "auto" never chooses it; long test runs with OpenVINO ended three times in a
-    signal of unknown cause.
+    an NVIDIA GPU.
     """
 
     libraries: tuple[str, ...]
@@ -42,7 +42,6 @@ class _Kind(NamedTuple):
     part: str = ""
     package: str = ""
     gpu: bool = False
-    asked: bool = False
 
 
 def _ort_gpu(create: str, provider: str) -> _Kind:
@@ -60,7 +59,7 @@ def _ort_gpu(create: str, provider: str) -> _Kind:
 _BACKENDS: dict[str, _Kind] = {
     "ort": _Kind(("onnxruntime",), "engine.backends.ort:create", GRAPH, "cpu"),
     "torch": _Kind(("torch", "safetensors"), "engine.backends.torch:create", WEIGHTS, "torch"),
-    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, "openvino", asked=True),
+    "openvino": _Kind(("openvino",), "engine.backends.openvino:create", FLAT_GRAPH, "openvino"),
     "tensorrt": _Kind(
         ("tensorrt|tensorrt_rtx",), "engine.backends.tensorrt:create", "model.*.engine", "trt", gpu=True
     ),
@@ -118,9 +117,11 @@ def serving(bundle: Bundle) -> dict[str, str | None]:
 def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend[Any]:
     """Load `bundle` with the backend `name`; "auto" is the best installed one for the bundle and `device`.
 
-    On a CPU that is "ort", or "torch" for a bundle without a graph. On an NVIDIA GPU, which "auto" prefers as
-    `device`, it is "tensorrt" where the bundle has an engine for this GPU and library version, else "torch"
-    with Triton, else "ort-cuda". "ort-tensorrt" is never chosen: its first load takes minutes.
+    On a CPU that is the one that `dgm4 bench --choose` found to be the fastest for this bundle, machine and
+    these versions (`engine.backends.choice`), else "ort", or "torch" for a bundle without a graph. On an
+    NVIDIA GPU, which "auto" prefers as `device`, it is "tensorrt" where the bundle has an engine for this GPU
+    and library version, else "torch" with Triton, else "ort-cuda". "ort-tensorrt" is never chosen: its first
+    load takes minutes. The backend's `chosen` says why it is this one.
     Raises BackendError for an unknown or missing backend or device, EngineMismatchError for an engine of
     another machine, BundleError for a model that does not load.
     """
@@ -128,8 +129,9 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         hint = did_you_mean(str(device), ("auto", "cpu", "cuda"))
         raise BackendError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {quoted(device)}{hint}")
     present, suited = available(), _suited(bundle)
+    threads, chosen = _check_threads(threads), "asked for"
     if name == "auto":
-        name = _choose(bundle, device, present, suited)
+        name, threads, chosen = _choose(bundle, device, threads, present, suited)
     if not isinstance(name, str) or name not in _BACKENDS:
         hint = did_you_mean(str(name), _BACKENDS)
         raise BackendError(f"unknown backend {quoted(name)}; known are auto, {', '.join(_BACKENDS)}{hint}")
@@ -146,7 +148,9 @@ def create(name: str, bundle: Bundle, device: str = "auto", threads: int | None 
         if name == "ort" and GRAPH in bundle.manifest.files:
             why = f"has no products in {precision} on a CPU"
         raise BackendError(f"the backend {name!r} {why}; use {others or 'another bundle'}")
-    return _load(name)(bundle, device, _check_threads(threads))
+    backend = _load(name)(bundle, device, threads)
+    backend.chosen = chosen
+    return backend
 
 
 def _check_threads(threads: object) -> int | None:
@@ -186,22 +190,33 @@ def _load(name: str) -> _Load:
     return load
 
 
-def _choose(bundle: Bundle, device: str, present: list[str], suited: list[str]) -> str:
-    """The backend that "auto" means; imports torch only where an NVIDIA driver is installed."""
+def on_cpu(bundle: Bundle) -> list[str]:
+    """The installed backends that serve the bundle on a CPU; that of "auto" without a measurement first."""
+    present = available()
+    return [name for name in _suited(bundle) if name in present and not _BACKENDS[name].gpu]
+
+
+def _choose(
+    bundle: Bundle, device: str, threads: int | None, present: list[str], suited: list[str]
+) -> tuple[str, int | None, str]:
+    """The backend that "auto" means, its threads, and why; imports torch only where there is a driver."""
     usable = [name for name in present if name in suited]
     asked = device.startswith("cuda")
     if asked or (device == "auto" and _has_driver()):
         best = _choose_gpu(bundle, device, usable)
         if best or asked:
-            return best or _explain_no_gpu(bundle, device, suited)
-    on_cpu = [name for name in usable if not (_BACKENDS[name].gpu or _BACKENDS[name].asked)]
-    if not on_cpu:
+            return best or _explain_no_gpu(bundle, device, suited), threads, "the rule for a GPU"
+    candidates = on_cpu(bundle)
+    found = choice.find(bundle, threads)
+    if found is not None and found.backend in candidates:
+        return found.backend, found.threads, found.reason
+    if not candidates:
         served = [name for name in suited if not _BACKENDS[name].gpu]
         command = install_command(*(_BACKENDS[name].extra for name in served[:1]))
         raise BackendError(
             f"no backend is installed that serves this bundle; install one of {_libraries(served)}: {command}"
         )
-    return on_cpu[0]
+    return candidates[0], threads, "the rule for a CPU; dgm4 bench --choose measures"
 
 
 def _explain_no_gpu(bundle: Bundle, device: str, suited: list[str]) -> str:

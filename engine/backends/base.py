@@ -28,18 +28,17 @@ class OutOfMemoryError(BackendError):
     """The device, or the host, has no memory for a batch; a smaller one may fit."""
 
 
-# What the libraries say, since each has a kind of its own or none: torch and CUDA; ONNX Runtime's arenas;
-# cuBLAS and cuDNN; TensorRT; C++; NumPy.
+# What the libraries say, which share no kind: torch, CUDA and TensorRT; cuBLAS and cuDNN; C++; ONNX Runtime,
+# NumPy, and torch on a CPU.
 _NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|failed to allocate memory|unable to allocate|_STATUS_ALLOC_FAILED"
-    r"|bad[_ ]alloc",
-    re.IGNORECASE,
+    r"out ?of ?memory|_STATUS_ALLOC_FAILED|bad[_ ]alloc|(failed to|unable to|can't) allocate", re.IGNORECASE
 )
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether a library's error says that there was no memory."""
-    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+    told = f"{type(error).__name__}: {error}"  # torch's kind is an OutOfMemoryError too
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(told) is not None
 
 
 class Pending(Protocol):
@@ -69,12 +68,14 @@ class Backend(ABC, Generic[Network]):
     resizes: `submit` takes RGB images of any size, uint8 [H, W, 3]; else the network's input, float32
         [3, S, S].
     asynchronous: `submit` returns while the network runs; else once it has run.
+    chosen: why it is this backend that runs the bundle; `engine.backends.create` says so.
     """
 
     name: str
     library: str
     resizes = False
     asynchronous = False
+    chosen = "asked for"
 
     def __init__(self, network: Network, manifest: Manifest, device: str) -> None:
         self.device = device
@@ -124,9 +125,7 @@ class Backend(ABC, Generic[Network]):
     def _check(self, feeds: Arrays, specs: Sequence[TensorSpec]) -> Mapping[str, int]:
         """Return the sizes "batch" and "tokens" of `feeds`; raises BackendError unless they fit `specs`."""
         sizes = measure(feeds, specs)
-        vocabulary = self._manifest.model.config.get("vocabulary")
-        if vocabulary is not None:
-            check_ids(feeds["input_ids"], vocabulary)
+        check_ids(feeds["input_ids"], self._manifest.model.config.vocabulary)
         return sizes
 
     @contextmanager

@@ -20,7 +20,8 @@ def visible_cores() -> int:
 def usable_cores() -> int:
     """Number of cores whose time this process gets: those that it may run on, within its container's quota.
 
-    A quota of 1.5 cores counts as 2. More threads than that are stopped for part of every period.
+    A quota of 1.5 cores counts as 2. More threads than that are stopped for part of every period. The cores
+    of a cpuset are those of the affinity mask.
     """
     quotas = [math.ceil(quota) for quota in _quotas(_MOUNT, _MEMBERSHIP)]
     return max(1, min([visible_cores(), *quotas]))
@@ -38,11 +39,15 @@ def keep_to_quota() -> None:
 def _quotas(mount: Path, membership: Path) -> Iterator[float]:
     """Quotas, in cores, of the control groups that hold this process, of version 1 and 2."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_bytes().split(b"\n")
     except OSError:
         return  # another system than Linux
     for line in lines:
-        _, controllers, group = line.split(":", 2)
+        # A group's name may hold any byte, and colons.
+        _, _, entry = os.fsdecode(line).partition(":")
+        controllers, colon, group = entry.partition(":")
+        if not colon:
+            continue
         if not controllers:
             yield from _read_levels(mount, group, _read_v2)
         elif "cpu" in controllers.split(","):
@@ -58,7 +63,7 @@ def _read_levels(mount: Path, group: str, read: Callable[[Path], tuple[float, fl
             quota, period = read(mount / level)
         except (OSError, ValueError):  # no such group here, no such file, or "max": no quota
             continue
-        if quota > 0 and period > 0:
+        if 0 < quota < math.inf and period > 0:
             yield quota / period
 
 

@@ -21,6 +21,13 @@ from engine.layout import FLAT_GRAPH, GRAPH_DATA
 
 logger = logging.getLogger(__name__)
 
+# One for the process, never let go. The CPU plugin of a Core gives the calling thread a stack for signals and
+# unmaps it with the Core, in whatever order: after two Cores that were dropped first to last the thread's
+# stack lies in unmapped memory, and the next signal with a Python handler kills the process.
+_CORE = openvino.Core()
+# Mapped weights would change with their file.
+_CORE.set_property({"ENABLE_MMAP": False})
+
 
 def create(bundle: Bundle, device: str, threads: int | None) -> OpenVinoBackend:
     """Verify and load the bundle's `model.flat.onnx`; raises BackendError or BundleError."""
@@ -78,11 +85,8 @@ def load_model(path: Path, threads: int) -> openvino.CompiledModel:
         # codes are multiplied as float32.
         **({} if has_vnni() else {"LP_TRANSFORMS_MODE": "NO"}),
     }
-    core = openvino.Core()
-    # Mapped weights would change with their file.
-    core.set_property({"ENABLE_MMAP": False})
     try:
-        return core.compile_model(core.read_model(path), "CPU", options)
+        return _CORE.compile_model(_CORE.read_model(path), "CPU", options)
     except Exception as error:  # no common base
         raise BundleError(f"{path}: OpenVINO {openvino.__version__} cannot load it: {error}") from error
 

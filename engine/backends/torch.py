@@ -115,7 +115,7 @@ def load_network(bundle: Bundle, device: torch.device) -> InferenceModel:
 def load_float(bundle: Bundle) -> InferenceModel:
     """Build the bundle's network in float32 from its verified weights; raises BundleError."""
     manifest = bundle.manifest
-    config = NetworkConfig.from_fields(manifest.model.config)
+    config = manifest.model.config
     _check_outputs(config, manifest)
     path = bundle.path / WEIGHTS
     # Folds are computed from the stored weights, and cast afterwards.

@@ -26,6 +26,8 @@ def check_count(name: str, value: object, least: int) -> int:
 class ImageOptions:
     """How images are read: limits in bytes and pixels, EXIF orientation, the colour behind transparency.
 
+    `max_decoding_bytes` is for the pixels that all threads of the process decode at once, and again for those
+    that wait in full size for a backend that resizes them; a picture that needs more is decoded alone.
     `decode` "exact" reads every pixel of an image. "fast" reads a JPEG at 1/2, 1/4 or 1/8 of its size where
     both sides keep the network's; it answers slightly differently, and a thumbnail is as small.
 
@@ -39,13 +41,14 @@ class ImageOptions:
     max_pixels: int = 64_000_000
     apply_orientation: bool = True
     background: tuple[int, int, int] = (255, 255, 255)
+    max_decoding_bytes: int = 512 * 2**20
     decode: Decode = "exact"
 
     def __post_init__(self) -> None:
         """Raise InputError for a limit below 1, a colour not of 0 to 255, and an unknown way to decode."""
         if self.decode not in DECODES:
             raise InputError(f'decode: expected "exact" or "fast", got {quoted(self.decode)}')
-        for name in ("max_bytes", "max_pixels"):
+        for name in ("max_bytes", "max_pixels", "max_decoding_bytes"):
             check_count(name, getattr(self, name), least=1)
         colour = self.background
         if not isinstance(colour, tuple | list) or len(colour) != 3:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from engine.errors import InputError
 from engine.inputs.absent import WARNINGS, Absent
+from engine.inputs.budget import DECODING, KEPT
 from engine.inputs.network_input import make_slots, network_input
 from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
@@ -92,15 +93,20 @@ class Preparation:
             return self._plain(slot)
         started = perf_counter()
         side = self._spec.image_size
-        decoded = decode_image(image, name=name or None, options=self._options, side=side)
-        thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
-        decode_end = perf_counter()
-        pixels = self._pixels(decoded.rgb, slot)
+        with DECODING.reserving(self._options.max_decoding_bytes) as reserve:
+            decoded = decode_image(
+                image, name=name or None, options=self._options, side=side, reserve=reserve
+            )
+            size, warnings = decoded.size, decoded.warnings
+            thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
+            decode_end = perf_counter()
+            pixels = self._pixels(decoded.rgb, slot)
+            del decoded
         timing = {
             "decode": milliseconds(started, decode_end) / shares,
             "resize": milliseconds(decode_end, perf_counter()) / shares,
         }
-        return Picture(pixels, decoded.size, thumbnail, decoded.warnings, timing)
+        return Picture(pixels, size, thumbnail, warnings, timing)
 
     def _plain(self, slot: np.ndarray | None) -> Picture:
         side = self._spec.image_size
@@ -129,7 +135,11 @@ class Preparation:
         if self._resize:
             return network_input(rgb, spec.image_size, spec.mean, spec.std, slot)
         # A second resize to the same size changes nothing, so one here does no harm before the backend's.
-        return np.asarray(resize_image(rgb, spec.image_size) if max(rgb.size) > _LARGEST_SENT else rgb)
+        if max(rgb.size) <= _LARGEST_SENT:
+            whole = np.asarray(rgb)
+            if KEPT.keep(whole, self._options.max_decoding_bytes):
+                return whole
+        return np.asarray(resize_image(rgb, spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption."""

@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from engine.errors import InputError
+from engine.inputs.budget import DECODING, check_cost, decoding_bytes
 from engine.inputs.colour import depth_of, extrema, guessed, low_bytes, to_rgb
+from engine.inputs.damage import Walked
 from engine.inputs.options import ImageOptions as ImageOptions
 from engine.inputs.sources import FORMATS, check_file, check_pixels, label_of, open_source
 from engine.inputs.sources import ImageInput as ImageInput
@@ -75,22 +77,30 @@ def decode_image(
     name: str | None = None,
     options: ImageOptions | None = None,
     side: int | None = None,
+    reserve: Callable[[int], None] | None = None,
 ) -> Decoded:
     """Read an image as upright RGB; with options.decode "fast" smaller, but no side below `side` pixels.
 
     `source` is a path, the bytes of a file, a file object, a PIL image, an array of H x W or H x W x 1, 3
     or 4, or a torch tensor of that shape or of 1, 3 or 4 x H x W, as uint8 or as finite floats in [0, 1].
-    `name` is what messages call the image. Raises InputError.
+    `name` is what messages call the image. `reserve` waits for memory (`engine.inputs.budget`) on behalf of a
+    caller who gives it back when the pixels are no longer needed; else it is back when they are decoded.
+    Raises InputError.
     """
     options = options or ImageOptions()
+    if reserve is None:
+        with DECODING.reserving(options.max_decoding_bytes) as reserve:
+            return decode_image(source, name=name, options=options, side=side, reserve=reserve)
     label = label_of(source, name)
     with _boundary(label), _whole_files():
-        image, data = open_source(source, label, options)
-        check_pixels(image.size, label, options)
+        image, data, walked = open_source(source, label, options)
         size = image.size
+        check_pixels(size, label, options)
+        reserve(_cost(image, data, label, options))
         if side is not None and options.decode == "fast" and isinstance(image, ImageFile.ImageFile):
             image.draft(None, (side, side))  # only JPEG has it, libjpeg's scaled inverse transform
-        depth, warnings = depth_of(image), _frame_warning(image)
+        depth, warnings = depth_of(image), _frame_warning(image, walked)
+        walked.watch(image)
         image.load()
         orientation, exif_warning = _orientation(image) if options.apply_orientation else (1, "")
         low = low_bytes(image, depth, data)
@@ -98,9 +108,10 @@ def decode_image(
         if low is not None:
             depth_warning = guessed(max(high for _, high in extrema(low)), 255)
         if orientation in _TRANSPOSES:
+            del image
             rgb = rgb.transpose(_TRANSPOSES[orientation])
             size = size if orientation < _FIRST_SIDEWAYS else size[::-1]
-    warnings += [depth_warning, exif_warning, _content_warning(rgb)]
+    warnings += [walked.warning, depth_warning, exif_warning, _content_warning(rgb)]
     return Decoded(rgb, tuple(filter(None, warnings)), size)
 
 
@@ -153,6 +164,14 @@ def _boundary(label: str) -> Iterator[None]:
         raise InputError(f"{label}: cannot be read as an image: {reason}") from error
 
 
+def _cost(image: Image.Image, data: bytes | None, label: str, options: ImageOptions) -> int:
+    """The bytes of memory that decoding takes; raises InputError where they are too many."""
+    turned = options.apply_orientation and image.format != "PNG" and _orientation(image)[0] != 1
+    needed = decoding_bytes(image, turned, data is not None)
+    check_cost(needed, image.size, None if data is None else len(data), label, options)
+    return needed
+
+
 class _Switch:
     """Stands in for Pillow's LOAD_TRUNCATED_IMAGES where another module set it: false while this one reads.
 
@@ -177,9 +196,10 @@ def _whole_files() -> Iterator[None]:
         _Switch.reading.here = False
 
 
-def _frame_warning(image: Image.Image) -> list[str]:
+def _frame_warning(image: Image.Image, walked: Walked) -> list[str]:
     # A phone's JPEG may contain more images (MPO: depth, gain map); these are no animation.
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
+    animated = getattr(image, "is_animated", False) if walked.animated is None else walked.animated
+    if image.format == "MPO" or not animated:
         return []
     return ["frames_ignored: the image is animated and only one frame was read"]
 

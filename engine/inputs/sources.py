@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InputError, quoted
+from engine.inputs.damage import Walked, walk
 from engine.inputs.options import ImageOptions
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -50,10 +51,11 @@ ImageInput = (
 
 
 class Opened(NamedTuple):
-    """An image whose pixels need not be read yet, and the file's bytes where it was given as a file."""
+    """An image whose pixels need not be read yet; the file's bytes, and its parts, where it was a file."""
 
     image: Image.Image
     data: bytes | None = None
+    walked: Walked = Walked()
 
 
 def label_of(source: object, name: str | None) -> str:
@@ -75,7 +77,8 @@ def open_source(source: object, label: str, options: ImageOptions) -> Opened:
     if isinstance(source, np.ndarray):
         return Opened(_from_array(source, label, options))
     start, data = _read(source, label, options)
-    return Opened(_open(data, label, start), data)
+    walked = walk(data, label)
+    return Opened(_open(data, label, start), data, walked)
 
 
 def check_pixels(size: tuple[int, int], label: str, options: ImageOptions) -> None:

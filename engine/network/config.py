@@ -6,16 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from engine.schema import Record, at_least, one_of
+from engine.schema import Record, matching, one_of, whole, within
 
 TYPES = ("face_swap", "face_attribute", "text_swap", "text_attribute")
 NAMES = ("hammer", "asap", "cals")
 
+LARGEST_CAPTION = 8192  # tokens of one that any network may read
 BERT_EPS = 1e-12
 VIT_EPS = 1e-6
 TORCH_EPS = 1e-5  # the default of torch, which all other norms of the published code use
 
-_Count = Annotated[int, at_least(1)]
+_LARGEST_GRID = 128  # patches along a side: attention over their square is the largest thing in memory
+_Width = Annotated[int, whole(1, 16_384)]
+_Layers = Annotated[int, whole(1, 256)]
+_Pixels = Annotated[int, whole(1, 4096)]
+_Kernel = Annotated[int, whole(1, 31)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +32,23 @@ class NetworkConfig(Record):
     """
 
     name: Annotated[str, one_of(*NAMES)]
-    size: str
-    width: _Count
-    heads: _Count
-    vision_depth: _Count
-    text_depth: _Count
-    fusion_start: _Count
-    mlp_ratio: _Count
-    image_size: _Count
-    patch_size: _Count
-    vocabulary: _Count
-    positions: _Count
-    projection: _Count
-    caformer_start: _Count
-    caformer_heads: _Count
-    caformer_kernels: tuple[_Count, ...] = (5,)  # missing in bundles written before there were several
-    guidance_widths: tuple[_Count, _Count, _Count]
-    dropout: float = 0.1  # in the text encoder, as in BERT
+    size: Annotated[str, matching(r"[\w.-]{1,64}", "a name")]
+    width: _Width
+    heads: _Width
+    vision_depth: _Layers
+    text_depth: _Layers
+    fusion_start: _Layers
+    mlp_ratio: _Layers
+    image_size: _Pixels
+    patch_size: _Pixels
+    vocabulary: Annotated[int, whole(1, 4_000_000)]
+    positions: Annotated[int, whole(1, LARGEST_CAPTION)]
+    projection: _Width
+    caformer_start: _Layers
+    caformer_heads: _Width
+    caformer_kernels: tuple[_Kernel, ...] = (5,)  # missing in bundles written before there were several
+    guidance_widths: tuple[_Width, _Width, _Width]
+    dropout: Annotated[float, within(0, 1)] = 0.1  # in the text encoder, as in BERT
 
     @property
     def grid(self) -> int:
@@ -67,10 +72,7 @@ class NetworkConfig(Record):
 
     @classmethod
     def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
-        """Read `model.config` of a manifest; other fields are ignored.
-
-        Raises BundleError that names the field at fault.
-        """
+        """Read `model.config` of a manifest; raises BundleError that names the field at fault."""
         return cls.from_dict(dict(raw), "model.config")
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
@@ -80,6 +82,8 @@ class NetworkConfig(Record):
                 yield name, f"a divisor of width {self.width}", getattr(self, name)
         if self.image_size % self.patch_size:
             yield "patch_size", f"a divisor of image_size {self.image_size}", self.patch_size
+        if self.grid > _LARGEST_GRID:
+            yield "image_size", f"at most {_LARGEST_GRID} patches of {self.patch_size}", self.image_size
         if self.fusion_start >= self.text_depth:
             yield "fusion_start", f"less than text_depth {self.text_depth}", self.fusion_start
         if self.name == "cals" and self.caformer_start >= self.vision_depth:

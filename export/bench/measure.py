@@ -8,6 +8,7 @@ data in the caches and is not counted.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ _LETTER = "q"  # a word of it has more pieces the longer it is
 _LONGEST_WORD = 60
 
 Report = Callable[[str, int], None]
+Candidate = tuple[str, int | None]  # a backend and its number of threads
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class BenchOptions:
     """What to measure: `backends` empty for all, `batches` empty for those of BATCHES that the bundle takes.
 
     `tokens` are those of every caption, [CLS] included; `seconds` is the time of one backend at one batch,
-    without warm-up; `threads` and `device` as for Predictor.
+    without warm-up; `threads` and `device` as for Predictor. Each backend is measured with each of `counts`
+    in place of `threads`, where there are any.
     """
 
     backends: tuple[str, ...] = ()
@@ -44,17 +47,20 @@ class BenchOptions:
     seconds: float = 3.0
     threads: int | None = None
     device: str = "auto"
+    counts: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
     """One backend at one batch: percentiles in milliseconds a call, by part; pairs a second.
 
-    `pairs_per_s` is end to end, `model_pairs_per_s` counts the time of inference alone.
+    `threads` is the number asked for. `pairs_per_s` is end to end, `model_pairs_per_s` counts the time of
+    inference alone.
     """
 
     backend: str
     device: str
+    threads: int | None
     batch: int
     calls: int
     total: dict[str, float]
@@ -150,12 +156,18 @@ def make_caption(bundle: Bundle, tokens: int) -> str:
     return caption
 
 
-def _load(bundle: Bundle, result: Bench, stack: ExitStack) -> dict[str, Server]:
+def label(backend: str, threads: int | None) -> str:
+    """What a backend with a number of threads is called."""
+    return backend if threads is None else f"{backend}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _load(bundle: Bundle, result: Bench, stack: ExitStack) -> dict[Candidate, Server]:
     """A process for each backend that serves the bundle here; the reasons of the others go to `result`."""
     options, loaded = result.options, {}
-    for name in options.backends or known():
+    counts = options.counts or (options.threads,)
+    for name, threads in itertools.product(options.backends or known(), counts):
         try:
-            server = Server(bundle.path, name, options.device, options.threads)
+            server = Server(bundle.path, name, options.device, threads)
         except Dgm4Error as error:
             if options.backends or not isinstance(error, (BackendError, EngineMismatchError)):
                 result.failed[name] = error
@@ -163,7 +175,7 @@ def _load(bundle: Bundle, result: Bench, stack: ExitStack) -> dict[str, Server]:
                 result.absent[name] = str(error)
         else:
             stack.callback(server.close)
-            loaded[name] = server
+            loaded[name, threads] = server
     if not loaded:
         raise _failure("no backend here serves this bundle", result)
     return loaded
@@ -177,36 +189,37 @@ def _failure(what: str, result: Bench) -> Dgm4Error:
 
 
 def _measure(
-    loaded: dict[str, Server], batch: int, caption: str, result: Bench, report: Report
+    loaded: dict[Candidate, Server], batch: int, caption: str, result: Bench, report: Report
 ) -> Iterator[Row]:
     """One row a backend for this batch; a backend that fails leaves `loaded`, its error goes to `result`."""
-    calls: dict[str, list[Call]] = {name: [] for name in loaded}
+    calls: dict[Candidate, list[Call]] = {one: [] for one in loaded}
     for turn in range(TURNS):
-        for name in _rotate(list(loaded), turn):
-            report(name, batch)
+        for one in _rotate(list(loaded), turn):
+            report(one[0], batch)
             try:
                 if turn == 0:
-                    loaded[name].warm_up(batch, result.options.tokens)
-                calls[name] += loaded[name].turn(batch, caption, result.options.seconds / TURNS)
+                    loaded[one].warm_up(batch, result.options.tokens)
+                calls[one] += loaded[one].turn(batch, caption, result.options.seconds / TURNS)
             except Dgm4Error as error:
-                result.failed[name] = type(error)(f"batch {batch}: {error}")
-                loaded.pop(name).close()
-    for name, server in loaded.items():
-        yield _row(server.model, batch, calls[name])
+                result.failed[one[0]] = type(error)(f"batch {batch}: {error}")
+                loaded.pop(one).close()
+    for one, server in loaded.items():
+        yield _row(server.model, one[1], batch, calls[one])
 
 
-def _rotate(names: list[str], turn: int) -> list[str]:
+def _rotate(names: list[Candidate], turn: int) -> list[Candidate]:
     """The names from another one on in every turn: who comes after whom should not matter."""
     start = turn % len(names) if names else 0
     return names[start:] + names[:start]
 
 
-def _row(model: Mapping[str, str], batch: int, calls: Sequence[Call]) -> Row:
+def _row(model: Mapping[str, str], threads: int | None, batch: int, calls: Sequence[Call]) -> Row:
     parts = {name: [getattr(call, name) for call in calls] for name in Call._fields}
     pairs = 1e3 * batch * len(calls)
     return Row(
         backend=model["backend"],
         device=model["device"],
+        threads=threads,
         batch=batch,
         calls=len(calls),
         **{name: percentiles(values) for name, values in parts.items()},

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import Prediction, Predictor
+from engine import Bundle, Prediction, Predictor
+from engine.backends import create
 from engine.errors import BackendError, Dgm4Error
 from engine.inputs.pairs import Pair
 
@@ -31,30 +32,21 @@ class Call(NamedTuple):
     postprocess: float
 
 
-class Server:
-    """A Predictor in a child process; `model` is what the Predictor says of itself."""
+class _Child:
+    """A process that runs `target` with its end of a pipe and the arguments; `first` is its first reply."""
 
-    def __init__(self, bundle: Path, backend: str, device: str, threads: int | None) -> None:
-        """Start the process and load the bundle there; raises what Predictor raises."""
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        """Start the process; raises the Dgm4Error that it sends, BackendError where it ends."""
         context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
         self._connection, child = context.Pipe()
-        arguments = (child, bundle, backend, device, threads)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=target, args=(child, *arguments), daemon=True)
         self._process.start()
         child.close()
         try:
-            self.model: dict[str, str] = self._receive()
+            self.first: Any = self._receive()
         except BaseException:
             self.close()
             raise
-
-    def warm_up(self, batch: int, tokens: int) -> None:
-        """Prepare for blank batches of this shape; raises Dgm4Error."""
-        self._ask("warm_up", batch, tokens)
-
-    def turn(self, batch: int, caption: str, seconds: float) -> list[Call]:
-        """Call for `seconds`, at least once, after one call that does not count; raises Dgm4Error."""
-        return self._ask("turn", batch, caption, seconds)
 
     def close(self) -> None:
         """End the process."""
@@ -78,6 +70,47 @@ class Server:
         if isinstance(reply, Dgm4Error):
             raise reply
         return reply
+
+
+class Server(_Child):
+    """A Predictor in a child process; `model` is what the Predictor says of itself."""
+
+    def __init__(self, bundle: Path, backend: str, device: str, threads: int | None) -> None:
+        """Start the process and load the bundle there; raises what Predictor raises."""
+        super().__init__(_serve, bundle, backend, device, threads)
+        self.model: dict[str, str] = self.first
+
+    def warm_up(self, batch: int, tokens: int) -> None:
+        """Prepare for blank batches of this shape; raises Dgm4Error."""
+        self._ask("warm_up", batch, tokens)
+
+    def turn(self, batch: int, caption: str, seconds: float) -> list[Call]:
+        """Call for `seconds`, at least once, after one call that does not count; raises Dgm4Error."""
+        return self._ask("turn", batch, caption, seconds)
+
+
+def network_outputs(
+    bundle: Path, backend: str, threads: int | None, feeds: Sequence[dict[str, np.ndarray]]
+) -> list[dict[str, np.ndarray]]:
+    """Outputs of a backend on the CPU for each of the feeds, from a process of its own; raises Dgm4Error."""
+    child = _Child(_run, bundle, backend, threads, feeds)
+    child.close()
+    outputs: list[dict[str, np.ndarray]] = child.first
+    return outputs
+
+
+def _run(
+    connection: Connection,
+    bundle: Path,
+    backend: str,
+    threads: int | None,
+    feeds: list[dict[str, np.ndarray]],
+) -> None:
+    try:
+        network = create(backend, Bundle.open(bundle), "cpu", threads)
+        connection.send([network.run(arrays) for arrays in feeds])
+    except Dgm4Error as error:
+        connection.send(error)
 
 
 def _serve(connection: Connection, bundle: Path, backend: str, device: str, threads: int | None) -> None:

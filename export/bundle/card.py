@@ -76,7 +76,9 @@ def _network(manifest: Manifest) -> str:
             f" Vocabulary: {vocabulary.pieces} word pieces of {vocabulary.source}, SHA-256 "
             f"`{vocabulary.sha256}`."
         )
-    config = {name: value for name, value in manifest.model.config.items() if name not in ("name", "size")}
+    config = {
+        name: value for name, value in manifest.model.config.to_dict().items() if name not in ("name", "size")
+    }
     rows = ((f"`{name}`", value) for name, value in config.items())
     return head + "\n\n" + _table(("field", "value"), rows)
 
@@ -198,7 +200,7 @@ def _engines(engines: Sequence[EngineEntry]) -> str:
             f"`{engine.file}`",
             ", ".join((f"{engine.library} {engine.version}", *engine.plugins)),
             ", ".join(engine.compute_capabilities),
-            largest_text(engine.profiles),
+            largest_text(engine.to_dict()["profiles"]),
         )
         for engine in engines
     ]

@@ -29,7 +29,7 @@ from typing import Any
 
 from engine.errors import BundleError, quoted
 from engine.files import begin_unfinished, end_unfinished, sha256_of, temporary_name
-from engine.layout import MANIFEST
+from engine.layout import MANIFEST, SIGNATURE
 from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
 from export.bundle.write_errors import as_bundle_error, refusal, write_error
 
@@ -116,7 +116,7 @@ class BundleWriter:
 
         Raises `BundleError` if the name is no plain file name, or is the manifest's own.
         """
-        if name in ("", ".", "..", MANIFEST) or name != Path(name).name or "\\" in name:
+        if name in ("", ".", "..", MANIFEST, SIGNATURE) or name != Path(name).name or "\\" in name:
             raise BundleError(f"expected a plain file name other than {MANIFEST}, got {quoted(name)}")
         return self._opened() / name
 
@@ -296,7 +296,7 @@ def _listed_files(directory: Path, kind: str) -> set[str] | None:
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         return None
     files = manifest.get("files")
-    return {MANIFEST, *files} if isinstance(files, dict) else {MANIFEST}
+    return {MANIFEST, SIGNATURE, *(files if isinstance(files, dict) else ())}
 
 
 def _fill_manifest(manifest: Mapping[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine import __version__
 from engine.backends.cores import keep_to_quota
 from engine.errors import Dgm4Error
+from engine.logs import level_of_environment
 from engine.packages import lacking
 from export.cli import (
     bench,
@@ -33,17 +35,18 @@ from export.cli import (
     pretrain,
     rebuild,
     repository,
+    sign,
     train,
 )
 from export.cli.arguments import check_device
-from export.cli.parser import Parser
+from export.cli.parser import Parser, usage_errors
 from export.cli.stopping import exit_on_sigterm
 from export.output import ERRORS, FULL, escaped
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
     "answer": (demo, predict, models),
-    "make a bundle": (export, convert, calibrate, rebuild, repository),
+    "make a bundle": (export, convert, calibrate, rebuild, sign, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
 }
@@ -69,7 +72,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     options.arguments = given
     verbose = getattr(options, "verbose", 0)
     options.quiet = getattr(options, "quiet", False)
-    _set_up_log(verbose, options.quiet)
+    with usage_errors(options.parser):
+        _set_up_log(verbose, options.quiet)
     if "run" not in options:
         options.parser.print_help(sys.stderr)
         return _USAGE
@@ -118,14 +122,26 @@ def _drop_stdout() -> None:
 
 
 def _set_up_log(verbose: int, quiet: bool) -> None:
+    """Log to stderr, how much as -v and -q say, else the environment; raises InputError for its value."""
     logging.basicConfig(
         level=logging.ERROR if quiet else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
     level = {0: logging.NOTSET, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    if not verbose and not quiet:
+        level = level_of_environment() or level
     for name in _PACKAGES:
         logging.getLogger(name).setLevel(level)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """A library's warning in one line; Python shows each once."""
+    text = (str(message).strip().splitlines() or [""])[0]
+    logging.getLogger(__name__).warning("%s: %s (%s, line %d)", category.__name__, text, filename, lineno)
 
 
 def _fail(error: BaseException, code: int, verbose: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from export.output import Rows
 
 _HEAD = (
-    *("backend", "device", "batch", "calls", "p50 ms", "p95 ms", "p99 ms", "pairs/s"),
+    *("backend", "device", "threads", "batch", "calls", "p50 ms", "p95 ms", "p99 ms", "pairs/s"),
     *("model p50", "p95", "p99", "model pairs/s", "preprocess", "postprocess"),
 )
 
@@ -35,7 +35,8 @@ def add_parser(verbs: Verbs) -> None:
         "medians of what comes before and after it. With torch on a GPU the resize counts as inference.\n\n"
         "examples:\n"
         "  dgm4 bench my-bundle\n"
-        "  dgm4 bench my-bundle --backend ort --backend torch --batch 1,32 --seconds 10",
+        "  dgm4 bench my-bundle --backend ort --backend torch --batch 1,32 --seconds 10\n"
+        "  dgm4 bench my-bundle --choose",
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
@@ -57,6 +58,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_threads(parser)
     add_device(parser)
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="on the CPU, and have backend auto take the fastest for this bundle from now on (--batch 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON report instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     parser.set_defaults(run=run, parser=parser)
@@ -65,17 +71,23 @@ def add_parser(verbs: Verbs) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure and write the figures; the exit code is that of the first backend that failed."""
     from engine import Bundle
-    from export.bench.measure import TURNS, BenchOptions, batches_of, bench, check_options
+    from engine.backends import choice
+    from export.bench.choose import choose, thread_counts
+    from export.bench.measure import TURNS, BenchOptions, batches_of, bench, check_options, label
     from export.output import open_output
 
-    settings = read_options(
-        BenchOptions, options, backends=tuple(dict.fromkeys(options.backend)), batches=options.batch
-    )
+    if options.choose and options.device not in ("auto", "cpu"):
+        options.parser.error(f"--choose measures the CPU, not {options.device}: leave --device out")
+
+    batches = options.batch or ((1,) if options.choose else ())
+    backends = tuple(dict.fromkeys(options.backend))
+    settings = read_options(BenchOptions, options, backends=backends, batches=batches, counts=())
     bundle = Bundle.open(options.bundle)
     with usage_errors(options.parser):
         check_options(bundle, settings)
-    backends = settings.backends or [name for name, need in serving(bundle).items() if need is None]
-    turns = TURNS * len(batches_of(bundle, settings)) * len(backends)
+    names = settings.backends or [name for name, need in serving(bundle).items() if need is None]
+    turns = TURNS * len(batches_of(bundle, settings)) * len(names)
+    turns *= len(thread_counts()) if options.choose and options.threads is None else 1
     with open_output(options.out) as out:
         with progress_bar("bench", turns, "turns", not options.quiet) as bar:
 
@@ -83,8 +95,16 @@ def run(options: argparse.Namespace) -> int:
                 bar.set_postfix_str(f"{name}, batch {batch}", refresh=False)
                 bar.update()
 
-            result = bench(bundle, settings, report)
-        out.write(json.dumps(result.to_dict(), allow_nan=False) + "\n" if options.json else table(result))
+            if options.choose:
+                result, chosen = choose(bundle, settings, report)
+                path = choice.write(chosen)
+            else:
+                result = bench(bundle, settings, report)
+        record, text = result.to_dict(), table(result)
+        if options.choose:
+            record["choice"] = {**chosen.to_dict(), "path": str(path)}
+            text += f"chosen: {label(chosen.backend, chosen.threads)}; recorded in {path}\n"
+        out.write(json.dumps(record, allow_nan=False) + "\n" if options.json else text)
     for name, error in result.failed.items():
         sys.stderr.write(f"dgm4: {name} was not measured: {error}\n")
     return next((error.exit_code for error in result.failed.values()), 0)
@@ -97,10 +117,9 @@ def table(result: Bench) -> str:
 
     machine, options = result.machine, result.options
     processor = machine["processor"].get("model name", machine["system"])
-    threads = options.threads or machine["cores"]
     lines = [
         f"{' '.join(result.model.values())}: {options.tokens} tokens, images of {PICTURE[0]} x {PICTURE[1]}",
-        f"{processor}, {threads} of {machine['cores']} cores, load {machine['load']:g} at the start",
+        f"{processor}, {machine['cores']} cores, load {machine['load']:g} at the start",
         *machine["gpus"],
         "",
         *align(_rows(result), left=2),
@@ -112,7 +131,8 @@ def table(result: Bench) -> str:
 def _rows(result: Bench) -> Rows:
     rows: Rows = [_HEAD]
     for row in result.rows:
-        head = (row.backend, row.device, str(row.batch), str(row.calls))
+        threads = str(row.threads or result.machine["cores"])
+        head = (row.backend, row.device, threads, str(row.batch), str(row.calls))
         end_to_end, model = (
             [*(f"{part[name]:.1f}" for name in ("p50", "p95", "p99")), f"{rate:.1f}"]
             for part, rate in ((row.total, row.pairs_per_s), (row.inference, row.model_pairs_per_s))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from typing import Any
 
+from engine import __version__
 from engine.backends import describe, remedy, usable_cores
+from engine.files import cache_folder
 from engine.packages import find_conflict, version_of
+from engine.shipped import shipped_bundles
 from export.cli.arguments import Verbs
-from export.output import open_output
+from export.output import open_output, printable
 
 _PACKAGES = (
     "onnxruntime",
@@ -25,7 +29,23 @@ _PACKAGES = (
     "tokenizers",
     "pillow",
     "numpy",
+    "scikit-learn",
+    "cryptography",
+    "opentelemetry-api",
+    "fastapi",
+    "ray",
 )
+# What of the environment changes what dgm4 does; of secrets only whether they are there.
+_VARIABLES = (
+    "DGM4_LOG",
+    "DGM4_PUBLIC_KEY",
+    "ORT_DISABLE_TELEMETRY",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
+_SECRETS = ("DGM4_SERVE_TOKEN",)
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -47,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
 
     missing = describe()
     record = {
+        "dgm4": __version__,
         "python": platform.python_version(),
+        "system": platform.platform(),
         "cores": usable_cores(),
         "packages": {name: version_of(name) for name in _PACKAGES},
         "backends": [name for name, need in missing.items() if need is None],
@@ -58,6 +80,10 @@ def run(options: argparse.Namespace) -> int:
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
         },
+        "ready_bundles": shipped_bundles(),
+        "cache": str(cache_folder()),
+        "environment": {name: os.environ.get(name) for name in _VARIABLES},
+        "secrets": {name: bool(os.environ.get(name)) for name in _SECRETS},
     }
     with open_output(None) as out:
         out.write(json.dumps(record, indent=2) + "\n" if options.json else _lines(record))
@@ -65,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _lines(record: dict[str, Any]) -> str:
-    lines = [f"python     {record['python']}, {record['cores']} cores"]
+    lines = [f"dgm4       {record['dgm4']}, {record['system']}"]
+    lines.append(f"python     {record['python']}, {record['cores']} cores")
     lines += [f"package    {name} {version or 'absent'}" for name, version in record["packages"].items()]
     lines.append(f"backends   {', '.join(record['backends']) or 'none'}")
     for name, need in record["absent_backends"].items():
@@ -75,4 +102,6 @@ def _lines(record: dict[str, Any]) -> str:
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
-    return "\n".join(lines) + "\n"
+    lines += [f"variable   {name}={value}" for name, value in record["environment"].items() if value]
+    lines += [f"variable   {name} is set" for name, is_set in record["secrets"].items() if is_set]
+    return "\n".join(map(printable, lines)) + "\n"

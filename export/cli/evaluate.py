@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dgm4.places import check_checkpoint, check_data
 from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
+from engine.logs import warn_once
 from engine.packages import require
 from export.cli.arguments import Verbs, add_annotated, add_decode, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
@@ -106,7 +107,7 @@ def _evaluate(options: argparse.Namespace, bundle: Bundle) -> Evaluation:
         EvaluateOptions, options, reference=reference, thresholds=dict(options.thresholds)
     )
     if (warning := bundle.manifest.weights.warning) is not None:
-        log.warning("%s", warning)
+        warn_once(log, warning)
     try:
         return evaluate(bundle, options.data, settings, progress=not options.quiet)
     except NumericalError as error:

@@ -37,6 +37,12 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--layers", action="store_true", help="each Linear layer's error against float32 too")
     parser.add_argument("--data", type=Path, metavar="DIR", help="its pairs for --layers; else drawn inputs")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(%(default)s)")
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; Ed25519 in PEM",
+    )
     parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
     parser.set_defaults(run=run, parser=parser)
 
@@ -49,13 +55,15 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("--data and --split are for --layers: give that too")
     if options.data is not None:
         check_data(options.data)
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, public_key=options.public_key)
     bundle.verify_all()
     record = bundle.describe() | {"backends": serving(bundle)}
     if options.layers:
         record["layers"] = _layers(bundle, options)
     with open_output(None) as out:
         out.write(json.dumps(record, indent=2) + "\n" if options.json else _describe(record))
+        if options.public_key is not None and not options.json:
+            out.write(f"signed     by the owner of {options.public_key}\n")
     return 0
 
 

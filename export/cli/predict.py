@@ -79,6 +79,12 @@ def add_parser(verbs: Verbs) -> None:
     add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
     add_decode(parser)
     add_backend(parser)
+    add(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; DGM4_PUBLIC_KEY",
+    )
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
     add_thresholds(parser)
     parser.surplus = '; quote the caption: "A caption of several words"'
@@ -152,6 +158,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         threads=options.threads,
         rebuild=options.rebuild,
         image_options=ImageOptions(decode=options.decode),
+        public_key=options.public_key,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=dict(options.thresholds),
     )

@@ -51,7 +51,7 @@ def load_reference(bundle: Bundle, checkpoint: Path | None) -> tuple[TorchNetwor
     does not load.
     """
     manifest = bundle.manifest
-    config = NetworkConfig.from_fields(manifest.model.config)
+    config = manifest.model.config
     if checkpoint is not None:
         model = _load_checkpoint(checkpoint, config)
         return TorchNetwork(model), checkpoint.name, _origin_note(checkpoint, manifest)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from engine.errors import BuildError
 from engine.files import sha256_of
 from engine.layout import GRAPH, HALF_GRAPH, engine_name
-from engine.manifest import BuildCost, EngineEntry
+from engine.manifest import BuildCost, EngineEntry, ShapeRange
 from export.bundle.writer import BundleWriter
 from export.trt import build as trt
 from export.trt.options import EngineOptions
@@ -134,11 +134,8 @@ def _target(built: trt.EngineReport, hardware: str | None) -> str:
     return "-".join([kind, *(f"sm{c.replace('.', '')}" for c in built.compute_capabilities)])
 
 
-def _ranges(profile: Profile) -> dict[str, dict[str, list[int]]]:
-    return {
-        name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True))
-        for name, shapes in profile.items()
-    }
+def _ranges(profile: Profile) -> dict[str, ShapeRange]:
+    return {name: ShapeRange(*(tuple(shape) for shape in shapes)) for name, shapes in profile.items()}
 
 
 def _line(entry: EngineEntry, built: trt.EngineReport) -> str:

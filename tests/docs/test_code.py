@@ -68,6 +68,12 @@ def test_serving_runs(place, blocks, capsys):
     assert [set(row) == {"error"} for row in spaces[-1]["judge"](rows)] == [False, True]
 
 
+def test_concurrency_runs(place, blocks, capsys):
+    spaces = run(blocks("python")["concurrency"])
+    assert len(capsys.readouterr().out.split()) == 2
+    assert spaces[-1]["batcher"].statistics().answered == 3
+
+
 def test_only_tested_languages(pages):
     kinds = {kind for text in pages.values() for kind in re.findall(r"^ *```(\w+)$", text, re.M)}
     assert kinds <= LANGUAGES

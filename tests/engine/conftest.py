@@ -106,13 +106,35 @@ def build_network():
     return model
 
 
+CONFIG = {
+    "name": "asap",
+    "size": "tiny",
+    "width": 128,
+    "heads": 2,
+    "vision_depth": 4,
+    "text_depth": 4,
+    "fusion_start": 2,
+    "mlp_ratio": 4,
+    "image_size": 256,
+    "patch_size": 16,
+    "vocabulary": 2048,
+    "positions": 512,
+    "projection": 64,
+    "caformer_start": 2,
+    "caformer_heads": 2,
+    "caformer_kernels": [5],
+    "guidance_widths": [16, 32, 64],
+    "dropout": 0.1,
+}
+
+
 def base_manifest():
     tensor = lambda name, dtype, *shape: {"name": name, "dtype": dtype, "shape": list(shape)}  # noqa: E731
     return {
         "format": "dgm4-bundle",
         "format_version": 1,
         "created": "2026-01-01T00:00:00Z",
-        "model": {"name": "asap", "size": "tiny", "config": {"model": "asap", "width": 64}},
+        "model": {"name": "asap", "size": "tiny", "config": CONFIG},
         "weights": {
             "kind": "trained",
             "source": "checkpoint fake.pth",

@@ -66,9 +66,9 @@ def machine(bundle_dir, monkeypatch):
         monkeypatch.setattr(
             torch_backend, "find_device", lambda _: SimpleNamespace(type="cuda" if gpu else "cpu")
         )
-        monkeypatch.setattr(torch_backend, "create", lambda *_: "torch")
-        monkeypatch.setattr(ort, "create", lambda *_: "ort")
-        return backends.create("auto", found, device, 1)
+        monkeypatch.setattr(torch_backend, "create", lambda *_: SimpleNamespace(name="torch"))
+        monkeypatch.setattr(ort, "create", lambda *_: SimpleNamespace(name="ort"))
+        return backends.create("auto", found, device, 1).name
 
     return ask
 
@@ -106,7 +106,7 @@ def test_a_bundle_that_nothing_serves_on_the_gpu(machine, monkeypatch):
 
 def test_a_gpu_that_is_asked_for_needs_torch(machine, monkeypatch):
     monkeypatch.setattr(backends, "available", lambda: ["ort"])
-    with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which is not"):
+    with pytest.raises(BackendError, match="the backend 'torch' needs torch and safetensors, which are not"):
         machine("cuda")
 
 

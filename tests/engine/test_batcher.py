@@ -80,11 +80,12 @@ def same(left, right):
 
 
 def test_pairs_that_come_while_the_network_runs_are_the_next_batches(own_predictor, gate, photo):
-    pairs = [(photo.rotate(10 * i), " ".join(["obama speaks"] * (1 + i % 5))) for i in range(9)]
+    own_predictor._runner.workers = 1  # so that pairs get ready in order
+    pairs = [(photo.rotate(10 * i), f"obama {i}") for i in range(9)]
     with Batcher(own_predictor) as batcher:
         first = hold(batcher, gate, photo)
         futures = [batcher.submit(*pair) for pair in pairs]
-        wait_for(lambda: batcher.statistics().ready == 4)
+        wait_for(lambda: batcher.statistics().ready == 8)
         gate.opened.set()
         results = [future.result(SOON) for future in futures]
         assert first.result(SOON).caption == "first"
@@ -93,6 +94,21 @@ def test_pairs_that_come_while_the_network_runs_are_the_next_batches(own_predict
     for start in (0, 4, 8):
         batch = own_predictor.predict_batch(pairs[start : start + 4])
         assert all(map(same, results[start : start + 4], batch))
+
+
+def test_captions_of_similar_length_run_together_but_the_oldest_first(own_predictor, gate, photo):
+    own_predictor._runner.workers = 1  # so that pairs get ready in order
+    tokens, submit = [], gate.submit
+    gate.submit = lambda images, text: (
+        tokens.append(text["attention_mask"].sum(1).tolist()) or submit(images, text)
+    )
+    with Batcher(own_predictor) as batcher:
+        hold(batcher, gate, photo)
+        for count in (9, 2, 8, 3, 2, 8, 4, 9):
+            batcher.submit(photo, " ".join(["obama"] * count))
+        wait_for(lambda: batcher.statistics().ready == 8)
+        gate.opened.set()
+    assert tokens[1:] == [[10, 10, 9, 9], [3, 4, 3, 5]]
 
 
 @pytest.mark.parametrize("callers", [1, 8])
@@ -251,14 +267,14 @@ def test_the_queue_is_bounded_in_bytes(own_predictor, gate, photo):
         assert batcher.predict(array, "d", timeout=SOON).caption == "d"
 
 
-def test_only_a_batch_is_prepared_ahead(own_predictor, gate, photo):
+def test_only_two_batches_are_prepared_ahead(own_predictor, gate, photo):
     with Batcher(own_predictor, max_batch=2) as batcher:
         hold(batcher, gate, photo)
         futures = [batcher.submit(photo, f"{i}") for i in range(12)]
-        wait_for(lambda: batcher.statistics().ready == 2)
+        wait_for(lambda: batcher.statistics().ready == 4)
         time.sleep(0.05)
         statistics = batcher.statistics()
-        assert (statistics.ready, statistics.waiting, statistics.pending) == (2, 10, 13)
+        assert (statistics.ready, statistics.waiting, statistics.pending) == (4, 8, 13)
         gate.opened.set()
         assert [future.result(SOON).caption for future in futures] == [f"{i}" for i in range(12)]
 
@@ -300,9 +316,9 @@ def test_a_cancelled_pair_is_gone(own_predictor, gate, photo):
         assert not first.cancel()  # it runs
         image = photo.copy()
         alive = weakref.ref(image)
-        futures = [batcher.submit(image, "a") for _ in range(8)]  # some ready, some waiting
+        futures = [batcher.submit(image, "a") for _ in range(12)]  # some ready, some waiting
         del image
-        wait_for(lambda: batcher.statistics().ready == 4)
+        wait_for(lambda: batcher.statistics().ready == 8)
         assert all(future.cancel() for future in futures)
         assert batcher.statistics().pending == 1
         assert concurrent.futures.wait(futures, SOON).not_done == set()
@@ -311,7 +327,7 @@ def test_a_cancelled_pair_is_gone(own_predictor, gate, photo):
         assert batcher._queue._pending_bytes == 64 * 48 * 3
         gate.opened.set()
     assert gate.sizes == [1]
-    assert batcher.statistics().cancelled == 8
+    assert batcher.statistics().cancelled == 12
 
 
 def test_pairs_cancelled_at_any_moment_leave_nothing(predictor, photo):
@@ -402,6 +418,18 @@ def test_event_loops_share_a_batcher(predictor, photo):
 
         in_threads(work, 4)
         assert batcher.statistics().answered == 40
+
+
+def test_another_kind_of_event_loop(predictor, photo):
+    uvloop = pytest.importorskip("uvloop")
+
+    async def ask():
+        with pytest.raises(DeadlineError):
+            await batcher.predict_async(photo, "late", timeout=0)
+        return await asyncio.gather(*(batcher.predict_async(photo, f"{i}", timeout=SOON) for i in range(9)))
+
+    with Batcher(predictor) as batcher:
+        assert [result.caption for result in uvloop.run(ask())] == [f"{i}" for i in range(9)]
 
 
 def test_cancelling_a_task_cancels_its_pair(own_predictor, gate, photo):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -69,6 +71,7 @@ def test_the_answer_is_the_networks(predictor, photo, expected_outputs, network_
         "backend": "ort",
         "device": "cpu",
         "weights": "trained",
+        "chosen": "the rule for a CPU; dgm4 bench --choose measures",
     }
 
 
@@ -179,13 +182,48 @@ def test_a_stream_is_lazy_and_endless(predictor, photo):
     stream.close()
 
 
-def test_an_error_of_the_users_iterable_passes_through(predictor, photo):
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9])
+def test_an_error_of_the_users_iterable_comes_after_the_answers(predictor, photo, count):
     def pairs():
-        yield photo, "a"
+        yield from [(photo, f"obama {i}") for i in range(count)]
         raise RuntimeError("the user's own")
 
+    answers = []
     with pytest.raises(RuntimeError, match="the user's own"):
-        list(predictor.stream(pairs()))
+        for answer in predictor.stream(pairs(), batch_size=2):
+            answers.append(answer)  # what came before the error
+    assert [answer.caption for answer in answers] == [f"obama {i}" for i in range(count)]
+
+
+def test_a_slow_reader_holds_a_stream_back(predictor, photo):
+    taken = itertools.count()
+    stream = predictor.stream(((photo, f"obama {next(taken)}") for _ in itertools.count()), batch_size=3)
+    for _ in range(4):
+        next(stream)
+    time.sleep(0.1)  # in which an unbounded one would read on
+    assert next(taken) <= 9
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stream_that_is_stopped_leaves_no_thread(predictor, photo, monkeypatch, broken):
+    prepared, prepare = [], predictor._preparation.pair
+
+    def slow(*arguments, **named):
+        time.sleep(0.01)
+        prepared.append(arguments)
+        return prepare(*arguments, **named)
+
+    monkeypatch.setattr(predictor._preparation, "pair", slow)
+    pairs = [(b"broken" if broken and i == 1 else photo, "obama") for i in range(400)]
+    stream = predictor.stream(pairs, batch_size=4)
+    next(stream)
+    if broken:
+        with pytest.raises(InputError, match="item 1"):
+            next(stream)
+    else:
+        stream.close()
+    assert len(prepared) <= 12
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("preprocess")] == []
 
 
 @pytest.mark.parametrize(

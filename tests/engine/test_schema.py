@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 
 from engine.errors import BundleError
 from engine.manifest import EngineEntry, parse_manifest
-from engine.schema import Record, at_least, matching, one_of, within
+from engine.schema import Record, at_least, matching, one_of, whole, within
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Whole(Record):
     pair: tuple[float, float]
     parts: tuple[Part, ...]
     named: dict[str, Part]
-    anything: Any
+    spread: Annotated[int, whole(1, 9)]
     on: bool = False
     more: dict[str, int] = field(default_factory=dict)
     extra: Annotated[str, one_of("x")] | None = None
@@ -48,7 +48,7 @@ WHOLE = {
     "pair": [1, 2.5],
     "parts": [PART, PART],
     "named": {"one": PART},
-    "anything": {"deep": [1, None]},
+    "spread": 9,
 }
 
 
@@ -68,8 +68,12 @@ def test_defaults_are_written_but_for_none():
     assert written["note"] is None  # it has no default, so it is always there
 
 
-def test_unknown_fields_are_left_alone():
-    assert Whole.from_dict({**WHOLE, "newer": 1}) == Whole.from_dict(WHOLE)
+def test_unknown_fields_are_mistakes_unless_the_record_is_open(monkeypatch):
+    newer = {**WHOLE, "parts": [PART, {**PART, "newer": {"a": 1}}]}
+    with pytest.raises(BundleError, match=r"parts\[1\]\.newer: expected no field of this name .* got \{"):
+        Whole.from_dict(newer)
+    monkeypatch.setattr(Part, "open", True)
+    assert Whole.from_dict(newer) == Whole.from_dict(WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,9 @@ def test_unknown_fields_are_left_alone():
         ({"kind": "green"}, "at.kind: expected one of red, blue, got 'green'"),
         ({"kind": ["red"]}, "at.kind: expected one of red, blue, got ['red']"),
         ({"count": 0}, "at.count: expected an integer >= 1, got 0"),
+        ({"count": 2**60}, "at.count: expected an integer >= 1, got 1152921504606846976"),
+        ({"spread": 10**86}, "at.spread: expected an integer from 1 to 9, got 1000"),
+        ({"note": "x" * 10_001}, "at.note: expected a string of at most 10000 characters, got 'xxx"),
         ({"count": True}, "at.count: expected an integer >= 1, got True"),
         ({"count": 1}, "at.count: expected at least 2, one a part, got 1"),
         ({"note": 3}, "at.note: expected a string, got 3"),
@@ -134,5 +141,5 @@ def test_an_engine_is_written_as_it_was_read():
     assert EngineEntry.from_dict(entry).to_dict() == entry
     older = {name: entry[name] for name in list(entry)[:5]} | {"profile": shapes}
     upgraded = EngineEntry.from_dict(older)
-    assert upgraded.profiles == (shapes,)
+    assert upgraded.to_dict()["profiles"] == [shapes]
     assert "profile" not in upgraded.to_dict()

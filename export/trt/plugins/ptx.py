@@ -16,6 +16,7 @@ from pathlib import Path
 from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
 from engine.errors import BuildError
+from engine.files import unfinished
 from export.trt.plugins.programs import Program
 from kernels.jit import TARGETS
 from kernels.tools.aot import WARP, resources
@@ -115,7 +116,7 @@ def assemble(kernel: Kernel, capability: int) -> tuple[int, int, int]:
 
     Raises BuildError where it refuses the code.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, unfinished(Path(folder)):
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(kernel.ptx)
         architecture = re.search(r"^\.target (\w+)", kernel.ptx, re.MULTILINE)

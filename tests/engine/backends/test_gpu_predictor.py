@@ -176,3 +176,33 @@ def test_warming_up_all_buckets_captures_each_once(predictors, cuda):
     shapes = [seen["input_ids"].shape for seen in cuda.seen]
     assert shapes == sorted(set(shapes), reverse=True)
     assert set(shapes) == {(b, min(n, limits.max_tokens)) for b in (1, 2, 4) for n in range(16, 129, 16)}
+
+
+def test_a_batch_that_does_not_fit_runs_in_halves(predictors, cuda, monkeypatch, draw):
+    on_gpu, on_cpu = predictors
+    pairs = [(x, "a man speaks") for x in draw.images(SIZES[:4])]
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+    wanted = on_cpu.predict_batch(pairs)
+    cuda.failures = 2  # the capture, and the second try after the cache was emptied
+    for answer, want in zip(on_gpu.predict_batch(pairs), wanted, strict=True):
+        assert np.abs(scores(answer) - scores(want)).max() <= EXACT
+    assert len(freed) == 2
+    assert [len(inputs["image"]) for inputs in cuda.seen] == [2, 2]
+    monkeypatch.setattr(
+        graphs, "cut", failing_once(graphs.cut, torch.OutOfMemoryError("no room: out of memory"))
+    )
+    for answer, want in zip(on_gpu.predict_batch(pairs[:2]), wanted, strict=False):
+        assert np.abs(scores(answer) - scores(want)).max() <= EXACT
+    assert [len(inputs["image"]) for inputs in cuda.seen[2:]] == [2, 1, 1]
+
+
+def failing_once(function, error):
+    errors = [error]
+
+    def call(*arguments):
+        if errors:
+            raise errors.pop()
+        return function(*arguments)
+
+    return call

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -204,6 +206,26 @@ def test_closed(flat_copy):
     backend.close()
     with pytest.raises(BackendError, match="was closed"):
         backend.run(feeds(1, 2))
+
+
+DROPPED = """
+import os, signal, sys
+from pathlib import Path
+from engine.backends.openvino import load_model
+
+signal.signal(signal.SIGUSR1, lambda *_: print("answered"))
+first, second = (load_model(Path(sys.argv[1]), 1) for _ in range(2))
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_after_models_were_dropped(flat_copy):
+    """With a Core for each model the second one to go left the thread a signal stack in unmapped memory."""
+    command = [sys.executable, "-c", DROPPED, str(flat_copy / FLAT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
 
 
 def test_a_device_that_it_lacks_is_refused(flat_copy):

@@ -248,3 +248,25 @@ def test_a_graph_that_is_replaced_while_it_is_loaded_is_refused(gpu, flat_copy, 
     monkeypatch.setattr(ort_gpu, "_load", replaced)
     with pytest.raises(BundleError, match=r"model\.flat\.onnx: was replaced while it was loaded"):
         Predictor(path.parent, backend="ort-cuda")
+
+
+def test_a_batch_that_does_not_fit_runs_in_halves(gpu, flat_copy, photo, monkeypatch):
+    with Predictor(flat_copy(), backend="ort-cuda", device="cuda") as predictor:
+        pairs = [(photo.rotate(i), "obama speaks") for i in range(4)]
+        expected, session = predictor.predict_batch(pairs), predictor._backend._network
+        run, errors = (
+            session.run_with_iobinding,
+            [RuntimeError("Failed to allocate memory for requested buffer")],
+        )
+        monkeypatch.setattr(
+            session,
+            "run_with_iobinding",
+            lambda binding: fail(errors) if errors else run(binding),
+            raising=False,
+        )
+        assert predictor.predict_batch(pairs) == expected
+    assert gpu.log.count("run") == 3
+
+
+def fail(errors):
+    raise errors.pop()

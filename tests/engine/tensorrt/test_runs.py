@@ -454,3 +454,21 @@ def test_closed(machine, load):
     backend.close()
     with pytest.raises(BackendError, match="was closed"):
         backend.run(feeds(1, 2))
+
+
+def test_a_batch_that_does_not_fit_runs_in_halves(machine, engine_bundle, photo):
+    world = machine()
+    with Predictor(engine_bundle(), backend="tensorrt", device="cuda") as predictor:
+        pairs = [(photo.rotate(i), "obama speaks") for i in range(4)]
+        expected = predictor.predict_batch(pairs)
+        world.runs.clear()
+        predictor._backend._network._idle.clear()
+        gc.collect()
+        world.complaints.append([(ERROR, "Error Code 2: OutOfMemory (Requested size was 4096 bytes.)")])
+        assert predictor.predict_batch(pairs) == expected
+        assert {shape[0] for _, shape, _ in world.runs[1:]} == {2}
+        world.driver.failing["cuMemAlloc_v2"] = 2
+        predictor._backend._network._idle.clear()
+        assert predictor.predict(*pairs[0]).caption == "obama speaks"
+    gc.collect()
+    assert world.driver.held() == []

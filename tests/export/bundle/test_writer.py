@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import dgm4
 from engine.bundle import Bundle
 from engine.errors import BundleError
 from engine.network.config import TYPES
@@ -21,7 +22,7 @@ from export.bundle.writer import BundleWriter, sweep_partials
 
 ROOT = Path(__file__).resolve().parents[3]
 MANIFEST = {
-    "model": {"name": "asap", "size": "tiny", "config": {"width": 64, "heads": 4, "vision_depth": 2}},
+    "model": {"name": "asap", "size": "tiny", "config": dgm4.model_config("asap", "tiny").to_dict()},
     "weights": {"kind": "drawn", "source": "drawn from seed 1", "sha256": None},
     "precision": "fp16",
     "preprocess": {

@@ -179,10 +179,12 @@ def test_sigterm_leaves_the_answers_and_nothing_else(tmp_path):
     command = [sys.executable, "-P", "-c", textwrap.dedent(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "ready\n"
         assert len(list(tmp_path.iterdir())) == 4
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
+        told = "dgm4: a.jsonl.partial holds the answers so far; --resume goes on with it\n"
+        assert process.stderr.read() == told
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.jsonl.partial", "{}\n")]

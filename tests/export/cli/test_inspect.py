@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 
+from engine import __version__
 from engine.manifest import manifest_digest
 from export import cli
 
@@ -80,16 +81,29 @@ def test_inspect_of_a_damaged_bundle(bundle, tmp_path, capsys):
         assert named in err
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setenv("DGM4_LOG", "info")
+    monkeypatch.setenv("DGM4_SERVE_TOKEN", "Rosebud")
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("python", "package", "backends", "builder"):
+    for word in ("dgm4", "python", "package", "backends", "builder"):
         assert f"{word} " in text
+    assert text.splitlines()[-1] == "variable   DGM4_SERVE_TOKEN is set"
+    assert "variable   DGM4_LOG=info\n" in text
 
 
-def test_doctor_as_json(capsys):
+def test_doctor_as_json(capsys, monkeypatch):
+    monkeypatch.setenv("DGM4_SERVE_TOKEN", "Rosebud")
+    monkeypatch.delenv("DGM4_LOG", raising=False)
     assert cli.main(["doctor", "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert "Rosebud" not in text
+    record = json.loads(text)
+    assert record["dgm4"] == __version__
+    assert record["ready_bundles"] == ["demo:asap"]
+    assert record["secrets"] == {"DGM4_SERVE_TOKEN": True}
+    assert record["environment"]["DGM4_LOG"] is None
+    assert record["environment"]["ORT_DISABLE_TELEMETRY"] == "1"
     assert record["cores"] >= 1
     assert [name for name in record["backends"] if name != "openvino"] == ["ort", "torch"]
     assert record["packages"]["torch"]

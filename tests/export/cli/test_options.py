@@ -24,7 +24,7 @@ OPTIONS = {
     "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
     "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
-    "--backend --device --threads --rebuild --threshold",
+    "--backend --device --threads --rebuild --threshold --public-key",
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
@@ -35,7 +35,8 @@ OPTIONS = {
     "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out",
     "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
     "--threads --accelerate",
-    "inspect": "bundle --layers --data --split --json",
+    "inspect": "bundle --layers --data --split --json --public-key",
+    "sign": "bundle --key",
     "demo": "--out",
     "list": "--json",
     "doctor": "--json",
