@@ -120,96 +120,55 @@ def right_cases(module: Any, random: np.random.Generator, count: int) -> Counter
     return done
 
 
-def pools(random: np.random.Generator) -> dict[str, list[Any]]:
-    """For each argument what is allowed (first) and what is not, or only beside certain others."""
-    pixels = random.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+def bands_of(pixels: np.ndarray) -> list[Any]:
+    """Bands that are right, and others."""
     image = Image.fromarray(pixels)
-    levels, out = np.zeros((3, 256), np.float32), np.zeros((3, 8, 8), np.float32)
-    frozen = np.zeros((3, 8, 8), np.float32)
-    frozen.flags.writeable = False
-    strides = np.lib.stride_tricks.as_strided
-    bands = [[pixels], [pixels[:4], pixels[4:]], [image.__arrow_c_array__()]]
+    capsules = image.__arrow_c_array__()
+    strided = np.lib.stride_tricks.as_strided
+    bands: list[Any] = [[pixels], [pixels[:4], pixels[4:]], [capsules], [memoryview(pixels)], iter([pixels])]
+    bands += [[], [pixels[:3]], [pixels, pixels], [None], [1], [()], [(1, 2)], [("a", "b", "c")], [b"123"]]
+    bands += [5, None, [pixels[:, ::2]], [pixels[:, ::-1]], [pixels[..., ::-1]], [pixels.astype(np.int32)]]
     bands += [
-        [],
-        [pixels[:3]],
-        [pixels, pixels],
-        [None],
-        [1],
-        [()],
-        [(1, 2)],
-        [("a", "b", "c")],
-        [b"123"],
-        5,
-        None,
-    ]
-    bands += [
-        [pixels[:, ::2]],
-        [pixels[:, ::-1]],
-        [pixels[..., ::-1]],
-        [pixels.astype(np.int32)],
         [pixels[0]],
         [pixels.T],
-    ]
-    bands += [[image.convert(mode).__arrow_c_array__()] for mode in ("L", "RGBA", "CMYK", "F", "I", "1")]
-    bands += [
-        [strides(pixels, (9, 7, 3), (0, 3, 1))],
-        [strides(pixels[8:], (9, 7, 3), (-21, 3, 1))],
-        [memoryview(pixels)],
-    ]
-    bands += [
-        [image.__arrow_c_array__()[::-1]],
         [pixels[:0]],
         [pixels[:, :0]],
-        [bytearray(189)],
-        iter([pixels]),
+        [bytearray(pixels.size)],
+        [capsules[::-1]],
     ]
-    sides = [7, 9, 0, 1, -1, 2, 8, 63, 189, 65536, 65537, 2**31 - 1, -(2**31), 2**31, 2**63, 1.5, "7", None]
-    tables = [
-        levels,
-        levels.astype(np.float16),
-        levels.astype(np.float64),
-        levels[:2],
-        levels[:, :255],
-        levels[:, ::2],
-    ]
-    tables += [
-        levels.T,
-        levels.ravel(),
-        strides(levels, (3, 256), (0, 0)),
-        None,
-        b"1" * 3072,
-        levels.astype(">f4"),
-    ]
-    outs = [
-        out,
-        out.astype(np.float16),
-        np.zeros((3, 1, 1), np.float32),
-        frozen,
-        out[:2],
-        out[:, :7],
-        out[..., ::2],
-    ]
-    outs += [
-        out.transpose(2, 1, 0),
-        out.astype(np.float64),
-        out.astype(np.uint8),
-        np.zeros((3, 0, 0), np.float32),
-    ]
-    outs += [
-        np.zeros(769, np.uint8)[1:].view(np.float32).reshape(3, 8, 8),
-        bytearray(768),
-        None,
-        3,
-        out[None],
-        out[0],
-    ]
-    outs += [strides(out, (3, 8, 8), (0, 0, 0)), np.empty((3, 2049, 2049), np.float32), out.astype(">f4")]
+    bands += [[image.convert(mode).__arrow_c_array__()] for mode in ("L", "RGBA", "CMYK", "F", "I", "1")]
+    bands += [[strided(pixels, pixels.shape, (0, 3, 1))], [strided(pixels[8:], pixels.shape, (-21, 3, 1))]]
+    return bands
+
+
+def tables_of(levels: np.ndarray) -> list[Any]:
+    """Levels that are right, and others."""
+    tables: list[Any] = [levels, levels.astype(np.float16), levels.astype(np.float64), levels.astype(">f4")]
+    tables += [levels[:2], levels[:, :255], levels[:, ::2], levels.T, levels.ravel(), None, b"1" * 3072]
+    return [*tables, np.lib.stride_tricks.as_strided(levels, levels.shape, (0, 0))]
+
+
+def outs_of(out: np.ndarray) -> list[Any]:
+    """Outputs that are right, and others."""
+    frozen = out.copy()
+    frozen.flags.writeable = False
+    odd = np.zeros(out.nbytes + 1, np.uint8)[1:].view(out.dtype).reshape(out.shape)
+    outs: list[Any] = [out, out.astype(np.float16), np.zeros((3, 1, 1), np.float32), frozen, odd, out[:2]]
+    outs += [out[:, :7], out[..., ::2], out.transpose(2, 1, 0), out.astype(np.float64), out.astype(np.uint8)]
+    outs += [out.astype(">f4"), out[None], out[0], out[:, :0, :0], bytearray(out.nbytes), None, 3]
+    huge = np.empty((3, 2049, 2049), np.float32)
+    return [*outs, np.lib.stride_tricks.as_strided(out, out.shape, (0, 0, 0)), huge]
+
+
+def pools(random: np.random.Generator) -> dict[str, list[Any]]:
+    """For each argument what is right (first), and what is wrong, or right beside certain others."""
+    sides = [0, 1, -1, 2, 8, 63, 189, 65536, 65537, 2**31 - 1, -(2**31), 2**31, 2**63, 1.5, "7", None]
     return {
-        "bands": bands,
-        "width": sides,
-        "height": [9, 7, *sides[2:]],
-        "levels": tables,
-        "out": outs,
+        "bands": bands_of(random.integers(0, 256, (9, 7, 3), dtype=np.uint8)),
+        "width": [7, 9, *sides],
+        "height": [9, 7, *sides],
+        "levels": tables_of(np.zeros((3, 256), np.float32)),
+        "out": outs_of(np.zeros((3, 8, 8), np.float32)),
         "passes": [None, "plain", "avx2", "sse4", "neon", "", "x" * 10_000, 1, b"avx2"],
     }
 

@@ -58,8 +58,8 @@ ROOMS = {
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
-    "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.logs engine.packages engine.progress engine.scores engine.shipped "
+    "export.cli": "dgm4 engine engine._native engine.backends engine.bundle engine.errors engine.files "
+    "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.shipped "
     "engine.signing export "
     "export.bench "
     "export.bundle export.evaluation "

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from engine import __version__
+from engine import __version__, _native
 from engine.backends import describe, remedy, usable_cores
 from engine.files import cache_folder
 from engine.packages import find_conflict, version_of
@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         "absent_backends": {name: need for name, need in missing.items() if need is not None},
         "remedies": {name: command for name in missing if (command := remedy(name)) is not None},
         "conflict": find_conflict(),
+        "preprocessing": _native.describe(),
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -99,6 +100,7 @@ def _lines(record: dict[str, Any]) -> str:
         command = f": {record['remedies'][name]}" if name in record["remedies"] else ""
         lines.append(f"absent     {name} needs {need}{command}")
     lines += [f"conflict   {record['conflict']}"] if record["conflict"] else []
+    lines.append(f"images     {record['preprocessing']}")
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines
+from benchmarks import accuracy, decoding, demo, engines, preprocessing
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -47,6 +47,9 @@ def result(name):
         ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
+        ("preprocessing-cpu", "preprocessing", preprocessing.table),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.table(result["files"])),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.price_table(result["accuracy"])),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
