@@ -1,12 +1,7 @@
-from collections.abc import Buffer, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 def resample(
-    bands: Iterable[Buffer | tuple[object, object]],
-    width: int,
-    height: int,
-    levels: Buffer,
-    out: Buffer,
-    *,
-    passes: str | None = None,
+    bands: Iterable[Any], width: int, height: int, levels: Any, out: Any, *, passes: str | None = None
 ) -> None: ...
 def passes() -> list[str]: ...
