@@ -20,8 +20,16 @@ EXTRAS = {
     "onnxscript": "export",
     "scipy": "export",
     "skimage": "export",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "python_multipart": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "timm": "train",
     "transformers": "train",
+    "ray": "ray",
+    "pyarrow": "parquet",
     "cryptography": "sign",
 }
 # The package of a module that is called otherwise.

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, cast
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class _KernelsFinder:

@@ -36,6 +36,9 @@ ROOMS = {
     "kernels",
     "engine": "engine.errors engine.files engine.layout engine.network.config engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends engine.logs engine.signing engine.tracing",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.network.config "
+    "engine.packages engine.progress",
+    "engine.serving": "engine engine.errors engine.inputs engine.network.config",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.network.config engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
@@ -53,16 +56,14 @@ ROOMS = {
     "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
-    "export.inference_server": "engine engine.bundle engine.errors engine.inputs engine.layout "
-    "engine.manifest export.bundle",
+    "export.inference_server": "engine engine.backends engine.bundle engine.errors engine.inputs "
+    "engine.layout engine.manifest engine.network.config engine.schema export.bundle",
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
     "export.cli": "dgm4 engine engine._native engine.backends engine.bundle engine.errors engine.files "
-    "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.shipped "
-    "engine.signing export "
-    "export.bench "
-    "export.bundle export.evaluation "
+    "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.scoring "
+    "engine.serving engine.shipped engine.signing export export.bench export.bundle export.evaluation "
     "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }

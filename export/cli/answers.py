@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,13 +15,12 @@ from typing import IO, Any
 from engine.errors import InputError, quoted
 from engine.files import begin_unfinished, end_unfinished
 from engine.inputs.text import read_caption
-from export.cli.pairs import Entry
+from engine.scoring.entries import Entry
+from engine.scoring.records import json_line
 from export.output import ERRORS
 
 SUFFIX = ".partial"
 Maker = Mapping[str, Mapping[str, Any]]
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Answers:
@@ -101,18 +98,6 @@ def _leave(partial: Path) -> None:
         partial.unlink()
     else:
         sys.stderr.write(f"dgm4: {partial} holds the answers so far; --resume goes on with it\n")
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A line of JSON that is valid Unicode, with U+FFFD in place of what is not.
-
-    A path that is not UTF-8 is given whole too, as `image_base64`.
-    """
-    image = record.get("image")
-    if isinstance(image, str) and _SURROGATE.search(image):
-        record = {**record, "image_base64": base64.b64encode(os.fsencode(image)).decode("ascii")}
-    text = json.dumps(record, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub("\ufffd", text) + "\n"
 
 
 def _check(record: dict[str, Any], entry: Entry | None, number: int, path: Path) -> None:

@@ -35,6 +35,8 @@ from export.cli import (
     pretrain,
     rebuild,
     repository,
+    score,
+    serve,
     sign,
     train,
 )
@@ -45,7 +47,7 @@ from export.output import ERRORS, FULL, escaped
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
-    "answer": (demo, predict, models),
+    "answer": (demo, predict, score, serve, models),
     "make a bundle": (export, convert, calibrate, rebuild, sign, repository),
     "judge it": (evaluate, bench, inspect, doctor),
     "train": (train, pretrain, data),
@@ -137,7 +139,12 @@ def _set_up_log(verbose: int, quiet: bool) -> None:
 
 
 def _log_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
 ) -> None:
     """A library's warning in one line; Python shows each once."""
     text = (str(message).strip().splitlines() or [""])[0]

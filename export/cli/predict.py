@@ -5,39 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from engine import ImageOptions, Prediction, Predictor
+from engine import ImageOptions, Predictor
 from engine.errors import Dgm4Error, InputError, quoted, shorten
 from engine.inputs.sources import check_file
 from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
 from engine.render import check_plot_path
-from export.cli.answers import Answers, Maker, json_line
+from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
+from engine.scoring.records import Answer, Record, answers, json_line, line_record
+from export.cli.answers import Answers, Maker
 from export.cli.arguments import Verbs, add_backend, add_decode, add_thresholds, check_batch
-from export.cli.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, Entry, PairList
 from export.cli.plot import save_plot
-from export.cli.summary import rounded, summary
+from export.cli.summary import summary
 from export.flags import POSITIVE
 from export.output import check_output, full_disk_as_input_error, open_output, printable
 
-Record = dict[str, Any]
-
 _BAD_INPUT = 1
 _BATCH = 8
-_ITEM = re.compile(r"^item \d+")  # what the predictor calls the pairs of a stream
 _EPILOG = """
-A list is JSON lines, a JSON array, or CSV with the columns image and caption; or a folder with one of these
-as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are relative to the
-list. An image or a caption is judged alone beside null, an empty cell or an empty text file. A failed item
-gives a line with its error, and exit code 1.
+A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
+one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
+relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
+A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
 stopped goes on there with --resume, which keeps failed items too.
@@ -164,22 +160,6 @@ def _predictor(options: argparse.Namespace) -> Predictor:
     )
 
 
-class _Reader:
-    """Pairs of a list for `Predictor.stream`; `pending` are those without a prediction yet."""
-
-    def __init__(self, entries: Iterable[Entry], base: Path) -> None:
-        self.entries, self.base = entries, base
-        self.pending: deque[Entry] = deque()
-
-    def __iter__(self) -> Iterator[object]:
-        for entry in self.entries:
-            self.pending.append(entry)
-            if entry.error is not None:
-                yield None  # no pair: the predictor returns an error in its place
-            else:
-                yield None if entry.image is None else self.base / entry.image, entry.caption
-
-
 def _predict_list(options: argparse.Namespace) -> int:
     """Stream the list through the predictor, one record a line, in order."""
     pairs = PairList(options.list)
@@ -199,21 +179,15 @@ def _predict_list(options: argparse.Namespace) -> int:
         predictor = stack.enter_context(_predictor(options))
         if options.resume and isinstance(out, Answers):
             done, failed = out.keep(entries, _maker(predictor))
-        reader = _Reader(entries, pairs.base)
-        batch = options.batch or _BATCH
-        stream = predictor.stream(cast(Iterable[Any], reader), batch_size=batch, on_error="return")
+        stream = answers(predictor, entries, pairs.base, options.batch or _BATCH)
         # Answers on a terminal show by themselves how far it is.
         shown = not options.quiet and (options.out is not None or not sys.stdout.isatty())
         bar = stack.enter_context(progress_bar("predict", total, "pairs", shown, initial=done))
 
-        def predictions() -> Iterator[tuple[str, Record, Prediction | Dgm4Error]]:
+        def predictions() -> Iterator[tuple[str, Record, Answer]]:
             nonlocal failed, done
-            for result in stream:
-                entry = reader.pending.popleft()
-                answer = result if entry.error is None else entry.error
-                if isinstance(answer, Dgm4Error):
-                    failed += 1
-                    answer = type(answer)(_ITEM.sub(entry.place, str(answer)))
+            for entry, answer in stream:
+                failed += isinstance(answer, Dgm4Error)
                 done += 1
                 bar.update()
                 yield entry.name, entry.head(), answer
@@ -232,9 +206,7 @@ def _maker(predictor: Predictor) -> Maker:
     return {"model": model, "thresholds": vars(predictor.manifest.thresholds)}
 
 
-def _write(
-    out: _Sink, options: argparse.Namespace, results: Iterable[tuple[str, Record, Prediction | Dgm4Error]]
-) -> None:
+def _write(out: _Sink, options: argparse.Namespace, results: Iterable[tuple[str, Record, Answer]]) -> None:
     """Write each prediction as it comes: its name, what its record begins with, and the result."""
     if options.html:
         for part in write_page((name, result) for name, _, result in results):
@@ -244,13 +216,10 @@ def _write(
         out.write(_text(name, head, result, options))
 
 
-def _text(name: str, head: Record, result: Prediction | Dgm4Error, options: argparse.Namespace) -> str:
+def _text(name: str, head: Record, result: Answer, options: argparse.Namespace) -> str:
     """A prediction or an error for reading on a terminal, or as a line of JSON."""
-    if isinstance(result, Prediction):
-        record = result.to_dict(options.heatmap)
-        if not options.json and options.out is None and sys.stdout.isatty():
-            return summary(name, record)
-        return json_line({**head, **rounded(record)})
-    if not options.json and options.out is None and sys.stdout.isatty():
+    if options.json or options.out is not None or not sys.stdout.isatty():
+        return json_line(line_record(head, result, options.heatmap))
+    if isinstance(result, Dgm4Error):
         return printable(f"error: {result}") + "\n"
-    return json_line({**head, "error": str(result), "kind": type(result).__name__})
+    return summary(name, result.to_dict(options.heatmap))

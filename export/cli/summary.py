@@ -1,4 +1,4 @@
-"""A prediction for people: a few lines on a terminal; and its numbers as a machine reads them."""
+"""A prediction for people: a few lines on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ Record = dict[str, Any]
 
 _INDENT = 11  # columns of a line's name
 _WIDEST = 100
-_SCORE_DIGITS, _PIXEL_DIGITS, _MS_DIGITS = 6, 1, 2
 _FACE = ("face_swap", "face_attribute")
 
 
@@ -57,16 +56,3 @@ def percent(share: float) -> str:
     if share > 0.999:
         return "> 99.9 %"
     return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
-
-
-def rounded(record: Record) -> Record:
-    """A prediction's record without digits that mean nothing: probabilities to 1e-6, pixels to 0.1."""
-    short = dict(record)
-    short["score"] = record["score"] and round(record["score"], _SCORE_DIGITS)
-    short["types"] = {kind: x and round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
-    short["words"] = [{**word, "score": round(word["score"], _SCORE_DIGITS)} for word in record["words"]]
-    short["box"] = record["box"] and [round(x, _PIXEL_DIGITS) for x in record["box"]]
-    short["timing"] = {stage: round(ms, _MS_DIGITS) for stage, ms in record["timing"].items()}
-    if record.get("heatmap") is not None:
-        short["heatmap"] = [[round(x, _SCORE_DIGITS) for x in line] for line in record["heatmap"]]
-    return short

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from export.cli.app import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_COMMANDS = (".", "mkdocs", "pytest")  # of other projects
-LANGUAGES = {"json", "python", "sh", "text", "toml"}
+OTHER_COMMANDS = (".", "mkdocs", "pytest", "ray", "serve")  # of other projects
+LANGUAGES = {"json", "python", "sh", "text", "toml", "yaml"}
 
 
 @pytest.fixture
@@ -57,10 +58,12 @@ def test_serving_runs(place, blocks, capsys):
     spaces = run(blocks("python")["serving"])
     assert "no such file" in capsys.readouterr().out
     assert spaces[-1]["strict"].manifest.thresholds.words == 0.7
-    client = testclient.TestClient(find(spaces, "predict")["app"])
-    for image, status in (((place / "photo.jpg").read_bytes(), 200), (b"no image", 422)):
-        answer = client.post("/predict", params={"caption": "A man"}, files={"image": image})
-        assert answer.status_code == status
+    with testclient.TestClient(find(spaces, "create_app")["app"]) as client:
+        for image, code in (((place / "photo.jpg").read_bytes(), None), (b"no image", "invalid_input")):
+            answer = client.post("/v1/predict", data={"caption": "A man"}, files={"image": image})
+            while answer.status_code == 503:  # it warms up
+                answer = client.post("/v1/predict", data={"caption": "A man"}, files={"image": image})
+            assert answer.json().get("code") == code
     celery = find(spaces, "load")
     celery["load"]()
     assert 0 <= celery["judge"]("photo.jpg", "A man")["score"] <= 1
@@ -81,7 +84,7 @@ def test_only_tested_languages(pages):
 
 
 def test_data_blocks_parse(blocks):
-    for parse, language in ((json.loads, "json"), (tomllib.loads, "toml")):
+    for parse, language in ((json.loads, "json"), (tomllib.loads, "toml"), (yaml.safe_load, "yaml")):
         for block in sum(blocks(language).values(), []):
             parse(block)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InputError
+from engine.scoring.entries import Entry
 from export.cli.answers import Answers, json_line
-from export.cli.pairs import Entry
 
 ROOT = Path(__file__).resolve().parents[3]
 MAKER = {"model": {"name": "asap"}, "thresholds": {"words": 0.5}}

@@ -19,7 +19,7 @@ ENGINE = (
 COMMON = ("help", "verbose", "quiet")  # of every verb; export/cli/app.py reads them
 OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
-    "--licence --data --split --out --calibration --calibration-pairs --keep-layers "
+    "--sha256 --licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --plot --json {ENGINE}",
     "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
@@ -32,9 +32,9 @@ OPTIONS = {
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
     "pretrain": "--data --out --size --recipe --set --device --cache",
-    "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out",
-    "repository": "bundle --out --name --plan --kind --instances --queue-delay --preferred "
-    "--threads --accelerate",
+    "bench": "bundle --backend --batch --tokens --seconds --threads --device --json --out --choose",
+    "repository": "bundle --out --name --with --plan --kind --instances --queue-delay --queue-size "
+    "--preferred --threads --accelerate",
     "inspect": "bundle --layers --data --split --json --public-key",
     "sign": "bundle --key",
     "demo": "--out",

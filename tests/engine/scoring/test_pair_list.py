@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InputError
-from export.cli.pairs import STDIN, PairList
+from engine.scoring.pairs import STDIN, PairList
 
 PAIRS = [("a.jpg", "A man, smiling"), ("b/é.png", 'He said "no"\nand left'), ("c.webp", "Zoë 你好")]
 

@@ -1,0 +1,140 @@
+"""`POST /v1/predict`: one pair as a form or as JSON, or many as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import Response
+
+from engine.inputs.pairs import Caption
+from engine.prediction import Prediction
+from engine.serving.problems import Refused, problem_of
+from engine.serving.schemas import (
+    PairsRequest,
+    PredictionResponse,
+    PredictionsResponse,
+    problems,
+    read_request,
+)
+from engine.serving.service import Answer, Given, Service
+
+router = APIRouter()
+
+_FIELDS = {"image", "caption"}
+_PAIR, _PAIRS = ({"$ref": f"#/components/schemas/{name}"} for name in ("PairRequest", "PairsRequest"))
+_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": {"oneOf": [_PAIR, _PAIRS]}},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "image": {"type": "string", "contentMediaType": "application/octet-stream"},
+                    "caption": {"type": "string"},
+                },
+                "additionalProperties": False,
+            }
+        },
+    },
+}
+
+
+class _InMemory(MultiPartParser):
+    """A form whose file is kept in memory, within the limit of the body: nothing is written to a disk."""
+
+    spool_max_size = sys.maxsize
+
+
+@router.post(
+    "/v1/predict",
+    summary="Predict one pair or many",
+    tags=["predict"],
+    openapi_extra={"requestBody": _BODY},
+    response_model=None,
+    responses={
+        200: {"model": PredictionResponse | PredictionsResponse, "description": "The answer, or the answers"},
+        **problems(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504),
+    },
+)
+async def predict(request: Request, heatmap: bool = False, card: bool = False) -> Response:
+    """Predict an image with its caption, sent as a form (`image`, `caption`) or as JSON.
+
+    JSON holds the image in base64: `{"image": ..., "caption": ...}`, or many as `{"pairs": [...]}`. What is
+    null or left out is judged without. With many pairs the error of one takes its place, and the rest is
+    answered. `heatmap` adds the 16 x 16 map of the image, `card` the answer as HTML.
+    """
+    service: Service = request.app.state.service
+    pairs, many = await _read(request)
+    answers = await service.predict(request, pairs)
+    if not many:
+        (only,) = answers
+        if isinstance(only, Exception):
+            raise only
+        return _json(await _show(only, pairs[0], heatmap, card))
+    shown = [await _show(answer, pair, heatmap, card) for answer, pair in zip(answers, pairs, strict=True)]
+    return _json({"predictions": shown})
+
+
+async def _read(request: Request) -> tuple[list[Given], bool]:
+    """The pairs of a request, and whether it has the form for many."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return [await _read_form(request)], False
+    if kind != "application/json":
+        text = "expected the content type application/json or multipart/form-data"
+        raise Refused(415, "unsupported_media_type", text)
+    body = read_request(await request.body())
+    if isinstance(body, PairsRequest):
+        return [(pair.image, pair.caption) for pair in body.pairs], True
+    return [(body.image, body.caption)], False
+
+
+async def _read_form(request: Request) -> Given:
+    try:
+        form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=2).parse()
+    except MultiPartException as error:
+        raise Refused(400, "bad_request", error.message) from None
+    names = [name for name, _ in form.multi_items()]
+    if not set(names) <= _FIELDS or len(names) > len(set(names)):
+        raise Refused(422, "invalid_request", "expected the fields image and caption, each at most once")
+    return await _image(form), await _caption(form)
+
+
+async def _image(form: FormData) -> bytes | None:
+    """The image's bytes; None for a field that a browser sends of a file that was not chosen."""
+    given = form.get("image")
+    if isinstance(given, str):
+        raise Refused(422, "invalid_request", "image: expected a file, got a text without a filename")
+    if given is None or not (given.filename or given.size):
+        return None
+    return await given.read()
+
+
+async def _caption(form: FormData) -> Caption | None:
+    given = form.get("caption")
+    return await given.read() if isinstance(given, UploadFile) else given
+
+
+async def _show(answer: Answer, pair: Given, heatmap: bool, card: bool) -> dict[str, Any]:
+    if isinstance(answer, Exception):
+        problem = problem_of(answer)
+        return {"error": {"code": problem.code, "message": problem.message}}
+    shown = answer.to_dict(heatmap)
+    if card:
+        shown["card"] = await asyncio.to_thread(_card, answer, pair[0])
+    return shown
+
+
+def _card(prediction: Prediction, image: bytes | None) -> str:
+    return prediction.to_html(image)
+
+
+def _json(data: dict[str, Any]) -> Response:
+    return Response(json.dumps(data, allow_nan=False), media_type="application/json")

@@ -1,0 +1,94 @@
+"""The application over the network whose outputs can be computed by hand, and servers of it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+
+from starlette.testclient import TestClient  # noqa: E402
+
+from engine.serving import Settings, create_app, server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def jpeg(photo, encode):
+    """The bytes of a small photograph."""
+    return encode(photo, "JPEG")
+
+
+def await_ready(service):
+    for _ in range(200):
+        if service.ready:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the service did not become ready")
+
+
+@pytest.fixture
+def open_client(predictor):
+    """Makes a client of an application with these settings that has warmed up."""
+    with contextlib.ExitStack() as stack:
+
+        def open_client(**settings):
+            app = create_app(predictor, Settings(**settings))
+            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            await_ready(app.state.service)
+            return client
+
+        yield open_client
+
+
+@pytest.fixture
+def client(open_client):
+    return open_client()
+
+
+class Running:
+    """A server in a thread: its address, application and connections."""
+
+    def __init__(self, app, connections):
+        self.app = app
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listener.getsockname()
+        self.url = "http://{}:{}".format(*self.address)
+        config = server.configure(app, connections)
+        self.server = server.Server(config, app.state.service, drain_s=0.0)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+
+    def __enter__(self):
+        self.thread.start()
+        await_ready(self.app.state.service)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    @property
+    def open(self):
+        """How many connections are open."""
+        return len(self.server.server_state.connections)
+
+    def connect(self):
+        """A socket to the server."""
+        return socket.create_connection(self.address, timeout=10)
+
+
+@pytest.fixture
+def run_server(predictor):
+    """Makes a server in a thread, with these settings."""
+    with contextlib.ExitStack() as stack:
+
+        def run_server(connections=64, **settings):
+            return stack.enter_context(Running(create_app(predictor, Settings(**settings)), connections))
+
+        yield run_server
