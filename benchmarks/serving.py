@@ -220,6 +220,7 @@ def table(result: Row) -> str:
         (f"service, {CONNECTIONS} clients", *(f"{x['service']:.1f}" for x in medians)),
         ("ratio, median of turns", *(f"{x['ratio']:.2f}" for x in medians)),
         ("the client's share of the cores", *(f"{x['client_share']:.1%}" for x in medians)),
+        ("half load, requests", *(str(x["requests"]) for x in half)),
         ("half load, p50", *(f"{x['p50_ms']:.0f} ms" for x in half)),
         ("half load, p99", *(f"{x['p99_ms']:.0f} ms" for x in half)),
         ("p99 / p50", *(f"{x['ratio']:.1f}" for x in half)),
