@@ -150,14 +150,19 @@ def try_kill(seed: int, server: Server, cases: dict[str, Case], folder: Path) ->
     for path in (folder / "answers.jsonl", folder / "answers.jsonl.partial"):
         path.unlink(missing_ok=True)
     after = float(random.uniform(0, 1.1 * case.seconds))
+    before = _temporary(folder)
     status = server.run(case.arguments, number, after)
     wrong = case.check()
     if status not in (0, 128 + number, -number):
         wrong = wrong or f"status {status}"
-    strays = [path for path in folder.glob(".*") if path.name.endswith((".partial", ".old"))]
+    strays = sorted(_temporary(folder) - before)
     if strays and number == signal.SIGTERM and status != -number:
         wrong = wrong or f"SIGTERM left {strays[0].name}"
     return Killed(name, number.name, round(after, 3), status, wrong, len(strays))
+
+
+def _temporary(folder: Path) -> set[Path]:
+    return {path for path in folder.glob(".*") if path.name.endswith((".partial", ".old"))}
 
 
 def sweep(server: Server, cases: dict[str, Case], folder: Path) -> str:
