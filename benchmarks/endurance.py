@@ -89,13 +89,13 @@ class Process:
 
     def infer(self) -> None:
         """Run one of the models."""
-        self.random.choice(self.kept).create_infer_request().infer(self._feeds(), share_inputs=True)
+        _infer(self.random.choice(self.kept), self._feeds())
 
     def share(self) -> None:
         """Run one of the models from three threads at once."""
         model, feeds = self.random.choice(self.kept), [self._feeds() for _ in range(3)]
         with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda batch: model.create_infer_request().infer(batch), feeds))
+            list(pool.map(lambda batch: _infer(model, batch), feeds))
 
     def ort(self) -> None:
         """Load and run a model with ONNX Runtime."""
@@ -115,6 +115,11 @@ class Process:
         ids = np.full((batch, tokens), 50)
         image = np.ones((batch, 3, 256, 256), np.float32)
         return {"image": image, "input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def _infer(model: Any, feeds: dict[str, np.ndarray]) -> None:
+    """As the backend does. A model that has run with shared inputs must never copy others."""
+    model.create_infer_request().infer(feeds, share_inputs=True)
 
 
 def start(graphs: Path, way: str, seed: int, seconds: float) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with the counts")
     parser.add_argument("--minutes", type=float, default=30.0, help="in all (%(default)g)")
     parser.add_argument("--seconds", type=float, default=10.0, help="CPU time of a process (%(default)g)")
-    parser.add_argument("--graphs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--graphs", type=Path, metavar="DIR", help="an earlier run's; else they are made")
     parser.add_argument("--process", metavar="WAY,SEED", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process:
@@ -172,8 +177,10 @@ def main() -> int:
     if options.out is None:
         parser.error("--out is required")
     with tempfile.TemporaryDirectory() as folder:
-        write_graphs(Path(folder))
-        rows = endure(ResultFile(options.out), Path(folder), options.minutes, options.seconds)
+        graphs = options.graphs or Path(folder)
+        if options.graphs is None:
+            write_graphs(graphs)
+        rows = endure(ResultFile(options.out), graphs, options.minutes, options.seconds)
     sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     return 1 if rows[0]["failed"] else 0
 

@@ -67,6 +67,8 @@ class OpenVinoBackend(Backend[_Compiled]):
             request = network.idle.pop()
         except IndexError:
             request = network.model.create_infer_request()
+        # Always shared: a model that ran once with shared inputs writes into their memory, which is freed by
+        # then, when a later run copies its own.
         results = request.infer(feeds, share_inputs=True)
         outputs = {name: results[name] for name in self._outputs}
         network.idle.append(request)  # not after a failure, which leaves a request in an unspecified state

@@ -17,7 +17,7 @@ from engine import __version__
 from engine.errors import Dgm4Error
 from engine.predictor import Predictor
 from engine.serving import operation, pages, protocol, v1
-from engine.serving.gate import Gate, answer
+from engine.serving.gate import Gate, answer, needs_no_token
 from engine.serving.metrics import Metrics
 from engine.serving.problems import Refused, problem_of
 from engine.serving.schemas import PairRequest, PairsRequest, ProblemResponse, explain
@@ -74,12 +74,13 @@ def create_app(predictor: Predictor | str | os.PathLike[str], settings: Settings
     for kind in (Dgm4Error, HTTPException):
         app.add_exception_handler(kind, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
-    _add_schemas(app.openapi())
+    _complete(app.openapi(), settings.token is not None)
     return app
 
 
-def _add_schemas(document: dict[str, Any]) -> None:
-    """Add the models that the routes read and refuse with by themselves to the OpenAPI document."""
+def _complete(document: dict[str, Any], guarded: bool) -> None:
+    """Add to the OpenAPI document what the framework does not see: the models that the routes read and refuse
+    with by themselves, and where a token is asked for."""
     models = (PairRequest, PairsRequest, InferRequest, ProblemResponse)
     _, made = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
@@ -88,6 +89,12 @@ def _add_schemas(document: dict[str, Any]) -> None:
     schemas |= made["$defs"]
     for unused in ("HTTPValidationError", "ValidationError"):  # the framework's, for which _invalid stands in
         schemas.pop(unused, None)
+    if guarded:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in filter(needs_no_token, document["paths"]):
+            for operation in document["paths"][path].values():
+                operation["security"] = []
 
 
 async def _problem(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.serving.metrics import Metrics
@@ -103,7 +104,7 @@ class Gate:
     def _admit(self, scope: Scope, headers: Headers, exchange: Exchange) -> None:
         """Refuse what can be refused before the body is read."""
         token = self._settings.token
-        if token is not None and not _OPEN.fullmatch(scope["path"]):
+        if token is not None and not needs_no_token(scope["path"]):
             kind, _, given = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode(), token.encode())
             if kind.lower() != "bearer" or not same:
@@ -182,6 +183,11 @@ class Gate:
         logger.log(level, "request", extra={"fields": fields})
 
 
+def needs_no_token(path: str) -> bool:
+    """Whether the path is open to everyone, where a token is set."""
+    return _OPEN.fullmatch(path) is not None
+
+
 def _stamp(message: Message, exchange: Exchange, scope: Scope) -> None:
     """Add what every response carries; a connection whose request is not read to its end is closed."""
     exchange.status = message["status"]
@@ -193,7 +199,7 @@ def _stamp(message: Message, exchange: Exchange, scope: Scope) -> None:
         headers["Connection"] = "close"
 
 
-def answer(problem: Problem, scope: Scope, error: BaseException | None = None) -> ASGIApp:
+def answer(problem: Problem, scope: Scope, error: BaseException | None = None) -> Response:
     """The response for a problem; a fault of the service goes to the log too, without its message."""
     exchange: Exchange = scope[EXCHANGE]
     exchange.code = problem.code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -34,6 +34,9 @@ class Metrics:
         self._stages = histogram("dgm4_stage_seconds", "A pair's stages, of Prediction.timing", ["stage"])
         self._pairs = counter("dgm4_pairs", "Answered pairs by verdict", ["verdict"])
         self._model = gauge("dgm4_model_info", "The model that answers", _MODEL)
+        # Looking a child up costs more than counting.
+        self._stage, self._verdict = cache(self._stages.labels), cache(self._pairs.labels)
+        self._route, self._request = cache(self._seconds.labels), cache(self._requests.labels)
         self.buffered = gauge("dgm4_buffered_bytes", "Bytes of request bodies held")
         self.ready = gauge("dgm4_ready", "1 once the warm-up is done, until shutdown")
         ProcessCollector(registry=registry)
@@ -46,16 +49,16 @@ class Metrics:
     def record(self, method: str, route: str, status: int, code: str | None, seconds: float) -> None:
         """Count one request."""
         method = method if method in _METHODS else "other"
-        self._requests.labels(method, route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._request(method, route, str(status)).inc()
+        self._route(route).observe(seconds)
         if code is not None:
             self.failed(code)
 
     def answered(self, prediction: Prediction) -> None:
         """Count one answered pair and the time of its stages."""
-        self._pairs.labels(_VERDICTS[prediction.manipulated]).inc()
+        self._verdict(_VERDICTS[prediction.manipulated]).inc()
         for stage, milliseconds in prediction.timing.items():
-            self._stages.labels(stage).observe(milliseconds / 1e3)
+            self._stage(stage).observe(milliseconds / 1e3)
 
     def failed(self, code: str) -> None:
         """Count a failed request, or a failed pair among others."""

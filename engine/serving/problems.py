@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -60,11 +60,12 @@ class Problem(NamedTuple):
     def response(self, request_id: str, protocol: bool) -> Response:
         """As JSON; `protocol` is whether the Open Inference Protocol's `error` holds the message."""
         if protocol:
-            body, kind = {"error": f"{self.code}: {self.message}"}, "application/json"
-        else:
-            body = {"status": self.status, "code": self.code, "message": self.message}
-            body, kind = body | {"request_id": request_id}, PROBLEM_TYPE
-        return Response(json.dumps(body), self.status, dict(self.headers), media_type=kind)
+            return self._json({"error": f"{self.code}: {self.message}"}, "application/json")
+        data = {"status": self.status, "code": self.code, "message": self.message}
+        return self._json(data | {"request_id": request_id}, PROBLEM_TYPE)
+
+    def _json(self, data: dict[str, Any], kind: str) -> Response:
+        return Response(json.dumps(data), self.status, dict(self.headers), media_type=kind)
 
 
 def problem_of(error: BaseException) -> Problem:

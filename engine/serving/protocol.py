@@ -94,7 +94,7 @@ async def ready(request: Request) -> Ready:
     return Ready(ready=True)
 
 
-@router.get("/models/{name}", summary="The model", responses=_refusals(401, 404))
+@router.get("/models/{name}", summary="The model", responses=_refusals(401, 404, 422))
 async def model(request: Request, name: str) -> ModelMetadata:
     """The model's inputs and outputs. In JSON an element of `image` is a file in base64."""
     service = _service(request, name)
@@ -110,7 +110,9 @@ async def model(request: Request, name: str) -> ModelMetadata:
     )
 
 
-@router.get("/models/{name}/ready", summary="Whether the model answers", responses=_refusals(401, 404, 503))
+@router.get(
+    "/models/{name}/ready", summary="Whether the model answers", responses=_refusals(401, 404, 422, 503)
+)
 async def model_ready(request: Request, name: str) -> Ready:
     """200 once the warm-up is done, until the process is asked to stop."""
     _service(request, name)

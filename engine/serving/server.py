@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _HEAD_S = 10.0  # that a request's line and headers may take
 _HEAD_BYTES = 64 * 2**10
 _WRITE_S = 30.0  # that a client may take to read what was sent
-_KEEP_ALIVE_S = 5
+_KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection: the one that reuses it closes it first
 _SPARE_S = 5.0  # for an answer after its deadline
 
 
@@ -40,7 +40,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """See asyncio."""
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(_HEAD_S, transport.abort)
@@ -58,7 +58,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See httptools."""
         self._in_head = False
-        self._head_timer = _cancelled(self._head_timer)
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -73,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """See asyncio."""
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_write_timer()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
@@ -89,13 +89,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._head_timer, self._write_timer = _cancelled(self._head_timer), _cancelled(self._write_timer)
+        self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
 
 class Server(uvicorn.Server):

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from engine.batcher import Batcher
+from engine.batcher import Batcher, BatcherStatistics
 from engine.errors import DeadlineError
 from engine.inputs.pairs import Caption
 from engine.prediction import Prediction
@@ -41,6 +41,7 @@ class Service:
         self.failure: Exception | None = None
         self._batcher: Batcher | None = None
         self._owned, self._warm, self._draining = owned, False, False
+        metrics.watch(self._statistics, predictor.model)
 
     @property
     def ready(self) -> bool:
@@ -49,20 +50,25 @@ class Service:
 
     def drain(self) -> None:
         """Stop being ready; what was taken is still answered, and what comes meanwhile."""
+        if not self._draining:
+            logger.info("draining")
         self._draining = True
         self.metrics.ready.set(0)
+
+    def _statistics(self) -> BatcherStatistics:
+        return BatcherStatistics() if self._batcher is None else self._batcher.statistics()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run from start to shutdown: warms up beside the server, and at the end answers what was taken."""
         settings = self.settings
+        self._draining = False
         batcher = self._batcher = Batcher(
             self.predictor,
             max_batch=settings.max_batch,
             max_wait_ms=settings.max_wait_ms,
             max_pending=settings.max_pending,
         )
-        self.metrics.watch(batcher.statistics, self.predictor.model)
         warming = asyncio.create_task(self._warm_up())
         try:
             yield

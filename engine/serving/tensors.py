@@ -22,7 +22,8 @@ from engine.serving.schemas import checked
 
 HEADER = "inference-header-content-length"  # bytes of JSON before the binary data
 INPUTS = ("image", "caption")
-# Datatype and the shape behind the number of pairs; NaN is what the network did not answer.
+NOTHING = -1.0  # where the network did not answer: JSON has no NaN, and no score and no pixel is below 0
+# Datatype and the shape behind the number of pairs.
 OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "score": ("FP32", []),
     "types": ("FP32", [len(TYPES)]),
@@ -71,7 +72,7 @@ class OutputTensor(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """A response of the protocol; null in `data` is what the network did not answer."""
+    """A response of the protocol; -1 is what the network did not answer."""
 
     model_name: str
     model_version: str
@@ -90,7 +91,8 @@ def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str,
             raise Refused(400, "bad_request", f"{HEADER}: expected at most {length}, the bytes of the body")
         length = int(header)
     request: InferRequest = checked(_REQUEST, body[:length])
-    elements, rest = {}, memoryview(body)[length:]
+    elements: dict[str, list[bytes]] = {}
+    rest = memoryview(body)[length:]
     for tensor in request.inputs:
         _check(tensor, elements)
         size = tensor.parameters.get("binary_data_size")
@@ -155,7 +157,8 @@ def write_infer(
         if output.name not in OUTPUTS:
             raise _wrong("outputs", f"some of {', '.join(OUTPUTS)}", output.name)
         datatype, inner = OUTPUTS[output.name]
-        tensor = {"name": output.name, "datatype": datatype, "shape": [len(predictions), *inner]}
+        shape = [len(predictions), *inner]
+        tensor: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": shape}
         values = [_value(output.name, prediction) for prediction in predictions]
         if output.parameters.get("binary_data", everything):
             blobs.append(_to_binary(datatype, values))
@@ -172,19 +175,23 @@ def write_infer(
 
 
 def _value(name: str, prediction: Prediction) -> Any:
-    """An output of one pair; None is what the network did not answer."""
+    """An output of one pair, a number or a list of them; a string for `prediction`."""
     if name == "score":
-        return prediction.score
+        return _number(prediction.score)
     if name == "types":
-        return [prediction.types[kind] for kind in TYPES]
+        return [_number(prediction.types[kind]) for kind in TYPES]
     if name == "box":
-        return [None] * 4 if prediction.box is None else list(prediction.box)
+        return list(prediction.box or [NOTHING] * 4)
     return prediction.to_json(heatmap=False)
+
+
+def _number(value: float | None) -> float:
+    return NOTHING if value is None else value
 
 
 def _to_binary(datatype: str, values: list[Any]) -> bytes:
     if datatype == "FP32":
-        return np.array(values, dtype="<f4").tobytes()  # NumPy makes NaN of None
+        return np.array(values, dtype="<f4").tobytes()
     encoded = [value.encode() for value in values]
     return b"".join(part for value in encoded for part in (_LENGTH.pack(len(value)), value))
 

@@ -102,7 +102,7 @@ class BundleWriter:
             raise BundleError(
                 f"{out} is not empty and not a {noun}: nothing there is touched, choose another --out"
             )
-        foreign = sorted(_entries(out) - listed)
+        foreign = sorted(name for name in _entries(out) - listed if not cls.is_derived(name))
         if foreign:
             raise BundleError(
                 f"{out} is a {noun} with files that are not in its manifest: {', '.join(foreign[:5])}; "
@@ -110,6 +110,11 @@ class BundleWriter:
             )
         if not overwrite:
             raise BundleError(f"{out} already holds a {noun}: allow overwriting or choose another --out")
+
+    @classmethod
+    def is_derived(cls, name: str) -> bool:
+        """Whether a file that the manifest does not list was made of ours, and may go with them."""
+        return False
 
     def path(self, name: str) -> Path:
         """Path for a file called `name` of the bundle; the caller writes it before `commit`.

@@ -139,7 +139,12 @@ def _set_up_log(verbose: int, quiet: bool) -> None:
 
 
 def _log_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
 ) -> None:
     """A library's warning in one line; Python shows each once."""
     text = (str(message).strip().splitlines() or [""])[0]

@@ -8,8 +8,8 @@ import os
 import platform
 from typing import Any
 
-from engine import __version__
-from engine.backends import describe, remedy, usable_cores
+from engine import __version__, _native
+from engine.backends import choice, describe, remedy, usable_cores
 from engine.files import cache_folder
 from engine.packages import find_conflict, version_of
 from engine.shipped import shipped_bundles
@@ -53,8 +53,8 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "doctor",
         help="show what this machine can do",
-        description="Show the packages, backends and engine builders of this machine, and how to install "
-        "what is absent.",
+        description="Show the packages, backends and engine builders of this machine, which backends "
+        "were measured to be the fastest, and how to install what is absent.",
         epilog="examples:\n  dgm4 doctor\n  dgm4 doctor --json",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
         "absent_backends": {name: need for name, need in missing.items() if need is not None},
         "remedies": {name: command for name in missing if (command := remedy(name)) is not None},
         "conflict": find_conflict(),
+        "chosen": [_describe_choice(one) for one in choice.recorded()],
+        "preprocessing": _native.describe(),
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -99,9 +101,25 @@ def _lines(record: dict[str, Any]) -> str:
         command = f": {record['remedies'][name]}" if name in record["remedies"] else ""
         lines.append(f"absent     {name} needs {need}{command}")
     lines += [f"conflict   {record['conflict']}"] if record["conflict"] else []
+    lines += [_chosen_line(one) for one in record["chosen"]]
+    lines.append(f"images     {record['preprocessing']}")
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")
     lines += [f"variable   {name}={value}" for name, value in record["environment"].items() if value]
     lines += [f"variable   {name} is set" for name, is_set in record["secrets"].items() if is_set]
     return "\n".join(map(printable, lines)) + "\n"
+
+
+def _describe_choice(one: choice.Choice) -> dict[str, Any]:
+    return {**one.to_dict(), "reason": one.reason, "applies": choice.applies(one)}
+
+
+def _chosen_line(one: dict[str, Any]) -> str:
+    """What auto takes for a bundle because it was measured, or why the record does not count here."""
+    situation = one["situation"]
+    threads = "" if situation["threads"] is None else f", threads {situation['threads']}"
+    why = one["reason"] if one["applies"] else "not followed: of another machine or other versions"
+    return (
+        f"chosen     {one['backend']} for {one['model']} (bundle {situation['bundle'][:12]}{threads}): {why}"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from export.cli.arguments import Verbs, counts
 from export.cli.parser import usage_errors
 from export.flags import POSITIVE, WHOLE, read_options
+from export.inference_server.config import FORMS
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -17,15 +18,23 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "repository",
         help="write a model repository for NVIDIA Triton Inference Server",
-        description="Write a directory that tritonserver --model-repository takes: of each bundle the ONNX "
-        "graph or the TensorRT plan, its configuration, and what a client needs.",
+        description="Write a directory that tritonserver --model-repository takes: what serves each bundle, "
+        "its configuration, and a client.",
         epilog="examples:\n"
-        "  dgm4 repository my-bundle --out models\n"
+        "  dgm4 repository my-bundle --out models --with python\n"
         "  dgm4 repository fp16 int8 --out models --kind gpu --preferred 8,32",
     )
     parser.add_argument("bundle", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the repository")
     parser.add_argument("--name", metavar="NAME", help="of a single model; <model>-<size>-<precision>")
+    parser.add_argument(
+        "--with",
+        dest="form",
+        choices=FORMS,
+        default=FORMS[0],
+        help="network: the graph or the plan, tensors in and out. python: a Predictor, pictures and captions "
+        "in, answers out. ensemble: the network between two Python models that do the rest (%(default)s)",
+    )
     parser.add_argument("--plan", action="store_true", help="serve the TensorRT engine, not the ONNX graph")
     parser.add_argument(
         "--kind", choices=("auto", "cpu", "gpu"), default="auto", help="where instances run (%(default)s)"
@@ -39,6 +48,13 @@ def add_parser(verbs: Verbs) -> None:
         default=500,
         metavar="US",
         help="microseconds to wait for a batch (%(default)s)",
+    )
+    parser.add_argument(
+        "--queue-size",
+        type=POSITIVE,
+        default=256,
+        metavar="N",
+        help="requests that may wait; the next is refused (%(default)s)",
     )
     parser.add_argument(
         "--preferred",
@@ -78,9 +94,8 @@ def summary(out: Path, manifest: dict[str, Any]) -> str:
     """What was written, a line a model, and how a server is started on it."""
     lines = []
     for name, model in manifest["models"].items():
-        size = sum(
-            entry["bytes"] for place, entry in manifest["files"].items() if place.startswith(f"{name}/")
-        )
+        parts = {place: entry["bytes"] for place, entry in manifest["files"].items()}
+        size = sum(count for place, count in parts.items() if place.partition("/")[0] in model["parts"])
         lines.append(f"{name}: {model['serves']} of {model['of']}, {size / 1e6:.0f} MB")
     lines.append(f"ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository={out.resolve()}")
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import InputError
+from engine.logs import level_of_environment
 from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
 from export.cli.parser import usage_errors
 from export.flags import POSITIVE, SECONDS, Number
@@ -56,6 +57,12 @@ def add_parser(verbs: Verbs) -> None:
     _add_limits(parser.add_argument_group("limits"))
     add_backend(parser)
     add("--rebuild", action="store_true", help="build an engine for this GPU if there is none")
+    add(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="its owner must have signed the bundle; DGM4_PUBLIC_KEY",
+    )
     add_thresholds(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -68,7 +75,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=_WAIT,
         default=5.0,
         metavar="MS",
-        help="for a batch to fill (%(default)s)",
+        help="for a batch to fill (%(default)g)",
     )
     add(
         "--max-pending",
@@ -87,8 +94,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help="of all requests (%(default)s)",
     )
     add("--connections", type=POSITIVE, default=_CONNECTIONS, metavar="N", help="open at once (%(default)s)")
-    add("--timeout", type=SECONDS, default=30.0, metavar="S", help="for an answer (%(default)s); else 504")
-    add("--read-timeout", type=SECONDS, default=15.0, metavar="S", help="for a body (%(default)s); else 408")
+    add("--timeout", type=SECONDS, default=30.0, metavar="S", help="for an answer (%(default)g); else 504")
+    add("--read-timeout", type=SECONDS, default=15.0, metavar="S", help="for a body (%(default)g); else 408")
     add("--rate", type=_RATE, metavar="N", help="pairs a second of one client, else 429; no limit")
     add("--burst", type=POSITIVE, default=32, metavar="N", help="pairs at once under --rate (%(default)s)")
     add("--trust-proxy", metavar="ADDRESS[,..]", help="proxies whose X-Forwarded-For names the client")
@@ -97,7 +104,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=_DRAIN,
         default=0.0,
         metavar="S",
-        help="to go on after SIGTERM, not ready (%(default)s)",
+        help="to go on after SIGTERM, not ready (%(default)g)",
     )
 
 
@@ -122,8 +129,8 @@ def run(options: argparse.Namespace) -> int:
             burst=options.burst,
         )
     check_batch(options)
-    verbose = getattr(options, "verbose", 0)
-    set_up(logging.ERROR if options.quiet else logging.DEBUG if verbose > 1 else logging.INFO)
+    louder = logging.DEBUG if getattr(options, "verbose", 0) > 1 else level_of_environment() or logging.INFO
+    set_up(logging.ERROR if options.quiet else louder)
     _serve(options, settings)
     return 0
 
@@ -146,6 +153,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> None:
         thumbnail=0,
         thresholds=dict(options.thresholds),
         rebuild=options.rebuild,
+        public_key=options.public_key,
     ) as predictor:
         serve(
             create_app(predictor, settings),

@@ -1,8 +1,10 @@
 """Write a model repository for NVIDIA Triton Inference Server from bundles.
 
     DIR/README.md, client.py, manifest.json (hashes of all)
-    DIR/<model>/config.pbtxt, bundle.json (the bundle's manifest), tokenizer.json
-    DIR/<model>/1/model.onnx and model.onnx.data, or model.plan
+    DIR/<model>/config.pbtxt, bundle.json (the bundle's manifest)
+    DIR/<model>/tokenizer.json, 1/model.onnx and model.onnx.data, or 1/model.plan     a network
+    DIR/<model>/1/model.py, 1/bundle/ (all of the bundle)                             a Predictor
+    DIR/<model>-pre/, -network/, -post/                                               an ensemble
 
 The directory appears whole or not at all, as a bundle does (`export.bundle.writer`): the server takes every
 directory in a repository for a model, so half of one must never be there.
@@ -20,66 +22,48 @@ from typing import Any
 from engine import Bundle
 from engine.errors import BundleError, InputError
 from engine.layout import FLAT_GRAPH, GRAPH, GRAPH_DATA, MANIFEST, TOKENIZER
-from engine.manifest import EngineEntry, Manifest
+from engine.manifest import EngineEntry
 from export.bundle.writer import BundleWriter
+from export.inference_server.answers import BUNDLE
 from export.inference_server.config import (
-    ENGINE_CACHE,
+    ENSEMBLE,
     GRAPH_FILE,
+    NETWORK,
     PLAN_FILE,
+    PYTHON,
     ServerOptions,
     check_options,
-    preferred_batches,
-    write_config,
+    part_names,
+    write_configs,
 )
+from export.inference_server.ends import RECORD
+from export.inference_server.readme import write_readme
 
 FORMAT = "dgm4-triton-repository"
-CLIENT, CONFIG, RECORD, README = "client.py", "config.pbtxt", "bundle.json", "README.md"
+CLIENT, CONFIG, README, MODEL = "client.py", "config.pbtxt", "README.md", "model.py"
 VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_PLACE = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
+_FILE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"
+_COMPILED = re.compile(rf"{_NAME.pattern}/{VERSION}/__pycache__/model\.[\w-]+\.pyc")
+_PLACE = re.compile(rf"{_FILE}(/{_FILE})*")
 
 
-_README = """# Model repository for NVIDIA Triton Inference Server
+_MODEL = '''"""{name}: the code of this model is in the package `dgm4`."""
 
-{models}
+import os
+import sys
 
-```sh
-ORT_DISABLE_TELEMETRY=1 tritonserver --model-repository=/path/to/this/directory
-python client.py {first} photo.jpg "Caption of the photo" --url localhost:8000
-```
-
-{note}
-The server answers requests of the same shape together: {preferred} at once, and whatever has arrived after
-{delay_us} microseconds otherwise. So pad captions to a few lengths, as `client.py` does to
-multiples of 16.
-
-## What a client sends
-
-`client.py` does all of this with the package `dgm4` (no extras) and `tritonclient[http]`. In other languages:
-
-- `image`, FP32 [batch, 3, {spec.image_size}, {spec.image_size}]: the image upright (EXIF orientation
-  applied), on white where it is transparent, RGB, resized to {spec.image_size} x {spec.image_size} without
-  keeping its aspect, bicubic with antialiasing as Pillow does it, rows before columns; then
-  (pixel / 255 - mean) / std with mean {mean} and std {std}, channels first.
-- `input_ids`, INT64 [batch, tokens]: the caption in lower case, without the characters `,.'!?"()*#:;~`, with
-  `-` and `/` as spaces, its first {spec.max_words} words; by `tokenizer.json` without special tokens; [CLS]
-  in front, no [SEP]; {spec.min_tokens} to {spec.max_tokens} tokens, padded with 0.
-- `attention_mask`, INT64 [batch, tokens]: 1 for a token, 0 for padding.
-
-## What comes back
-
-- `logits_real_fake` [batch, 2]: softmax; the second is the probability that the pair is manipulated.
-- `logits_multicls` [batch, 4]: sigmoid each; {types}.
-- `box` [batch, 4]: centre x, centre y, width, height in shares of the image; means something where a face
-  type is detected.
-- `logits_tok` [batch, tokens - 1, 2]: of every token after [CLS]; softmax, the second is manipulated. Drop
-  the rows of padding.
-- `attention_map` [batch, tokens, patches + 1]: of ASAP alone; sigmoid, without the first column, averaged
-  over the tokens after [CLS].
-
-Thresholds, types and the record of every check of the export are in `<model>/bundle.json`. Where that has a
-`score_calibration`, divide logits by its `temperatures` before softmax and sigmoid.
-"""
+# The interpreter of some servers does not look there itself.
+paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path[:0] = [path for path in paths if path and path not in sys.path]
+try:
+    from export.inference_server.python_models import {kind} as TritonPythonModel  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{{error}}: install the package dgm4 for the server's Python, or name its folder in PYTHONPATH"
+    ) from error
+'''
+_NO_FILE = "An ensemble has no file of its own, but the server looks for this folder.\n"
 
 
 class RepositoryWriter(BundleWriter):
@@ -94,6 +78,11 @@ class RepositoryWriter(BundleWriter):
         path = self._opened() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    @classmethod
+    def is_derived(cls, name: str) -> bool:
+        """Whether the server compiled it of a model.py."""
+        return _COMPILED.fullmatch(name) is not None
 
     def _check_manifest(self, content: bytes) -> None:
         """Nothing to check: only `check_replaceable` reads it, and only the format and the files."""
@@ -111,8 +100,9 @@ def write_repository(
     check_models(bundles, options)
     with RepositoryWriter(out) as writer:
         records = {name: _write_model(writer, name, bundle, options) for name, bundle in bundles.items()}
-        writer.add_bytes(CLIENT, Path(__file__).with_name("client.py").read_bytes())
-        writer.add_text(README, _readme({n: b.manifest for n, b in bundles.items()}, options))
+        client = "network_client.py" if options.form == NETWORK else "pair_client.py"
+        writer.add_bytes(CLIENT, Path(__file__).with_name(client).read_bytes())
+        writer.add_text(README, write_readme({n: b.manifest for n, b in bundles.items()}, options))
         return writer.commit({"models": records})
 
 
@@ -141,20 +131,51 @@ def name_models(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
 
 
 def _write_model(writer: BundleWriter, name: str, bundle: Bundle, options: ServerOptions) -> dict[str, Any]:
-    """Copy the files of one model, each verified; return its entry in the manifest."""
-    files, engine = _sources(bundle, options.plan)
-    writer.add_text(f"{name}/{CONFIG}", write_config(name, bundle.manifest, engine, options))
+    """Write one bundle's models, every file of it verified; return its entry in the manifest."""
     record = (bundle.path / MANIFEST).read_bytes()
-    writer.add_bytes(f"{name}/{RECORD}", record)
-    for place, source in {TOKENIZER: TOKENIZER, **files}.items():
-        with bundle.held(source):
-            shutil.copyfile(bundle.path / source, writer.path(f"{name}/{place}"))
-    served = PLAN_FILE if engine is not None else GRAPH_FILE
+    served, engine = ({}, None) if options.form == PYTHON else _sources(bundle, options.plan)
+    configs = write_configs(name, bundle.manifest, engine, options)
+    for model, config in configs.items():
+        writer.add_text(f"{model}/{CONFIG}", config)
+    for place, source in _places(name, bundle, served, options.form).items():
+        if source == MANIFEST:
+            writer.add_bytes(place, record)
+        else:
+            with bundle.held(source):
+                shutil.copyfile(bundle.path / source, writer.path(place))
+    for model, kind in _python_models(name, options.form).items():
+        writer.add_text(f"{model}/{VERSION}/{MODEL}", _MODEL.format(name=model, kind=kind))
+    if options.form == ENSEMBLE:
+        writer.add_text(f"{name}/{VERSION}/{README}", _NO_FILE)
+    serves, of = next(iter(served.items()), (MODEL, bundle.path.name))
     return {
-        "serves": served,
-        "of": files[f"{VERSION}/{served}"],
+        "with": options.form,
+        "parts": list(configs),
+        "serves": serves.rpartition("/")[2],
+        "of": of,
         "bundle": hashlib.sha256(record).hexdigest(),
     }
+
+
+def _places(name: str, bundle: Bundle, served: Mapping[str, str], form: str) -> dict[str, str]:
+    """Place in the repository -> file of the bundle; `served` are those of the network by their place."""
+    if form == PYTHON:
+        return {f"{name}/{VERSION}/{BUNDLE}/{file}": file for file in (*bundle.manifest.files, MANIFEST)}
+    before, network, after = part_names(name) if form == ENSEMBLE else (name, name, name)
+    places = {f"{network}/{place}": file for place, file in served.items()}
+    for model in (before, after):
+        places |= {f"{model}/{RECORD}": MANIFEST, f"{model}/{TOKENIZER}": TOKENIZER}
+    return places
+
+
+def _python_models(name: str, form: str) -> dict[str, str]:
+    """The models that run in the server's Python backend, and their class in `python_models`."""
+    before, _, after = part_names(name)
+    return {
+        NETWORK: {},
+        PYTHON: {name: "PredictorModel"},
+        ENSEMBLE: {before: "PrepareModel", after: "AnswerModel"},
+    }[form]
 
 
 def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | None]:
@@ -168,7 +189,8 @@ def _sources(bundle: Bundle, plan: bool) -> tuple[dict[str, str], EngineEntry | 
     if graph not in files or bundle.manifest.precision in ("bf16", "fp8"):
         raise BundleError(
             f"{bundle.path}: a bundle in {bundle.manifest.precision} has no ONNX graph for the server's ONNX "
-            "Runtime; export it as fp32, fp16 or int8, or serve its TensorRT engine (--plan)"
+            "Runtime; export it as fp32, fp16 or int8, serve its TensorRT engine (--plan), or a Predictor "
+            "(--with python)"
         )
     data = {f"{VERSION}/{GRAPH_DATA}": GRAPH_DATA} if GRAPH_DATA in files else {}
     return {f"{VERSION}/{GRAPH_FILE}": graph, **data}, None
@@ -190,41 +212,3 @@ def _plan_of(bundle: Bundle) -> EngineEntry:
         f"{bundle.path}: expected an engine of tensorrt for a plan, got {kinds}; export the bundle on the "
         "server's GPU with tensorrt installed, or serve the ONNX graph"
     )
-
-
-def _readme(manifests: Mapping[str, Manifest], options: ServerOptions) -> str:
-    """Text of README.md: the models, how to start a server on them, and what a client sends and gets."""
-    first, manifest = next(iter(manifests.items()))
-    spec = manifest.preprocess
-    models = (
-        f"- `{name}`: {m.model.name} {m.model.size}, {m.precision}, up to {m.limits.max_batch} pairs of "
-        f"{m.preprocess.min_tokens} to {m.preprocess.max_tokens} tokens"
-        for name, m in manifests.items()
-    )
-    return _README.format(
-        models="\n".join(models),
-        first=first,
-        note=_serving_note(options),
-        preferred=" or ".join(map(str, preferred_batches(manifest, options))),
-        delay_us=options.queue_delay_us,
-        spec=spec,
-        mean=", ".join(map(str, spec.mean)),
-        std=", ".join(map(str, spec.std)),
-        types=", ".join(manifest.types),
-    )
-
-
-def _serving_note(options: ServerOptions) -> str:
-    if options.plan:
-        return (
-            "`model.plan` runs on the kind of GPU and with the TensorRT version that built it (`engines` in\n"
-            "`bundle.json`): take a server of that version. One that is `version_compatible` there runs on\n"
-            "later releases of its major version, with `--backend-config=tensorrt,version-compatible=true`.\n"
-        )
-    note = "The graph is of opset 20 and IR version 10: take a server with ONNX Runtime 1.18 or newer.\n"
-    if options.accelerate:
-        note += (
-            "ONNX Runtime builds TensorRT engines when the server first starts, and keeps them in\n"
-            f"`{ENGINE_CACHE}`: mount a volume there.\n"
-        )
-    return note

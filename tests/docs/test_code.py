@@ -53,15 +53,18 @@ def test_readme_runs(place, blocks):
 
 
 def test_serving_runs(place, blocks, capsys):
+    pytest.importorskip("prometheus_client")
     testclient = pytest.importorskip("fastapi.testclient")
     pytest.importorskip("celery")
     spaces = run(blocks("python")["serving"])
     assert "no such file" in capsys.readouterr().out
     assert spaces[-1]["strict"].manifest.thresholds.words == 0.7
-    client = testclient.TestClient(find(spaces, "predict")["app"])
-    for image, status in (((place / "photo.jpg").read_bytes(), 200), (b"no image", 422)):
-        answer = client.post("/predict", params={"caption": "A man"}, files={"image": image})
-        assert answer.status_code == status
+    with testclient.TestClient(find(spaces, "create_app")["app"]) as client:
+        for image, code in (((place / "photo.jpg").read_bytes(), None), (b"no image", "invalid_input")):
+            answer = client.post("/v1/predict", data={"caption": "A man"}, files={"image": image})
+            while answer.status_code == 503:  # it warms up
+                answer = client.post("/v1/predict", data={"caption": "A man"}, files={"image": image})
+            assert answer.json().get("code") == code
     celery = find(spaces, "load")
     celery["load"]()
     assert 0 <= celery["judge"]("photo.jpg", "A man")["score"] <= 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines, projection
+from benchmarks import accuracy, decoding, demo, engines, inference_server, preprocessing, projection, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -46,8 +46,13 @@ def result(name):
         ("accuracy-cpu", "precision-and-accuracy", lambda result: accuracy.table(result["bundles"])),
         ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
+        ("inference-server-cpu", "triton-server", inference_server.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
+        ("serving-cpu", "serving", serving.table),
         ("scoring-cpu", "scale-out", lambda _: projection.table() + projection.overhead()),
+        ("preprocessing-cpu", "preprocessing", preprocessing.table),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.table(result["files"])),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.price_table(result["accuracy"])),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
@@ -134,6 +139,28 @@ def test_errors_and_exit_codes(tables):
     assert shown == {kind.__name__: str(kind.exit_code) for kind in kinds}
 
 
+def test_codes_of_refusals(tables):
+    problems = pytest.importorskip("engine.serving.problems")
+    shown = {row[0].strip("`"): f"{row[1]}: {row[2]}" for row in tables("serving", "Refusals")[1:]}
+    assert shown == problems.CODES
+
+
+def test_metrics(tables):
+    metrics = pytest.importorskip("engine.serving.metrics")
+    made = metrics.Metrics()
+    model = dict.fromkeys(("name", "size", "precision", "backend", "device", "weights"), "")
+    made.watch(metrics.BatcherStatistics, model)
+    known = {family.name for family in made.registry.collect() if family.name.startswith("dgm4_")}
+    assert {row[0].strip("`") for row in tables("serving", "Operation")[1:]} == known
+
+
+def test_outputs_of_the_protocol(tables):
+    tensors = pytest.importorskip("engine.serving.tensors")
+    shown = {row[0].strip("`"): row[1] for row in tables("serving", "Open Inference Protocol")[1:]}
+    inner = {name: ", ".join(["n", *map(str, shape)]) for name, (_, shape) in tensors.OUTPUTS.items()}
+    assert shown == {name: f"{kind} [{inner[name]}]" for name, (kind, _) in tensors.OUTPUTS.items()}
+
+
 def test_backends(tables):
     assert [row[0].strip("`") for row in tables("serving", "Backends")[1:]] == backends.known()
 
@@ -171,6 +198,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "public_key",
         "to_rows",
     }
     assert found - fields == {row[0].strip("`") for row in tables("serving", "Warnings")[1:]}

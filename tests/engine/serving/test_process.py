@@ -13,9 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="needs the extra `serve`")
-
-from export.cli.serve import TOKEN  # noqa: E402
+from export.cli.serve import TOKEN
 
 CAPTION, NAME = "Mayor Quimby unveils a monorail", "holiday-snap.jpg"
 SECRET = "a-token-of-some-length"
@@ -116,6 +114,7 @@ def test_two_signals_and_an_address_that_is_taken(start, bundle_dir, tmp_path):
     assert any("no token is set" in line for line in second.stderr.splitlines())
     process.await_line("ready")
     process.popen.send_signal(signal.SIGTERM)
+    process.await_line("draining")
     process.popen.send_signal(signal.SIGTERM)
     assert process.end()[0] == 143
 

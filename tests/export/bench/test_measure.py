@@ -184,7 +184,14 @@ def found_of(*rows):
     """Measurements whose numbers are chosen: (backend, batch, ms a call)."""
     made = [
         bench.Row(
-            backend, "cpu", batch, 5, *[dict.fromkeys(("p50", "p95", "p99"), ms)] * 4, 1e3 * batch / ms, 1.0
+            backend,
+            "cpu",
+            None,
+            batch,
+            5,
+            *[dict.fromkeys(("p50", "p95", "p99"), ms)] * 4,
+            1e3 * batch / ms,
+            1.0,
         )
         for backend, batch, ms in rows
     ]
@@ -196,10 +203,10 @@ def found_of(*rows):
 def test_the_table_by_hand():
     lines = cli_bench.table(found_of(("ort", 1, 20.0), ("torch", 32, 400.0))).splitlines()
     assert lines[0] == "asap base fp16: 24 tokens, images of 640 x 480"
-    assert lines[1:3] == ["Linux, 2 of 2 cores, load 0.5 at the start", "H200, 580.1"]
-    assert lines[4].split()[:3] == ["backend", "device", "batch"]
-    assert lines[5].split()[:8] == ["ort", "cpu", "1", "5", "20.0", "20.0", "20.0", "50.0"]
-    assert lines[6].split()[:8] == ["torch", "cpu", "32", "5", "400.0", "400.0", "400.0", "80.0"]
+    assert lines[1:3] == ["Linux, 2 cores, load 0.5 at the start", "H200, 580.1"]
+    assert lines[4].split()[:4] == ["backend", "device", "threads", "batch"]
+    assert lines[5].split()[:9] == ["ort", "cpu", "2", "1", "5", "20.0", "20.0", "20.0", "50.0"]
+    assert lines[6].split()[:9] == ["torch", "cpu", "2", "32", "5", "400.0", "400.0", "400.0", "80.0"]
 
 
 def test_bad_input_exits_with_1(bundle, capsys):

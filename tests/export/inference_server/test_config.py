@@ -14,7 +14,8 @@ import pytest
 from engine import Bundle
 from engine.errors import InputError
 from engine.manifest import EngineEntry
-from export.inference_server.config import ServerOptions, write_config
+from export.inference_server.answers import ANSWER
+from export.inference_server.config import ServerOptions, write_configs
 
 PLAN = EngineEntry(
     file="model.trt-sm90.engine",
@@ -44,6 +45,12 @@ def parse(proto):
     from google.protobuf import text_format
 
     return lambda text: text_format.Parse(text, proto.ModelConfig())
+
+
+def write_config(name, manifest, engine, options):
+    """The configuration of the only model that a bare network is."""
+    (config,) = write_configs(name, manifest, engine, options).values()
+    return config
 
 
 @pytest.fixture
@@ -144,6 +151,43 @@ def test_a_plan(parse, proto, manifest):
     assert (group.kind, list(group.profile)) == (proto.ModelInstanceGroup.KIND_GPU, ["0", "1"])
 
 
+def test_a_predictor(parse, proto, manifest):
+    options = ServerOptions(form="python", kind="gpu", instances=2, queue_size=7, preferred=(4,), threads=3)
+    (text,) = write_configs("detector", manifest, None, options).values()
+    config = parse(text)
+    assert (config.backend, config.platform, config.max_batch_size) == ("python", "", 32)
+    assert [(x.name, x.data_type, list(x.dims), x.optional) for x in config.input] == [
+        ("image", proto.TYPE_STRING, [1], True),
+        ("caption", proto.TYPE_STRING, [1], True),
+    ]
+    assert [x.name for x in config.output] == [name for name, *_ in ANSWER]
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (2, proto.ModelInstanceGroup.KIND_GPU)
+    assert list(config.dynamic_batching.preferred_batch_size) == [4]
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert {k: v.string_value for k, v in config.parameters.items()} == {"threads": "3"}
+
+
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_an_ensemble_hands_on_what_its_models_take_and_give(parse, manifest, plan):
+    options = ServerOptions(form="ensemble", plan=plan is not None)
+    configs = {k: parse(v) for k, v in write_configs("m", manifest, plan, options).items()}
+    assert list(configs) == ["m", "m-pre", "m-network", "m-post"]
+    assert {name: config.name for name, config in configs.items()} == {name: name for name in configs}
+    ensemble = configs.pop("m")
+    known = {x.name: (x.data_type, list(x.dims)) for x in ensemble.input}
+    for step, (name, config) in zip(ensemble.ensemble_scheduling.step, configs.items(), strict=True):
+        assert step.model_name == name
+        given = {x.name: (x.data_type, list(x.dims)) for x in config.input}
+        assert {key: known[value] for key, value in step.input_map.items()} == given
+        made = {x.name: (x.data_type, list(x.dims)) for x in config.output}
+        assert dict(step.output_map).keys() == made.keys()
+        for key, value in step.output_map.items():
+            assert value not in known  # the server takes a tensor from one step alone
+            known[value] = made[key]
+    assert {x.name: (x.data_type, list(x.dims)) for x in ensemble.output}.items() <= known.items()
+
+
 def test_a_bundle_of_single_pairs_is_not_batched(parse, manifest):
     single = replace(manifest, limits=replace(manifest.limits, max_batch=1))
     config = parse(write_config("detector", single, None, ServerOptions()))
@@ -160,7 +204,10 @@ def test_a_bundle_of_single_pairs_is_not_batched(parse, manifest):
         (None, {"preferred": (8, 64)}, "expected batches up to 32, the bundle's limit, got 64"),
         (None, {"accelerate": True, "kind": "cpu"}, "for ONNX Runtime on a GPU"),
         (PLAN, {"accelerate": True}, "for ONNX Runtime on a GPU"),
-        (PLAN, {"threads": 2}, "those of ONNX Runtime"),
+        (PLAN, {"threads": 2}, "those of a network on a CPU"),
+        (None, {"form": "julia"}, "with: expected one of network, python, ensemble, got 'julia'"),
+        (PLAN, {"form": "python"}, "plan is for the server's own runtimes: leave it out with python"),
+        (None, {"form": "python", "accelerate": True}, "accelerate is for the server's own runtimes"),
     ],
 )
 def test_options_that_do_not_fit(bundle, engine, options, message):

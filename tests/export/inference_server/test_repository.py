@@ -20,39 +20,14 @@ from PIL import Image
 
 from engine import Bundle, Predictor
 from engine.errors import BundleError, InputError
-from engine.manifest import manifest_digest
 from export import cli
 from export.cli import export as cli_export
-from export.inference_server import client as triton_client
+from export.inference_server import network_client
+from export.inference_server.answers import ANSWER, PAIR
 from export.inference_server.config import ServerOptions
 from export.inference_server.repository import RepositoryWriter, name_models, write_repository
 
 CAPTION = "The defeat at the park brings pleasure to Laura Cook"
-
-
-@pytest.fixture
-def asap(bundle):
-    return Bundle.open(bundle("asap", "fp32").path)
-
-
-@pytest.fixture
-def with_engine(bundle, tmp_path):
-    """A copy of a bundle that holds an engine of `library`."""
-
-    def make(library, **own):
-        copy = tmp_path / f"bundle-{library}"
-        shutil.copytree(bundle("asap", "fp32").path, copy)
-        (copy / "model.engine").write_bytes(b"engine")
-        fields = json.loads((copy / "manifest.json").read_text())
-        record = {"file": "model.engine", "library": library, "version": "1", "compute_capabilities": ["9.0"]}
-        fields["engines"] = [{**record, "onnx_sha256": "0" * 64, "profiles": [{}], **own}]
-        digest = hashlib.sha256(b"engine").hexdigest()
-        fields["files"]["model.engine"] = {"sha256": digest, "bytes": 6}
-        fields["sha256"] = manifest_digest(fields)
-        (copy / "manifest.json").write_text(json.dumps(fields))
-        return Bundle.open(copy)
-
-    return make
 
 
 def files_of(folder):
@@ -124,7 +99,7 @@ def test_the_client_gets_the_answer_of_the_bundle(asap, tmp_path):
     write_repository({"m": asap}, tmp_path / "r")
     server, triton = Server(tmp_path / "r"), SimpleNamespace(InferInput=InferInput)
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    answer = triton_client.Model(tmp_path / "r" / "m").ask(triton, server, Image.fromarray(noise), CAPTION)
+    answer = network_client.Model(tmp_path / "r" / "m").ask(triton, server, Image.fromarray(noise), CAPTION)
     with Predictor(asap.path, backend="ort") as predictor:
         expected = predictor.predict(noise, CAPTION)
     assert server.shapes == [(1, 16)]  # padded, for requests that share a batch
@@ -328,3 +303,97 @@ def test_a_place_that_cannot_be_is_found_before_the_export(tmp_path, capsys, pla
     assert message in err
     assert err.count("\n") == 1  # no stage was run
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
+
+
+def test_what_stands_in_a_repository_of_a_predictor(asap, tmp_path):
+    manifest = write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="python"))
+    files, source = files_of(tmp_path / "r"), files_of(asap.path)
+    inside = {f"m/1/bundle/{name}" for name in source}
+    assert set(files) == {
+        "README.md",
+        "client.py",
+        "manifest.json",
+        "m/config.pbtxt",
+        "m/1/model.py",
+        *inside,
+    }
+    assert {name.rpartition("/")[2]: files[name] for name in inside} == source
+    Bundle.open(tmp_path / "r/m/1/bundle").verify_all()
+    assert manifest["models"]["m"]["with"] == "python"
+    assert manifest["models"]["m"]["serves"] == "model.py"
+    readme = files["README.md"].decode()
+    for name, *_ in (*PAIR, *ANSWER):
+        assert f"`{name}`" in readme
+    assert "--shm-size" in readme
+    assert "untrained_weights" in readme
+
+
+def test_what_stands_in_a_repository_of_an_ensemble(asap, tmp_path):
+    manifest = write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="ensemble", threads=3))
+    ends = {f"m-{end}/{name}" for end in ("pre", "post") for name in ("bundle.json", "tokenizer.json")}
+    assert set(files_of(tmp_path / "r")) == {
+        *(
+            "README.md",
+            "client.py",
+            "manifest.json",
+            "m/1/README.md",
+            "m-pre/1/model.py",
+            "m-post/1/model.py",
+        ),
+        *(f"{name}/config.pbtxt" for name in ("m", "m-pre", "m-network", "m-post")),
+        *("m-network/1/model.onnx", "m-network/1/model.onnx.data"),
+        *ends,
+    }
+    assert manifest["models"]["m"]["parts"] == ["m", "m-pre", "m-network", "m-post"]
+    assert 'key: "intra_op_thread_count"' in (tmp_path / "r/m-network/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "told"),
+    [
+        ("int8", {"form": "ensemble"}, True),
+        ("int8", {"form": "network", "kind": "cpu"}, True),
+        ("int8", {"form": "network", "kind": "gpu"}, False),
+        ("int8", {"form": "python"}, False),
+        ("fp32", {"form": "network"}, False),
+    ],
+)
+def test_the_readme_tells_of_int8_without_vnni(asap, tmp_path, precision, options, told):
+    bundle = Bundle(asap.path, dataclasses.replace(asap.manifest, precision=precision))
+    write_repository({"m": bundle}, tmp_path / "r", ServerOptions(**options))
+    assert ("VNNI" in (tmp_path / "r/README.md").read_text()) == told
+
+
+def test_what_the_server_compiled_does_not_hinder(asap, tmp_path):
+    write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="python"))
+    compiled = tmp_path / "r/m/1/__pycache__/model.cpython-312.pyc"
+    compiled.parent.mkdir()
+    compiled.write_bytes(b"code")
+    write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="python"))
+    assert not compiled.exists()
+    compiled.with_suffix(".txt").parent.mkdir()
+    compiled.with_suffix(".txt").write_text("mine")
+    with pytest.raises(BundleError, match="not in its manifest: m/1/__pycache__/model.cpython-312.txt"):
+        write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="python"))
+
+
+def test_a_model_without_the_package_says_what_to_do(asap, tmp_path):
+    """model.py in an interpreter that has nothing: the server shows the last line."""
+    write_repository({"m": asap}, tmp_path / "r", ServerOptions(form="python"))
+    command = [sys.executable, "-I", "-S", str(tmp_path / "r/m/1/model.py")]
+    done = subprocess.run(command, env={"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: No module named 'export': install the package dgm4")
+
+
+def test_the_command_with_a_predictor(asap, tmp_path, capsys):
+    out = tmp_path / "r"
+    assert cli.main(["repository", str(asap.path), "--out", str(out), "--with", "python", "--name", "m"]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    size = sum(path.stat().st_size for path in (out / "m").rglob("*") if path.is_file())
+    assert told == f"m: model.py of {asap.path.name}, {size / 1e6:.0f} MB"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["repository", str(asap.path), "--out", str(out), "--with", "python", "--plan"])
+    assert caught.value.code == 2
+    assert "--plan is for the server's own runtimes: leave it out with python" in capsys.readouterr().err

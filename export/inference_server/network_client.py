@@ -8,23 +8,16 @@ package `dgm4` and `tritonclient[http]`. Elsewhere MODEL is a folder with the mo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numpy as np
-
+from engine import Prediction
 from engine.errors import Dgm4Error
-from engine.inputs.preprocess import ImageInput, decode_image, normalize_image, resize_image
-from engine.inputs.text import CaptionTokenizer
-from engine.layout import TOKENIZER
-from engine.manifest import Manifest, parse_manifest
-from engine.postprocess import read_result
-from engine.result import Result
+from engine.inputs.sources import ImageInput
+from export.inference_server.ends import NetworkEnds
 
-TOKEN_STEP = 16  # requests of one shape share a batch: few lengths, full batches
-_PRINTED = ("manipulated", "score", "types", "detected", "box", "words", "heatmap")
 _TYPES = {"float32": "FP32", "int64": "INT64"}
 
 
@@ -34,34 +27,24 @@ class Model:
     def __init__(self, folder: Path) -> None:
         """Read bundle.json and tokenizer.json; raises BundleError, OSError where they are not there."""
         self.name = folder.name
-        self.manifest: Manifest = parse_manifest((folder / "bundle.json").read_bytes())
-        spec = self.manifest.preprocess
-        self._tokenizer = CaptionTokenizer(folder / TOKENIZER, spec.max_words, spec.max_tokens)
+        self._ends = NetworkEnds(folder)
 
-    def ask(self, triton: Any, server: Any, image: ImageInput, caption: str) -> Result:
+    def ask(self, triton: Any, server: Any, image: ImageInput | None, caption: str | None) -> Prediction:
         """Send one pair; `triton` is the module tritonclient.http, `server` its client.
 
         Raises InputError for an image or caption that cannot be used, NumericalError for NaN.
         """
-        spec, limits = self.manifest.preprocess, self.manifest.limits
-        rgb = decode_image(image).rgb
-        pixels = normalize_image(resize_image(rgb, spec.image_size), spec.mean, spec.std)
-        _, tokens = self._tokenizer(caption)
-        count = len(tokens.ids)
-        length = min(-(-max(count, spec.min_tokens) // TOKEN_STEP) * TOKEN_STEP, limits.max_tokens)
-        feeds = {
-            "image": pixels[None],
-            "input_ids": np.pad(tokens.ids, (0, length - count))[None],
-            "attention_mask": (np.arange(length) < count).astype(np.int64)[None],
-        }
+        item = self._ends.prepare("", image, caption)
         inputs = []
-        for name, array in feeds.items():
+        for name, array in self._ends.feeds([item]).items():
             tensor = triton.InferInput(name, list(array.shape), _TYPES[str(array.dtype)])
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
+        started = perf_counter()
         result = server.infer(self.name, inputs)
-        outputs = {tensor.name: result.as_numpy(tensor.name) for tensor in self.manifest.outputs}
-        return read_result(outputs, 0, tokens, rgb.size, self.manifest, "the pair")
+        waited = 1000 * (perf_counter() - started)
+        outputs = {tensor.name: result.as_numpy(tensor.name) for tensor in self._ends.manifest.outputs}
+        return next(self._ends.answers([item], outputs, waited))
 
 
 def main() -> int:
@@ -83,8 +66,7 @@ def main() -> int:
     except (Dgm4Error, OSError) as error:
         sys.stderr.write(f"client: error: {error}\n")
         return 1
-    fields = {name: value for name, value in answer.to_dict().items() if name in _PRINTED}
-    sys.stdout.write(json.dumps(fields, allow_nan=False) + "\n")
+    sys.stdout.write(answer.to_json() + "\n")
     return 0
 
 
