@@ -56,7 +56,7 @@ def check_cost(
     if needed > options.max_decoding_bytes:
         raise InputError(
             f"{label}: expected an image that takes at most {options.max_decoding_bytes} bytes to read, "
-            f"got {needed} for {size[0]} x {size[1]} pixels of its kind; make it smaller, or save it as a JPEG"
+            f"got {needed} for {size[0]} x {size[1]} pixels of its kind; make it smaller or save it as a JPEG"
         )
 
 
