@@ -23,11 +23,11 @@ OPTIONS = {
     f"--triton-repository --plot --json {ENGINE}",
     "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
-    "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
+    "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch --decode "
     "--backend --device --threads --rebuild --threshold --public-key",
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
-    "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
+    "evaluate": "bundle --data --split --limit --backend --device --threads --batch --decode --reference "
     "--threshold --checkpoint --gate --on-bad --json --out --html",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
