@@ -121,7 +121,8 @@ class Runner:
             running: deque[Submitted] = deque()
             while batch := source.take(batch_size):
                 work = zip(batch, self._preparation.slots(len(batch)), strict=True)
-                current, ahead = ahead, [pool.submit(copy_context().run, _prepared, *pair) for pair in work]
+                tasks = [partial(copy_context().run, _prepared, job, slot) for job, slot in work]
+                current, ahead = ahead, [pool.submit(task) for task in tasks]
                 running.append(self.submit([future.result() for future in current]))
                 if len(running) > running_at_once:
                     yield from self.results(running.popleft())

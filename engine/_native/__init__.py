@@ -14,13 +14,15 @@ MAX_SIZE = 1 << 11  # pixels of a side of the output
 # Bands of rows, uint8 [rows, W, 3] or Arrow's capsules; W; H; levels, [3, 256]; out, [3, S, S].
 Resample = Callable[[Iterable[Any], int, int, Any, Any], None]
 
-resample: Resample | None
+resample: Resample | None = None
+absent = ""
+passes: tuple[str, ...] = ()
 try:
     import engine._native._resample as _resample
 except ImportError as error:
-    resample, absent, passes = None, str(error), ()
+    absent = str(error)
 else:
-    resample, absent, passes = _resample.resample, "", tuple(_resample.passes())
+    resample, passes = _resample.resample, tuple(_resample.passes())
 
 
 def describe() -> str:

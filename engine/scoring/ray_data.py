@@ -87,11 +87,15 @@ def score_on(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Iterator[
                     raise getattr(errors, done["error"])(done["message"])
                 yield Tally(done["pairs"], Counter(done["failed"]))
         except RayError as error:
-            said = str(error).strip().splitlines()
             raise BackendError(
-                f"Ray: {type(error).__name__}: {said[-1] if said else ''}; what is done is kept, "
-                "and the same command goes on"
+                f"Ray: {_line(error)}; what is done is kept, and the same command goes on"
             ) from error
+
+
+def _line(error: Exception) -> str:
+    """What kind of error it is and what it says, of several lines the last."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__
 
 
 def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
@@ -134,8 +138,8 @@ def _connected(address: str) -> Iterator[None]:
             logging_level=logging.ERROR,
             **(local if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(f"--ray {address}: cannot be reached: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a bare one where a part of it does not start in time
+        raise BackendError(f"--ray {address}: cannot be reached or started: {_line(error)}") from error
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a trace

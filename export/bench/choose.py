@@ -132,7 +132,7 @@ def _feeds(manifest: Manifest, tokens: int) -> list[dict[str, np.ndarray]]:
     pixels = normalize_image(np.resize(draw_image(), (side, side, 3)), spec.mean, spec.std)
     feeds = []
     for batch in (1, min(2, manifest.limits.max_batch)):
-        ids = generator.integers(manifest.model.config["vocabulary"], size=(batch, tokens))
+        ids = generator.integers(manifest.model.config.vocabulary, size=(batch, tokens))
         mask = np.ones_like(ids)
         mask[1:, (tokens + 1) // 2 :] = 0
         image = np.repeat(pixels[None], batch, axis=0)

@@ -147,7 +147,7 @@ def test_a_folder_in_the_place_of_the_record(opened, caplog):
 
 
 def test_writers_at_once_leave_a_whole_record(opened, cache, caplog):
-    choices = [made(opened, backend=name, model="x" * 50_000) for name in ("ort", "torch")]
+    choices = [made(opened, backend=name, model="x" * 9_000) for name in ("ort", "torch")]
     with ThreadPoolExecutor(2) as pool:
         writing = [pool.submit(lambda one=one: [choice.write(one) for _ in range(20)]) for one in choices]
         while not all(future.done() for future in writing):

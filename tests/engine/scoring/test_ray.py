@@ -25,6 +25,18 @@ ROOT = Path(__file__).resolve().parents[3]
 COPIES, SIZE = 24, 10
 
 
+def start_ray(folder, tries=3):
+    """Start the cluster, again where a part of it has not come up within Ray's own 30 seconds."""
+    options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    try:
+        return ray.init(num_cpus=2, object_store_memory=80 * 2**20, _temp_dir=folder, **options)
+    except Exception:
+        ray.shutdown()
+        if tries == 1:
+            raise
+        return start_ray(folder, tries - 1)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a cluster of two cores on this machine."""
@@ -42,15 +54,7 @@ def cluster():
         }
         for name, value in settings.items():
             patch.setenv(name, value)
-        context = ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=80 * 2**20,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=folder,
-        )
-        yield context.address_info["gcs_address"]
+        yield start_ray(folder).address_info["gcs_address"]
         ray.shutdown()
 
 

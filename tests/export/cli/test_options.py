@@ -37,6 +37,11 @@ OPTIONS = {
     "--preferred --threads --accelerate",
     "inspect": "bundle --layers --data --split --json --public-key",
     "sign": "bundle --key",
+    "score": "bundle source --out --format --heatmap --shard --batch --max-failed --backend --device "
+    "--threads --threshold --public-key --ray --workers",
+    "serve": "bundle --host --port --token-file --name --batch --max-wait-ms --max-pending --max-pairs "
+    "--max-body --max-buffered --connections --timeout --read-timeout --rate --burst --trust-proxy --drain "
+    "--backend --device --threads --rebuild --public-key --threshold",
     "demo": "--out",
     "list": "--json",
     "doctor": "--json",
