@@ -6,7 +6,7 @@ work on the machine disturbs less than the clock.
 
 - `lone`: one caller at a time, `Predictor.predict` beside the Batcher.
 - `load`: so many callers at once, each sends its next pair when it has the answer.
-- `lengths`: batches of captions as they come, chosen as the Batcher does, and sorted by length.
+- `lengths`: captions as they come, of similar length out of two batches, and all sorted by length.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def measure_load(predictor: Predictor, pairs: Sequence[Pair], callers: int, turn
 
 
 def choose(pairs: Sequence[Pair], batch: int) -> list[Pair]:
-    """The pairs in the order in which a Batcher with two batches ready would run them."""
+    """The order if each batch were the oldest of two batches ready, and those most like it in length."""
     rest, ready, order = list(pairs), list[Pair](), list[Pair]()
     while rest or ready:
         room = 2 * batch - len(ready)

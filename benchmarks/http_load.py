@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import selectors
 import socket
 import time
@@ -58,9 +59,15 @@ class _Connection:
         return made
 
     def send(self, request: bytes, started: float) -> None:
-        """Send a request, which counts from `started` on."""
+        """Send a request, which counts from `started` on; over a new connection where this one was closed."""
         self.started, self.received = started, b""
+        if self._closed():
+            self.renew()
         self.socket.sendall(request)
+
+    def _closed(self) -> bool:
+        """Whether the server closed it while nothing was asked: it can be read, and ends."""
+        return bool(select.select([self.socket], [], [], 0)[0])
 
     def read(self) -> int | None:
         """Read what there is; the status once the response is whole, 0 where the connection ended."""

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,12 @@ SHARD, TURNS, WORKER = 50, 3, "ShardActor"
 CAPTION = "The president smiles in front of the new house of the senate, a man says at noon on Friday"
 WORDS = 20  # of a caption, drawn, so that a table of them does not shrink as one sentence would
 KILL_PAIRS = 4000
+# Ray's workers step back behind everything else on the machine, and end when others fill its memory.
+BUSY_MACHINE = {
+    "RAY_worker_niceness": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_raylet_start_wait_time_s": "120",
+}
 CASES = ("gflop", "costs", "rows", "kills")
 
 
@@ -70,40 +75,48 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
     return [*job, "--shard", str(SHARD), *more]
 
 
-def run_job(source: Path, out: Path, *more: str) -> dict[str, float]:
-    """Run a job: seconds in all, pairs a second between its first and last file, CPU of one process.
-
-    The CPU time is that of the process that was started, so not of a cluster's.
-    """
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+def run_job(source: Path, out: Path, *more: str) -> float:
+    """Run a job; pairs a second between its first file and its last, so without the start."""
     subprocess.run(command(source, out, *more), check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return rate(out)
+
+
+def rate(out: Path) -> float:
+    """Pairs a second between the first file of a job and its last."""
     stamps = sorted(path.stat().st_mtime for path in out.glob("pairs-*"))
-    rate = (len(stamps) - 1) * SHARD / (stamps[-1] - stamps[0])
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": round(seconds, 2), "pairs_per_s": round(rate, 2), "cpu_s": round(cpu, 2)}
+    return (len(stamps) - 1) * SHARD / (stamps[-1] - stamps[0])
+
+
+def variants() -> dict[str, tuple[str, ...]]:
+    """What is compared, with the options of each."""
+    cores = str(usable_cores())
+    return {
+        "one process": ("--threads", cores),
+        f"Ray, {cores} workers of 1 core": ("--ray", "--workers", cores, "--threads", "1"),
+        f"Ray, 1 worker of {cores} cores": ("--ray", "--workers", "1", "--threads", cores),
+    }
 
 
 def compare(folder: Path, source: Path, turns: int) -> list[dict[str, Any]]:
     """Run the variants in turns; medians, and the ratio to one process within each turn."""
-    cores = usable_cores()
-    variants = {
-        "one process": ("--threads", str(cores)),
-        f"Ray, {cores} workers of 1 core": ("--ray", "--workers", str(cores), "--threads", "1"),
-        f"Ray, 1 worker of {cores} cores": ("--ray", "--workers", "1", "--threads", str(cores)),
-    }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    runs: dict[str, list[float]] = {name: [] for name in variants()}
     for turn in range(turns):
-        for number, (name, more) in enumerate(variants.items()):
+        for number, (name, more) in enumerate(variants().items()):
             runs[name].append(run_job(source, folder / f"{turn}-{number}", *more))
-    base = [run["pairs_per_s"] for run in runs["one process"]]
+    return summary(runs)
+
+
+def summary(runs: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Rows of the pairs a second of each variant by turn; the first variant is what the others relate to."""
+    first = next(iter(runs.values()))
     rows = []
-    for name, done in runs.items():
-        ratios = [run["pairs_per_s"] / first for run, first in zip(done, base, strict=True)]
+    for name, rates in runs.items():
+        ratios = [own / other for own, other in zip(rates, first, strict=True)]
         rows.append(
             {
                 "variant": name,
-                **{key: statistics.median(run[key] for run in done) for key in done[0]},
+                "pairs_per_s": round(statistics.median(rates), 2),
+                "turns": [round(x, 2) for x in rates],
                 "ratio": round(statistics.median(ratios), 3),
                 "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
             }
@@ -245,8 +258,7 @@ def main() -> int:
     parser.add_argument("--drivers", type=int, default=6, help="that are killed (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="that are killed before each (%(default)s)")
     options = parser.parse_args()
-    # Ray's workers step back behind everything else on the machine, and end when others fill its memory.
-    os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0")
+    os.environ.update(BUSY_MACHINE)
     result = ResultFile(options.out)
     record = measure(result, options)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")

@@ -32,6 +32,7 @@ from export.flags import POSITIVE, SECONDS
 CONNECTIONS = 64
 TURNS = 5
 CUT_EVERY = 200
+_OPTIONS = ("--port", "0", "--max-pending", "1024", "--timeout", "3600")  # so that all are answered
 _SAMPLES = 40  # of the service's memory during a soak
 _PREDICTOR = """
 import sys, time
@@ -53,17 +54,7 @@ class Served:
     """A `dgm4 serve` process."""
 
     def __init__(self, bundle: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "export.cli",
-            "serve",
-            bundle,
-            "--port",
-            "0",
-            "--max-pending",
-            "1024",
-        ]
+        command = [sys.executable, "-m", "export.cli", "serve", bundle, *_OPTIONS]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
         self.address = self._await_ready()
 
@@ -149,7 +140,8 @@ def compare(bundle: str, seconds: float, turns: int = TURNS) -> Row:
             own = predict(seconds)
             count = max(CONNECTIONS, round(own * seconds))
             done = http_load.run(served.address, requests, http_load.at_once(count), CONNECTIONS)
-            rows.append({"predictor": own, "service": done.rate, "ratio": done.rate / own, **_client(done)})
+            row = {"predictor": own, "service": done.rate, "ratio": done.rate / own, **_client(done)}
+            rows.append(row | {"statuses": done.statuses, "lost": done.lost})
         rate = statistics.median(row["service"] for row in rows) / 2
         half = http_load.run(
             served.address, requests, http_load.poisson(rate, turns * seconds, seed=0), 4 * CONNECTIONS
@@ -158,11 +150,12 @@ def compare(bundle: str, seconds: float, turns: int = TURNS) -> Row:
 
 
 def _medians(rows: list[Row]) -> Row:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
 def _client(done: http_load.Outcome) -> Row:
-    """The share of all cores that the client took."""
+    """The share of all the client's share of the cores."""
     return {"client_share": done.client_s / done.wall_s / usable_cores()}
 
 
@@ -214,6 +207,24 @@ def soak(bundle: str, count: int) -> Row:
         "exit_code": code,
         "samples": samples,
     }
+
+
+def table(result: Row) -> str:
+    """The table of the documentation, the bundles side by side."""
+    bundles = result["bundles"]
+    medians, half = ([x[part] for x in bundles.values()] for part in ("medians", "half_load"))
+    rows = [
+        ("pairs a second", *bundles),
+        ("---",) * (1 + len(bundles)),
+        ("Predictor, in batches", *(f"{x['predictor']:.1f}" for x in medians)),
+        (f"service, {CONNECTIONS} clients", *(f"{x['service']:.1f}" for x in medians)),
+        ("ratio, median of turns", *(f"{x['ratio']:.2f}" for x in medians)),
+        ("the client's share of the cores", *(f"{x['client_share']:.1%}" for x in medians)),
+        ("half load, p50", *(f"{x['p50_ms']:.0f} ms" for x in half)),
+        ("half load, p99", *(f"{x['p99_ms']:.0f} ms" for x in half)),
+        ("p99 / p50", *(f"{x['ratio']:.1f}" for x in half)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _requests() -> list[bytes]:

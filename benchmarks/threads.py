@@ -2,7 +2,8 @@
 
 16 threads make 1,000 calls each of one tiny float32 network, through `Predictor.predict` and through a
 Batcher with batches of one pair, so that every batch has the shape of the serial one. Python switches between
-the threads as often as it can. Every answer is compared bit for bit with the serial answer.
+the threads as often as it can. Every answer is compared bit for bit with the serial answer. Rows of
+other backends and ways stay in FILE.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from export.pipeline import export_bundle
 
 SWITCH_S = 1e-6
 PAIRS = 16
+BACKENDS, WAYS = ("ort", "torch"), ("Predictor", "Batcher")
 _WORDS = [
     "the",
     "president",
@@ -83,13 +85,16 @@ def count_differing(predict: Predict, pairs: Pairs, threads: int, calls: int) ->
         return sum(pool.map(work, range(threads)))
 
 
-def measure(bundle: Path, backend: str, threads: int, calls: int) -> Iterator[dict[str, Any]]:
-    """Rows: what differed, of how many calls, for the Predictor and for a Batcher."""
+def measure(
+    bundle: Path, backend: str, ways: Sequence[str], threads: int, calls: int
+) -> Iterator[dict[str, Any]]:
+    """Rows: what differed, of how many calls, for each of `ways`."""
     with (
         Predictor(bundle, backend=backend, device="cpu", thumbnail=0) as predictor,
         Batcher(predictor, max_batch=1) as batcher,
     ):
-        for way, predict in (("Predictor", predictor.predict), ("Batcher", batcher.predict)):
+        for way in ways:
+            predict = (predictor if way == "Predictor" else batcher).predict
             started = time.perf_counter()
             differing = count_differing(predict, draw_pairs(PAIRS), threads, calls)
             seconds = round(time.perf_counter() - started, 1)
@@ -103,15 +108,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--threads", type=int, default=16, help="%(default)s")
     parser.add_argument("--calls", type=int, default=1000, help="of each thread, %(default)s")
+    parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS, help="both by default")
+    parser.add_argument("--way", nargs="+", default=WAYS, choices=WAYS, help="both by default")
     options = parser.parse_args()
     result = ResultFile(options.out)
-    rows: list[dict[str, Any]] = []
+    rows = [
+        row
+        for row in result.load("rows")
+        if row["backend"] not in options.backend or row["way"] not in options.way
+    ]
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(ExportOptions(bundle, model="asap", size="tiny", engine=False), lambda stage: None)
-        for backend in ("ort", "torch"):
+        for backend in options.backend:
             with result.case(backend):
-                for row in measure(bundle, backend, options.threads, options.calls):
+                for row in measure(bundle, backend, options.way, options.threads, options.calls):
                     rows.append(row)
                     print(row, flush=True)
                     if row["differing"]:

@@ -18,9 +18,6 @@ from engine.inputs.preparation import Item
 from engine.inputs.sources import ImageInput
 from engine.prediction import Prediction
 
-# Prepared beside the batch that runs. The second leaves a choice of captions of similar length, which saves 4
-# to 6 % of a small network's time, where all sorted by length save 8 % (benchmarks/batcher.py).
-_BATCHES_AHEAD = 2
 _MAX_AHEAD_BYTES = 256 * 2**20  # of prepared images: 32 of the largest that a backend resizes have 1.6 GB
 
 
@@ -111,7 +108,7 @@ class Queue:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._ahead = max(_BATCHES_AHEAD * bounds.batch, bounds.workers)  # pairs that are prepared at most
+        self._ahead = max(bounds.batch, bounds.workers)  # pairs that are prepared at most
         self._changed = threading.Condition(threading.Lock())
         self._waiting: OrderedDict[QueuedPair, None] = OrderedDict()
         self._ready: OrderedDict[QueuedPair, int] = OrderedDict()  # with the bytes of what was prepared
@@ -174,7 +171,9 @@ class Queue:
             while self._waiting or self._preparing or self._ready:
                 seconds = self._until_due()
                 if seconds == 0:
-                    batch = self._choose()
+                    # In order: to choose captions of similar length, which saves padding, gained nothing that
+                    # could be measured (`lengths` of benchmarks/batcher.py).
+                    batch = list(self._ready)[: self._bounds.batch]
                     for pair in batch:
                         self._ready_bytes -= self._ready.pop(pair)
                     self._flights += 1
@@ -254,14 +253,6 @@ class Queue:
                 f"{bounds.pending_bytes}; {again}"
             )
 
-    def _choose(self) -> list[QueuedPair]:
-        """The pair that is ready for longest, and those that it is padded with least."""
-        ready = list(self._ready)
-        if len(ready) > self._bounds.batch:
-            oldest = _tokens(ready[0])
-            ready.sort(key=lambda pair: abs(_tokens(pair) - oldest))  # the oldest stays the first
-        return ready[: self._bounds.batch]
-
     def _is_full(self) -> bool:
         return len(self._ready) >= self._bounds.batch or self._ready_bytes >= _MAX_AHEAD_BYTES
 
@@ -311,10 +302,6 @@ def bytes_of(image: ImageInput | None) -> int:
     if isinstance(image, bytes | bytearray):
         return len(image)
     return int(getattr(image, "nbytes", 0))  # of an array, a tensor or a memoryview
-
-
-def _tokens(pair: QueuedPair) -> int:
-    return 0 if pair.item is None else len(pair.item.tokens.ids)
 
 
 def _bytes_ahead(item: Item) -> int:

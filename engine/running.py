@@ -20,7 +20,7 @@ from engine.backends.base import Backend, Outputs, Pending
 from engine.errors import BackendError, InputError, NumericalError
 from engine.halving import Halving
 from engine.inputs.pairs import Caption, Pair, unpack_pair
-from engine.inputs.preparation import Item, Preparation, milliseconds
+from engine.inputs.preparation import Item, Picture, Preparation, milliseconds
 from engine.inputs.sources import ImageInput
 from engine.manifest import Manifest
 from engine.partial import leave_out
@@ -31,7 +31,7 @@ from engine.tracing import span
 OnError = Literal["raise", "return"]
 # What takes a failed item's place with on_error="return".
 ItemError = InputError | NumericalError
-Prepare = Callable[[], Item]
+Prepare = Callable[[np.ndarray | None], Item]  # into a slot of its batch
 
 _MAX_WORKERS = 4  # beside a network on the CPU, whose cores they share
 _NOWHERE = 1, 1  # the image's size where there is no image to have a box
@@ -98,15 +98,19 @@ class Runner:
         """Predict captions of one image, prepared once; raises InputError where it cannot be read."""
         picture = self._preparation.picture("", image, shares=len(captions))
         named = ((f"caption {i}", caption) for i, caption in enumerate(captions))
-        prepare = self._preparation.caption
-        return self._stream((partial(prepare, name, picture, caption) for name, caption in named), batch_size)
+        return self._stream(
+            (partial(self._caption, name, picture, caption) for name, caption in named), batch_size
+        )
 
     def blank(self, pairs: int, tokens: int) -> None:
         """Run a blank batch of this shape."""
         self._run(*self._preparation.blank(pairs, tokens)).result()
 
-    def _pair(self, name: str, pair: object) -> Item:
-        return self._preparation.pair(name, *unpack_pair(name, pair))
+    def _pair(self, name: str, pair: object, slot: np.ndarray | None) -> Item:
+        return self._preparation.pair(name, *unpack_pair(name, pair), slot)
+
+    def _caption(self, name: str, picture: Picture, caption: Caption | None, _: np.ndarray | None) -> Item:
+        return self._preparation.caption(name, picture, caption)
 
     def _stream(self, jobs: Iterator[Prepare], batch_size: int) -> Iterator[Prediction | ItemError]:
         source, workers = _Source(jobs), min(self.workers, batch_size)
@@ -116,7 +120,9 @@ class Runner:
             ahead: list[Future[Item | ItemError]] = []
             running: deque[Submitted] = deque()
             while batch := source.take(batch_size):
-                current, ahead = ahead, [pool.submit(copy_context().run, _prepared, job) for job in batch]
+                work = zip(batch, self._preparation.slots(len(batch)), strict=True)
+                tasks = [partial(copy_context().run, _prepared, job, slot) for job, slot in work]
+                current, ahead = ahead, [pool.submit(task) for task in tasks]
                 running.append(self.submit([future.result() for future in current]))
                 if len(running) > running_at_once:
                     yield from self.results(running.popleft())
@@ -222,15 +228,15 @@ class _Source:
             raise self._error
 
 
-def _prepared(job: Prepare) -> Item | ItemError:
+def _prepared(job: Prepare, slot: np.ndarray | None) -> Item | ItemError:
     """Prepare one pair of a batch; return the InputError of one that cannot be used."""
     try:
-        return _traced(job)
+        return _traced(partial(job, slot))
     except InputError as error:
         return error
 
 
-def _traced(job: Prepare) -> Item:
+def _traced(job: Callable[[], Item]) -> Item:
     """Prepare one pair in a span of its own."""
     with span("prepare") as note:
         item = job()

@@ -28,7 +28,8 @@ ROOMS = {
     "engine.shipped": "engine.errors engine.layout engine.network.config",
     "engine.signing": "engine.errors engine.files engine.layout engine.packages",
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped engine.signing",
-    "engine.inputs": "engine.errors engine.layout engine.manifest",
+    "engine._native": "",
+    "engine.inputs": "engine._native engine.errors engine.layout engine.manifest",
     "engine.network": "engine.errors engine.network.config engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.network.config engine.network.output engine.schema "
@@ -60,10 +61,10 @@ ROOMS = {
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.network.config engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
-    "export.cli": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
-    "engine.layout engine.logs engine.packages engine.progress engine.scores engine.scoring engine.serving "
-    "engine.shipped engine.signing export export.bench export.bundle export.evaluation export.flags "
-    "export.inference_server export.output export.quantization export.trt",
+    "export.cli": "dgm4 engine engine._native engine.backends engine.bundle engine.errors engine.files "
+    "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.scoring "
+    "engine.serving engine.shipped engine.signing export export.bench export.bundle export.evaluation "
+    "export.flags export.inference_server export.output export.quantization export.trt",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

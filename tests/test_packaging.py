@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it lives beside Hugging Face's package `kernels`."""
+"""The wheel: its files, with a compiler and without, and that it lives beside Hugging Face's `kernels`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,21 @@ from engine.packages import EXTRAS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dgm4", "engine", "export", "kernels")
 BUILD = "import setuptools.build_meta as backend; backend.build_wheel({!r})"
+NO_COMPILER = {"CC": "false", "CXX": "false"}
+COMPILED = (".cpp", ".h", ".so")  # sources, and what a build in place has left
+USE = """
+import sys
+import numpy as np
+from PIL import Image
+from engine import _native
+from engine.inputs.network_input import network_input
+from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD, normalize_image, resize_image
+rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+got = network_input(rgb, 64, CLIP_MEAN, CLIP_STD)
+assert np.array_equal(got, normalize_image(resize_image(rgb, 64)))
+assert sys.argv[1] in _native.__file__
+print(_native.describe())
+"""
 # As the wheel on PyPI is made: a regular package whose own modules have some names of ours one level deeper.
 THEIRS = {
     "kernels/__init__.py": "from kernels.load import get_kernel\n",
@@ -35,19 +51,57 @@ THEIR_USE = "from kernels import get_kernel; assert get_kernel() == 'theirs'"
 OUR_USE = "from importlib.util import find_spec as f; assert f('kernels.attention') and f('kernels.onnx')"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Our wheel, built from a copy of the sources."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+def build(source, out, **variables):
+    """Build a wheel from a copy of the sources; the wheel and what setup.py said."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for name in (*PACKAGES, "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(
-        [sys.executable, "-c", BUILD.format(str(out))], cwd=source, check=True, capture_output=True
-    )
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    command = [sys.executable, "-c", BUILD.format(str(out))]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True, text=True)
     (made,) = out.glob("*.whl")
-    return made
+    return made, [line for line in done.stderr.splitlines() if line.startswith("dgm4: ")]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Our wheel as it is made without a compiler, and what was said of that."""
+    return build(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), **NO_COMPILER)
+
+
+@pytest.fixture
+def wheel(built):
+    return built[0]
+
+
+def use(wheel, folder):
+    """Unpack a wheel, prepare an image with it, and return what it says of itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    command = [sys.executable, "-c", USE, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_one_line_says_so_and_pillow_does_the_work(built, tmp_path):
+    wheel, said = built
+    assert len(said) == 1 and said[0].endswith("Pillow and NumPy prepare images instead")
+    assert use(wheel, tmp_path).startswith("Pillow and NumPy (No module named")
+
+
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="needs pybind11")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_with_a_compiler_the_wheel_holds_the_extension(tmp_path):
+    folders = [tmp_path / name for name in ("source", "out", "unpacked")]
+    for folder in folders:
+        folder.mkdir()
+    made, said = build(*folders[:2])
+    assert said == [] and "none-any" not in made.name
+    compiled = [name for name in zipfile.ZipFile(made).namelist() if name.endswith(COMPILED)]
+    assert len(compiled) == 1 and compiled[0].startswith("engine/_native/_resample.")
+    assert use(made, folders[2]).startswith("compiled, ")
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
@@ -56,7 +110,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in COMPILED
     }
     assert names == files
     assert {f"{package}/py.typed" for package in PACKAGES} <= names

@@ -66,13 +66,14 @@ def _runs() -> bytes:
 @functools.cache
 def sound_files() -> dict[str, bytes]:
     """A file of each format and mode, by name; one image with different encodings."""
-    image, more = photo(), {"save_all": True, "append_images": [photo(8), photo(9)]}
+    image: Image.Image = photo()
+    more: dict[str, Any] = {"save_all": True, "append_images": [photo(8), photo(9)]}
     palette, alpha = image.convert("P"), image.copy()
     alpha.putalpha(image.getchannel("R"))
     turned = Image.Exif()
     turned[_ORIENTATION] = 6
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    modes = {
+    modes: dict[str, list[tuple[str, Image.Image, dict[str, Any]]]] = {
         "": [
             ("jpeg", image, {}),
             ("png", image, {}),
@@ -179,6 +180,8 @@ def try_picture(seed: int) -> Tried:
     except InputError as error:
         return Tried(name, mutation, "refused", time.thread_time() - begun, str(error))
     took = time.thread_time() - begun
-    same = decoded.rgb.size == sound.rgb.size and np.array_equal(decoded.rgb, sound.rgb)
+    same = decoded.rgb.size == sound.rgb.size and np.array_equal(
+        np.asarray(decoded.rgb), np.asarray(sound.rgb)
+    )
     outcome = "same" if same else "told" if set(decoded.warnings) - set(sound.warnings) else "silent"
     return Tried(name, mutation, outcome, took, "; ".join(decoded.warnings))

@@ -51,9 +51,13 @@ def taking_up(path: Path, other: Path) -> Iterator[None]:
     except InputError:  # another recipe
         raise
     except Exception as error:  # any object may stand in a file in place of any other
-        reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        reason = str(error)
         if not isinstance(error, CheckpointError):
-            reason = f"{path}: expected a checkpoint of this run, but it does not fit ({reason})"
+            reason = (
+                f"expected a checkpoint of this run, but it does not fit ({type(error).__name__}: {error})"
+            )
+        if not reason.startswith(str(path)):
+            reason = f"{path}: {reason}"
         raise CheckpointError(f"{reason}{_offer(path, other)}") from error
 
 

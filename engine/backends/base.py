@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.backends.buckets import Arrays, check_ids, measure
 from engine.errors import BackendError, Dgm4Error
-from engine.inputs.preprocess import normalize_image
+from engine.inputs.network_input import join_slots
 from engine.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Backend(ABC, Generic[Network]):
 
     name, device: "torch" and "cuda:0", for example.
     library: what error messages call the library that runs the network.
-    resizes: `submit` takes images of any size; else they must have the network's.
+    resizes: `submit` takes RGB images of any size, uint8 [H, W, 3]; else the network's input, float32
+        [3, S, S].
     asynchronous: `submit` returns while the network runs; else once it has run.
     chosen: why it is this backend that runs the bundle; `engine.backends.create` says so.
     """
@@ -83,13 +84,13 @@ class Backend(ABC, Generic[Network]):
         self._outputs = [spec.name for spec in manifest.outputs]
 
     def submit(self, images: Sequence[np.ndarray], text: Arrays) -> Pending:
-        """Submit one batch of RGB images, uint8 [H, W, 3], and the other inputs by name.
+        """Submit one batch: images, float32 [3, S, S] or what `resizes` says, and the other inputs by name.
 
-        A single image is that of all captions; `run` gets it as a view that repeats it. The network gets what
-        `engine.inputs.preprocess` makes of an image, bit for bit. Raises BackendError.
+        A single image is that of all captions; `run` gets it as a view that repeats it. Images in slots of
+        one buffer are not copied. The network gets what `engine.inputs.network_input` makes of an image, bit
+        for bit. Raises BackendError.
         """
-        spec = self._manifest.preprocess
-        pixels = np.stack([normalize_image(image, spec.mean, spec.std) for image in images])
+        pixels = join_slots(images)
         if len(pixels) == 1:
             pixels = np.broadcast_to(pixels, (len(text["input_ids"]), *pixels.shape[1:]))
         return Finished(self.run({"image": pixels, **text}))

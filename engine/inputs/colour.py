@@ -42,14 +42,11 @@ def strips_of(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    strips = strips_of(image)
-    top, strip = next(strips)
-    if strip is image:
+    if image.width * image.height <= _STRIP_PIXELS:
         return convert(image)
     rgb = Image.new("RGB", image.size)
-    while strip is not None:
+    for top, strip in strips_of(image):
         rgb.paste(convert(strip), (0, top))
-        top, strip = next(strips, (0, None))
     return rgb
 
 

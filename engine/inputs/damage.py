@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from engine.errors import InputError
 
@@ -79,9 +79,9 @@ class Walked(NamedTuple):
     stream: Watched | None = None
     animated: bool | None = None
 
-    def watch(self, image: ImageFile.ImageFile) -> None:
+    def watch(self, image: Image.Image) -> None:
         """Let the image be decoded from the stream."""
-        if self.stream is not None:
+        if self.stream is not None and isinstance(image, ImageFile.ImageFile):
             image.fp = self.stream
 
     @property

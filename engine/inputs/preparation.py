@@ -12,6 +12,7 @@ from PIL import Image
 from engine.errors import InputError
 from engine.inputs.absent import WARNINGS, Absent
 from engine.inputs.budget import DECODING, KEPT
+from engine.inputs.network_input import make_slots, network_input
 from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
 from engine.inputs.preprocess import decode_image, make_thumbnail, resize_image
@@ -25,7 +26,7 @@ _LARGEST_SENT = 4096  # pixels of a side: an image that the backend resizes has 
 class Picture(NamedTuple):
     """A prepared image, for one caption or several.
 
-    pixels: RGB, uint8 [H, W, 3]; of the network's size unless the backend resizes images.
+    pixels: the network's input, float32 [3, S, S]; where the backend resizes images RGB, uint8 [H, W, 3].
     size: (width, height) of the upright image as the user gave it; None where there is none.
     timing: milliseconds by stage.
     """
@@ -71,21 +72,35 @@ class Preparation:
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
         self._thumbnail, self._resize = thumbnail, resize
 
-    def pair(self, name: str, image: ImageInput | None, caption: Caption | None) -> Item:
-        """Prepare one pair; raises InputError, which names it by `name` where that is not empty."""
-        return self.caption(name, self.picture(name, image), caption)
+    def slots(self, count: int) -> Sequence[np.ndarray | None]:
+        """Places for the images of a batch, one for each; None where the backend resizes images."""
+        return make_slots(count, self._spec.image_size) if self._resize else [None] * count
 
-    def picture(self, name: str, image: ImageInput | None, shares: int = 1) -> Picture:
+    def pair(
+        self, name: str, image: ImageInput | None, caption: Caption | None, slot: np.ndarray | None = None
+    ) -> Item:
+        """Prepare one pair; raises InputError, which names it by `name` where that is not empty.
+
+        `slot` is the place of its image in a batch, of `slots`; None for one by itself.
+        """
+        return self.caption(name, self.picture(name, image, slot=slot), caption)
+
+    def picture(
+        self, name: str, image: ImageInput | None, shares: int = 1, slot: np.ndarray | None = None
+    ) -> Picture:
         """Prepare an image that `shares` captions have; for None a plain one of the mean colour."""
         if image is None:
-            return self._plain()
+            return self._plain(slot)
         started = perf_counter()
+        side = self._spec.image_size
         with DECODING.reserving(self._options.max_decoding_bytes) as reserve:
-            decoded = decode_image(image, name=name or None, options=self._options, reserve=reserve)
-            size, warnings = decoded.rgb.size, decoded.warnings
+            decoded = decode_image(
+                image, name=name or None, options=self._options, side=side, reserve=reserve
+            )
+            size, warnings = decoded.size, decoded.warnings
             thumbnail = make_thumbnail(decoded.rgb, self._thumbnail) if self._thumbnail else None
             decode_end = perf_counter()
-            pixels = self._pixels(decoded.rgb)
+            pixels = self._pixels(decoded.rgb, slot)
             del decoded
         timing = {
             "decode": milliseconds(started, decode_end) / shares,
@@ -93,10 +108,10 @@ class Preparation:
         }
         return Picture(pixels, size, thumbnail, warnings, timing)
 
-    def _plain(self) -> Picture:
+    def _plain(self, slot: np.ndarray | None) -> Picture:
         side = self._spec.image_size
-        colour = [round(255 * mean) for mean in self._spec.mean]
-        pixels = np.full((side, side, 3), colour, dtype=np.uint8)
+        red, green, blue = (round(255 * mean) for mean in self._spec.mean)
+        pixels = self._pixels(Image.new("RGB", (side, side), (red, green, blue)), slot)
         return Picture(pixels, None, None, (), {"decode": 0.0, "resize": 0.0})
 
     def caption(self, name: str, picture: Picture, caption: Caption | None) -> Item:
@@ -115,13 +130,16 @@ class Preparation:
             warnings += tokens.warnings
         return Item(name, picture, tokens, text, warnings, timing, absent)
 
-    def _pixels(self, rgb: Image.Image) -> np.ndarray:
+    def _pixels(self, rgb: Image.Image, slot: np.ndarray | None = None) -> np.ndarray:
+        spec = self._spec
+        if self._resize:
+            return network_input(rgb, spec.image_size, spec.mean, spec.std, slot)
         # A second resize to the same size changes nothing, so one here does no harm before the backend's.
-        if not self._resize and max(rgb.size) <= _LARGEST_SENT:
+        if max(rgb.size) <= _LARGEST_SENT:
             whole = np.asarray(rgb)
             if KEPT.keep(whole, self._options.max_decoding_bytes):
                 return whole
-        return np.asarray(resize_image(rgb, self._spec.image_size))
+        return np.asarray(resize_image(rgb, spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption."""
@@ -137,7 +155,7 @@ class Preparation:
     def blank(self, pairs: int, tokens: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Black images, and captions of `tokens` tokens (capped at the tokenizer's maximum)."""
         spec = self._spec
-        image = np.zeros((spec.image_size, spec.image_size, 3), dtype=np.uint8)
+        image = self._pixels(Image.new("RGB", (spec.image_size, spec.image_size)))
         shape = pairs, min(max(tokens, spec.min_tokens), spec.max_tokens)
         text = {
             "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),

@@ -28,8 +28,10 @@ from engine.inputs.sources import ImageInput as ImageInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CHANNELS, LEVELS = 3, 256
 _TINY = 32  # pixels of the shorter side: no face or scene is to be seen below
 _ORIENTATION_TAG = 0x0112
+_FIRST_SIDEWAYS = 5
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,10 +61,14 @@ _PILLOW_ERRORS = (
 
 
 class Decoded(NamedTuple):
-    """An upright RGB image and the warnings of reading it."""
+    """An upright RGB image and the warnings of reading it.
+
+    size: (width, height) of the upright image as it was given; `rgb` is smaller where it was decoded so.
+    """
 
     rgb: Image.Image
     warnings: tuple[str, ...]
+    size: tuple[int, int]
 
 
 def decode_image(
@@ -70,9 +76,10 @@ def decode_image(
     *,
     name: str | None = None,
     options: ImageOptions | None = None,
+    side: int | None = None,
     reserve: Callable[[int], None] | None = None,
 ) -> Decoded:
-    """Read an image as upright RGB.
+    """Read an image as upright RGB; with options.decode "fast" smaller, but no side below `side` pixels.
 
     `source` is a path, the bytes of a file, a file object, a PIL image, an array of H x W or H x W x 1, 3
     or 4, or a torch tensor of that shape or of 1, 3 or 4 x H x W, as uint8 or as finite floats in [0, 1].
@@ -83,17 +90,15 @@ def decode_image(
     options = options or ImageOptions()
     if reserve is None:
         with DECODING.reserving(options.max_decoding_bytes) as reserve:
-            return decode_image(source, name=name, options=options, reserve=reserve)
+            return decode_image(source, name=name, options=options, side=side, reserve=reserve)
     label = label_of(source, name)
     with _boundary(label), _whole_files():
         image, data, walked = open_source(source, label, options)
-        check_pixels(image.size, label, options)
-        turned = options.apply_orientation and image.format != "PNG" and _orientation(image)[0] != 1
-        file = None if data is None else len(data)
-        check_cost(
-            needed := decoding_bytes(image, turned, file is not None), image.size, file, label, options
-        )
-        reserve(needed)
+        size = image.size
+        check_pixels(size, label, options)
+        reserve(_cost(image, data, label, options))
+        if side is not None and options.decode == "fast" and isinstance(image, ImageFile.ImageFile):
+            image.draft(None, (side, side))  # only JPEG has it, libjpeg's scaled inverse transform
         depth, warnings = depth_of(image), _frame_warning(image, walked)
         walked.watch(image)
         image.load()
@@ -105,8 +110,9 @@ def decode_image(
         if orientation in _TRANSPOSES:
             del image
             rgb = rgb.transpose(_TRANSPOSES[orientation])
+            size = size if orientation < _FIRST_SIDEWAYS else size[::-1]
     warnings += [walked.warning, depth_warning, exif_warning, _content_warning(rgb)]
-    return Decoded(rgb, tuple(filter(None, warnings)))
+    return Decoded(rgb, tuple(filter(None, warnings)), size)
 
 
 def read_size(path: str | os.PathLike[str], *, options: ImageOptions | None = None) -> tuple[int, int]:
@@ -156,6 +162,14 @@ def _boundary(label: str) -> Iterator[None]:
     except _PILLOW_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{label}: cannot be read as an image: {reason}") from error
+
+
+def _cost(image: Image.Image, data: bytes | None, label: str, options: ImageOptions) -> int:
+    """The bytes of memory that decoding takes; raises InputError where they are too many."""
+    turned = options.apply_orientation and image.format != "PNG" and _orientation(image)[0] != 1
+    needed = decoding_bytes(image, turned, data is not None)
+    check_cost(needed, image.size, None if data is None else len(data), label, options)
+    return needed
 
 
 class _Switch:

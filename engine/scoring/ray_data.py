@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import threading
 from collections import Counter
@@ -26,6 +27,7 @@ from engine.scoring.shards import Shard
 from engine.scoring.worker import Tally, Work, Worker
 
 _OBJECT_STORE = 128 * 2**20  # bytes, where we start the cluster
+_START_S = "120"  # that a cluster of ours may take to start; Ray's own 30 are too few on a busy machine
 _BLOCKS = 10_000  # that are given out; each holds one shard or, of a longer list, several
 _TRIES = 5  # of a shard whose worker dies: one that always kills it must end the job
 
@@ -87,11 +89,15 @@ def score_on(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Iterator[
                     raise getattr(errors, done["error"])(done["message"])
                 yield Tally(done["pairs"], Counter(done["failed"]))
         except RayError as error:
-            said = str(error).strip().splitlines()
             raise BackendError(
-                f"Ray: {type(error).__name__}: {said[-1] if said else ''}; what is done is kept, "
-                "and the same command goes on"
+                f"Ray: {_line(error)}; what is done is kept, and the same command goes on"
             ) from error
+
+
+def _line(error: Exception) -> str:
+    """What kind of error it is and what it says, of several lines the last."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__
 
 
 def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
@@ -123,6 +129,7 @@ def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """A connection to the cluster at `address`, or a cluster on this machine, for the time of the block."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_S)
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -134,8 +141,8 @@ def _connected(address: str) -> Iterator[None]:
             logging_level=logging.ERROR,
             **(local if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(f"--ray {address}: cannot be reached: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a bare one where a part of it does not start in time
+        raise BackendError(f"--ray {address}: cannot be reached or started: {_line(error)}") from error
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a trace

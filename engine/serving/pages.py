@@ -26,6 +26,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+_MODEL = ("name", "size", "precision", "backend", "device")
 _CODE = re.compile(r"`([^`]+)`")
 
 static = StaticFiles(directory=Path(__file__).parent / "static")
@@ -37,7 +38,7 @@ async def page(request: Request) -> HTMLResponse:
     service: Service = request.app.state.service
     return _html(
         "try.html",
-        model=" ".join(service.predictor.model.values()),
+        model=" ".join(service.predictor.model[part] for part in _MODEL),
         warning=service.predictor.manifest.weights.warning,
         needs_token=service.settings.token is not None,
         megabytes=service.settings.max_body // 2**20,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _HEAD_S = 10.0  # that a request's line and headers may take
 _HEAD_BYTES = 64 * 2**10
 _WRITE_S = 30.0  # that a client may take to read what was sent
-_KEEP_ALIVE_S = 5
+_KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection: the one that reuses it closes it first
 _SPARE_S = 5.0  # for an answer after its deadline
 
 

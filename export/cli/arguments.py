@@ -10,6 +10,7 @@ from typing import TypeAlias
 from engine import Bundle
 from engine.backends import known, takes, usable_cores
 from engine.errors import did_you_mean, quoted
+from engine.inputs.options import DECODES
 from engine.scores import DECISIONS, GROUP
 from export.cli.parser import Parser
 from export.flags import POSITIVE, Number
@@ -83,6 +84,16 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]P",
         help=f"score from which a pair is manipulated, or NAME is: {', '.join(DECISIONS[1:])}, or "
         f"{GROUP} for all four",
+    )
+
+
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    """Add --decode."""
+    parser.add_argument(
+        "--decode",
+        choices=DECODES,
+        default=DECODES[0],
+        help="fast reads a large JPEG at a part of its size (%(default)s)",
     )
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from engine import __version__
+from engine import __version__, _native
 from engine.backends import choice, describe, remedy, usable_cores
 from engine.files import cache_folder
 from engine.packages import find_conflict, version_of
@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         "remedies": {name: command for name in missing if (command := remedy(name)) is not None},
         "conflict": find_conflict(),
         "chosen": [_describe_choice(one) for one in choice.recorded()],
+        "preprocessing": _native.describe(),
         "builders": {
             info.library: {"version": info.version, "usable": info.usable, "reason": info.reason}
             for info in describe_builders()
@@ -101,6 +102,7 @@ def _lines(record: dict[str, Any]) -> str:
         lines.append(f"absent     {name} needs {need}{command}")
     lines += [f"conflict   {record['conflict']}"] if record["conflict"] else []
     lines += [_chosen_line(one) for one in record["chosen"]]
+    lines.append(f"images     {record['preprocessing']}")
     for name, builder in record["builders"].items():
         state = "can build" if builder["usable"] else "cannot build"
         lines.append(f"builder    {name} {builder['version'] or 'absent'}: {state}: {builder['reason']}")

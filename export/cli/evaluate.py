@@ -15,7 +15,7 @@ from engine.bundle import Bundle
 from engine.errors import NumericalError, VerificationError
 from engine.logs import warn_once
 from engine.packages import require
-from export.cli.arguments import Verbs, add_annotated, add_thresholds, check_batch
+from export.cli.arguments import Verbs, add_annotated, add_decode, add_thresholds, check_batch
 from export.flags import POSITIVE, read_options
 from export.output import open_output
 
@@ -44,6 +44,7 @@ def add_parser(verbs: Verbs) -> None:
     add = parser.add_argument
     add_annotated(parser, "test")
     add("--limit", type=POSITIVE, metavar="N", help="draw N pairs of the split")
+    add_decode(parser)
     add(
         "--reference",
         choices=("auto", "none"),

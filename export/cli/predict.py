@@ -21,7 +21,7 @@ from engine.render import check_plot_path
 from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
 from engine.scoring.records import Answer, Record, answers, json_line, line_record
 from export.cli.answers import Answers, Maker
-from export.cli.arguments import Verbs, add_backend, add_thresholds, check_batch
+from export.cli.arguments import Verbs, add_backend, add_decode, add_thresholds, check_batch
 from export.cli.plot import save_plot
 from export.cli.summary import summary
 from export.flags import POSITIVE
@@ -73,6 +73,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--plot", type=Path, metavar="FILE", help="draw the prediction of a single pair")
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
+    add_decode(parser)
     add_backend(parser)
     add(
         "--public-key",
@@ -152,6 +153,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         device=options.device,
         threads=options.threads,
         rebuild=options.rebuild,
+        image_options=ImageOptions(decode=options.decode),
         public_key=options.public_key,
         thumbnail=THUMBNAIL_SIDE if options.html or options.plot else 0,
         thresholds=dict(options.thresholds),

@@ -14,6 +14,7 @@ from dgm4.data.annotations import Sample, read_split
 from engine.backends import Backend, create, ort
 from engine.bundle import Bundle
 from engine.errors import InputError
+from engine.inputs.options import Decode
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import DATA_SUFFIX
 from engine.manifest import Manifest
@@ -28,8 +29,8 @@ class RunOptions:
 
     `graph` names an ONNX file of the bundle to run in ONNX Runtime, in place of a backend's choice.
     `limit` draws that many pairs of the split with `seed`; None takes all. `batch` None is the bundle's
-    largest, 32 at most. `on_bad` "skip" leaves unusable records out, "raise" stops there. `level` is that of
-    the intervals.
+    largest, 32 at most. `decode` is that of `ImageOptions`. `on_bad` "skip" leaves unusable records out,
+    "raise" stops there. `level` is that of the intervals.
     """
 
     split: str = "test"
@@ -39,6 +40,7 @@ class RunOptions:
     device: str = "auto"
     threads: int | None = None
     batch: int | None = None
+    decode: Decode = "exact"
     on_bad: Literal["skip", "raise"] = "skip"
     level: float = 0.95
     seed: int = 0
@@ -68,7 +70,7 @@ def run_bundle(
     manifest = bundle.manifest
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
-    pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest.preprocess)
+    pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest.preprocess, options.decode)
     network = _load_network(bundle, options)
     networks: dict[str, Network] = {BUNDLE: network}
     if reference is not None:

@@ -20,16 +20,15 @@ from dgm4.data.labels import join_outputs, label_tokens, normalize_box
 from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 from engine.backends import usable_cores
 from engine.errors import InputError
+from engine.inputs.network_input import join_slots
+from engine.inputs.options import Decode, ImageOptions
 from engine.inputs.preparation import Item, Preparation
-from engine.inputs.preprocess import ImageOptions, normalize_image
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.progress import progress_bar
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
-# Annotated boxes refer to the image as it is stored.
-_AS_STORED = ImageOptions(apply_orientation=False)
 WAITING = "waiting for images"  # a key of the JSON report
 
 
@@ -53,10 +52,18 @@ class Pair(NamedTuple):
 class Pairs:
     """Annotated samples, prepared for one bundle as its Predictor would prepare them."""
 
-    def __init__(self, samples: Sequence[Sample], tokenizer: CaptionTokenizer, spec: Preprocess) -> None:
-        self.samples, self.spec = samples, spec
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: CaptionTokenizer,
+        spec: Preprocess,
+        decode: Decode = "exact",
+    ) -> None:
+        self.samples = samples
         self._tokenizer = tokenizer
-        self._preparation = Preparation(spec, tokenizer, _AS_STORED, thumbnail=0, resize=True)
+        # Annotated boxes refer to the image as it is stored.
+        as_stored = ImageOptions(apply_orientation=False, decode=decode)
+        self._preparation = Preparation(spec, tokenizer, as_stored, thumbnail=0, resize=True)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,9 +80,8 @@ class Pairs:
 
     def feeds(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """Return the network's inputs by name for a batch."""
-        spec = self.spec
-        images = [normalize_image(pair.item.picture.pixels, spec.mean, spec.std) for pair in pairs]
-        return {"image": np.stack(images), **self._preparation.text([pair.item for pair in pairs])}
+        images = [pair.item.picture.pixels for pair in pairs]
+        return {"image": join_slots(images), **self._preparation.text([pair.item for pair in pairs])}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from engine.backends.base import Backend, Finished, Outputs
 from engine.backends.buckets import Arrays
 from engine.bundle import Bundle
 from engine.errors import InputError
+from engine.inputs.network_input import join_slots
 from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item, Picture, Preparation
-from engine.inputs.preprocess import normalize_image
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import TOKENIZER
@@ -71,13 +71,12 @@ class NetworkEnds:
 
         N is a multiple of TOKEN_STEP, or the most tokens that the network takes.
         """
-        spec = self.manifest.preprocess
-        pixels = [normalize_image(item.picture.pixels, spec.mean, spec.std) for item in items]
+        pixels = join_slots([item.picture.pixels for item in items])
         text = self._preparation.text(items)
         tokens = text["input_ids"].shape[1]
         padding = min(-(-tokens // TOKEN_STEP) * TOKEN_STEP, self.manifest.limits.max_tokens) - tokens
         padded = {name: np.pad(ids, ((0, 0), (0, padding))) for name, ids in text.items()}
-        return {"image": np.stack(pixels), **padded}
+        return {"image": pixels, **padded}
 
     def answers(self, items: Sequence[Item], outputs: Outputs, inference: float) -> Iterator[Prediction]:
         """Decide on the outputs for prepared pairs; `inference` is the network's time in milliseconds.

@@ -161,6 +161,42 @@ def test_dead_modules_of_one_network_are_strange_to_another(tmp_path):
         dgm4.load_checkpoint(path, config=config)
 
 
+def test_values_that_no_training_makes_are_named(tmp_path):
+    """A flipped bit of an exponent; safetensors and the older pickle have no checksum."""
+    config, key = small("asap"), "visual_encoder.norm.weight"
+    state = published("asap", config)
+    state[key] = torch.full_like(state[key], 0.01)
+    state[key].view(torch.int32)[3] ^= 1 << 30
+    path = save(tmp_path / "checkpoint.safetensors", state)
+    with pytest.raises(
+        CheckpointError, match=rf"1 with values beyond 1e\+08, as damage makes them \({key}\)"
+    ):
+        dgm4.load_checkpoint(path, config=config)
+
+
+def test_a_cut_pickle_of_the_older_form(tmp_path):
+    """Once a struct.error; at every place of the pickle, a CheckpointError."""
+    whole = save(tmp_path / "whole.pth", {"a": torch.ones(3)}, legacy=True).read_bytes()
+    path = tmp_path / "cut.pth"
+    for length in range(len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pth"):
+            dgm4.read_checkpoint(path, "asap")
+
+
+def test_whatever_a_reader_raises_is_a_checkpoint_error(monkeypatch, tmp_path):
+    class Foreign(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise Foreign("of another library")
+
+    path = save(tmp_path / "checkpoint.pth", {"a": torch.ones(3)})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: .* \(Foreign: of another library\)"):
+        dgm4.read_checkpoint(path)
+
+
 def test_many_faults_are_counted_and_some_named(tmp_path):
     config = small("hammer")
     state = {k: v for k, v in published("hammer", config).items() if not k.startswith("itm_head.")}

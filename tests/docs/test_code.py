@@ -53,6 +53,7 @@ def test_readme_runs(place, blocks):
 
 
 def test_serving_runs(place, blocks, capsys):
+    pytest.importorskip("prometheus_client")
     testclient = pytest.importorskip("fastapi.testclient")
     pytest.importorskip("celery")
     spaces = run(blocks("python")["serving"])

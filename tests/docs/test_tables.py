@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, demo, engines, inference_server
+from benchmarks import accuracy, decoding, demo, engines, inference_server, preprocessing, projection, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.schema import Record
@@ -48,6 +48,11 @@ def result(name):
         ("demo", "training", demo.table),
         ("inference-server-cpu", "triton-server", inference_server.table),
         ("engines-cpu", "engines", lambda result: engines.table(result["rows"])),
+        ("serving-cpu", "serving", serving.table),
+        ("scoring-cpu", "scale-out", lambda _: projection.table() + projection.overhead()),
+        ("preprocessing-cpu", "preprocessing", preprocessing.table),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.table(result["files"])),
+        ("decoding-cpu", "preprocessing", lambda result: decoding.price_table(result["accuracy"])),
     ],
 )
 def test_tables_are_the_results(name, page, make, pages):
@@ -193,6 +198,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "public_key",
         "to_rows",
     }
     assert found - fields == {row[0].strip("`") for row in tables("serving", "Warnings")[1:]}

@@ -242,16 +242,16 @@ def test_threads_agree_bit_for_bit(bundle_dir):
 
 
 def test_a_cpu_backend_has_run_when_it_is_submitted(bundle_dir, photo, network_input):
-    """Images of the network's size; the outputs are those of `run` on the normalised images."""
+    """The outputs are those of `run` on the same images."""
     backend = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1)
     assert not (backend.asynchronous or backend.resizes)
     text = {name: array for name, array in feeds(2, 5).items() if name != "image"}
-    images = [np.asarray(photo.resize((256, 256))), np.zeros((256, 256, 3), np.uint8)]
+    images = [network_input(photo), network_input(np.zeros((256, 256, 3), np.uint8))]
     submitted = backend.submit(images, text)
     backend.close()
     outputs = submitted.result()
     wanted = backends.create("ort", Bundle.open(bundle_dir), "cpu", 1).run(
-        {"image": np.stack([network_input(image) for image in images]), **text}
+        {"image": np.stack(images), **text}
     )
     assert all(np.array_equal(outputs[name], wanted[name]) for name in wanted)
     with pytest.raises(BackendError, match="was closed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -23,7 +24,7 @@ from export import pipeline, source
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
 from export.manifest_fields import describe_export
-from export.options import ExportOptions
+from export.options import ExportOptions, check_options
 from export.pipeline import export_bundle
 from export.source import load_source
 from export.stages import Job, Lowered
@@ -90,6 +91,19 @@ def test_a_resampled_initialisation_says_so(load, tmp_path):
     assert loaded.manifest.weights.kind == "drawn"
     assert loaded.manifest.weights.source == f"ALBEF.pth ({note})"
     assert note in loaded.card
+
+
+def test_the_checkpoints_hash_is_shown_and_may_be_expected(load, checkpoint):
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    loaded = load(checkpoint=checkpoint, sha256=digest)
+    assert f"SHA-256 {digest}" in loaded.stages["load"]
+    assert loaded.manifest.weights.sha256 == digest
+    with pytest.raises(
+        CheckpointError, match=rf"expected SHA-256 {'0' * 64}, got {digest}; .* fetch it again"
+    ):
+        load(checkpoint=checkpoint, sha256="0" * 64)
+    with pytest.raises(InputError, match="sha256: is that of a checkpoint; give one"):
+        check_options(ExportOptions(out=checkpoint.parent, sha256=digest))
 
 
 def test_another_size_than_the_checkpoints_is_refused(load, checkpoint):

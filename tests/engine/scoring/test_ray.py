@@ -39,6 +39,7 @@ def cluster():
             # By default workers step back behind all else, and end when others fill the machine's memory.
             "RAY_worker_niceness": "0",
             "RAY_memory_monitor_refresh_ms": "0",
+            "RAY_raylet_start_wait_time_s": "120",
         }
         for name, value in settings.items():
             patch.setenv(name, value)

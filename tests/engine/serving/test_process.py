@@ -13,9 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="needs the extra `serve`")
-
-from export.cli.serve import TOKEN  # noqa: E402
+from export.cli.serve import TOKEN
 
 CAPTION, NAME = "Mayor Quimby unveils a monorail", "holiday-snap.jpg"
 SECRET = "a-token-of-some-length"

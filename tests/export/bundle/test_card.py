@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import dgm4
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.manifest import (
     TYPES,
@@ -24,7 +25,7 @@ from export.bundle.licences import licence_of
 
 MANIFEST = Manifest(
     created="2026-11-28T00:00:00+00:00",
-    model=ModelInfo("asap", "tiny", {"width": 64, "heads": 4}),
+    model=ModelInfo("asap", "tiny", dgm4.model_config("asap", "tiny")),
     weights=Weights(kind="drawn", source="drawn from seed 1", sha256=None),
     precision="fp16",
     preprocess=Preprocess(

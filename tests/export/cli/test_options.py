@@ -23,11 +23,11 @@ OPTIONS = {
     f"--triton-repository --plot --json {ENGINE}",
     "convert": "checkpoint out --state",
     "rebuild": f"bundle --force {ENGINE}",
-    "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch "
+    "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch --decode "
     "--backend --device --threads --rebuild --threshold --public-key",
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
-    "evaluate": "bundle --data --split --limit --backend --device --threads --batch --reference "
+    "evaluate": "bundle --data --split --limit --backend --device --threads --batch --decode --reference "
     "--threshold --checkpoint --gate --on-bad --json --out --html",
     "train": "--data --out --recipe --model --size --set --init --init-vision --resume --device --workers "
     "--cache --save-every --stop-after --vocab",
@@ -37,6 +37,11 @@ OPTIONS = {
     "--preferred --threads --accelerate",
     "inspect": "bundle --layers --data --split --json --public-key",
     "sign": "bundle --key",
+    "score": "bundle source --out --format --heatmap --shard --batch --max-failed --backend --device "
+    "--threads --threshold --public-key --ray --workers",
+    "serve": "bundle --host --port --token-file --name --batch --max-wait-ms --max-pending --max-pairs "
+    "--max-body --max-buffered --connections --timeout --read-timeout --rate --burst --trust-proxy --drain "
+    "--backend --device --threads --rebuild --public-key --threshold",
     "demo": "--out",
     "list": "--json",
     "doctor": "--json",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from export.cli import main
 from export.cli.answers import Answers
@@ -41,6 +42,15 @@ def test_one_pair(served, photo, capsys):
     assert [word["text"] for word in record["words"]] == ["A", "Woman's", "smile"]
     assert "heatmap" not in record
     assert record["warnings"][0].startswith("untrained_weights")
+
+
+@pytest.mark.parametrize(("decode", "sizes"), [("exact", []), ("fast", [(256, 256)])])
+def test_a_jpeg_is_decoded_as_asked(served, tmp_path, capsys, monkeypatch, decode, sizes):
+    drafts = []
+    monkeypatch.setattr(JpegImageFile, "draft", lambda image, mode, size: drafts.append(size))
+    Image.new("RGB", (900, 600)).save(tmp_path / "photo.jpg")
+    assert main(["predict", served, str(tmp_path / "photo.jpg"), "words", "--decode", decode]) == 0
+    assert records(capsys)[0]["size"] == [900, 600] and drafts == sizes
 
 
 def test_a_rebuild_needs_a_gpu(served, photo, capsys, monkeypatch):
