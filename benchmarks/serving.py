@@ -54,17 +54,7 @@ class Served:
     """A `dgm4 serve` process."""
 
     def __init__(self, bundle: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "export.cli",
-            "serve",
-            bundle,
-            "--port",
-            "0",
-            "--max-pending",
-            "1024",
-        ]
+        command = [sys.executable, "-m", "export.cli", "serve", bundle, *_OPTIONS]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
         self.address = self._await_ready()
 
@@ -150,7 +140,8 @@ def compare(bundle: str, seconds: float, turns: int = TURNS) -> Row:
             own = predict(seconds)
             count = max(CONNECTIONS, round(own * seconds))
             done = http_load.run(served.address, requests, http_load.at_once(count), CONNECTIONS)
-            rows.append({"predictor": own, "service": done.rate, "ratio": done.rate / own, **_client(done)})
+            row = {"predictor": own, "service": done.rate, "ratio": done.rate / own, **_client(done)}
+            rows.append(row | {"statuses": done.statuses, "lost": done.lost})
         rate = statistics.median(row["service"] for row in rows) / 2
         half = http_load.run(
             served.address, requests, http_load.poisson(rate, turns * seconds, seed=0), 4 * CONNECTIONS
@@ -159,7 +150,8 @@ def compare(bundle: str, seconds: float, turns: int = TURNS) -> Row:
 
 
 def _medians(rows: list[Row]) -> Row:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
 def _client(done: http_load.Outcome) -> Row:
