@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,13 @@ def one_file(name: str) -> Row:
     return {"file": name, "bytes": len(data), "decoders": rows, "failed": failed}
 
 
-def enlarge(data: Path, out: Path, factor: int) -> None:
-    """The test split of `data` in images `factor` times as large, with noise, as JPEG."""
+def enlarge(data: Path, out: Path, factor: int, pairs: int) -> None:
+    """The first `pairs` of the test split of `data`, images `factor` times as large, with noise, as JPEG."""
     records, random = (
         json.loads(split_file(data, "test").read_text(encoding="utf-8")),
         np.random.default_rng(0),
     )
-    for record in records:
+    for record in (records := records[:pairs]):
         path = record["image"].partition("/")[2]
         with Image.open(data / path) as image:
             large = image.convert("RGB").resize(
@@ -194,12 +194,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(logits[:, 0].astype(float) - logits[:, 1])))
 
 
-def accuracy(data: Path, result: ResultFile, save: Callable[[Row], None]) -> None:
+def accuracy(
+    data: Path, pairs: int, factors: Sequence[int], result: ResultFile, save: Callable[[Row], None]
+) -> None:
     """Run the demo's three networks on the enlarged sets."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for factor in FACTORS:
-            enlarge(data, folder / str(factor), factor)
+        for factor in factors:
+            enlarge(data, folder / str(factor), factor, pairs)
         for name in MODEL_NAMES:
             with result.case(name):
                 export_bundle(
@@ -208,7 +210,7 @@ def accuracy(data: Path, result: ResultFile, save: Callable[[Row], None]) -> Non
                     ),
                     lambda stage: None,
                 )
-                for factor in FACTORS:
+                for factor in factors:
                     save(price(Bundle.open(folder / name), folder / str(factor), factor))
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -246,6 +248,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the sample set, for the accuracy")
+    parser.add_argument("--pairs", type=int, default=800, help="%(default)s")
+    parser.add_argument("--factors", type=int, nargs="+", default=FACTORS, help="%(default)s")
     options = parser.parse_args()
     result = ResultFile(options.out)
     names = ("pillow", "simplejpeg", "PyTurboJPEG", "opencv-python-headless", "imagecodecs", "pyspng")
@@ -258,8 +262,14 @@ def main() -> int:
     for name in FILES:
         with result.case(name):
             record["files"].append(one_file(name))
+        result.save(record)
+
+    def keep(row: Row) -> None:
+        record["accuracy"].append(row)
+        result.save(record)
+
     if options.data is not None:
-        accuracy(options.data, result, record["accuracy"].append)
+        accuracy(options.data, options.pairs, options.factors, result, keep)
     result.save(record)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
     return result.exit_code

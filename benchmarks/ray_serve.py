@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import ResultFile
-from benchmarks.scoring import BUNDLE, CAPTION, make_list
+from benchmarks.scoring import BUNDLE, BUSY_MACHINE, CAPTION, make_list
 from engine import Batcher, Predictor
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def main() -> int:
     result, rows = ResultFile(options.out), []
     import ray
 
-    os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0")
+    os.environ.update(BUSY_MACHINE)
     with socket.socket() as free, tempfile.TemporaryDirectory() as name:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -125,7 +125,7 @@ def bands_of(pixels: np.ndarray) -> list[Any]:
     image = Image.fromarray(pixels)
     capsules = image.__arrow_c_array__()
     strided = np.lib.stride_tricks.as_strided
-    bands: list[Any] = [[pixels], [pixels[:4], pixels[4:]], [capsules], [memoryview(pixels.data)], iter([pixels])]
+    bands: list[Any] = [[pixels], [pixels[:4], pixels[4:]], [capsules], [pixels.data], iter([pixels])]
     bands += [[], [pixels[:3]], [pixels, pixels], [None], [1], [()], [(1, 2)], [("a", "b", "c")], [b"123"]]
     bands += [5, None, [pixels[:, ::2]], [pixels[:, ::-1]], [pixels[..., ::-1]], [pixels.astype(np.int32)]]
     bands += [

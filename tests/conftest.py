@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from traces import sharing
 
-import engine  # noqa: F401 (it switches off what ONNX Runtime sends, before any test imports that)
+from engine import logs  # `engine` switches off what ONNX Runtime sends, before any test imports that
 
 # Each worker keeps to its own cores, and so do the children of its tests: with a thread for every core in
 # every worker a third of the CPU's time went into threads that spin while they wait for one another.
@@ -318,6 +318,12 @@ def bindings():
         return json.loads(done.stdout.splitlines()[-1])
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def warned_anew():
+    """Each test hears the warnings that a process gives once."""
+    logs._told.clear()
 
 
 @pytest.fixture(params=NAMES)

@@ -25,23 +25,26 @@ from engine.errors import Dgm4Error
 COMMANDS = ("export", "predict", "data")
 _PAIRS = 60
 _SERVER = """
-import json, os, sys
+import json, os, sys, time
 import dgm4, torch, onnxscript, onnxruntime, export.cli.app, export.pipeline, dgm4.data.make
 from export import cli
 torch.set_num_threads(1)
 for line in sys.stdin:
+    arguments, number, after = json.loads(line)
     process = os.fork()
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1), os.dup2(0, 2)
         code = 99
         try:
-            code = cli.main(json.loads(line))
+            code = cli.main(arguments)
         except SystemExit as error:
             code = error.code
         finally:
             os._exit(code or 0)
-    print(process, flush=True)
+    if number:
+        time.sleep(after)
+        os.kill(process, number)  # until it is waited for, the number is no other process's
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 
@@ -80,13 +83,8 @@ class Server:
         orders, replies = self._process.stdin, self._process.stdout
         if orders is None or replies is None:
             raise RuntimeError("the server has no pipes")
-        orders.write(json.dumps(arguments) + "\n")
+        orders.write(json.dumps([arguments, int(number or 0), after]) + "\n")
         orders.flush()
-        child = int(replies.readline())
-        if number is not None:
-            time.sleep(after)
-            # Until the server has waited for it, the number is no other process's.
-            os.kill(child, number)
         return int(replies.readline())
 
 
@@ -152,14 +150,19 @@ def try_kill(seed: int, server: Server, cases: dict[str, Case], folder: Path) ->
     for path in (folder / "answers.jsonl", folder / "answers.jsonl.partial"):
         path.unlink(missing_ok=True)
     after = float(random.uniform(0, 1.1 * case.seconds))
+    before = _temporary(folder)
     status = server.run(case.arguments, number, after)
     wrong = case.check()
     if status not in (0, 128 + number, -number):
         wrong = wrong or f"status {status}"
-    strays = [path for path in folder.glob(".*") if path.name.endswith((".partial", ".old"))]
+    strays = sorted(_temporary(folder) - before)
     if strays and number == signal.SIGTERM and status != -number:
         wrong = wrong or f"SIGTERM left {strays[0].name}"
     return Killed(name, number.name, round(after, 3), status, wrong, len(strays))
+
+
+def _temporary(folder: Path) -> set[Path]:
+    return {path for path in folder.glob(".*") if path.name.endswith((".partial", ".old"))}
 
 
 def sweep(server: Server, cases: dict[str, Case], folder: Path) -> str:

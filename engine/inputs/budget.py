@@ -18,7 +18,7 @@ from PIL import Image
 from engine.errors import InputError
 from engine.inputs.options import ImageOptions
 
-BYTES_PER_PIXEL = 4  # of RGB in Pillow; the pixel limit times this bounds what one picture takes
+BYTES_PER_PIXEL = 4  # of RGB in Pillow
 _FREE_PIXELS = 16_000_000  # a picture of any format is decoded in less than a second
 _PIXELS_PER_BYTE = 100  # of a larger one's file; a blank screenshot has 300, but fewer pixels
 _NARROW = ("1", "L", "P")  # modes of a byte a pixel
@@ -53,11 +53,10 @@ def check_cost(
             f"{label}: expected at most {_PIXELS_PER_BYTE} pixels a byte of the file above {_FREE_PIXELS} "
             f"pixels, got {size[0]} x {size[1]} = {pixels} in {file} bytes; make the image smaller"
         )
-    most = BYTES_PER_PIXEL * options.max_pixels
-    if needed > most:
+    if needed > options.max_decoding_bytes:
         raise InputError(
-            f"{label}: expected an image that takes at most {most} bytes to read, got {needed} for "
-            f"{size[0]} x {size[1]} pixels of its kind; make it smaller, or save it as a JPEG"
+            f"{label}: expected an image that takes at most {options.max_decoding_bytes} bytes to read, "
+            f"got {needed} for {size[0]} x {size[1]} pixels of its kind; make it smaller or save it as a JPEG"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import threading
 from collections import Counter
@@ -26,6 +27,7 @@ from engine.scoring.shards import Shard
 from engine.scoring.worker import Tally, Work, Worker
 
 _OBJECT_STORE = 128 * 2**20  # bytes, where we start the cluster
+_START_S = "120"  # that a cluster of ours may take to start; Ray's own 30 are too few on a busy machine
 _BLOCKS = 10_000  # that are given out; each holds one shard or, of a longer list, several
 _TRIES = 5  # of a shard whose worker dies: one that always kills it must end the job
 
@@ -127,6 +129,7 @@ def _dataset(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Any:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """A connection to the cluster at `address`, or a cluster on this machine, for the time of the block."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_S)
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)

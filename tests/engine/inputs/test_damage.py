@@ -154,7 +154,7 @@ def test_few_bytes_for_very_many_pixels_are_refused(mode):
 
 def test_a_kind_that_takes_more_memory_than_the_limit_is_refused():
     """WebP takes 16 bytes a pixel while it is decoded, so fewer pixels of it are read."""
-    options = ImageOptions(max_pixels=1_000_000)
+    options = ImageOptions(max_decoding_bytes=4_000_000)
     data = blank("WEBP", "RGB", 900)
     with pytest.raises(InputError, match=r"at most 4000000 bytes to read, got 12960000 for 900 x 900 pixels"):
         decode_image(data, options=options)

@@ -25,18 +25,6 @@ ROOT = Path(__file__).resolve().parents[3]
 COPIES, SIZE = 24, 10
 
 
-def start_ray(folder, tries=3):
-    """Start the cluster, again where a part of it has not come up within Ray's own 30 seconds."""
-    options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-    try:
-        return ray.init(num_cpus=2, object_store_memory=80 * 2**20, _temp_dir=folder, **options)
-    except Exception:
-        ray.shutdown()
-        if tries == 1:
-            raise
-        return start_ray(folder, tries - 1)
-
-
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a cluster of two cores on this machine."""
@@ -51,10 +39,19 @@ def cluster():
             # By default workers step back behind all else, and end when others fill the machine's memory.
             "RAY_worker_niceness": "0",
             "RAY_memory_monitor_refresh_ms": "0",
+            "RAY_raylet_start_wait_time_s": "120",
         }
         for name, value in settings.items():
             patch.setenv(name, value)
-        yield start_ray(folder).address_info["gcs_address"]
+        context = ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=folder,
+        )
+        yield context.address_info["gcs_address"]
         ray.shutdown()
 
 
