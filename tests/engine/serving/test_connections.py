@@ -157,7 +157,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(run_server, predictor, mo
     halfway = [running.connect() for _ in range(6)]
     for connection in halfway:
         connection.sendall(HEAD + b"Content-Length: 900000\r\n\r\n" + b"{" * 1_000)
-    eventually(lambda: service._batcher.statistics().pending == 12)
+    eventually(lambda: service._batcher.statistics().pending == 12 and running.open == 18)
     files, threads = open_files(), threading.active_count()
     for connection in gone + halfway:
         connection.close()
