@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from engine.errors import BundleError, why_no_json
 from engine.layout import MANIFEST
 from engine.network.config import LARGEST_CAPTION, NAMES, TYPES, NetworkConfig
-from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, whole, within
+from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, parse_json, whole, within
 from engine.scores import ScoreCalibration, Temperatures, Thresholds
 
 FORMAT = "dgm4-bundle"
@@ -43,7 +43,7 @@ _CountOrNone = Annotated[int, at_least(0)]
 _Batch = Annotated[int, whole(1, LARGEST_BATCH)]
 _Tokens = Annotated[int, whole(1, LARGEST_CAPTION)]
 _Dimension = Annotated[int, whole(1, 2**20)]
-_Difference = Annotated[float, within(0)]
+_Difference = Annotated[float, within(0, 1e38)]
 _Fraction = Annotated[float, within(0, 1)]
 _Colour = Annotated[float, within(-1000, 1000)]
 _Module = Annotated[str, matching(r"[\w.]{1,200}", "the name of a module")]
@@ -344,28 +344,13 @@ class Manifest(Record):
                 )
         if preprocess.max_tokens > config.positions:
             yield "preprocess.max_tokens", f"at most {config.positions} positions", preprocess.max_tokens
-        shapes = tensor_shapes(config)
+        shapes = config.tensors()
         for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
             for i, spec in enumerate(specs):
                 expected = shapes[spec.name]
                 if (spec.dtype, spec.shape) != expected:
                     found = f"{spec.dtype} {list(spec.shape)}"
                     yield f"{kind}[{i}]", f"{expected[0]} {list(expected[1])} for {spec.name}", found
-
-
-def tensor_shapes(config: NetworkConfig) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-    """Type and shape of every tensor that a graph of the network may have, by name."""
-    size = config.image_size
-    return {
-        "image": ("float32", ("batch", 3, size, size)),
-        "input_ids": ("int64", ("batch", "tokens")),
-        "attention_mask": ("int64", ("batch", "tokens")),
-        "logits_real_fake": ("float32", ("batch", 2)),
-        "logits_multicls": ("float32", ("batch", len(TYPES))),
-        "box": ("float32", ("batch", 4)),
-        "logits_tok": ("float32", ("batch", "tokens - 1", 2)),
-        "attention_map": ("float32", ("batch", "tokens", config.image_tokens)),
-    }
 
 
 def _name_problems(
@@ -399,7 +384,7 @@ def check_digest(data: bytes) -> bytes:
 
 def _load(data: bytes) -> Any:
     try:
-        return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST}: not valid JSON: {why_no_json(error)}; {_REMEDY}") from error
 
@@ -407,14 +392,3 @@ def _load(data: bytes) -> Any:
 def parse_manifest(data: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.json; raises BundleError naming the field at fault."""
     return Manifest.from_dict(_load(data))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object names a field twice")
-    return fields

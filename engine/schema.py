@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -212,6 +213,22 @@ def _read_list(kinds: tuple[Any, ...], value: Any, path: str, expected: str | No
 def fail(path: str, expected: str, value: object) -> NoReturn:
     """Refuse the field at `path` of the record being read; NOTHING as `value` for one that is missing."""
     raise _Mismatch(f"{path}: expected {expected}, got {quoted(value)}")
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly; raises ValueError for NaN, infinities and an object that names a field twice."""
+    return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names a field twice")
+    return fields
 
 
 def _join(path: str, name: str) -> str:

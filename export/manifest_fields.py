@@ -21,7 +21,6 @@ from engine.manifest import (
     TensorSpec,
     Thresholds,
     Verification,
-    tensor_shapes,
 )
 from engine.packages import version_of
 from export.bundle.licences import licence_of
@@ -82,5 +81,5 @@ def describe_export(
 
 
 def _tensors(config: ModelConfig, names: Iterable[str]) -> tuple[TensorSpec, ...]:
-    shapes = tensor_shapes(config)
+    shapes = config.tensors()
     return tuple(TensorSpec(name, *shapes[name]) for name in names)

@@ -70,6 +70,20 @@ class NetworkConfig(Record):
         """Whether the network outputs the attention map of MGCA."""
         return self.name == "asap"
 
+    def tensors(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Type and shape of every tensor that a graph of the network may have, by name."""
+        size = self.image_size
+        return {
+            "image": ("float32", ("batch", 3, size, size)),
+            "input_ids": ("int64", ("batch", "tokens")),
+            "attention_mask": ("int64", ("batch", "tokens")),
+            "logits_real_fake": ("float32", ("batch", 2)),
+            "logits_multicls": ("float32", ("batch", len(TYPES))),
+            "box": ("float32", ("batch", 4)),
+            "logits_tok": ("float32", ("batch", "tokens - 1", 2)),
+            "attention_map": ("float32", ("batch", "tokens", self.image_tokens)),
+        }
+
     @classmethod
     def from_fields(cls, raw: Mapping[str, Any]) -> NetworkConfig:
         """Read `model.config` of a manifest; raises BundleError that names the field at fault."""

@@ -33,6 +33,10 @@ try:
     import openvino_telemetry
 except ImportError:
     pass
+
+class Core:
+    def set_property(self, properties):
+        pass
 """
 TELEMETRY = "raise RuntimeError('Could not determine home directory.')"
 

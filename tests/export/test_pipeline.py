@@ -238,9 +238,9 @@ def test_a_failed_check_keeps_the_bundle_of_before(bundle, tmp_path, monkeypatch
     ("fields", "message"),
     [
         ({"precision": "fp4"}, "precision: expected one of fp32, fp16, bf16, int8, fp8, got 'fp4'"),
-        ({"max_batch": 0}, "max_batch: expected a whole number from 1, got 0"),
-        ({"max_tokens": 1}, "max_tokens: expected 2 to 512 tokens, got 1"),
-        ({"max_tokens": 513}, "max_tokens: expected 2 to 512 tokens, got 513"),
+        ({"max_batch": 0}, "max_batch: expected 1 to 4096 pairs, got 0"),
+        ({"max_tokens": 1}, "max_tokens: expected 16 to 512 tokens, got 1"),
+        ({"max_tokens": 513}, "max_tokens: expected 16 to 512 tokens, got 513"),
         ({"size": "large"}, "size: expected one of base, tiny, got 'large'"),
         ({"model": "resnet"}, "model: expected one of hammer, asap, cals, got 'resnet'"),
     ],

@@ -114,7 +114,7 @@ def test_an_engine_of_several_profiles_is_followed_by_one_of_the_same(copied, bu
     module.rebuild(copied, EngineOptions(profiles=extents))
     module.rebuild(copied)
     first, second = Bundle.open(copied).manifest.engines[0].profiles, builder[1].profiles
-    assert [tuple(profile["input_ids"]["max"]) for profile in first] == list(extents)
+    assert [profile["input_ids"].max for profile in first] == list(extents)
     assert [tuple(profile["input_ids"][2]) for profile in second] == list(extents)
 
 

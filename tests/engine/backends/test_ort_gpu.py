@@ -189,7 +189,7 @@ def test_here_it_says_what_is_missing(flat_copy, monkeypatch):
     monkeypatch.setattr(backends, "_has_part", lambda kind: False)
     assert backends.describe()["ort-cuda"] == "onnxruntime-gpu and an NVIDIA driver"
     with pytest.raises(
-        BackendError, match="'ort-cuda' needs onnxruntime-gpu and an NVIDIA driver, which is not"
+        BackendError, match="'ort-cuda' needs onnxruntime-gpu and an NVIDIA driver, which are not"
     ):
         Predictor(flat_copy(), backend="ort-cuda")
 

@@ -51,7 +51,7 @@ def theirs(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("verb", [["predict", "a.jpg", "A man"], ["inspect"], ["bench"], ["repository"]])
+@pytest.mark.parametrize("verb", [["predict", __file__, "A man"], ["inspect"], ["bench"], ["repository"]])
 def test_an_onnx_file_in_place_of_a_bundle(theirs, tmp_path, capsys, verb):
     more = ["--out", tmp_path / "r"] if verb == ["repository"] else []
     line = line_of(capsys, [verb[0], theirs, *verb[1:], *more])

@@ -104,7 +104,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     ("arguments", "message"),
     [
         (["--target", "turing"], "expected compute capabilities as 8.6,8.9 or none, got 'turing'"),
-        (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
+        (["--max-batch", "0"], "expected 1 to 4096 pairs, got '0'"),
         (["--max-tokens", "1000"], "expected 16 to 512 tokens, got '1000'"),
         (["--max-tokens", "2"], "expected 16 to 512 tokens, got '2'"),
         (["--profiles", "1x32,8"], "expected auto or pairs x tokens as 1x32,32x128, got '1x32,8'"),

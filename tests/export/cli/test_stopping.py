@@ -83,7 +83,7 @@ class Interrupt:
 sys.meta_path.insert(0, Interrupt)
 """
 COMMANDS = {
-    "module": ["-m", "export.cli", "predict", "demo:asap", "nowhere.jpg", "x"],
+    "module": ["-m", "export.cli", "predict", "demo:asap", str(ROOT / "benchmarks/results/sample.png"), "x"],
     "script": ["-c", "import sys; from export.cli import main; sys.exit(main())", "doctor"],
     "front door": [str(ROOT / "export" / "to_trt.py"), "--out", "out"],
 }

@@ -236,11 +236,11 @@ def test_everything_reaches_the_builder_and_the_record(tmp_path, built, monkeypa
     assert (spec.timing_cache, spec.time_limit_s, spec.workspace_mb) == (tmp_path / "t.cache", 60.0, 512)
     assert (spec.features, spec.library) == (STRIPPED, "tensorrt")
     assert EngineEntry.from_dict(entry.to_dict(), "engines[0]") == entry
-    assert [profile["input_ids"]["max"] for profile in entry.profiles] == [[1, 32], [4, 64]]
-    assert entry.profiles[1]["image"] == {
-        "min": [1, 3, 256, 256],
-        "opt": [4, 3, 256, 256],
-        "max": [4, 3, 256, 256],
+    assert [profile["input_ids"].max for profile in entry.profiles] == [(1, 32), (4, 64)]
+    assert vars(entry.profiles[1]["image"]) == {
+        "min": (1, 3, 256, 256),
+        "opt": (4, 3, 256, 256),
+        "max": (4, 3, 256, 256),
     }
     assert (entry.stripped, entry.version_compatible, entry.hardware) == (True, False, None)
     assert line.startswith("model.trt-sm90.engine: tensorrt 11.4.0.106 for 9.0, 2 profiles, weights stripped")
@@ -294,5 +294,5 @@ def test_a_record_of_before():
         "profile": ranges,
     }
     entry = EngineEntry.from_dict(old, "engines[0]")
-    assert entry.profiles == (ranges,)
+    assert entry.to_dict()["profiles"] == [ranges]
     assert (entry.stripped, entry.version_compatible, entry.hardware) == (False, False, None)

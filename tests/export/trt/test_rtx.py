@@ -57,7 +57,7 @@ def test_every_network_in_every_precision(engines, name, precision):
     entry, size, weights = engines(name)[precision].result()
     assert size > weights, "the weights are inside"
     assert entry.compute_capabilities == TARGETS
-    assert [profile["input_ids"]["max"] for profile in entry.profiles] == [[2, 24]]
+    assert [profile["input_ids"].max for profile in entry.profiles] == [(2, 24)]
     assert entry.build.peak_memory_mb < MEMORY_MB
     if "fp16" in precision:
         assert entry.fused_attention > 3
