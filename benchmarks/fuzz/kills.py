@@ -28,6 +28,7 @@ _SERVER = """
 import json, os, sys, time
 import dgm4, torch, onnxscript, onnxruntime, export.cli.app, export.pipeline, dgm4.data.make
 from export import cli
+from export.cli import leaving
 torch.set_num_threads(1)
 for line in sys.stdin:
     arguments, number, after = json.loads(line)
@@ -35,6 +36,7 @@ for line in sys.stdin:
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1), os.dup2(0, 2)
+        leaving._PID = os.getpid()  # as if it had been started, not forked
         code = 99
         try:
             code = cli.main(arguments)
