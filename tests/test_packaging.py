@@ -150,7 +150,11 @@ def imported():
 def test_every_library_is_required_or_has_an_extra():
     """An installation without it can be told which. torch for CUDA brings Triton, clients their own."""
     base = {"jinja2", "markupsafe", "numpy", "PIL", "tokenizers", "tqdm"}  # jinja2 brings markupsafe
-    others = {"triton", "tritonclient", "triton_python_backend_utils"}  # the last is in a server's processes alone
+    others = {
+        "triton",
+        "tritonclient",
+        "triton_python_backend_utils",
+    }  # the last is in a server's processes alone
     assert set(imported()) - sys.stdlib_module_names - set(PACKAGES) - base - others <= set(EXTRAS)
 
 

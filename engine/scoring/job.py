@@ -40,12 +40,13 @@ class Job:
 
     def find_missing(self) -> None:
         """Count what earlier runs have answered; raises InputError for a file that is not a shard's."""
+        last = 0
         for shard in self.shards:
             path = self.work.path(shard)
             if not path.exists():
                 self.missing.append(shard)
                 continue
-            tally = tally_of(path)
+            tally, last = tally_of(path, last)
             if tally.pairs != len(shard):
                 raise InputError(
                     f"{path}: holds {tally.pairs} answers, expected {len(shard)}; delete it and run again"
@@ -69,7 +70,7 @@ class Job:
         """Write the counts once every shard's file is there and no other; returns them."""
         out, suffix = self.work.out, self.work.format
         sweep(out)
-        there = {path.name for path in out.glob(f"pairs-*.{suffix}")}
+        there = {path.name for path in out.glob(f"[!._]*.{suffix}")}
         wanted = {self.work.path(shard).name for shard in self.shards}
         if there != wanted or self.tally.pairs != self.pairs:
             odd = sorted(there ^ wanted)[:1] or [f"{self.tally.pairs} answers to {self.pairs} pairs"]

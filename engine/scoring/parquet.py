@@ -137,14 +137,14 @@ class TableWriter:
         self._writer.close()
 
 
-def read_kinds(path: Path) -> tuple[int, list[str]]:
-    """How many rows a file of answers has, and the kinds of the errors among them; raises InputError."""
+def read_numbers(path: Path) -> Iterator[tuple[int, str | None]]:
+    """The number of each row of a file of answers, and the kind of its error; raises InputError."""
     import pyarrow as arrow
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
-            kinds = file.read(columns=["error_kind"])["error_kind"].drop_null().to_pylist()
-            return file.metadata.num_rows, kinds
+            table = file.read(columns=["line", "error_kind"])
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    yield from zip(table["line"].to_pylist(), table["error_kind"].to_pylist(), strict=True)

@@ -17,7 +17,7 @@ from engine.files import replacing, sha256_of
 from engine.layout import MANIFEST
 from engine.predictor import Predictor
 from engine.scoring.pairs import PairList
-from engine.scoring.parquet import TableWriter, read_kinds
+from engine.scoring.parquet import TableWriter, read_numbers
 from engine.scoring.records import Answer, Record, answers, json_line, line_record, table_row
 from engine.scoring.shards import Shard, read
 
@@ -141,20 +141,31 @@ def _writing(work: Work, path: Path) -> Iterator[Callable[[Record, Answer], obje
             yield lambda head, answer: file.write(json_line(line_record(head, answer, work.heatmap)))
 
 
-def tally_of(path: Path) -> Tally:
-    """Count the rows of a shard's file that an earlier run wrote; raises InputError for what is none."""
-    if path.suffix == ".parquet":
-        rows, kinds = read_kinds(path)
-        return Tally(rows, Counter(kinds))
-    tally = Tally()
+def tally_of(path: Path, after: int) -> tuple[Tally, int]:
+    """Count the rows of a shard's file that an earlier run wrote, and return the number of the last one.
+
+    Raises InputError for a row that is none, and where the numbers of rows do not go up from `after`.
+    """
+    tally, last = Tally(), after
+    for number, kind in read_numbers(path) if path.suffix == ".parquet" else _numbers_of(path):
+        tally.pairs += 1
+        if number <= last:
+            raise InputError(
+                f"{path}: row {tally.pairs} answers pair {number}, expected one above {last}; "
+                "delete the file and run again"
+            )
+        last = number
+        if kind is not None:
+            tally.failed[kind] += 1
+    return tally, last
+
+
+def _numbers_of(path: Path) -> Iterator[tuple[int, str | None]]:
+    """Each row's number, and the kind of its error."""
     with path.open("rb") as file:
-        for line in file:
-            tally.pairs += 1
-            if b'"error": ' in line:  # a caption's quotes are escaped, but an id may be a dictionary
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}: line {tally.pairs} is no JSON; delete the file") from error
-                if "error" in record:
-                    tally.failed[record["kind"]] += 1
-    return tally
+        for row, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                yield int(record["line"]), record["kind"] if "error" in record else None
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}: row {row} is no answer; delete the file and run again") from error

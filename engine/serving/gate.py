@@ -112,7 +112,7 @@ class Gate:
                 raise Refused(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
         if scope["method"] != "POST":
             return
-        if headers.get("sec-fetch-site") == "cross-site":
+        if _is_foreign(headers):
             raise Refused(403, "cross_site", "pages of other sites may not send requests here")
         if headers.get("content-encoding", "identity") != "identity":
             raise Refused(415, "unsupported_media_type", "expected a body that is not compressed")
@@ -186,6 +186,14 @@ class Gate:
 def needs_no_token(path: str) -> bool:
     """Whether the path is open to everyone, where a token is set."""
     return _OPEN.fullmatch(path) is not None
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a page of another site sent the request: by the browser's word, or by the page's origin."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None or origin is None:
+        return site == "cross-site"
+    return origin.partition("://")[2] != headers.get("host")
 
 
 def _stamp(message: Message, exchange: Exchange, scope: Scope) -> None:

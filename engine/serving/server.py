@@ -37,6 +37,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head, self._head_bytes = True, 0
+        self._messages = 0  # that ended
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -49,8 +50,10 @@ class BoundedProtocol(HttpToolsProtocol):
         """See asyncio."""
         if self._in_head and self._head_timer is None:
             self._head_timer = self.loop.call_later(_HEAD_S, self.transport.abort)
+        in_head, messages = self._in_head, self._messages
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        # What ended a message in the same piece, a body perhaps, is none of the next one's headers.
+        if in_head and self._in_head and messages == self._messages and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self.send_400_response("Request headers are too long.")
@@ -65,6 +68,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """See httptools."""
         super().on_message_complete()
         self._in_head, self._head_bytes = True, 0
+        self._messages += 1
 
     def pause_writing(self) -> None:
         """See asyncio."""

@@ -50,6 +50,11 @@ class _InMemory(MultiPartParser):
     """A form whose file is kept in memory, within the limit of the body: nothing is written to a disk."""
 
     spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        """See Starlette: called at the form's last boundary."""
+        self.ended = True
 
 
 @router.post(
@@ -98,9 +103,12 @@ async def _read(request: Request) -> tuple[list[Given], bool]:
 
 async def _read_form(request: Request) -> Given:
     try:
-        form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=2).parse()
+        parser = _InMemory(request.headers, request.stream(), max_files=1, max_fields=2)
+        form = await parser.parse()
     except MultiPartException as error:
         raise Refused(400, "bad_request", error.message) from None
+    if not parser.ended:
+        raise Refused(400, "bad_request", "the form ends before its last boundary: it was cut short")
     names = [name for name, _ in form.multi_items()]
     if not set(names) <= _FIELDS or len(names) > len(set(names)):
         raise Refused(422, "invalid_request", "expected the fields image and caption, each at most once")

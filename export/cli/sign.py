@@ -12,6 +12,7 @@ from engine.errors import InputError, quoted
 from engine.files import replacing
 from engine.layout import MANIFEST, SIGNATURE
 from engine.packages import require
+from engine.shipped import locate
 from engine.signing import read_key, why_no_key
 from export.cli.arguments import Verbs
 
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     key = _private_key(options.key)
     bundle = Bundle.open(options.bundle)
+    if locate(options.bundle) != options.bundle:
+        raise InputError(f"{options.bundle}: ships with the package; sign a copy of {bundle.path}")
     bundle.verify_all()
     path = bundle.path / SIGNATURE
     try:

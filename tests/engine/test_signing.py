@@ -102,6 +102,11 @@ def test_what_is_no_key(signed, keys, tmp_path):
             Bundle.open(signed, public_key=key)
 
 
+def test_what_ships_is_not_signed(keys, capsys):
+    assert main(["sign", "demo:asap", "--key", str(keys[0])]) == 1
+    assert "demo:asap: ships with the package; sign a copy of" in capsys.readouterr().err
+
+
 def test_only_a_whole_bundle_is_signed(bundle_copy, keys, tmp_path, capsys):
     (bundle_copy / "README.md").write_bytes(b"x" * (bundle_copy / "README.md").stat().st_size)
     assert main(["sign", str(bundle_copy), "--key", str(keys[0])]) == 1

@@ -64,7 +64,8 @@
         headers,
         signal: mine.signal,
       });
-      const data = await response.json();
+      const data = await response.json().catch(() => null);
+      if (!data) throw new Error(`The service answered ${response.status}, not with JSON.`);
       if (!response.ok) throw new Error(`${data.message} (${data.code})`);
       show(data);
     } catch (error) {

@@ -72,6 +72,26 @@ def test_a_second_run_does_what_is_missing(long_list, tmp_path, format_):
     assert (out / "_SUCCESS").exists()
 
 
+@pytest.mark.parametrize("format_", ["jsonl", "parquet"])
+def test_files_that_are_not_the_shards(long_list, tmp_path, format_):
+    pytest.importorskip("pyarrow")
+    work, out = long_list.work(format=format_), tmp_path / "out"
+    score(work, size=8)
+    files = sorted(out.glob("pairs-*"))
+    own = files[2].read_bytes()
+    files[2].write_bytes(files[1].read_bytes())
+    with pytest.raises(InputError, match="row 1 answers pair 9, expected one above 16"):
+        score(work, size=8)
+    if format_ == "jsonl":
+        files[2].write_bytes(b"{garbage\n" + own.partition(b"\n")[2])
+        with pytest.raises(InputError, match="row 1 is no answer; delete the file and run again"):
+            score(work, size=8)
+    files[2].write_bytes(own)
+    (out / f"foreign.{format_}").touch()
+    with pytest.raises(InputError, match="foreign"):
+        score(work, size=8)
+
+
 def test_a_folder_is_of_one_job(long_list, tmp_path):
     work = long_list.work()
     score(work, size=8)

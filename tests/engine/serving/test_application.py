@@ -94,6 +94,9 @@ def test_many_pairs_keep_their_order_and_fail_alone(client, predictor, jpeg):
     assert 'dgm4_errors_total{code="invalid_input"} 2.0' in client.get("/metrics").text
 
 
+# Parts of a form, neither of which is followed by the last boundary.
+A_CAPTION = b'--b\r\nContent-Disposition: form-data; name="caption"\r\n\r\nObama\r\n'
+AN_IMAGE = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n\xff\xd8'
 BROKEN = [
     ({"content": b"{"}, "application/json", 400, "bad_request"),
     ({"content": b"[" * 100_000}, "application/json", 400, "bad_request"),
@@ -114,7 +117,9 @@ BROKEN = [
     ({"content": b"x"}, "multipart/form-data", 400, "bad_request"),
     ({"content": b"x"}, "multipart/form-data; boundary=a", 400, "bad_request"),
     ({"content": b"--a\r\n\r\n\r\n--a--"}, "multipart/form-data; boundary=a", 400, "bad_request"),
-    ({"content": b""}, "multipart/form-data; boundary=a", 422, "invalid_input"),
+    ({"content": b""}, "multipart/form-data; boundary=a", 400, "bad_request"),
+    ({"content": A_CAPTION + AN_IMAGE}, "multipart/form-data; boundary=b", 400, "bad_request"),
+    ({"content": AN_IMAGE + A_CAPTION}, "multipart/form-data; boundary=b", 400, "bad_request"),
 ]
 
 
@@ -189,6 +194,11 @@ def test_other_sites_may_not_send(client):
     response = client.post("/v1/predict", json={}, headers={"sec-fetch-site": "cross-site"})
     problem(response, 403, "cross_site")
     assert "access-control-allow-origin" not in response.headers
+    # A browser that does not say where the page is from says its origin.
+    for origin in ("http://evil.example", "null"):
+        problem(client.post("/v1/predict", json={}, headers={"origin": origin}), 403, "cross_site")
+    own = client.post("/v1/predict", json={"caption": "x"}, headers={"origin": str(client.base_url)})
+    assert own.status_code == 200
 
 
 TOKEN = "a-token-of-some-length"

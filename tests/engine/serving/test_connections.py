@@ -90,6 +90,16 @@ def test_endless_headers_are_refused(run_server):
     eventually(lambda: running.open == 0)
 
 
+@pytest.mark.parametrize("size", [60_000, 66_000, 100_000, 300_000, 1_000_000])
+def test_a_body_in_one_piece_is_no_header(run_server, size):
+    running = run_server()
+    body = json.dumps({"caption": "a " * (size // 2)}).encode()
+    with running.connect() as connection:
+        for more in (b"", b"Connection: close\r\n"):  # a second request on the connection too
+            connection.sendall(whole(body, more))
+        assert receive(connection).count(b"HTTP/1.1 200 ") == 2
+
+
 def test_a_slow_body_is_refused(run_server):
     running = run_server(read_timeout_s=0.3)
     with running.connect() as connection:
