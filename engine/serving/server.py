@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from engine.errors import InputError
 from engine.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -164,13 +165,20 @@ def serve(
     """Serve until SIGTERM or SIGINT, then answer what was taken, and let the signal act as it did before.
 
     `announce` is called with the address once it is bound. `proxies` are the addresses, with commas between
-    them, whose X-Forwarded-For names the client. Raises OSError for an address that cannot be bound, and the
-    error of a warm-up that failed.
+    them, whose X-Forwarded-For names the client. Raises InputError for an address that cannot be bound, and
+    the error of a warm-up that failed.
     """
     service: Service = app.state.service
     config = configure(app, connections, proxies)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=config.backlog)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (while")[0]
+        raise InputError(
+            f"{host} port {port}: cannot be listened on: {reason}; choose another port, 0 for a free one"
+        ) from error
+    with listener:
         bound = listener.getsockname()
         shown = f"[{bound[0]}]" if family == socket.AF_INET6 else bound[0]
         announce(f"http://{shown}:{bound[1]}")
