@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -32,6 +33,10 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):
     share = cores[int(WORKER.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, share or cores)
     torch.set_num_threads(len(share or cores))
+
+# A shell's background ignores it, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes millions of short-lived objects; looking for cycles among them takes a tenth of its time.
 gc.set_threshold(50_000, 20, 20)

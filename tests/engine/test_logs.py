@@ -49,7 +49,7 @@ def test_the_options_come_before_the_environment(flag, level, monkeypatch, capsy
     monkeypatch.setenv("DGM4_LOG", "debug")
     root = logging.getLogger()
     before, heard = root.level, []
-    monkeypatch.setattr("export.cli.models.run", lambda options: heard.append(_level()) or 0)
+    monkeypatch.setattr(app.models, "run", lambda options: heard.append(_level()) or 0)
     root.setLevel(logging.ERROR if flag == ("-q",) else logging.WARNING)  # basicConfig leaves pytest's alone
     try:
         assert main([*flag, "list"]) == 0
