@@ -31,21 +31,7 @@ from benchmarks.timing import quantile
 from engine import Batcher, Prediction, Predictor
 
 CALLERS = (1, 2, 4, 8, 16, 32, 64)
-_WORDS = [
-    "the",
-    "president",
-    "speaks",
-    "to",
-    "a",
-    "crowd",
-    "in",
-    "her",
-    "city",
-    "after",
-    "one",
-    "long",
-    "day",
-]
+WORDS = ["the", "president", "speaks", "to", "a", "crowd", "in", "her", "city", "after", "one", "long", "day"]
 
 Pair = tuple[bytes, str]
 Predict = Callable[[bytes, str], Prediction]
@@ -60,7 +46,7 @@ def draw_pairs(count: int) -> list[Pair]:
         coarse = Image.fromarray(random.integers(0, 256, (27, 40, 3), np.uint8))
         file = io.BytesIO()
         coarse.resize((640, 427), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
-        pairs.append((file.getvalue(), " ".join(random.choice(_WORDS, words))))
+        pairs.append((file.getvalue(), " ".join(random.choice(WORDS, words))))
     return pairs
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.batcher import WORDS
 from benchmarks.results import ResultFile
 from engine import Batcher, Prediction, Predictor
 from export.options import ExportOptions
@@ -29,21 +30,6 @@ from export.pipeline import export_bundle
 SWITCH_S = 1e-6
 PAIRS = 16
 BACKENDS, WAYS = ("ort", "torch"), ("Predictor", "Batcher")
-_WORDS = [
-    "the",
-    "president",
-    "speaks",
-    "to",
-    "a",
-    "crowd",
-    "in",
-    "her",
-    "city",
-    "after",
-    "one",
-    "long",
-    "day",
-]
 
 Pairs = Sequence[tuple[Image.Image, str]]
 Predict = Callable[[Image.Image, str], Prediction]
@@ -64,7 +50,7 @@ def draw_pairs(count: int) -> Pairs:
     """Pairs of different images and caption lengths, the same at each call."""
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (48, 64, 3), np.uint8)) for _ in range(count)]
-    return [(image, " ".join(random.choice(_WORDS, 1 + 2 * i))) for i, image in enumerate(images)]
+    return [(image, " ".join(random.choice(WORDS, 1 + 2 * i))) for i, image in enumerate(images)]
 
 
 def same(left: Prediction, right: Prediction) -> bool:
