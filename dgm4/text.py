@@ -30,11 +30,11 @@ class Projections(nn.Module):
 class AddNorm(nn.Module):
     """LayerNorm(residual + dropout(Linear(x)))."""
 
-    def __init__(self, config: ModelConfig, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, eps: float, dropout: float) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.dense = nn.Linear(hidden, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=BERT_EPS)
+        self.dropout = dropout
+        self.dense = nn.Linear(hidden, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[B, N, hidden] and [B, N, D] -> [B, N, D]."""
@@ -44,11 +44,11 @@ class AddNorm(nn.Module):
 class BertAttention(nn.Module):
     """Post-norm attention of `x` over `memory` (itself where None is given)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, eps: float, dropout: float) -> None:
         super().__init__()
         self.self = Projections(config)
-        self.output = AddNorm(config, config.width)
-        self.dropout = config.dropout
+        self.output = AddNorm(config.width, config.width, eps, dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""
@@ -77,15 +77,17 @@ class Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention to the image in fusion layers, feed-forward."""
+    """Self-attention, cross-attention to the other stream in fusion layers, feed-forward."""
 
-    def __init__(self, config: ModelConfig, fusion: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, fusion: bool, eps: float = BERT_EPS, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.attention = BertAttention(config)
+        self.attention = BertAttention(config, eps, dropout)
         if fusion:
-            self.crossattention = BertAttention(config)
+            self.crossattention = BertAttention(config, eps, dropout)
         self.intermediate = Intermediate(config)
-        self.output = AddNorm(config, config.mlp_ratio * config.width)
+        self.output = AddNorm(config.width, config.mlp_ratio * config.width, eps, dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -116,7 +118,8 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
-            BertLayer(config, fusion=i >= config.fusion_start) for i in range(config.text_depth)
+            BertLayer(config, i >= config.fusion_start, dropout=config.dropout)
+            for i in range(config.text_depth)
         )
 
     def layers(self) -> list[BertLayer]:

@@ -1,0 +1,1 @@
+"""The networks as published, one file each."""
