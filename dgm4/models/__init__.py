@@ -1,1 +1,1 @@
-"""The networks as published, one file each."""
+"""The published form of every network: `Published`, its parameters under the released names."""
