@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from kernels.attention import MASKED, MASKED_SCORE, PLAIN
+from kernels.onnx.attention import MASKED, MASKED_SCORE, PLAIN
 from kernels.onnx.bodies import body
 from kernels.onnx.ops import DOMAIN
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from engine.errors import BuildError
 from export.graph.trace import data_of, give_own_codes
-from kernels.attention import MASKED, PLAIN
+from kernels.onnx.attention import MASKED, PLAIN
 from kernels.onnx.ops import DOMAIN
 
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # where an attribute is absent

@@ -20,7 +20,8 @@ from export.trt.features import Features
 from export.trt.options import EngineOptions
 from export.trt.process import BuildLimitError
 from export.trt.profiles import Shapes
-from kernels.attention import MASKED, attention_ref
+from kernels.attention import attention_ref
+from kernels.onnx.attention import MASKED
 from kernels.onnx.bodies import bodies
 from kernels.onnx.ops import DOMAIN
 
