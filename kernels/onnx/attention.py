@@ -22,6 +22,11 @@ class Operands(NamedTuple):
     bias: bool = False
     guided: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The node's inputs."""
+        return ("query", "key", "value", *["mask"] * bool(self.mask), *["bias"] * self.bias)
+
 
 PLAIN, MASKED, GUIDED = "HeadAttention", "MaskedHeadAttention", "GuidedHeadAttention"
 NODES = {

@@ -53,9 +53,8 @@ def _attention(name: str) -> onnx.FunctionProto:
     averaging = """
         heads_axis = Constant <value_ints = [1]> ()
         guide = ReduceMean <keepdims = 0> (scores, heads_axis)"""
-    inputs = ", ".join(("query", "key", "value", *["mask"] * bool(form.mask), *["bias"] * form.bias))
     return body(f"""
-    {name} <heads, scale> ({inputs}) => (out{", guide" if form.guided else ""})
+    {name} <heads, scale> ({", ".join(form.names)}) => (out{", guide" if form.guided else ""})
     {{
         keep_two = Constant <value_ints = [0, 0]> ()
         rest = Constant <value_ints = [-1]> ()
