@@ -64,8 +64,8 @@ def head_tile(
         end = tl.max(tl.where(b_mask != 0, o_mask + 1, 0), 0)
     b_max = tl.full((BLOCK_M,), 0.0 if LEAD else float("-inf"), tl.float32)  # (BLOCK_M)
     if LEAD and bias is not None:
-        b_bias = tl.load(bias + o_query.to(tl.int64) * bias_row, mask=o_query < n_queries, other=0.0)
-        b_max += b_bias.to(tl.float32) * bias_scale * scale
+        b_lead = tl.load(bias + o_query.to(tl.int64) * bias_row, mask=o_query < n_queries, other=0.0)
+        b_max += b_lead.to(tl.float32) * bias_scale * scale  # (BLOCK_M)
     b_sum = tl.full((BLOCK_M,), LEAD, tl.float32)  # (BLOCK_M)
     b_query: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
     b_out: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
