@@ -68,7 +68,7 @@ def test_masks_of_any_layout(monkeypatch):
 def test_another_device(broken):
     if torch.cuda.device_count() < 2:
         assert list(edges.second_device()) == [{"missing": "a second GPU"}]
-    assert len(list(edges.second_device("cpu", small=True))) == 15
+    assert len(list(edges.second_device("cpu", small=True))) == 17
     broken(lambda form, x: 1.1 * form(*x))
     with pytest.raises(RuntimeError, match="latent pooling on cpu: error 0.1"):
         list(edges.second_device("cpu", small=True))
