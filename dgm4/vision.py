@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dgm4.config import TORCH_EPS, VIT_EPS, ModelConfig
 from dgm4.layers import PackedAttention, attention, merge_heads
+from engine.registry.cals import CalsConfig
 
 
 class SelfAttention(nn.Module):
@@ -123,7 +124,7 @@ class ConvBranch(nn.Module):
 class PostNormBlock(nn.Module):
     """LN(x + MHA(x)), then LN(. + FFN(.)) with ReLU; eps 1e-5."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: CalsConfig) -> None:
         super().__init__()
         hidden = config.mlp_ratio * config.width
         self.mha = PackedAttention(config.width, config.caformer_heads)
@@ -148,7 +149,7 @@ class CAFormer(VisionTransformer):
 
     sampled = False
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: CalsConfig) -> None:
         super().__init__(config)
         self.start = config.caformer_start
         self.grid, self.image_size = config.grid, config.image_size

@@ -11,7 +11,7 @@ from torch import nn
 
 import dgm4
 from dgm4 import checkpoint, config
-from dgm4.model import Cals
+from dgm4.models.cals import Cals
 from engine.errors import InputError
 
 PARAMETERS = {"hammer": 227.9, "asap": 230.2, "cals": 235.9}  # millions, live at inference
