@@ -1,7 +1,7 @@
-"""Byte pairs, the vocabulary of GPT-2's and RoBERTa's tokenizers: their files, and the tokenizer made of them.
+"""Byte pairs, the vocabulary of GPT-2's and RoBERTa's tokenizers: their files, and the tokenizer of them.
 
-A text is cut by GPT-2's pattern, its UTF-8 bytes are spelled with 256 printable characters, and pairs of pieces
-are merged in the order of a list (Sennrich et al., arXiv:1508.07909). No text is unknown to it.
+A text is cut by GPT-2's pattern, its UTF-8 bytes are spelled with 256 printable characters, and pairs of
+pieces are merged in the order of a list (Sennrich et al., arXiv:1508.07909). No text is unknown to it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def are_byte_pairs(path: Path) -> bool:
 
 
 def read_byte_pairs(path: Path) -> BytePairs:
-    """Read byte pairs from a folder, from one of the two files with the other beside it, or a tokenizer's file.
+    """Read byte pairs from a folder, one of the two files with the other beside it, or a tokenizer's file.
 
     Raises InputError where they are missing, or no vocabulary for every text.
     """
@@ -79,7 +79,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _checked(path: Path, ids: Any, merges: Any) -> BytePairs:
     """Both parts of a vocabulary, of which every text can be spelled; `path` is what messages call it."""
     if not isinstance(ids, dict) or not _count_up(ids.values()):
-        raise InputError(f"{path}: expected pieces with the ids from 0 on, each once; give the published file")
+        raise InputError(
+            f"{path}: expected pieces with the ids from 0 on, each once; give the published file"
+        )
     if not isinstance(merges, list):
         raise InputError(f"{path}: expected {EXPECTED}, got no list of merges")
     pairs = []
@@ -104,7 +106,7 @@ def _count_up(ids: Collection[Any]) -> bool:
 
 
 def byte_pair_tokenizer(pairs: BytePairs) -> Tokenizer:
-    """Build the tokenizer, as RoBERTa's: no space in front of the first word, spaces part of the next piece."""
+    """Build the tokenizer as RoBERTa's: no space in front of the text, a space is part of the next piece."""
     ids = {piece: i for i, piece in enumerate(pairs.pieces)}
     tokenizer = Tokenizer(models.BPE(ids, list(pairs.merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

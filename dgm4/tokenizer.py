@@ -1,4 +1,4 @@
-"""The tokenizer that goes into a bundle: WordPiece as bert-base-uncased's, or byte pairs as roberta-base's."""
+"""The tokenizer that goes into a bundle: WordPiece as bert-base-uncased's, byte pairs as roberta-base's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from dgm4.byte_pairs import are_byte_pairs, byte_pair_tokenizer, read_byte_pairs
 from engine.errors import InputError
 from engine.files import sha256_of
-from engine.inputs.text import BYTE_BPE, WORDPIECE
+from engine.registry.record import BYTE_BPE, WORDPIECE
 
 log = logging.getLogger(__name__)
 
-_CALLED = {WORDPIECE.kind: "word pieces", BYTE_BPE.kind: "byte pairs"}
+_CALLED = {spec.kind: spec.pieces for spec in (WORDPIECE, BYTE_BPE)}
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_PIECES = 30522
 VOCABULARY = "vocab.txt"  # beside a checkpoint: its own vocabulary, as training leaves it there
@@ -36,8 +36,8 @@ _LONGEST_WORD = 100  # characters, as in BERT's own code
 def find_vocabulary(size: int = BERT_PIECES, kind: str = WORDPIECE.kind) -> Path:
     """Return the vocabulary file of `size` pieces that ships with `dgm4`.
 
-    Of kind "wordpiece" there are bert-base-uncased's and the demo's; of kind "byte_bpe" roberta-base's and, for
-    networks of size tiny, that of its first merges. Raises InputError for another size.
+    Of kind "wordpiece" there are bert-base-uncased's and the demo's; of kind "byte_bpe" roberta-base's and,
+    for networks of size tiny, that of its first merges. Raises InputError for another size.
     """
     if (kind, size) not in _SHIPPED:
         raise InputError(f"no vocabulary of {size} {_CALLED[kind]} is at hand: give its file (--vocab)")

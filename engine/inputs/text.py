@@ -17,6 +17,8 @@ import numpy as np
 
 from engine.errors import BundleError, InputError
 from engine.layout import TOKENIZER
+from engine.registry import network_of
+from engine.registry.record import WORDPIECE, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 4096
 _BYTES_PER_CHARACTER = 4
+_MODELS = {"wordpiece": "WordPiece", "byte_bpe": "BPE"}  # the library's names of the kinds
 _DELETED = frozenset(",.'!?\"()*#:;~")
 _SPACED = frozenset("-/")
 _PERSON = "<person>"
@@ -32,24 +35,6 @@ _WHITE_RUN = re.compile(r"\s{2,}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Runs between what BERT's normaliser turns into a space; it deletes other control characters.
 _WORD = re.compile("[^ \t\n\r\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """How captions become ids: the library's kind of model, and its tokens by the part they play.
-
-    min_tokens: the shortest input that the network takes, [CLS] and padding included.
-    """
-
-    kind: str
-    cls: str
-    unknown: str | None
-    min_tokens: int
-
-
-WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
-BYTE_BPE = TokenizerSpec("byte_bpe", "<s>", None, 9)
-_MODELS = {"wordpiece": "WordPiece", "byte_bpe": "BPE"}  # the library's names of the kinds
 
 
 @dataclass(frozen=True)
@@ -223,8 +208,10 @@ class CaptionTokenizer:
     @classmethod
     def of(cls, bundle: Bundle) -> CaptionTokenizer:
         """The tokenizer of a bundle, made of the very bytes that were hashed; raises BundleError."""
-        spec = bundle.manifest.preprocess
-        return cls(bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, bundle.read(TOKENIZER))
+        limits = bundle.manifest.preprocess
+        spec = network_of(bundle.manifest.model.config).tokenizer
+        content = bundle.read(TOKENIZER)
+        return cls(bundle.path / TOKENIZER, limits.max_words, limits.max_tokens, content, spec)
 
     def __call__(self, caption: str | bytes) -> tuple[str, Tokens]:
         """Return (the caption that the words' spans refer to, its tokens); raises InputError."""

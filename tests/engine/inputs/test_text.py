@@ -12,7 +12,8 @@ from dgm4.byte_pairs import read_byte_pairs
 from dgm4.tokenizer import ROBERTA_PIECES, ROBERTA_VOCABULARY, build_tokenizer
 from engine.errors import BundleError, InputError
 from engine.inputs import text as text_module
-from engine.inputs.text import BYTE_BPE, CaptionTokenizer, Span, Tokens, clean_caption, read_caption
+from engine.inputs.text import CaptionTokenizer, Span, Tokens, clean_caption, read_caption
+from engine.registry.record import BYTE_BPE
 
 THOROUGH = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Mostly what the cleaning treats specially, so that its rules meet each other.
@@ -233,7 +234,7 @@ def test_each_token_lies_in_the_span_of_its_word(byte_pairs, caption):
     text, tokens = byte_pairs(caption)
     cleaned = clean_caption(text)
     assert set(tokens.ids[1:].tolist()).isdisjoint(range(4)) and tokens.ids[0] == 0
-    spelled = {word: b"" for word in range(-1, len(tokens.words))}
+    spelled = dict.fromkeys(range(-1, len(tokens.words)), b"")
     for token, word in zip(tokens.ids[1:].tolist(), tokens.word_of[1:].tolist(), strict=True):
         spelled[word] += SPELLED[token]
     whole = not any(warning.startswith("text_truncated") for warning in tokens.warnings)
