@@ -66,8 +66,14 @@ class TokenizerSpec:
     unknown: str | None
     min_tokens: int
 
+    @property
+    def pieces(self) -> str:
+        """What the pieces of its vocabulary are called."""
+        return "byte pairs" if self.kind == "byte_bpe" else "word pieces"
+
 
 WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
+BYTE_BPE = TokenizerSpec("byte_bpe", "<s>", None, 2)
 
 
 @dataclass(frozen=True)
