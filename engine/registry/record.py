@@ -75,8 +75,9 @@ class Keys:
     """The names in a network's checkpoints.
 
     marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
-    its files have too. dead: first names (or `first.second`) that inference never reads. renamed: first names
-    that some files have, and those read here. words, text_positions, image_positions, width: the keys whose
+    its files have too. dead: beginnings of keys, up to a dot, that inference never reads. renamed: beginnings
+    that some files have, and those read here. remarks: what is said of a file with keys that begin so.
+    parts: names of several files that are one network's, by the prefix that joins them. words, text_positions, image_positions, width: the keys whose
     shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
     the config, from the shapes of all tensors by key.
     """
@@ -85,6 +86,8 @@ class Keys:
     extends: tuple[str, ...] = ()
     dead: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Keys] = field(default_factory=dict)
     words: str = "text_encoder.bert.embeddings.word_embeddings.weight"
     text_positions: str = "text_encoder.bert.embeddings.position_embeddings.weight"
     image_positions: str = "visual_encoder.pos_embed"
