@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.registry import hammer
 from engine.registry.config import TYPES, FusionConfig, Width
-from engine.registry.record import PAIR, Keys, Network, Tensor
+from engine.registry.record import BOX_GIVEN, PAIR, Keys, Network
 
 _TYPES_KEY = "cls_head.6.bias"
 
@@ -33,8 +33,6 @@ def check_types(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         )
     return {}
 
-
-BOX = Tensor("box_given", "float32", ("batch", 4))  # cx, cy, w, h as shares of the image
 
 NETWORK = Network(
     name="pmmd_refine",
@@ -61,6 +59,6 @@ NETWORK = Network(
     ),
     parameters={"base": 0, "tiny": 0},
     gflop=(66.5, 76.8),
-    inputs=(*PAIR, BOX),
+    inputs=(*PAIR, BOX_GIVEN),
     trainable=False,
 )

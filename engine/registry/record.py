@@ -46,6 +46,7 @@ IMAGE = Tensor("image", "float32", ("batch", 3, "image_size", "image_size"))
 INPUT_IDS = Tensor("input_ids", "int64", ("batch", "tokens"))
 ATTENTION_MASK = Tensor("attention_mask", "int64", ("batch", "tokens"))
 PAIR = (IMAGE, INPUT_IDS, ATTENTION_MASK)
+BOX_GIVEN = Tensor("box_given", "float32", ("batch", 4))  # cx, cy, w, h as shares of the image
 ANSWERS = (
     Tensor("logits_real_fake", "float32", ("batch", 2)),
     Tensor("logits_multicls", "float32", ("batch", len(TYPES))),
@@ -126,6 +127,15 @@ class Network:
     def config(self) -> type[NetworkConfig]:
         """The class of its configurations."""
         return type(next(iter(self.sizes.values())))
+
+    @property
+    def box(self) -> str | None:
+        """The input of the boxes to judge, which the caller gives; None where the network finds them itself."""
+        return BOX_GIVEN.name if BOX_GIVEN in self.inputs else None
+
+    def further(self, config: NetworkConfig) -> dict[str, Shape]:
+        """Names of the inputs beside a pair's own, and the shape of one pair's."""
+        return {x.name: x.shape_of(config)[1:] for x in self.inputs if x not in PAIR}
 
     @property
     def heatmap(self) -> Tensor | None:

@@ -49,9 +49,9 @@ def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0
     lengths = tokens - torch.arange(batch) * (tokens - 1) // max(batch, 2)
     mask = (torch.arange(tokens)[None] < lengths[:, None]).long()
     inputs = {"image": image, "input_ids": ids * mask, "attention_mask": mask}
-    for tensor in network_of(config).inputs[len(inputs) :]:  # boxes: not empty, and away from the edges
-        shape = [batch if size == "batch" else int(size) for size in tensor.shape_of(config)]
-        inputs[tensor.name] = 0.25 + torch.rand(shape, generator=draw) / 2
+    for name, shape in network_of(config).further(config).items():
+        size = [batch, *map(int, shape)]
+        inputs[name] = 0.25 + torch.rand(size, generator=draw) / 2  # a box that is not empty
     return inputs
 
 
