@@ -125,6 +125,7 @@ def test_what_cannot_be_joined(files, tmp_path, capsys):
 def test_types_of_samm_are_refused(files, tmp_path):
     for leaf in ("weight", "bias"):
         files["refine"][f"cls_head.6.{leaf}"] = files["refine"][f"cls_head.6.{leaf}"][:3]
+    files["refine"]["visual_encoder.cls_token"] = torch.ones(1, 1, 128)  # the width tells the size
     path = save(tmp_path / "refine.pth", files["refine"])
     with pytest.raises(CheckpointError, match=r"refine\.pth: expected the 4 manipulation types .* got 3 .* SAMM"):
         dgm4.load_checkpoint(path)
