@@ -123,7 +123,7 @@ def _export_options(options: argparse.Namespace, out: Path) -> ExportOptions:
 
 
 def _checkpoint(options: argparse.Namespace) -> Path | None:
-    """The file given; without one the trained demo of a tiny network, where there is one; None: drawn weights."""
+    """The file given, or the trained demo of a tiny network where there is one; None for drawn weights."""
     if options.checkpoint is not None or options.drawn or options.size == "base":
         path: Path | None = options.checkpoint
         return path
