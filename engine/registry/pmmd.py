@@ -78,7 +78,7 @@ NETWORK = Network(
         width="refine.visual_encoder.cls_token",
         shape=_check_types,
     ),
-    parameters={"base": 0, "tiny": 0},
+    parameters={"base": 526_621_464, "tiny": 5_203_224},
     gflop=(173.1, 188.1),
     trainable=False,
 )
