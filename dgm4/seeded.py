@@ -23,7 +23,14 @@ RESIDUAL = tuple(
     for layer in ("out_proj", "output.dense", "FFN.2", "aggregator_mlp.6", "attn.proj", "mlp.fc2")
 )
 _COUNTERS = ("num_batches_tracked", "queue_ptr")
-_TOKENS = ("cls_token", "pos_embed", "cls_token_local", "cls_token_local_e")
+_TOKENS = (
+    "cls_token",
+    "pos_embed",
+    *(f"cls_token_local{step}" for step in ("", "_e", "_L", "_L_2")),
+    "query_modal",
+    "query_cross",
+)
+_SCALES = ("gamma_1", "gamma_2")
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD) -> np.ndarray:
@@ -42,6 +49,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD
         return 0.1 * z
     if leaf in _TOKENS:
         return 0.2 * z
+    if leaf in _SCALES:
+        return np.float32(0.3) + np.float32(0.1) * z
     if not shape:
         return np.asarray(np.float32(0.5) + np.float32(0.1) * z)
     if len(shape) == 1:

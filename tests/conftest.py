@@ -71,6 +71,7 @@ BASE_FILES = (
     "tests/dgm4/test_parity.py",
     "tests/engine/backends/test_torch.py",
     "tests/export/test_base.py",
+    "tests/export/test_pmmd_base.py",
     "tests/export/test_sharp.py",
 )
 

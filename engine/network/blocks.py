@@ -162,11 +162,11 @@ class ConvFusion(nn.Module):
 
 
 class LatentPool(Part):
-    """Pooling by the learnt query, its key projection folded away (rewrite 3)."""
+    """Pooling by the learnt query, its key projection folded away (rewrite 3); `normed`: of normed patches."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, normed: bool = True) -> None:
         super().__init__()
-        self.norm = Norm(width, TORCH_EPS)
+        self.norm = Norm(width, TORCH_EPS) if normed else None
         self.query = empty(heads, width)
         self.value = empty(heads, width, width // heads)
         self.bias = empty(heads, width // heads)
@@ -182,6 +182,14 @@ class LatentPool(Part):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, P, D] -> [B, D]."""
-        pooled = latent_pool(patches, self.norm.weight, self.norm.bias, self.query)
+        pooled = self._mean(patches)
         values = (pooled[:, :, None] @ self.value)[:, :, 0] + self.bias
         return self.out(values.flatten(1))
+
+    def _mean(self, patches: Tensor) -> Tensor:
+        """The weighted mean of the patches for each head, [B, H, D]."""
+        if self.norm is not None:
+            return latent_pool(patches, self.norm.weight, self.norm.bias, self.query)
+        wide = patches.to(self.query.dtype)
+        weights = (wide @ self.query.T).softmax(1)
+        return (weights.transpose(1, 2) @ wide).to(patches.dtype)

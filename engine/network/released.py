@@ -107,17 +107,22 @@ def fold_vision(released: Released, config: NetworkConfig) -> State:
     return folded
 
 
-def fold_text(released: Released, config: FusionConfig, stacked: bool) -> State:
-    """BERT with cross-attention from `fusion_start` on, and the classifier of its tokens."""
+def fold_text_layers(released: Released, depth: int) -> State:
+    """BERT's embeddings and its first `depth` layers, without cross-attention."""
     embeddings, layers = released.at("bert.embeddings"), released.at("bert.encoder.layer")
-    start = config.fusion_start
     positions, types = (embeddings.tensor(f"{x}_embeddings.weight") for x in ("position", "token_type"))
     folded = {"words.weight": embeddings.tensor("word_embeddings.weight")}
     folded["places"] = fold_places(positions, types)
     folded |= under("norm", embeddings.affine("LayerNorm"))
-    folded |= fold_head(released, "classifier")
-    for i in range(start):
+    for i in range(depth):
         folded |= under(f"text_layers.{i}", fold_layer(layers.at(str(i))))
+    return folded
+
+
+def fold_text(released: Released, config: FusionConfig, stacked: bool) -> State:
+    """BERT with cross-attention from `fusion_start` on, and the classifier of its tokens."""
+    layers, start = released.at("bert.encoder.layer"), config.fusion_start
+    folded = fold_text_layers(released, start) | fold_head(released, "classifier")
     fusion = [layers.at(str(i)) for i in range(start, config.text_depth)]
     products = [[x.affine(f"crossattention.self.{y}") for y in ("key", "value")] for x in fusion]
     for i, layer in enumerate(fusion):

@@ -34,23 +34,15 @@ class TextLayer(nn.Module):
         return self.output_norm(self.down(self.act(self.up(x), self.down)), x)
 
 
-class Text(nn.Module):
-    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5).
+class TextEncoder(nn.Module):
+    """BERT's embeddings and `depth` layers."""
 
-    With `with_map` the last fusion layer gives the map of MGCA.
-    """
-
-    def __init__(self, config: FusionConfig, stacked: bool, with_map: bool = False) -> None:
+    def __init__(self, config: NetworkConfig, depth: int) -> None:
         super().__init__()
-        width, fusions = config.width, config.text_depth - config.fusion_start
-        self.with_map = with_map
-        self.words = nn.Embedding(config.vocabulary, width)
-        self.places = empty(config.positions, width)
-        self.norm = Norm(width, BERT_EPS)
-        self.text_layers = nn.ModuleList(TextLayer(config, False, False) for _ in range(config.fusion_start))
-        self.fusion_layers = nn.ModuleList(TextLayer(config, True, stacked) for _ in range(fusions))
-        self.key_values = nn.Linear(width, 2 * width * fusions) if stacked else None
-        self.classifier = Head(width, 2)
+        self.words = nn.Embedding(config.vocabulary, config.width)
+        self.places = empty(config.positions, config.width)
+        self.norm = Norm(config.width, BERT_EPS)
+        self.text_layers = nn.ModuleList(TextLayer(config, False, False) for _ in range(depth))
 
     def _layers(self, layers: nn.ModuleList) -> list[TextLayer]:
         return [cast(TextLayer, layer) for layer in layers]
@@ -61,6 +53,21 @@ class Text(nn.Module):
         for layer in self._layers(self.text_layers):
             x = layer.feed_forward(layer.attend(x, mask))
         return x
+
+
+class Text(TextEncoder):
+    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5).
+
+    With `with_map` the last fusion layer gives the map of MGCA.
+    """
+
+    def __init__(self, config: FusionConfig, stacked: bool, with_map: bool = False) -> None:
+        super().__init__(config, config.fusion_start)
+        width, fusions = config.width, config.text_depth - config.fusion_start
+        self.with_map = with_map
+        self.fusion_layers = nn.ModuleList(TextLayer(config, True, stacked) for _ in range(fusions))
+        self.key_values = nn.Linear(width, 2 * width * fusions) if stacked else None
+        self.classifier = Head(width, 2)
 
     def _keys_and_values(self, image: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         if self.key_values is None:

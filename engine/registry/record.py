@@ -46,6 +46,7 @@ IMAGE = Tensor("image", "float32", ("batch", 3, "image_size", "image_size"))
 INPUT_IDS = Tensor("input_ids", "int64", ("batch", "tokens"))
 ATTENTION_MASK = Tensor("attention_mask", "int64", ("batch", "tokens"))
 PAIR = (IMAGE, INPUT_IDS, ATTENTION_MASK)
+BOX_GIVEN = Tensor("box_given", "float32", ("batch", 4))  # cx, cy, w, h as shares of the image
 ANSWERS = (
     Tensor("logits_real_fake", "float32", ("batch", 2)),
     Tensor("logits_multicls", "float32", ("batch", len(TYPES))),
@@ -81,8 +82,9 @@ class Keys:
     """The names in a network's checkpoints.
 
     marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
-    its files have too. dead: first names (or `first.second`) that inference never reads. renamed: first names
-    that some files have, and those read here. words, text_positions, image_positions, width: the keys whose
+    its files have too. dead: beginnings of keys, up to a dot, that inference never reads. renamed: beginnings
+    that some files have, and those read here. remarks: what is said of a file with keys that begin so.
+    parts: names of several files that are one network's, by the prefix that joins them. words, text_positions, image_positions, width: the keys whose
     shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
     the config, from the shapes of all tensors by key.
     """
@@ -91,6 +93,8 @@ class Keys:
     extends: tuple[str, ...] = ()
     dead: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Keys] = field(default_factory=dict)
     words: str = "text_encoder.bert.embeddings.word_embeddings.weight"
     text_positions: str = "text_encoder.bert.embeddings.position_embeddings.weight"
     image_positions: str = "visual_encoder.pos_embed"
@@ -129,6 +133,15 @@ class Network:
     def config(self) -> type[NetworkConfig]:
         """The class of its configurations."""
         return type(next(iter(self.sizes.values())))
+
+    @property
+    def box(self) -> str | None:
+        """The input of the boxes to judge, which the caller gives; None where the network finds them itself."""
+        return BOX_GIVEN.name if BOX_GIVEN in self.inputs else None
+
+    def further(self, config: NetworkConfig) -> dict[str, Shape]:
+        """Names of the inputs beside a pair's own, and the shape of one pair's."""
+        return {x.name: x.shape_of(config)[1:] for x in self.inputs if x not in PAIR}
 
     @property
     def heatmap(self) -> Tensor | None:

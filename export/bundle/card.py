@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.layout import GRAPH
-from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Verification
+from engine.manifest import INPUTS, Accuracy, EngineEntry, Limits, Manifest, Verification
 from engine.registry import network_of
 from engine.registry.record import TokenizerSpec
 from engine.scores import Rate
@@ -32,7 +32,7 @@ _RUN = """```python
 from engine import Predictor
 
 predictor = Predictor("path/to/this/bundle")
-print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
+print(predictor.predict("photo.jpg", "Caption of the photo"{box}).to_json())
 ```"""
 
 
@@ -44,11 +44,12 @@ def model_card(manifest: Manifest) -> str:
     model, weights = manifest.model, manifest.weights
     title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
+    given = {x.name for x in manifest.inputs} - {*INPUTS}  # a box
     sections = [
         _NOTES[weights.kind].format(source=weights.source) if weights.kind in _NOTES else "",
         title,
         _TASK.format(name=model.name.upper(), types=types),
-        "## Run\n\n" + _RUN,
+        "## Run\n\n" + _RUN.format(box=", box=(120, 40, 220, 160)" if given else ""),
         "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),

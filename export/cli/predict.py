@@ -65,6 +65,12 @@ def add_parser(verbs: Verbs) -> None:
     add("bundle", type=Path)
     add("image", nargs="?", help="image file (JPEG, PNG, WebP, BMP, GIF); - for stdin")
     add("caption", nargs="?")
+    add(
+        "--box",
+        type=_box,
+        metavar="X1,Y1,X2,Y2",
+        help="for a network that judges a given box, where it is: pixels of the upright image",
+    )
     add("--list", type=Path, metavar="FILE", help="list of pairs, or a folder of them; - for stdin")
     add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     add("--resume", action="store_true", help="keep what a stopped run of the same list has answered")
@@ -87,6 +93,14 @@ def add_parser(verbs: Verbs) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
+def _box(text: str) -> tuple[float, ...]:
+    """X1,Y1,X2,Y2 as numbers; what they have to be the predictor checks."""
+    try:
+        return tuple(float(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected X1,Y1,X2,Y2 in pixels, got {quoted(text)}") from None
+
+
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
@@ -99,6 +113,8 @@ def _usage_error(options: argparse.Namespace) -> str | None:
         return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
         return "expected either IMAGE and CAPTION or --list FILE"
+    if options.box and options.list:
+        return '--box is for a single pair; a list has them as "box"'
     if options.plot and options.list:
         return "--plot draws a single pair; use --html for a list"
     if options.html and options.json:
@@ -139,7 +155,8 @@ def run(options: argparse.Namespace) -> int:
         predictor = stack.enter_context(_predictor(options))
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
-        prediction = predictor.predict(sys.stdin.buffer.read() if image is None else options.image, caption)
+        picture = sys.stdin.buffer.read() if image is None else options.image
+        prediction = predictor.predict(picture, caption, options.box)
         _write(out, options, [(options.image, {"image": options.image}, prediction)])
         if options.plot:
             save_plot(prediction, options.plot)
