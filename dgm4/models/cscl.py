@@ -19,9 +19,8 @@ from dgm4.config import BERT_EPS, BERT_MASK, TORCH_EPS
 from dgm4.layers import Head, PackedAttention, padding_bias
 from dgm4.text import BertLayer
 from engine.network.output import Output
-from engine.registry.cscl import CsclConfig
+from engine.registry.cscl import FIRST_POSITION, CsclConfig
 
-FIRST_POSITION = 2  # RoBERTa's row of the first token
 FLOOR = 1e-6  # of a word's score, before its logarithm
 
 

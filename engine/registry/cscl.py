@@ -1,18 +1,25 @@
-"""CSCL: its shape."""
+"""CSCL: "Unleashing the Potential of Consistency Learning for Detecting and Grounding Multi-Modal Media
+Manipulation" (CVPR 2025)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from engine.network.config import LARGEST_CAPTION, _Layers, _Pixels, _Width
-from engine.schema import Record, matching, one_of, whole
+import numpy as np
+
+from engine.registry.config import Layers, NetworkConfig, Width
+from engine.registry.record import ANSWERS, BYTE_BPE, Keys, Network, Tensor
+
+
+FIRST_POSITION = 2  # RoBERTa's row of the first token
+_TEXT_POSITIONS = "meter.text_transformer.embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CsclConfig(Record):
-    """Shape of CSCL. Depths are layers, widths are channels, `image_size` is pixels.
+class CsclConfig(NetworkConfig):
+    """Shape of CSCL.
 
     `fusion_depth` is the layers of each stream, `intra_depth` and `intra_hidden` those of the contextual
     encoders and the width of their feed-forward, `consistency_widths` the layers of the encoder whose
@@ -20,45 +27,30 @@ class CsclConfig(Record):
     `image_neighbours` and `text_neighbours` how many are chosen.
     """
 
-    name: Annotated[str, one_of("cscl")] = "cscl"
-    size: Annotated[str, matching(r"[\w.-]{1,64}", "a name")]
-    width: _Width
-    heads: _Width
-    vision_depth: _Layers
-    text_depth: _Layers
-    mlp_ratio: _Layers
-    image_size: _Pixels
-    patch_size: _Pixels
-    vocabulary: Annotated[int, whole(1, 4_000_000)]
-    positions: Annotated[int, whole(1, LARGEST_CAPTION)]
-    fusion_depth: _Layers
-    intra_depth: _Layers
-    intra_hidden: _Width
-    consistency_widths: tuple[_Width, _Width, _Width]
-    neighbour_heads: _Width
-    image_neighbours: _Width
-    text_neighbours: _Width
+    divisors = (*NetworkConfig.divisors, "neighbour_heads")
 
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def image_tokens(self) -> int:
-        """Patches and the image's [CLS]."""
-        return self.grid**2 + 1
+    fusion_depth: Layers
+    intra_depth: Layers
+    intra_hidden: Width
+    consistency_widths: tuple[Width, Width, Width]
+    neighbour_heads: Width
+    image_neighbours: Width
+    text_neighbours: Width
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
-        for name in ("heads", "neighbour_heads"):
-            if self.width % getattr(self, name):
-                yield name, f"a divisor of width {self.width}", getattr(self, name)
-        if self.image_neighbours > self.grid**2:
-            yield "image_neighbours", f"at most the {self.grid**2} patches", self.image_neighbours
+        yield from super().problems()
+        if self.image_neighbours > self.patches:
+            yield "image_neighbours", f"at most the {self.patches} patches", self.image_neighbours
+
+
+def read_scores(scores: np.ndarray, grid: int) -> np.ndarray:
+    """How far each patch [P] disagrees with the caption, 1 less its score, as float32 [grid, grid]."""
+    return (1 - scores).reshape(grid, grid).astype(np.float32)
 
 
 BASE = CsclConfig(
+    name="cscl",
     size="base",
     width=768,
     heads=12,
@@ -78,6 +70,7 @@ BASE = CsclConfig(
     text_neighbours=8,
 )
 TINY = CsclConfig(
+    name="cscl",
     size="tiny",
     width=128,
     heads=2,
@@ -95,4 +88,40 @@ TINY = CsclConfig(
     neighbour_heads=2,
     image_neighbours=16,
     text_neighbours=8,
+)
+
+
+def _positions(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The longest caption, since RoBERTa's table begins with two rows that no token has."""
+    rows = shapes.get(_TEXT_POSITIONS)
+    return {} if rows is None else {"positions": rows[0] - FIRST_POSITION}
+
+
+NETWORK = Network(
+    name="cscl",
+    title="CSCL",
+    source=str(__doc__),
+    licence="MIT",
+    sizes={"base": BASE, "tiny": TINY},
+    keys=Keys(
+        marks=("img_intra_model.",),
+        extends=("hammer",),
+        dead=frozenset(
+            {
+                *("meter.vit_model.positional_embedding", "meter.vit_model.ln_final"),
+                "meter.text_transformer.pooler",
+                *("img_extra_model.consist_encoder_cross", "text_extra_model.consist_encoder_cross"),
+            }
+        ),
+        words="meter.text_transformer.embeddings.word_embeddings.weight",
+        text_positions=_TEXT_POSITIONS,
+        image_positions="meter.vit_model.visual.positional_embedding",
+        width="meter.vit_model.visual.class_embedding",
+        shape=_positions,
+    ),
+    parameters={"base": 460_810_506, "tiny": 6_385_226},
+    gflop=(103.5, 113.3),
+    outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores)),
+    tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
+    trainable=False,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.network.blocks import (
     CrossAttention,
+    Gelu,
     Head,
     LatentPool,
     Norm,
@@ -21,19 +22,27 @@ from engine.network.blocks import (
     dtype_of,
     empty,
 )
-from engine.network.fold import Affine, fold_cls, fold_places, fold_type, position_codes, split_packed, stack
+from engine.network.fold import fold_cls, fold_places, fold_positions, fold_type, position_codes, stack
 from engine.network.model import InferenceModel
 from engine.network.output import Output
 from engine.network.parts import Part, linears
-from engine.network.released import Released, State, fold_cross, fold_head, fold_layer, fold_pool, renamed, under
-from engine.network.text import TextEncoder, TextLayer
+from engine.network.released import (
+    Released,
+    State,
+    fold_cross,
+    fold_head,
+    fold_layer,
+    fold_pool,
+    renamed,
+    under,
+)
+from engine.network.text import TextEncoder, TextLayer, layers_of
 from engine.network.vision import Vision
 from engine.registry.config import BERT_EPS, TORCH_EPS
-from engine.registry.cscl import CsclConfig
+from engine.registry.cscl import FIRST_POSITION, CsclConfig
 
 FLOOR = 1e-6  # of a word's score, before its logarithm
 NO_FACE = 0.5  # the logit below which, as published, a face type asks for no box
-FIRST_POSITION = 2  # RoBERTa's row of the first token
 
 
 class _Clip(Vision):
@@ -75,10 +84,10 @@ class _Consistency(Part):
         self.layers = nn.Sequential(
             nn.Linear(config.width, one),
             Norm(one, TORCH_EPS),
-            nn.GELU(),
+            Gelu(),
             nn.Linear(one, two),
             Norm(two, TORCH_EPS),
-            nn.GELU(),
+            Gelu(),
             nn.Linear(two, three),
         )
 
@@ -234,9 +243,19 @@ class Model(InferenceModel):
 
     def fuse(self, image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams [B, 1+P, D] and [B, N, D] through their layers, each of which reads the old pair."""
-        for for_image, for_text in zip(self.image_fusion, self.text_fusion, strict=True):
-            image, text = for_image.fuse(image, None, text, mask), for_text.fuse(text, mask, image, None)
+        layers = zip(layers_of(self.image_fusion), layers_of(self.text_fusion), strict=True)
+        for seeing, reading in layers:
+            image, text = _fuse(seeing, image, None, text, mask), _fuse(reading, text, mask, image, None)
         return image, text
+
+
+def _fuse(
+    layer: TextLayer, x: Tensor, mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None
+) -> Tensor:
+    """One stream's fusion layer over the other stream, with the masks of their padding."""
+    x = layer.attend(x, mask)
+    crossed = layer.cross(x, *layer.cross.project(memory), memory_mask)
+    return layer.feed_forward(layer.cross_norm(crossed, x))
 
 
 def fold(released: Released, config: CsclConfig, stacked: bool) -> State:
@@ -250,7 +269,10 @@ def fold(released: Released, config: CsclConfig, stacked: bool) -> State:
         **under("text_transform", fold_type(meter.affine("cross_modal_text_transform"), types[0])),
         **_heads(released),
     }
-    tables = {"image": fold_image_positions(released, config), "text": fold_text_positions(released, config)}
+    tables = {
+        "image": _positions(released.at("emb_img_pos"), image_places(config)),
+        "text": _positions(released.at("emb_text_pos"), text_places(config)),
+    }
     for name, short in (("image", "img"), ("text", "text")):
         layers = meter.at(f"cross_modal_{name}_layers")
         for i in range(config.fusion_depth):
@@ -351,15 +373,16 @@ def _mlps(released: Released) -> State:
     )
 
 
-def fold_image_positions(released: Released, config: CsclConfig) -> Tensor:
-    """The positions [P, D] of the patches' centres, y before x, which are the same for every image."""
-    centres = (torch.arange(config.grid, dtype=torch.float64) + 0.5) / config.grid
-    y = position_codes(centres, config.width).repeat_interleave(config.grid, 0)
-    x = position_codes(centres, config.width).repeat(config.grid, 1)
-    return fold_positions(torch.cat([y, x], dim=-1), released, "emb_img_pos")
+def _positions(released: Released, codes: Tensor) -> Tensor:
+    return fold_positions(codes, released.affine("0"), released.affine("1"))
 
 
-def fold_text_positions(released: Released, config: CsclConfig) -> Tensor:
-    """The positions [n, D] of words."""
-    places = torch.arange(config.positions - 1, dtype=torch.float64)
-    return fold_positions(position_codes(places, config.width), released, "emb_text_pos")
+def image_places(config: CsclConfig) -> Tensor:
+    """The codes [P, 2 D] of the patches' centres, y before x."""
+    code = position_codes((torch.arange(config.grid) + 0.5) / config.grid, config.width)
+    return torch.cat([code.repeat_interleave(config.grid, 0), code.repeat(config.grid, 1)], dim=-1)
+
+
+def text_places(config: CsclConfig) -> Tensor:
+    """The codes [n, D] of words, counted from 0."""
+    return position_codes(torch.arange(config.positions - 1), config.width)
