@@ -22,6 +22,7 @@ from engine.network.output import Output
 from engine.registry.cscl import FIRST_POSITION, CsclConfig
 
 FLOOR = 1e-6  # of a word's score, before its logarithm
+PADDING_SCORE = 0.5  # of what is no word
 
 
 class QuickGelu(nn.Module):
@@ -403,6 +404,7 @@ class Published(nn.Module):
         read, text_alike = self.text_intra_model(text[:, 1:], self.text_positions(words.shape[1]), words)
         picture, image_scores = self.img_extra_model(seen, x[:, 0], read, patches, words)
         caption, text_scores = self.text_extra_model(read, text[:, 0], seen, words, patches)
+        text_scores = text_scores.masked_fill(~words, PADDING_SCORE)
         faces = self.cls_head_img(picture)
         box = self.bbox_head(picture).sigmoid()
         output = Output(

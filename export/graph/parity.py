@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,11 +122,16 @@ def _pairs(
 
 
 def relative_errors(reference: Sequence[Arrays], candidate: Sequence[Arrays]) -> dict[str, float]:
-    """RMS of the difference over the RMS of the reference, of each output, over the same cases."""
-    return {
-        name: float(np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2)))
-        for name, want, got in _pairs(reference, candidate)
-    }
+    """RMS of the difference over the RMS of the reference, of each output, over the same cases.
+
+    Of an output that is zero throughout, as a box may be, it is 0 where nothing differs, else infinite.
+    """
+    return {name: _relative(want, got) for name, want, got in _pairs(reference, candidate)}
+
+
+def _relative(want: np.ndarray, got: np.ndarray) -> float:
+    error, size = (float(np.sqrt(np.mean(x**2))) for x in (got - want, want))
+    return error / size if size else 0.0 if error == 0 else math.inf
 
 
 def compare(

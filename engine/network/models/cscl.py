@@ -42,6 +42,7 @@ from engine.registry.config import BERT_EPS, TORCH_EPS
 from engine.registry.cscl import FIRST_POSITION, CsclConfig
 
 FLOOR = 1e-6  # of a word's score, before its logarithm
+PADDING_SCORE = 0.5  # of what is no word
 NO_FACE = 0.5  # the logit below which, as published, a face type asks for no box
 
 
@@ -232,6 +233,7 @@ class Model(InferenceModel):
         caption, text_scores = self.text_extra(read, text[:, :1], patches, words, None)
         faces, texts = self.image_classes(picture), self.text_classes(caption)
         box = self.bbox_head(picture.to(dtype_of(self.bbox_head))).sigmoid()
+        text_scores = text_scores.masked_fill(words == 0, PADDING_SCORE)
         out = text_scores.dtype
         return Output(
             self.itm_head(self.fusion_head(pooled)).to(out),
