@@ -170,6 +170,26 @@ class ConvFusion(nn.Module):
         return conv_fusion(image, tokens, self.weight, self.bias, self.packed)
 
 
+class Choice(nn.Module):
+    """Which `count` have the largest scores, and which the smallest.
+
+    A choice jumps where rounding decides it; `export.graph.choices` counts how many did.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, high: Tensor, low: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Places [..., count] in scores [..., m] within [0, 1], largest of `high`, smallest of `low`.
+
+        Those not `valid`, [..., m] of integers, come last.
+        """
+        if valid is not None:
+            high, low = high.masked_fill(valid == 0, -1), low.masked_fill(valid == 0, 2)
+        return high.topk(self.count, dim=-1).indices, low.topk(self.count, dim=-1, largest=False).indices
+
+
 class LatentPool(Part):
     """Pooling by the learnt query, its key projection folded away (rewrite 3); `normed`: of normed patches."""
 

@@ -84,7 +84,7 @@ TINY = CsclConfig(
     fusion_depth=2,
     intra_depth=2,
     intra_hidden=192,
-    consistency_widths=(64, 32, 16),
+    consistency_widths=(128, 64, 32),
     neighbour_heads=2,
     image_neighbours=16,
     text_neighbours=8,
@@ -121,7 +121,7 @@ NETWORK = Network(
     ),
     parameters={"base": 460_810_506, "tiny": 6_385_226},
     gflop=(103.5, 113.3),
-    outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores)),
+    outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores, jumps=True)),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
     trainable=False,
     residual=0.225,  # with more all tokens are alike, and the choice of neighbours is one of rounding

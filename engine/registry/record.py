@@ -23,13 +23,15 @@ class Tensor:
     A dimension is a number, "batch", "tokens", "tokens - 1" (the words, without [CLS]), or the name of a
     property of the network's config. heatmap: for an output that shows where the answer comes from, reads
     float64 values of one pair, padding cut off, and the number of patches along a side into float32
-    [grid, grid].
+    [grid, grid]. jumps: single values follow a choice that rounding may decide, so that an exact form is held
+    to the RMS of its difference in place of the largest.
     """
 
     name: str
     dtype: str
     shape: Shape
     heatmap: HeatMap | None = None
+    jumps: bool = False
 
     def rows(self, tokens: int) -> int | None:
         """Rows of axis 1 for a caption of `tokens` tokens; None where that axis is none of tokens."""

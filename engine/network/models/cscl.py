@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.network.blocks import (
+    Choice,
     CrossAttention,
     Gelu,
     Head,
@@ -111,13 +112,6 @@ def similarity(one: Tensor, other: Tensor) -> Tensor:
     return ((one @ other.transpose(1, 2) + 1) / 2).clamp(0, 1)
 
 
-def neighbours(scores: Tensor, valid: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Places [..., count] of the largest and of the smallest scores [..., m]; those not valid come last."""
-    high = scores if valid is None else scores.masked_fill(valid == 0, -1)
-    low = scores if valid is None else scores.masked_fill(valid == 0, 2)
-    return high.topk(count, dim=-1).indices, low.topk(count, dim=-1, largest=False).indices
-
-
 class _Intra(nn.Module):
     """Consistency within one stream: contextual features, each of which reads its neighbours.
 
@@ -127,7 +121,7 @@ class _Intra(nn.Module):
     def __init__(self, config: CsclConfig, places: int, count: int) -> None:
         super().__init__()
         width, heads = config.width, config.neighbour_heads
-        self.count = count
+        self.choice = Choice(count)
         self.positions = empty(places, width)
         self.layers = nn.ModuleList(_ContextLayer(config) for _ in range(config.intra_depth))
         self.consistency = _Consistency(config)
@@ -148,8 +142,7 @@ class _Intra(nn.Module):
         scores = similarity(encoded, encoded)
         valid = None if mask is None else mask[:, :, None] * mask[:, None]
         itself = torch.eye(x.shape[1], dtype=scores.dtype, device=x.device)
-        alike, _ = neighbours(scores - itself, valid, self.count)
-        _, unlike = neighbours(scores, valid, self.count)
+        alike, unlike = self.choice(scores - itself, scores, valid)
         nobody = torch.zeros_like(scores, dtype=torch.int32)
         chosen = nobody.scatter(-1, alike, 1), nobody.scatter(-1, unlike, 1)
         return chosen if valid is None else (chosen[0] * valid, chosen[1] * valid)
@@ -161,7 +154,7 @@ class _Extra(nn.Module):
     def __init__(self, config: CsclConfig, count: int) -> None:
         super().__init__()
         width, heads = config.width, config.neighbour_heads
-        self.count = count
+        self.choice = Choice(count)
         self.own, self.other = Head(width, width, tokens=True), Head(width, width, tokens=True)
         self.consistency = _Consistency(config)
         self.about, self.pool = LatentPool(width, config.heads), LatentPool(width, config.heads)
@@ -180,7 +173,7 @@ class _Extra(nn.Module):
         scores = similarity(self.consistency(own), self.consistency(about[:, None]))[..., 0]
         present = None if mask is None else nn.functional.pad(mask, (1, 0), value=1)
         x = self.pool(torch.cat([whole, own], dim=1), present)[:, None]
-        alike, unlike = neighbours(scores, mask, self.count)
+        alike, unlike = self.choice(scores, scores, mask)
         x = x + self.alike_mlp(_read(self.alike, x, own, mask, alike))
         x = x + self.unlike_mlp(_read(self.unlike, x, own, mask, unlike))
         return x[:, 0], scores
