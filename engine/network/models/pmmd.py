@@ -62,7 +62,7 @@ class Beit(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 1+P, D]."""
         patches = self.patch_embed(image.to(self.cls.dtype))
-        x = torch.cat([self.cls.expand(len(image), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls.expand(image.shape[0], -1, -1), patches], dim=1)
         x, delta = run_blocks(self.blocks, x)
         patches = self.norm(x[:, 1:], None if delta is None else delta[:, 1:])
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
