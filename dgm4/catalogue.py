@@ -5,21 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from dgm4.config import MODEL_NAMES, SIZES
 from dgm4.shipped import demo_record
+from engine.registry import NETWORKS, SIZES
 from engine.shipped import shipped_bundles
 
-_PARAMETERS = {
-    ("hammer", "base"): 227_859_468,
-    ("hammer", "tiny"): 2_713_868,
-    ("asap", "base"): 230_221_838,
-    ("asap", "tiny"): 2_779_918,
-    ("cals", "base"): 235_861_455,
-    ("cals", "tiny"): 2_971_775,
-}
 # Of the weights: those that ship are ours, the published ones' are as their authors state them.
 _DEMO_LICENCE = "Apache-2.0"
-_LICENCES = {"hammer": "S-Lab License 1.0, non-commercial", "asap": "not stated", "cals": "not stated"}
 
 
 @dataclass(frozen=True)
@@ -50,15 +41,15 @@ def list_models() -> list[ModelEntry]:
     """
     demos, ready = demo_record()["networks"], shipped_bundles()
     entries = []
-    for name, size in itertools.product(MODEL_NAMES, SIZES):
+    for (name, network), size in itertools.product(NETWORKS.items(), SIZES):
         shipped, bundle = size == "tiny" and name in demos, f"demo:{name}"
         entries.append(
             ModelEntry(
                 name=name,
                 size=size,
-                parameters=_PARAMETERS[name, size],
+                parameters=network.parameters[size],
                 weights="demo" if shipped else None,
-                licence=_DEMO_LICENCE if shipped else _LICENCES[name],
+                licence=_DEMO_LICENCE if shipped else network.licence,
                 bundle=bundle if shipped and bundle in ready else None,
             )
         )

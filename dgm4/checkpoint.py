@@ -7,40 +7,28 @@ queues, projections, dead modules) is left out; every other key has to be there,
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgm4.config import MODEL_NAMES, SIZES, ModelConfig, model_config
+from dgm4.config import ModelConfig
 from dgm4.model import Detector, build
 from dgm4.state import State, find_state, some
 from engine.errors import CheckpointError
+from engine.registry import NETWORKS
+from engine.registry.record import DEAD, Keys
 
 log = logging.getLogger(__name__)
 
-# First name of a key (or `visual_encoder.<name>`) that inference never reads, by network.
-_DEAD_EVERYWHERE = {"temp", "vision_proj", "text_proj", "queue_ptr"}
-_DEAD = {
-    "hammer": _DEAD_EVERYWHERE,
-    "asap": _DEAD_EVERYWHERE | {"patch_head", "itm_head_m"},
-    "cals": _DEAD_EVERYWHERE
-    | {f"visual_encoder.{m}" for m in ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")}
-    | {"text_encoder_f_1", "bbox_head_f", "bbox_head_c", "cls_head_A", "dimd", "psil"},
-}
-_DEAD_ALBEF = _DEAD_EVERYWHERE | {"itm_head", "text_encoder.cls"}
-_RENAMED = {"MIG": "LIG", "CARA": "fch"}  # in the only released weights of CALS
-_WORDS_KEY = "text_encoder.bert.embeddings.word_embeddings.weight"
-_WIDTH_KEY = "visual_encoder.cls_token"
-_BRANCH_KEY = re.compile(r"visual_encoder\.(Conv|Scales\.\d+)\.conv\.weight")
-_POSITIONS_KEY = "visual_encoder.pos_embed"
+ALBEF = "albef"
+_ALBEF = Keys(marks=("visual_encoder.",), dead=DEAD | {"itm_head", "text_encoder.cls"})
 _LARGEST_WEIGHT = 1e8  # a flipped bit of a float's exponent makes 1e30 and more; no training does
-_TEXT_POSITIONS_KEY = "text_encoder.bert.embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -61,22 +49,23 @@ class Checkpoint:
 
 def _recognise(path: Path, keys: set[str]) -> str:
     """Tell the layout from the keys alone."""
-    firsts = {key.split(".", 1)[0] for key in keys}
-    if firsts & {"UtilsB", "UtilsC"} or any(k.startswith("it_cross_attn.selfatten.") for k in keys):
-        return "asap"
-    if firsts & {"LIG", "MIG", "fch", "CARA", "cls_token_local_e"}:
-        return "cals"
-    if firsts & {"it_cross_attn", "bbox_head", "cls_token_local"}:
-        return "hammer"
-    if {"visual_encoder", "text_encoder"} <= firsts:
-        return "albef"
+    marked = {x.name: x for x in NETWORKS.values() if any(key.startswith(x.keys.marks) for key in keys)}
+    extended = {name for network in marked.values() for name in network.keys.extends}
+    found = [name for name in marked if name not in extended]
+    if len(found) == 1:
+        return found[0]
+    if not found and all(
+        any(k.startswith(f"{x}.") for k in keys) for x in ("visual_encoder", "text_encoder")
+    ):
+        return ALBEF
+    titles = ", ".join(network.title for network in NETWORKS.values())
+    got = f"those of {' and '.join(found)} at once" if found else some(sorted(keys))
     raise CheckpointError(
-        f"{path}: expected the keys of HAMMER, ASAP, CALS or ALBEF (visual_encoder.*, text_encoder.*, ...), "
-        f"got {some(sorted(keys))}"
+        f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), got {got}"
     )
 
 
-def _is_dead(key: str, dead: set[str]) -> bool:
+def _is_dead(key: str, dead: frozenset[str]) -> bool:
     first, _, rest = key.partition(".")
     momentum = first.endswith("_m") and first != "itm_head_m"
     return (
@@ -88,9 +77,9 @@ def _is_dead(key: str, dead: set[str]) -> bool:
     )
 
 
-def _rename(key: str) -> str:
+def _rename(key: str, renamed: Mapping[str, str]) -> str:
     first, dot, rest = key.partition(".")
-    return _RENAMED.get(first, first) + dot + rest
+    return renamed.get(first, first) + dot + rest
 
 
 def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
@@ -102,8 +91,8 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     path = Path(path)
     state, place, others, vocabulary = find_state(path)
     layout = layout or _recognise(path, set(state))
-    dead = _DEAD_ALBEF if layout == "albef" else _DEAD[layout]
-    live = {_rename(k) if layout == "cals" else k: v for k, v in state.items() if not _is_dead(k, dead)}
+    keys = _ALBEF if layout == ALBEF else NETWORKS[layout].keys
+    live = {_rename(k, keys.renamed): v for k, v in state.items() if not _is_dead(k, keys.dead)}
     note = f"the state {place}, beside {', '.join(others)}" if others else ""
     live = {k: v.float() if v.is_floating_point() else v for k, v in live.items()}
     return Checkpoint(path, layout, live, note, vocabulary)
@@ -115,31 +104,30 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     That is the vocabulary, the text positions, the convolutions of CAFormer and the image resolution, but for
     an initialisation, which is brought to the network's own.
     """
-    if _WIDTH_KEY not in checkpoint.state:
-        raise CheckpointError(f"{checkpoint.path}: expected the key {_WIDTH_KEY}, which is missing")
-    width = checkpoint.state[_WIDTH_KEY].shape[-1]
-    configs = {model_config(name, size).width: model_config(name, size) for size in SIZES}
+    keys, state = NETWORKS[name].keys, checkpoint.state
+    if keys.width not in state:
+        raise CheckpointError(f"{checkpoint.path}: expected the key {keys.width}, which is missing")
+    width = state[keys.width].shape[-1]
+    configs = {config.width: config for config in NETWORKS[name].sizes.values()}
     if width not in configs:
         sizes = ", ".join(f"{w} ({c.size})" for w, c in configs.items())
-        raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {_WIDTH_KEY}")
-    config, grid = configs[width], grid_of(checkpoint.state)
-    for field, key in (("vocabulary", _WORDS_KEY), ("positions", _TEXT_POSITIONS_KEY)):
-        if key in checkpoint.state:
-            config = replace(config, **{field: len(checkpoint.state[key])})  # type: ignore[arg-type]
-    if grid is not None and checkpoint.layout != "albef":
-        config = replace(config, image_size=grid * config.patch_size)
-    branches = sorted(key for key in checkpoint.state if _BRANCH_KEY.fullmatch(key))
-    kernels = [checkpoint.state[key].shape[-1] for key in branches]
-    return replace(config, caformer_kernels=tuple(kernels)) if kernels else config
+        raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {keys.width}")
+    config, grid = configs[width], grid_of(state, keys.image_positions)
+    told = {"vocabulary": keys.words, "positions": keys.text_positions}
+    fields: dict[str, Any] = {field: len(state[key]) for field, key in told.items() if key in state}
+    if grid is not None and checkpoint.layout != ALBEF:
+        fields["image_size"] = grid * config.patch_size
+    return replace(config, **fields | keys.shape({key: tuple(x.shape) for key, x in state.items()}))
 
 
-def grid_of(state: Mapping[str, Tensor]) -> int | None:
+def grid_of(state: Mapping[str, Tensor], key: str = _ALBEF.image_positions) -> int | None:
     """Patches along one side by the image's position embeddings; None where they are no square grid."""
-    positions = state.get(_POSITIONS_KEY)
-    if positions is None or positions.dim() != 3:
+    positions = state.get(key)
+    if positions is None or positions.dim() not in (2, 3):
         return None
-    side = isqrt(max(positions.shape[1] - 1, 0))
-    return side if side and side * side + 1 == positions.shape[1] else None
+    rows = positions.shape[-2]
+    side = isqrt(max(rows - 1, 0))
+    return side if side and side * side + 1 == rows else None
 
 
 def resample_positions(state: State, config: ModelConfig) -> State:
@@ -152,10 +140,11 @@ def resample_positions(state: State, config: ModelConfig) -> State:
         return state  # where there is no square grid the strict check names the shape
     grids = (side, side, config.grid, config.grid)
     log.warning("the image's positions of a %d x %d grid are resampled to %d x %d", *grids)
-    cls, patches = state[_POSITIONS_KEY][:, :1], state[_POSITIONS_KEY][:, 1:]
+    positions = state[_ALBEF.image_positions]
+    cls, patches = positions[:, :1], positions[:, 1:]
     field = patches.transpose(1, 2).unflatten(2, (side, side))
     field = F.interpolate(field, size=(config.grid, config.grid), mode="bicubic", align_corners=False)
-    return {**state, _POSITIONS_KEY: torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)}
+    return {**state, _ALBEF.image_positions: torch.cat([cls, field.flatten(2).transpose(1, 2)], dim=1)}
 
 
 def encoder_keys(names: set[str]) -> set[str]:
@@ -207,8 +196,8 @@ def load_checkpoint(
     Raises CheckpointError, naming what was expected and what came, for a missing, extra or misshapen key and
     for a file that is no checkpoint.
     """
-    if model is not None and model not in MODEL_NAMES:
-        raise CheckpointError(f"unknown network {model!r}: expected one of {', '.join(MODEL_NAMES)}")
+    if model is not None and model not in NETWORKS:
+        raise CheckpointError(f"unknown network {model!r}: expected one of {', '.join(NETWORKS)}")
     return load_state(read_checkpoint(path), model, config)
 
 
@@ -216,18 +205,18 @@ def load_state(
     checkpoint: Checkpoint, model: str | None = None, config: ModelConfig | None = None
 ) -> Detector:
     """Load what `read_checkpoint` returned; see `load_checkpoint`."""
-    if checkpoint.layout == "albef" and model is None and config is None:
+    if checkpoint.layout == ALBEF and model is None and config is None:
         raise CheckpointError(
             f"{checkpoint.path}: is an ALBEF initialisation, which fits any network: expected model= as one "
-            f"of {', '.join(MODEL_NAMES)}"
+            f"of {', '.join(NETWORKS)}"
         )
     named = model or (config.name if config else checkpoint.layout)
-    if checkpoint.layout not in (named, "albef"):
+    if checkpoint.layout not in (named, ALBEF):
         checkpoint = read_checkpoint(checkpoint.path, named)
     config = config or _config_of(checkpoint, named)
     network = build(config)
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    if checkpoint.layout == "albef":
+    if checkpoint.layout == ALBEF:
         checkpoint = replace(checkpoint, state=resample_positions(checkpoint.state, config))
         expected = {k: expected[k] for k in encoder_keys(set(expected))}
         log.warning("%s initialises the encoders only; the heads of %s are untrained", checkpoint.path, named)

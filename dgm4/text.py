@@ -7,14 +7,15 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgm4.config import BERT_EPS, BERT_MASK, ModelConfig
+from dgm4.config import BERT_EPS, BERT_MASK
 from dgm4.layers import Head, attention, merge_heads, padding_bias, split_heads
+from engine.registry.config import FusionConfig
 
 
 class Projections(nn.Module):
     """Query, key and value projections of one attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.query = nn.Linear(config.width, config.width)
@@ -30,7 +31,7 @@ class Projections(nn.Module):
 class AddNorm(nn.Module):
     """LayerNorm(residual + dropout(Linear(x)))."""
 
-    def __init__(self, config: ModelConfig, hidden: int) -> None:
+    def __init__(self, config: FusionConfig, hidden: int) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.dense = nn.Linear(hidden, config.width)
@@ -44,7 +45,7 @@ class AddNorm(nn.Module):
 class BertAttention(nn.Module):
     """Post-norm attention of `x` over `memory` (itself where None is given)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.self = Projections(config)
         self.output = AddNorm(config, config.width)
@@ -67,7 +68,7 @@ class BertAttention(nn.Module):
 class Intermediate(nn.Module):
     """Linear and erf GELU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.mlp_ratio * config.width)
 
@@ -79,7 +80,7 @@ class Intermediate(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, cross-attention to the image in fusion layers, feed-forward."""
 
-    def __init__(self, config: ModelConfig, fusion: bool) -> None:
+    def __init__(self, config: FusionConfig, fusion: bool) -> None:
         super().__init__()
         self.attention = BertAttention(config)
         if fusion:
@@ -95,7 +96,7 @@ class BertLayer(nn.Module):
 class Embeddings(nn.Module):
     """Words, positions and the one token type of a caption."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.word_embeddings = nn.Embedding(config.vocabulary, config.width)
@@ -113,7 +114,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """The stack of layers; holds no computation of its own."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
             BertLayer(config, fusion=i >= config.fusion_start) for i in range(config.text_depth)
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
 class Bert(nn.Module):
     """Text layers, then fusion layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.fusion_start = config.fusion_start
         self.embeddings = Embeddings(config)
@@ -160,7 +161,7 @@ class Bert(nn.Module):
 class TextEncoder(nn.Module):
     """BERT and the classifier of its tokens."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.bert = Bert(config)
         self.classifier = Head(config.width, 2)

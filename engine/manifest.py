@@ -15,16 +15,17 @@ from typing import Annotated, Any
 
 from engine.errors import BundleError, why_no_json
 from engine.layout import MANIFEST
-from engine.network.config import LARGEST_CAPTION, NAMES, TYPES, NetworkConfig
+from engine.registry import network_of
+from engine.registry.config import LARGEST_CAPTION, TYPES, NetworkConfig
+from engine.registry.record import ANSWERS, PAIR
 from engine.schema import NOTHING, Check, Record, at_least, fail, matching, one_of, parse_json, whole, within
 from engine.scores import ScoreCalibration, Temperatures, Thresholds
 
 FORMAT = "dgm4-bundle"
 FORMAT_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-INPUTS = ("image", "input_ids", "attention_mask")
-OUTPUTS = ("logits_real_fake", "logits_multicls", "box", "logits_tok")
-OPTIONAL_OUTPUTS = ("attention_map",)
+INPUTS = tuple(tensor.name for tensor in PAIR)
+OUTPUTS = tuple(tensor.name for tensor in ANSWERS)  # every network's; a heat map may be beside them
 NOT_STATED = "not stated"
 _ENVELOPE = ("format", "format_version", "sha256")  # beside the content, which the last is of
 _REMEDY = "export or copy the bundle again"
@@ -55,7 +56,7 @@ _Scale = Check("three numbers from 0.001 to 1000", lambda values: 1e-3 <= min(va
 class ModelInfo(Record):
     """Which network: its `name`, `size` and every field of its configuration."""
 
-    name: Annotated[str, one_of(*NAMES)]
+    name: str
     size: str
     config: NetworkConfig
 
@@ -318,8 +319,10 @@ class Manifest(Record):
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
-        yield from _name_problems("inputs", self.inputs, INPUTS, ())
-        yield from _name_problems("outputs", self.outputs, OUTPUTS, OPTIONAL_OUTPUTS)
+        network = network_of(self.model.config)
+        inputs, outputs = ([x.name for x in tensors] for tensors in (network.inputs, network.outputs))
+        yield from _name_problems("inputs", self.inputs, inputs, ())
+        yield from _name_problems("outputs", self.outputs, OUTPUTS, outputs)
         yield from self._shape_problems()
         if self.types != TYPES:
             yield "types", str(list(TYPES)), list(self.types)
@@ -344,21 +347,22 @@ class Manifest(Record):
                 )
         if preprocess.max_tokens > config.positions:
             yield "preprocess.max_tokens", f"at most {config.positions} positions", preprocess.max_tokens
-        shapes = config.tensors()
+        network = network_of(config)
+        tensors = {x.name: (x.dtype, x.shape_of(config)) for x in (*network.inputs, *network.outputs)}
         for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
             for i, spec in enumerate(specs):
-                expected = shapes[spec.name]
+                expected = tensors[spec.name]
                 if (spec.dtype, spec.shape) != expected:
                     found = f"{spec.dtype} {list(spec.shape)}"
                     yield f"{kind}[{i}]", f"{expected[0]} {list(expected[1])} for {spec.name}", found
 
 
 def _name_problems(
-    kind: str, tensors: Sequence[TensorSpec], needed: tuple[str, ...], optional: tuple[str, ...]
+    kind: str, tensors: Sequence[TensorSpec], needed: Sequence[str], optional: Sequence[str]
 ) -> Iterator[tuple[str, str, object]]:
     names = [tensor.name for tensor in tensors]
     missing = [name for name in needed if name not in names]
-    unknown = [name for name in names if name not in needed + optional]
+    unknown = [name for name in names if name not in (*needed, *optional)]
     if missing or unknown or len(set(names)) != len(names):
         yield kind, f"{list(needed)}" + (f", missing {missing}" if missing else ""), names
 

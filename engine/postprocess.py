@@ -9,6 +9,7 @@ import numpy as np
 from engine.errors import NumericalError
 from engine.inputs.text import Tokens
 from engine.manifest import Manifest
+from engine.registry import TENSORS
 from engine.result import Result, Word
 
 # The benchmark's test for "no box": all four corner values below this.
@@ -37,8 +38,6 @@ def read_result(
     score = float(softmax(item["logits_real_fake"] / temperatures["manipulated"])[1])
     by_type = item["logits_multicls"] / [temperatures[name] for name in manifest.types]
     types = dict(zip(manifest.types, sigmoid(by_type).tolist(), strict=True))
-    grid = manifest.preprocess.image_size // manifest.preprocess.patch_size
-    scores = item.get("attention_map")
     return Result(
         manipulated=score >= thresholds["manipulated"],
         score=score,
@@ -48,17 +47,14 @@ def read_result(
         words=read_words(item["logits_tok"] / temperatures["words"], tokens, thresholds["words"]),
         size=size,
         thresholds=dict(thresholds),
-        heatmap=None if scores is None else read_heatmap(scores, grid),
+        heatmap=read_heatmap(item, manifest.model.config.grid),
     )
 
 
 def _valid_part(outputs: Mapping[str, np.ndarray], index: int, length: int) -> dict[str, np.ndarray]:
     """One item's outputs in float64, without the rows of padding."""
     item = {name: values[index].astype(np.float64) for name, values in outputs.items()}
-    item["logits_tok"] = item["logits_tok"][: length - 1]
-    if "attention_map" in item:
-        item["attention_map"] = item["attention_map"][:length]
-    return item
+    return {name: x[: TENSORS[name].rows(length)] if x.ndim > 1 else x for name, x in item.items()}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -96,10 +92,9 @@ def read_words(logits_tok: np.ndarray, tokens: Tokens, threshold: float) -> tupl
     )
 
 
-def read_heatmap(scores: np.ndarray, grid: int) -> np.ndarray:
-    """Mean over the words of sigmoid of the raw scores [n, 1 + grid * grid], as float32 [grid, grid].
-
-    The image's and the text's [CLS] are dropped; a text of [CLS] alone has only that row.
-    """
-    rows = scores[1:] if len(scores) > 1 else scores
-    return sigmoid(rows[:, 1:]).mean(axis=0).reshape(grid, grid).astype(np.float32)
+def read_heatmap(item: Mapping[str, np.ndarray], grid: int) -> np.ndarray | None:
+    """The heat map of one pair as float32 [grid, grid]; None where the network has none."""
+    for name, values in item.items():
+        if (read := TENSORS[name].heatmap) is not None:
+            return read(values, grid)
+    return None

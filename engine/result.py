@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InputError, shorten, why_no_json
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 from engine.schema import Record, at_least, within
 
 _Score = Annotated[float, within(0, 1)]

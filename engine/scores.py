@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Annotated, Any
 
 from engine.errors import InputError, did_you_mean, quoted
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 from engine.schema import Check, Record, at_least, matching, within
 
 DECISIONS = ("manipulated", *TYPES, "words")

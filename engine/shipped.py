@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.errors import BundleError, did_you_mean, shorten
 from engine.layout import MANIFEST
-from engine.network.config import NAMES
+from engine.registry import NAMES
 
 _PREFIX, _SUFFIX = "demo:", "-int8"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dgm4.config import ModelConfig
 from engine.errors import BackendError
 from engine.manifest import EngineEntry
+from engine.registry import network_of
+from engine.registry.config import NetworkConfig
 from export.bundle.writer import BundleWriter
-from export.manifest_fields import MAX_WORDS, MIN_TOKENS
+from export.manifest_fields import MAX_WORDS
 from export.options import ExportOptions, asks_for_engine
 from export.trt import build
 from export.trt.engine_file import build_into
@@ -35,14 +36,15 @@ def no_engine(options: ExportOptions, builder: build.BuilderInfo | None) -> str 
 
 
 def write_engine(
-    options: ExportOptions, config: ModelConfig, builder: build.BuilderInfo, writer: BundleWriter
+    options: ExportOptions, config: NetworkConfig, builder: build.BuilderInfo, writer: BundleWriter
 ) -> tuple[EngineEntry, str]:
     """Build the engine of the bundle's graph; return its entry in the manifest and a line on it.
 
     Raises BuildError.
     """
     targets = options.targets or default_targets(builder.library, options.precision)
-    tokens = (MIN_TOKENS, min(MAX_WORDS, options.max_tokens), options.max_tokens)
+    least = network_of(config).tokenizer.min_tokens
+    tokens = (least, min(MAX_WORDS, options.max_tokens), options.max_tokens)
     shapes, building = Shapes(options.max_batch, *tokens, config.image_size), options.building
     entry, line = build_into(writer, builder, targets, shapes, building, options.precision)
     excluded = building.no_plugins() if building.plugins == "auto" else None

@@ -9,9 +9,9 @@ import onnx
 import torch
 
 from engine.layout import FLAT_GRAPH, GRAPH, HALF_GRAPH
-from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
 from engine.network.precision import float_layers, set_precision, to_precision
+from engine.registry.config import NetworkConfig
 from export.calibration import calibration_pairs, tensors
 from export.engine_stage import has_graph
 from export.graph.bf16_emulation import emulate

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from dgm4.config import TYPES, ModelConfig
 from engine import __version__
 from engine.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from engine.manifest import (
-    INPUTS,
     Accuracy,
     EngineEntry,
     Limits,
@@ -23,12 +21,14 @@ from engine.manifest import (
     Verification,
 )
 from engine.packages import version_of
+from engine.registry import network_of
+from engine.registry.config import TYPES, NetworkConfig
+from engine.registry.record import Tensor
 from export.bundle.licences import licence_of
-from export.graph.trace import outputs_of
 from export.options import ExportOptions
 from export.stages import Calibrated, Lowered, Source
 
-MAX_WORDS, MIN_TOKENS = 50, 2
+MAX_WORDS = 50
 LONGEST_CAPTION = 127  # 128 with the [SEP] that the networks never see
 THRESHOLD = 0.5
 _PACKAGES = ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")
@@ -44,6 +44,7 @@ def describe_export(
 ) -> Manifest:
     """The manifest of the bundle, without the files, which are still to be hashed."""
     config, checks = source.config, (source.rewrite, *lowered.checks)
+    network = network_of(config)
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=ModelInfo(config.name, config.size, config),
@@ -57,10 +58,10 @@ def describe_export(
             std=CLIP_STD,
             max_words=MAX_WORDS,
             max_tokens=min(LONGEST_CAPTION, options.max_tokens),
-            min_tokens=MIN_TOKENS,
+            min_tokens=network.tokenizer.min_tokens,
         ),
-        inputs=_tensors(config, INPUTS),
-        outputs=_tensors(config, outputs_of(config)),
+        inputs=_tensors(config, network.inputs),
+        outputs=_tensors(config, network.outputs),
         limits=Limits(options.max_batch, options.max_tokens),
         types=TYPES,
         thresholds=Thresholds(**dict.fromkeys(("manipulated", *TYPES, "words"), THRESHOLD)),
@@ -80,6 +81,5 @@ def describe_export(
     )
 
 
-def _tensors(config: ModelConfig, names: Iterable[str]) -> tuple[TensorSpec, ...]:
-    shapes = config.tensors()
-    return tuple(TensorSpec(name, *shapes[name]) for name in names)
+def _tensors(config: NetworkConfig, tensors: Iterable[Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(x.name, x.dtype, x.shape_of(config)) for x in tensors)

@@ -13,11 +13,11 @@ from typing import Literal
 
 from engine.errors import BackendError, InputError, quoted
 from engine.manifest import LARGEST_BATCH, PRECISIONS
+from engine.registry import NAMES, SIZES
 from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
 from export.trt import build
 from export.trt.options import EngineOptions
 
-MODELS, SIZES = ("hammer", "asap", "cals"), ("base", "tiny")  # dgm4's, which needs torch
 CALIBRATED = ("int8", "fp8")  # precisions whose activations may have calibrated scales
 SPLITS = ("train", "val", "test")
 _BATCH = Number(f"1 to {LARGEST_BATCH} pairs", int, 1, LARGEST_BATCH)
@@ -62,7 +62,7 @@ class ExportOptions:
     """
 
     out: Path
-    model: str | None = flag(None, "network; read off a checkpoint", choices=MODELS)
+    model: str | None = flag(None, "network; read off a checkpoint", choices=NAMES)
     checkpoint: Path | None = flag(
         None, ".pth or .safetensors; else the trained demo", metavar="FILE", type=Path
     )

@@ -21,6 +21,7 @@ from engine.errors import CheckpointError, InputError
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
 from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
+from engine.registry import DEFAULT
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -57,7 +58,7 @@ def _load(job: Job) -> tuple[Detector, Weights, str | None]:
     options, vocabulary = job.options, None
     with job.stage("load") as stage:
         if options.checkpoint is None:
-            model = dgm4.seeded_model(options.model or "asap", options.size or "tiny", SEED)
+            model = dgm4.seeded_model(options.model or DEFAULT, options.size or "tiny", SEED)
             weights = Weights(kind="drawn", source=f"drawn from seed {SEED}", sha256=None)
         else:
             model, weights, vocabulary = _load_checkpoint(options, options.checkpoint)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dgm4.config import MODEL_NAMES, SIZES
 from engine.errors import InputError, quoted
+from engine.registry import SIZES, TRAINABLE
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _LARGEST_SEED = 2**32
@@ -47,7 +47,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value out of range."""
-        for name, known in (("model", MODEL_NAMES), ("size", SIZES), ("precision", PRECISIONS)):
+        for name, known in (("model", TRAINABLE), ("size", SIZES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise InputError(
                     f"{name}: expected one of {', '.join(known)}, got {quoted(getattr(self, name))}"

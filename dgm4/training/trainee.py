@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgm4 import losses
-from dgm4.config import ModelConfig
 from dgm4.data.dataset import Batch
 from dgm4.layers import Head, padding_bias
 from dgm4.losses.contrastive import ALPHA, QUEUE_SIZE, TEMPERATURE, TEMPERATURE_RANGE
-from dgm4.model import Asap, Output, Trace, build
+from dgm4.model import Output, Trace, build
+from dgm4.models.asap import Asap
+from dgm4.models.cals import CAFormer
 from dgm4.text import TextEncoder
-from dgm4.vision import CAFormer, VisionTransformer
+from dgm4.vision import VisionTransformer
+from engine.registry.config import FusionConfig
 
 Terms = dict[str, Tensor]
 
@@ -60,7 +62,7 @@ class Trainee(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: FusionConfig,
         queue: int = QUEUE_SIZE,
         guidance: bool = True,
         refinement: bool = True,

@@ -38,6 +38,7 @@ from dgm4.training.trainee import Terms, Trainee
 from engine.errors import BackendError, InputError, NumericalError
 from engine.inputs.text import CaptionTokenizer
 from engine.progress import progress_bar
+from engine.registry.config import FusionConfig
 
 log = logging.getLogger(__name__)
 
@@ -360,7 +361,8 @@ def _check_start(options: TrainOptions, place: Place, device: torch.device) -> N
 
 
 def _trainee(options: TrainOptions, config: ModelConfig) -> Trainee:
-    return Trainee(config, options.queue, options.guidance, options.refinement, options.sampled)
+    shape = cast(FusionConfig, config)  # every network that can be trained has one
+    return Trainee(shape, options.queue, options.guidance, options.refinement, options.sampled)
 
 
 def _read_sidecars(data: Path) -> dict[str, dict[str, str]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.errors import BackendError
 from engine.manifest import Limits, TensorSpec
+from engine.registry import TENSORS
 
 TOKEN_STEP = 16
 Arrays = Mapping[str, np.ndarray]
@@ -97,8 +98,4 @@ def fill(buffer: np.ndarray, values: np.ndarray) -> None:
 
 def cut(outputs: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
     """Copy what belongs to the first `batch` pairs and `tokens` tokens out of a bucket's outputs."""
-    rows = {"logits_tok": tokens - 1, "attention_map": tokens}  # [CLS] is no word
-    return {
-        name: array[:batch, : rows[name]].copy() if name in rows else array[:batch].copy()
-        for name, array in outputs.items()
-    }
+    return {name: array[:batch, : TENSORS[name].rows(tokens)].copy() for name, array in outputs.items()}

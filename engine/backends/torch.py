@@ -23,9 +23,10 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, CheckpointError, InputError, quoted
 from engine.layout import SCALES, WEIGHTS
 from engine.manifest import Manifest
-from engine.network.config import NetworkConfig
-from engine.network.model import InferenceModel, Output
+from engine.network.model import InferenceModel
 from engine.network.precision import DTYPES, fp8_layers, set_precision
+from engine.registry import network_of
+from engine.registry.config import NetworkConfig
 from kernels import jit
 from kernels.resize import check_images
 from kernels.rows import E4M3_CAPABILITY
@@ -169,7 +170,7 @@ def _read_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
 
 
 def _check_outputs(config: NetworkConfig, manifest: Manifest) -> None:
-    names = [name for name in Output._fields if name != "attention_map" or config.has_map]
+    names = [output.name for output in network_of(config).outputs]
     expected = [spec.name for spec in manifest.outputs]
     if sorted(names) != sorted(expected):
         raise BundleError(f"expected the outputs {expected} of the manifest, but {config.name} has {names}")

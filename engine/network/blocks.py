@@ -5,13 +5,15 @@ Their tensors come from `engine.network.released`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from engine.network.config import TORCH_EPS
 from engine.network.linear import LinearInput, output_codes
+from engine.network.parts import Part, linears
+from engine.registry.config import TORCH_EPS
 from kernels.attention import attention, guided_attention
 from kernels.conv_fusion import POSITIONS, WINDOW, conv_fusion, packed_shape
 from kernels.gelu import gelu
@@ -30,7 +32,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-class Norm(nn.Module):
+class Norm(Part):
     """LayerNorm of a residual sum, computed in float32 whatever the input dtype (float64 if that is float64).
 
     `consumer` is the Linear that alone reads the output; one in FP8 gets it as codes.
@@ -39,6 +41,10 @@ class Norm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = empty(width), empty(width), eps
+
+    def float_parameters(self) -> Iterator[nn.Parameter]:
+        """All: see `Part`."""
+        return self.parameters()
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, consumer: nn.Module | None = None
@@ -68,18 +74,33 @@ class Gelu(nn.Module):
         return rows.out if rows.scale is None else rows
 
 
-def head(width: int, out: int) -> nn.Sequential:
-    """Linear(D, 2D) LN GELU Linear(2D, 2D) LN GELU Linear(2D, out); the norms keep their own dtype."""
-    hidden = 2 * width
-    return nn.Sequential(
-        nn.Linear(width, hidden),
-        Norm(hidden, TORCH_EPS),
-        Gelu(),
-        nn.Linear(hidden, hidden),
-        Norm(hidden, TORCH_EPS),
-        Gelu(),
-        nn.Linear(hidden, out),
-    )
+class Head(nn.Sequential, Part):
+    """Linear(D, 2D) LN GELU Linear(2D, 2D) LN GELU Linear(2D, out); the norms keep their own dtype.
+
+    A head has one row a pair, or makes the final logits of every token, so FP8 leaves it alone. With `exact`
+    it is float32 in every precision: a box's head has to promise values below 1e-4 where there is no box.
+    """
+
+    def __init__(self, width: int, out: int, exact: bool = False) -> None:
+        hidden = 2 * width
+        super().__init__(
+            nn.Linear(width, hidden),
+            Norm(hidden, TORCH_EPS),
+            Gelu(),
+            nn.Linear(hidden, hidden),
+            Norm(hidden, TORCH_EPS),
+            Gelu(),
+            nn.Linear(hidden, out),
+        )
+        self.exact = exact
+
+    def float_parameters(self) -> Iterator[nn.Parameter]:
+        """See `Part`."""
+        return self.parameters() if self.exact else iter(())
+
+    def unquantised(self, precision: str) -> Iterator[nn.Linear]:
+        """See `Part`."""
+        return linears(self) if self.exact or precision == "fp8" else iter(())
 
 
 class SelfAttention(nn.Module):
@@ -140,7 +161,7 @@ class ConvFusion(nn.Module):
         return conv_fusion(image, tokens, self.weight, self.bias, self.packed)
 
 
-class LatentPool(nn.Module):
+class LatentPool(Part):
     """Pooling by the learnt query, its key projection folded away (rewrite 3)."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -151,25 +172,16 @@ class LatentPool(nn.Module):
         self.bias = empty(heads, width // heads)
         self.out = nn.Linear(width, width)
 
+    def float_parameters(self) -> Iterator[nn.Parameter]:
+        """The pooled scores'; see `Part`."""
+        yield self.query
+
+    def unquantised(self, precision: str) -> Iterator[nn.Linear]:
+        """One row a pair; see `Part`."""
+        return linears(self) if precision == "fp8" else iter(())
+
     def forward(self, patches: Tensor) -> Tensor:
         """[B, P, D] -> [B, D]."""
         pooled = latent_pool(patches, self.norm.weight, self.norm.bias, self.query)
         values = (pooled[:, :, None] @ self.value)[:, :, 0] + self.bias
         return self.out(values.flatten(1))
-
-
-class PatchClassifier(nn.Module):
-    """CALS's face classes: Linear([CLS]) + lambda * mean(sigmoid(Linear(patches)) * patches) per class."""
-
-    def __init__(self, width: int, classes: int = 2) -> None:
-        super().__init__()
-        self.lambda_param = empty()
-        self.gate = nn.Linear(width, classes)
-        self.fc_global = nn.Linear(width, classes)
-
-    def forward(self, patches: Tensor, cls: Tensor) -> Tensor:
-        """patches [B, P, D], cls [B, D] -> [B, classes]."""
-        gate = self.gate(patches).sigmoid()
-        # The gate is the same for every channel, so the mean over channels can come first.
-        pooled = (gate * patches.mean(-1, keepdim=True)).mean(1)
-        return self.fc_global(cls) + self.lambda_param * pooled

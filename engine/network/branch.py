@@ -1,14 +1,13 @@
-"""Image branches: box and manipulation-type heads on image features that attend to the caption."""
+"""Image branch: box and manipulation-type heads on image features that attend to the caption."""
 
 from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from engine.network.blocks import CrossAttention, LatentPool, Norm, PatchClassifier, dtype_of, empty, head
-from engine.network.config import TORCH_EPS, NetworkConfig
+from engine.network.blocks import CrossAttention, Head, LatentPool, Norm, dtype_of
+from engine.registry.config import TORCH_EPS, NetworkConfig
 from kernels.gaussian_guidance import KERNEL, PADDING, STRIDE, gaussian_guidance
 
 
@@ -27,8 +26,8 @@ class ImageBranch(nn.Module):
         self.norm = Norm(width, TORCH_EPS)
         self.cross = CrossAttention(width, heads)
         self.pool = LatentPool(width, heads)
-        self.bbox_head = head(width, 4)
-        self.itm_head, self.cls_head = head(width, 2), head(width, self.classes)
+        self.bbox_head = Head(width, 4, exact=True)
+        self.itm_head, self.cls_head = Head(width, 2), Head(width, self.classes)
 
     def locate(self, feature: Tensor) -> Tensor:
         """[B, D] -> box [B, 4], in the dtype of the box head, at least float32."""
@@ -44,36 +43,13 @@ class ImageBranch(nn.Module):
         return self.locate(feature), self.itm_head(fused), self.cls_head(fused)
 
 
-class AsapBranch(ImageBranch):
-    """ASAP's: self-attention first, the normalised image as residual, the box feature in the logits."""
+class Guidance(nn.Module):
+    """Encodes the Gaussian of a box on the image as one vector a patch: CALS's LIG."""
 
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(config)
-        self.own = CrossAttention(config.width, config.heads)
-        self.share_real_fake, self.share_classes = empty(), empty()
-
-    def forward(
-        self, image: Tensor, text: Tensor, mask: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Box, real/fake logits and type logits."""
-        x = self.norm(image)
-        patches = x[:, 1:]
-        key, value = self.cross.project(self.norm(text))
-        attended = self.own(patches, *self.own.project(x))
-        feature = self.pool(self.cross(attended, key, value, mask) + patches)
-        real_fake = self.itm_head(fused + self.share_real_fake * feature)
-        return self.locate(feature), real_fake, self.cls_head(fused + self.share_classes * feature)
-
-
-class CalsBranch(ImageBranch):
-    """CALS's: a coarse box guides a second pass over the same text keys (rewrite 7)."""
-
-    classes = 2
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(config)
-        one, two, three = config.guidance_widths
-        self.size = config.image_size
+    def __init__(self, width: int, widths: tuple[int, int, int], image_size: int) -> None:
+        super().__init__()
+        one, two, three = widths
+        self.size = image_size
         self.first = _conv(1, one)
         self.rest = nn.Sequential(
             _conv(one, two),
@@ -81,33 +57,14 @@ class CalsBranch(ImageBranch):
             _conv(two, three),
             nn.ReLU(),
             nn.AvgPool2d(2),
-            nn.Conv2d(three, config.width, 1),
+            nn.Conv2d(three, width, 1),
         )
-        self.refined_pool = LatentPool(config.width, config.heads)
-        # One aggregator with two queries.
-        self.refined_pool.norm, self.refined_pool.out = self.pool.norm, self.pool.out
-        self.faces = PatchClassifier(config.width)
 
-    def forward(
-        self, image: Tensor, text: Tensor, mask: Tensor, fused: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Box, real/fake logits and type logits."""
-        key, value = self.cross.project(self.norm(text))
-        crossed = image + self.cross(self.norm(image), key, value, mask)
-        coarse = self.locate(self.pool(crossed[:, 1:]))
-        encoded = self.rest(
-            gaussian_guidance(coarse, self.first.weight, cast(Tensor, self.first.bias), self.size)
-        )
-        guided = image[:, 1:] + encoded.flatten(2).transpose(1, 2)
-        refined = guided + self.cross(self.norm(guided), key, value, mask)
-        wide = crossed.to(dtype_of(self.faces))
-        faces = self.faces(wide[:, 1:], wide[:, 0]).to(fused.dtype)
-        box = self.locate(self.refined_pool(refined))
-        return box, self.itm_head(fused), torch.cat([faces, self.cls_head(fused)], dim=1)
+    def forward(self, box: Tensor) -> Tensor:
+        """Box [B, 4] as (cx, cy, w, h) in [0, 1] -> [B, P, D]."""
+        first = gaussian_guidance(box, self.first.weight, cast(Tensor, self.first.bias), self.size)
+        return self.rest(first).flatten(2).transpose(1, 2)
 
 
 def _conv(channels: int, out: int) -> nn.Conv2d:
     return nn.Conv2d(channels, out, KERNEL, stride=STRIDE, padding=PADDING)
-
-
-BRANCHES: dict[str, type[ImageBranch]] = {"hammer": ImageBranch, "asap": AsapBranch, "cals": CalsBranch}

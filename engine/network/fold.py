@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.errors import CheckpointError
-from engine.network.config import TORCH_EPS
+from engine.registry.config import TORCH_EPS
 from kernels.conv_fusion import POSITIONS
 
 KERNELS = (1, 3, 5)  # sides of CAFormer's convolutions: the window of kernels/conv_fusion.py holds them

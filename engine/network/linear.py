@@ -9,12 +9,14 @@ Source: arXiv:2209.05433.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.network.parts import Part
 from kernels.quantize import quantize_rows
 from kernels.rows import RowOutput, quantize_ref
 
@@ -69,12 +71,16 @@ class Fp8Linear(nn.Module):
         return y.unflatten(0, codes.out.shape[:-1])
 
 
-class FloatLinear(nn.Module):
+class FloatLinear(Part):
     """A Linear that stays float32 in a network of lower precision."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+
+    def float_parameters(self) -> Iterator[nn.Parameter]:
+        """All: see `Part`."""
+        return self.parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of x."""

@@ -1,4 +1,4 @@
-"""The inference network: image encoder, text encoder, fusion and heads."""
+"""The inference network: what all have in common. Each has its own module in `engine.network.models`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.network.branch import BRANCHES
-from engine.network.config import NetworkConfig
 from engine.network.output import Output
 from engine.network.released import fold_network
-from engine.network.text import Text
-from engine.network.vision import build_vision
+from engine.registry import network_of
+from engine.registry.config import NetworkConfig
 
 
 class InferenceModel(nn.Module):
@@ -22,13 +20,9 @@ class InferenceModel(nn.Module):
     Outputs are float32 (float64 in a float64 network) whatever the inner dtype.
     """
 
-    def __init__(self, config: NetworkConfig, stacked: bool = True) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = build_vision(config)
-        self.text = Text(config, stacked)
-        self.branch = BRANCHES[config.name](config)
-        self.eval().requires_grad_(False)
 
     @classmethod
     def from_released(
@@ -40,7 +34,7 @@ class InferenceModel(nn.Module):
         CheckpointError where the tensors are not those of the network that `config` describes.
         """
         with torch.device("meta"):
-            model = cls(config, stacked)
+            model = build_model(config, stacked)
         try:
             model.load_state_dict(fold_network(state, config, stacked), assign=True)
         except RuntimeError as error:  # torch raises this for any shape that does not fit
@@ -53,16 +47,16 @@ class InferenceModel(nn.Module):
 
     def see(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image features [B, 1+P, D] for the text branch and for the image branch."""
-        return self.vision(image.to(self.vision.positions.dtype))
+        raise NotImplementedError
 
     def answer(
         self, for_text: Tensor, for_image: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> Output:
         """Answer captions about images of which only the features are given."""
-        mask = attention_mask.to(torch.int32)
-        text = self.text.encode(input_ids, mask)
-        fused, guide = self.text.fuse(text, mask, for_text)
-        box, real_fake, classes = self.branch(for_image, text, mask, fused[:, 0])
-        tokens = self.text.classifier(fused[:, 1:])
-        out = torch.promote_types(real_fake.dtype, torch.float32)
-        return Output(real_fake.to(out), classes.to(out), box.to(out), tokens.to(out), guide)
+        raise NotImplementedError
+
+
+def build_model(config: NetworkConfig, stacked: bool = True) -> InferenceModel:
+    """The network that `config` is the shape of, its tensors not yet filled, in evaluation mode."""
+    model: InferenceModel = network_of(config).load_model().Model(config, stacked)
+    return model.eval().requires_grad_(False)

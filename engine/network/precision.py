@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
-from engine.network.blocks import LatentPool, Norm
-from engine.network.branch import CalsBranch
 from engine.network.linear import FloatLinear, Fp8Linear, takes_fp8
 from engine.network.model import InferenceModel
+from engine.network.parts import Part
 
 # fp8: what is not in eight bits.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -74,32 +73,21 @@ def half_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _islands(model: InferenceModel) -> Iterator[nn.Parameter]:
-    """Parameters that stay float32: norms, box head, pooled scores, CALS's patch reductions, FloatLinear."""
+    """Parameters that stay float32: what the parts say."""
     for module in model.modules():
-        if isinstance(module, Norm):
-            yield from module.parameters()
-        if isinstance(module, LatentPool):
-            yield module.query
-        if isinstance(module, FloatLinear):
-            yield from module.parameters()
-    yield from model.branch.bbox_head.parameters()
-    if isinstance(model.branch, CalsBranch):
-        yield from model.branch.faces.parameters()
+        if isinstance(module, Part):
+            yield from module.float_parameters()
+
+
+def unquantised(model: InferenceModel, precision: str) -> set[int]:
+    """The ids of the Linear layers that the parts keep out of "int8" or "fp8"."""
+    parts = (module for module in model.modules() if isinstance(module, Part))
+    return {id(layer) for part in parts for layer in part.unquantised(precision)}
 
 
 def fp8_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linear layers that fp8 quantises, by name: all over tokens whose sides suit eight bits.
-
-    The heads are not: they have one row a pair, or make the final logits of every token.
-    """
-    heads = {id(layer) for head in _heads(model) for layer in head.modules()}
+    """The Linear layers that fp8 quantises, by name: all over tokens whose sides suit eight bits."""
+    kept = unquantised(model, "fp8")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module) not in heads and takes_fp8(module):
+        if isinstance(module, nn.Linear) and id(module) not in kept and takes_fp8(module):
             yield name, module
-
-
-def _heads(model: InferenceModel) -> Iterator[nn.Module]:
-    yield model.text.classifier
-    for module in model.branch.children():
-        if isinstance(module, nn.Sequential | LatentPool) or module is getattr(model.branch, "faces", None):
-            yield module

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from engine.network.blocks import CrossAttention, Gelu, Norm, SelfAttention, empty, head
-from engine.network.config import BERT_EPS, NetworkConfig
+from engine.network.blocks import CrossAttention, Gelu, Head, Norm, SelfAttention, empty
+from engine.registry.config import BERT_EPS, FusionConfig, NetworkConfig
 
 
 class TextLayer(nn.Module):
@@ -35,19 +35,22 @@ class TextLayer(nn.Module):
 
 
 class Text(nn.Module):
-    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5)."""
+    """Text encoder; `stacked` projects keys and values of all fusion layers in one product (rewrite 5).
 
-    def __init__(self, config: NetworkConfig, stacked: bool) -> None:
+    With `with_map` the last fusion layer gives the map of MGCA.
+    """
+
+    def __init__(self, config: FusionConfig, stacked: bool, with_map: bool = False) -> None:
         super().__init__()
         width, fusions = config.width, config.text_depth - config.fusion_start
-        self.with_map = config.has_map
+        self.with_map = with_map
         self.words = nn.Embedding(config.vocabulary, width)
         self.places = empty(config.positions, width)
         self.norm = Norm(width, BERT_EPS)
         self.text_layers = nn.ModuleList(TextLayer(config, False, False) for _ in range(config.fusion_start))
         self.fusion_layers = nn.ModuleList(TextLayer(config, True, stacked) for _ in range(fusions))
         self.key_values = nn.Linear(width, 2 * width * fusions) if stacked else None
-        self.classifier = head(width, 2)
+        self.classifier = Head(width, 2)
 
     def _layers(self, layers: nn.ModuleList) -> list[TextLayer]:
         return [cast(TextLayer, layer) for layer in layers]

@@ -1,13 +1,13 @@
-"""Visual encoders: ViT, and CALS's CAFormer with both of its streams."""
+"""Visual encoder: ViT."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from engine.network.blocks import ConvFusion, Gelu, Norm, SelfAttention, empty
-from engine.network.config import TORCH_EPS, VIT_EPS, NetworkConfig
+from engine.network.blocks import Gelu, Norm, SelfAttention, empty
 from engine.network.linear import LinearInput
+from engine.registry.config import VIT_EPS, NetworkConfig
 
 
 class PatchEmbed(nn.Module):
@@ -63,6 +63,11 @@ class Vision(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.vision_depth))
         self.norm = Norm(width, VIT_EPS)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+        return self.positions.dtype
+
     def embed(self, image: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 1+P, D]."""
         patches = self.patch_embed(image) + self.positions
@@ -70,42 +75,13 @@ class Vision(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens for the text branch and for the image branch, here the same."""
-        x = self.norm(*_through(self.blocks, self.embed(image)))
+        x = self.norm(*run_blocks(self.blocks, self.embed(image)))
         return x, x
 
 
-def _through(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def run_blocks(blocks: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Run x through the blocks; returns as a block does."""
     delta = None
     for block in blocks:
         x, delta = block(x, delta)
     return x, delta
-
-
-class CAFormer(Vision):
-    """Visual encoder of CALS: both streams run through the last blocks as one batch of 2B (rewrite 4)."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(config)
-        width, hidden = config.width, config.mlp_ratio * config.width
-        self.start = config.caformer_start
-        self.attention = SelfAttention(width, config.caformer_heads)
-        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        self.norm1, self.norm2 = Norm(width, TORCH_EPS), Norm(width, TORCH_EPS)
-        self.fusion = ConvFusion(width, len(config.caformer_kernels))
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The fused tokens for the text branch, the plain ones for the image branch."""
-        x, delta = _through(self.blocks[: self.start], self.embed(image))
-        x = x if delta is None else x + delta
-        tokens = self.norm1(self.attention(x), x)
-        tokens = self.norm2(self.ffn(tokens), tokens)
-        streams = torch.cat([self.fusion(image, tokens), x])
-        streams = self.norm(*_through(self.blocks[self.start :], streams))
-        fused, plain = streams.unflatten(0, (2, -1)).unbind(0)
-        return fused, plain
-
-
-def build_vision(config: NetworkConfig) -> Vision:
-    """Build the visual encoder of the network that `config` names."""
-    return CAFormer(config) if config.name == "cals" else Vision(config)

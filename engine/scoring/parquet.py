@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
-from engine.network.config import TYPES
 from engine.packages import require
+from engine.registry.config import TYPES
 from engine.result import to_rows
 
 if TYPE_CHECKING:

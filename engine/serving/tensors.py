@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
-from engine.network.config import TYPES
 from engine.prediction import Prediction
+from engine.registry.config import TYPES
 from engine.serving.problems import Refused
 from engine.serving.schemas import checked
 

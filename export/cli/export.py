@@ -12,6 +12,7 @@ from dgm4.places import check_checkpoint, check_data
 from engine import Bundle, Predictor
 from engine.errors import InputError
 from engine.packages import require
+from engine.registry import DEFAULT
 from engine.render import check_plot_path
 from export.bundle.writer import BundleWriter
 from export.cli import repository
@@ -122,17 +123,18 @@ def _export_options(options: argparse.Namespace, out: Path) -> ExportOptions:
 
 
 def _checkpoint(options: argparse.Namespace) -> Path | None:
-    """The file given; without one the trained demo at size tiny, drawn weights (None) otherwise."""
+    """The file given, or the trained demo of a tiny network where there is one; None for drawn weights."""
     if options.checkpoint is not None or options.drawn or options.size == "base":
         path: Path | None = options.checkpoint
         return path
-    from dgm4.shipped import demo_checkpoint
+    from dgm4.shipped import demo_checkpoint, demo_record
 
-    return demo_checkpoint(options.model or "asap")
+    name = options.model or DEFAULT
+    return demo_checkpoint(name) if name in demo_record()["networks"] else None
 
 
 def _default_out(options: argparse.Namespace) -> Path:
-    name = f"{options.model or 'asap'}-{options.size or 'tiny'}"
+    name = f"{options.model or DEFAULT}-{options.size or 'tiny'}"
     return Path(f"bundle-{options.checkpoint.stem if options.checkpoint else name}-{options.precision}")
 
 

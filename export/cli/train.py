@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dgm4.places import check_checkpoint, check_data
 from engine.errors import InputError
+from engine.registry import SIZES, TRAINABLE
 from export.cli.arguments import Verbs, add_device
 from export.cli.stopping import stop_first
 from export.flags import WHOLE, read_options
@@ -39,8 +40,8 @@ def add_parser(verbs: Verbs) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="folder with metadata/")
     add("--out", type=Path, required=True, metavar="DIR", help="checkpoints and log")
     add("--recipe", type=Path, metavar="FILE", help="TOML file of settings; HAMMER's published")
-    add("--model", choices=("hammer", "asap", "cals"))
-    add("--size", choices=("base", "tiny"))
+    add("--model", choices=TRAINABLE)
+    add("--size", choices=SIZES)
     add("--set", action="append", metavar="NAME=VALUE", help="a setting over the recipe's")
     add("--init", type=Path, metavar="FILE", help="start from a checkpoint, or from ALBEF's")
     add("--init-vision", metavar="FILE", help="DeiT for the visual encoder: a file or timm:NAME")

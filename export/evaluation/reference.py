@@ -16,8 +16,8 @@ from engine.bundle import Bundle
 from engine.errors import InputError
 from engine.files import sha256_of
 from engine.layout import WEIGHTS
-from engine.manifest import INPUTS, Manifest
-from engine.network.config import NetworkConfig
+from engine.manifest import Manifest
+from engine.registry.config import NetworkConfig
 
 
 class TorchNetwork:
@@ -29,7 +29,7 @@ class TorchNetwork:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch, as a backend does."""
         with full_float32("cpu"), torch.inference_mode():
-            output = self.model(*(torch.from_numpy(feeds[name]) for name in INPUTS))
+            output = self.model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
         return {name: value.numpy() for name, value in output._asdict().items() if value is not None}
 
 

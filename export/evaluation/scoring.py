@@ -26,6 +26,7 @@ from engine.inputs.preparation import Item, Preparation
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.progress import progress_bar
+from engine.registry import TENSORS
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
@@ -187,4 +188,4 @@ class _Reader:
 
 
 def _run(network: Network, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: value for name, value in network.run(feeds).items() if name != "attention_map"}
+    return {name: value for name, value in network.run(feeds).items() if TENSORS[name].heatmap is None}

@@ -14,7 +14,8 @@ from engine.backends import usable_cores
 from engine.backends.float32 import full_float32
 from engine.backends.ort import load_session
 from engine.errors import VerificationError
-from engine.network.config import NetworkConfig
+from engine.registry import network_of
+from engine.registry.config import NetworkConfig
 from export.graph.trace import example_inputs, outputs_of
 
 Arrays = Mapping[str, np.ndarray]
@@ -82,8 +83,9 @@ class Difference:
 def case_inputs(
     config: NetworkConfig, cases: Sequence[tuple[int, int]] = CASES
 ) -> list[dict[str, torch.Tensor]]:
-    """Draw the inputs of every case, the same at each call."""
-    return [example_inputs(config, batch, tokens, seed=i) for i, (batch, tokens) in enumerate(cases)]
+    """Draw the inputs of every case, the same at each call; as many tokens as the network takes at least."""
+    least = network_of(config).tokenizer.min_tokens
+    return [example_inputs(config, batch, max(n, least), seed=i) for i, (batch, n) in enumerate(cases)]
 
 
 def torch_outputs(
@@ -93,10 +95,9 @@ def torch_outputs(
     feeds: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ) -> list[Arrays]:
     """Run a torch network on the cases, or on `feeds` instead; the outputs by name."""
-    names = outputs_of(config)
     with full_float32("cpu"), torch.inference_mode():
         return [
-            {name: y.numpy() for name, y in zip(names, model(**inputs), strict=False)}
+            {name: y.numpy() for name, y in model(**inputs)._asdict().items() if y is not None}
             for inputs in (case_inputs(config, cases) if feeds is None else feeds)
         ]
 

@@ -19,9 +19,9 @@ import torch
 
 from engine.errors import BuildError
 from engine.layout import DATA_SUFFIX
-from engine.manifest import INPUTS, OPTIONAL_OUTPUTS, OUTPUTS
-from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
+from engine.registry import network_of
+from engine.registry.config import NetworkConfig
 from kernels.onnx import ops as onnx_ops
 from kernels.onnx.bodies import bodies
 
@@ -31,8 +31,8 @@ _TRACE_BATCH, _TRACE_TOKENS = 2, 12
 
 
 def outputs_of(config: NetworkConfig) -> tuple[str, ...]:
-    """Names of a network's outputs; only ASAP has the attention map."""
-    return OUTPUTS + OPTIONAL_OUTPUTS if config.has_map else OUTPUTS
+    """Names of a network's outputs."""
+    return tuple(output.name for output in network_of(config).outputs)
 
 
 def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -58,8 +58,13 @@ def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
     """
     dtypes = {parameter.dtype for parameter in model.parameters()}
     opset = onnx_ops.BF16_OPSET if torch.bfloat16 in dtypes else onnx_ops.OPSET
-    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
-    dynamic = {"image": {0: batch}} | {name: {0: batch, 1: tokens} for name in INPUTS[1:]}
+    network = network_of(model.config)
+    least = network.tokenizer.min_tokens
+    sizes = {"batch": torch.export.Dim("batch", min=1), "tokens": torch.export.Dim("tokens", min=least)}
+    dynamic = {
+        tensor.name: {axis: sizes[d] for axis, d in enumerate(tensor.shape) if d in sizes}
+        for tensor in network.inputs
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations while tracing
@@ -69,7 +74,7 @@ def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=dynamic,
-            input_names=list(INPUTS),
+            input_names=list(dynamic),
             output_names=list(outputs_of(model.config)),
             verbose=False,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 from engine.result import Result
 
 # Name, type and dimensions without the batch; a dimension of -1 is as long as the answer needs.

@@ -12,7 +12,7 @@ import numpy as np
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset, collate
 from engine.inputs.text import CaptionTokenizer
-from export.graph.trace import INPUTS
+from engine.manifest import INPUTS
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,7 @@
 """Linear layers in eight bits, as the Q/DQ nodes that runtimes build integer and E4M3 products from.
 
-INT8: every Linear but the box head's, which has to promise values below 1e-4 where there is no box, and
-CALS's face gate, which weighs every patch. E4M3: the layers of `engine.network.precision.fp8_layers`. Never
-norms, softmax, residual sums or the products inside attention.
+INT8: every Linear that its part does not keep out (`engine.network.parts`). E4M3: the layers of
+`engine.network.precision.fp8_layers`. Never norms, softmax, residual sums or the products inside attention.
 Source: arXiv:2004.09602 (symmetric int8, weights by channel), arXiv:2209.05433 (E4M3).
 """
 
@@ -16,11 +15,10 @@ from torch.nn import functional as F
 
 from engine.network.linear import Fp8Linear
 from engine.network.model import InferenceModel
-from engine.network.precision import fp8_layers, half_layers, set_precision
+from engine.network.precision import fp8_layers, half_layers, set_precision, unquantised
 from kernels.onnx import ops as onnx_ops
 from kernels.rows import quantize_ref
 
-_FLOAT_LAYERS = ("branch.bbox_head.", "branch.faces.gate")
 _UNSIGNED_TOP = 255
 
 
@@ -91,8 +89,9 @@ def lower(
 
 def int8_layers(model: InferenceModel) -> Iterator[tuple[str, nn.Linear]]:
     """The Linear layers that int8 rounds, by name."""
+    kept = unquantised(model, "int8")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith(_FLOAT_LAYERS):
+        if isinstance(module, nn.Linear) and id(module) not in kept:
             yield name, module
 
 

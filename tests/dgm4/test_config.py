@@ -11,8 +11,9 @@ from torch import nn
 
 import dgm4
 from dgm4 import checkpoint, config
-from dgm4.model import Cals
+from dgm4.models.cals import Cals
 from engine.errors import InputError
+from engine.registry import NETWORKS
 
 PARAMETERS = {"hammer": 227.9, "asap": 230.2, "cals": 235.9}  # millions, live at inference
 
@@ -116,7 +117,7 @@ def test_parameter_counts_are_the_published_ones(name):
 
 def test_live_keys_are_those_of_the_released_checkpoint(name, golden_keys):
     """Every key that the loader does not call dead is a parameter or a buffer of the same shape, and back."""
-    dead = checkpoint._DEAD[name]
+    dead = NETWORKS[name].keys.dead
     live = {key: shape for key, shape in golden_keys(name) if not checkpoint._is_dead(key, dead)}
     state = {k: tuple(v.shape) for k, v in on_meta(name).state_dict().items()}
     assert live == {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -124,7 +125,7 @@ def test_live_keys_are_those_of_the_released_checkpoint(name, golden_keys):
 
 def test_dead_keys_are_the_ones_that_inference_never_reads(name, golden_keys):
     """By first names, from the notes on the released files; nothing else may be dropped in silence."""
-    dead = checkpoint._DEAD[name]
+    dead = NETWORKS[name].keys.dead
     dropped = {key for key, _ in golden_keys(name) if checkpoint._is_dead(key, dead)}
     firsts = {key.split(".", 1)[0] for key in dropped}
     allowed = {"temp", "vision_proj", "text_proj", "patch_head", "itm_head_m", "queue_ptr"}

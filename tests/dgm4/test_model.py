@@ -8,7 +8,7 @@ import torch
 
 import dgm4
 from dgm4.layers import padding_bias
-from dgm4.model import Guidance, PatchClassifier, gaussian_map
+from dgm4.models.cals import Guidance, PatchClassifier, gaussian_map
 from dgm4.seeded import draw
 
 EXACT = 1e-10

@@ -16,6 +16,7 @@ import pytest
 from benchmarks import accuracy, decoding, demo, engines, inference_server, preprocessing, projection, serving
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
+from engine.registry import TENSORS
 from engine.schema import Record
 from export.bundle.licences import UPSTREAM
 from export.cli.app import make_parser
@@ -120,7 +121,7 @@ def test_fields_of_the_manifest(name, tables):
     shown = [field for row in tables("bundle-format", name) for field in CODE.findall(row[0])]
     wanted = [field.name for field in dataclasses.fields(records()[name])]
     if name == "TensorSpec":  # whose second table has the tensors
-        wanted += [*manifest.INPUTS, *manifest.OUTPUTS, *manifest.OPTIONAL_OUTPUTS]
+        wanted += TENSORS
     assert sorted(shown) == sorted(wanted)
 
 

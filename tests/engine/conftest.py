@@ -17,7 +17,7 @@ from PIL import Image
 
 from engine import Predictor
 from engine.manifest import manifest_digest
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 
 WORDS = ["obama", "s", "the", "president", "speaks", "in", "person", "well", "known", "poison", "bottom"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -120,10 +120,6 @@ CONFIG = {
     "vocabulary": 2048,
     "positions": 512,
     "projection": 64,
-    "caformer_start": 2,
-    "caformer_heads": 2,
-    "caformer_kernels": [5],
-    "guidance_widths": [16, 32, 64],
     "dropout": 0.1,
 }
 

@@ -95,7 +95,7 @@ def test_a_manifest_that_is_no_json_object(bundle_copy, data):
         ("format_version", 2, "format_version: expected 1; update the package"),
         ("format_version", True, "format_version: expected 1; update the package"),
         ("model", "asap", "model: expected an object, got 'asap'"),
-        ("model/name", None, "model.name: expected one of hammer, asap, cals, got None"),
+        ("model/name", None, "model.name: expected a string, got None"),
         ("weights/kind", 1, "weights.kind: expected one of trained, demo, drawn"),
         ("weights/sha256", "abc", "weights.sha256: expected 64"),
         ("precision", "fp4", "precision: expected one of fp32"),

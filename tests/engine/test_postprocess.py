@@ -70,12 +70,13 @@ def test_the_heatmap_leaves_out_both_cls():
     scores[0] = 100
     scores[1, 1] = 100
     scores[1:, 2] = 100
-    heatmap = read_heatmap(scores, 16)
+    heatmap = read_heatmap({"attention_map": scores}, 16)
     assert heatmap.shape == (16, 16)
     assert heatmap.dtype == np.float32
     assert heatmap[0, :3].tolist() == pytest.approx([0.5, 1, 0])
     assert heatmap.sum() == pytest.approx(1.5)
-    assert read_heatmap(scores[:1], 16).min() == 1
+    assert read_heatmap({"attention_map": scores[:1]}, 16).min() == 1
+    assert read_heatmap({"box": np.zeros(4)}, 16) is None
 
 
 def test_padding_does_not_reach_the_answer(manifest):

@@ -16,10 +16,16 @@ from dgm4.seeded import draw
 UNUSED_CALS = ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")
 
 
+def shape(name, **changes):
+    """The tiny configuration of a network with those of the changes that it has a field for."""
+    config = dgm4.model_config(name, "tiny")
+    return replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
+
+
 def small(name):
     """The smallest network with every part; its files are read in milliseconds."""
-    return replace(
-        dgm4.model_config(name, "tiny"),
+    return shape(
+        name,
         width=24,
         vision_depth=3,
         text_depth=2,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checkpoints import shape
 from PIL import Image
 
-from dgm4.config import model_config
 from dgm4.tokenizer import DEMO_VOCABULARY, build_tokenizer
 from dgm4.training import trainer as module
 from dgm4.training.options import TrainOptions
@@ -22,8 +22,8 @@ KINDS = ("orig", "face_swap", "text_swap", "face_attribute&text_attribute")
 
 def shrink(name, size="tiny"):
     """Every part of a network, at 64 pixels and two blocks."""
-    return replace(
-        model_config(name, "tiny"),
+    return shape(
+        name,
         width=32,
         heads=2,
         vision_depth=2,

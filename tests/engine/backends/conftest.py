@@ -17,8 +17,8 @@ from engine import Bundle
 from engine.backends import graphs
 from engine.backends.graphs import GraphRunner
 from engine.manifest import Limits
-from engine.network.config import NetworkConfig
 from engine.network.model import InferenceModel
+from engine.registry.config import NetworkConfig
 
 CPU = torch.device("cpu")
 LIMITS = Limits(max_batch=4, max_tokens=40)

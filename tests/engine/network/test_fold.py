@@ -11,7 +11,7 @@ from torch import nn
 
 import dgm4
 from dgm4.layers import PackedAttention, padding_bias
-from dgm4.model import PatchClassifier as TrainedClassifier
+from dgm4.models.cals import PatchClassifier as TrainedClassifier
 from dgm4.text import BertAttention
 from engine.errors import CheckpointError
 from engine.network.blocks import (
@@ -19,7 +19,6 @@ from engine.network.blocks import (
     CrossAttention,
     LatentPool,
     Norm,
-    PatchClassifier,
     SelfAttention,
 )
 from engine.network.fold import (
@@ -33,6 +32,7 @@ from engine.network.fold import (
     stack,
     stack_gates,
 )
+from engine.network.models.cals import PatchClassifier
 from kernels.conv_fusion import pack
 
 EXACT = 1e-10

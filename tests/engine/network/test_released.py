@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine.errors import CheckpointError
-from engine.network.config import NetworkConfig
-from engine.network.model import InferenceModel
+from engine.network.model import InferenceModel, build_model
 from engine.network.released import fold_network
+from engine.registry.config import NetworkConfig
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def parts(name, tiny):
 def test_names_and_shapes_are_the_networks(parts, stacked):
     state, config = parts
     with torch.device("meta"):
-        want = {key: value.shape for key, value in InferenceModel(config, stacked).state_dict().items()}
+        want = {key: value.shape for key, value in build_model(config, stacked).state_dict().items()}
     assert {key: value.shape for key, value in fold_network(state, config, stacked).items()} == want
 
 

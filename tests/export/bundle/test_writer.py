@@ -16,7 +16,7 @@ import pytest
 import dgm4
 from engine.bundle import Bundle
 from engine.errors import BundleError
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 from export.bundle import writer as bundle
 from export.bundle.writer import BundleWriter, sweep_partials
 

@@ -25,7 +25,7 @@ from export import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = {"width": 32, "heads": 2, "vision_depth": 2, "text_depth": 2, "fusion_start": 1, "image_size": 64}
-SHAPE |= {"projection": 16, "caformer_start": 1, "guidance_widths": (4, 4, 8)}
+SHAPE |= {"projection": 16}
 MEANS = {"bic": 1.0, "mlc": 1.0, "box_l1": 0.1, "box_giou": 0.1, "tmg": 0.0, "mac": 0.0}
 
 

@@ -9,7 +9,8 @@ import onnx
 import torch
 
 from engine.layout import DATA_SUFFIX
-from export.graph.trace import INPUTS, data_of, example_inputs, flatten, outputs_of
+from engine.manifest import INPUTS
+from export.graph.trace import data_of, example_inputs, flatten, outputs_of
 from kernels.onnx import ops as onnx_ops
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.tritonserver import INSTALL, VARIABLE, TritonServer, server_folder
 from engine import Bundle, Prediction, Predictor
-from engine.network.config import TYPES
+from engine.registry.config import TYPES
 from export.inference_server import network_client
 from export.inference_server.config import ServerOptions
 from export.inference_server.repository import write_repository

@@ -1,0 +1,140 @@
+"""What the project knows of a network beside its computation: one frozen record each, without torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engine.registry.config import TYPES, NetworkConfig
+
+Shape = tuple[int | str, ...]
+HeatMap = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph.
+
+    A dimension is a number, "batch", "tokens", "tokens - 1" (the words, without [CLS]), or the name of a
+    property of the network's config. heatmap: for an output that shows where the answer comes from, reads
+    float64 values of one pair, padding cut off, and the number of patches along a side into float32
+    [grid, grid].
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    heatmap: HeatMap | None = None
+
+    def rows(self, tokens: int) -> int | None:
+        """Rows of axis 1 for a caption of `tokens` tokens; None where that axis is none of tokens."""
+        return {"tokens": tokens, "tokens - 1": tokens - 1}.get(str(self.shape[1]))
+
+    def shape_of(self, config: NetworkConfig) -> Shape:
+        """The shape for one configuration: numbers, "batch", "tokens" and "tokens - 1"."""
+        return tuple(
+            getattr(config, d) if isinstance(d, str) and hasattr(config, d) else d for d in self.shape
+        )
+
+
+IMAGE = Tensor("image", "float32", ("batch", 3, "image_size", "image_size"))
+INPUT_IDS = Tensor("input_ids", "int64", ("batch", "tokens"))
+ATTENTION_MASK = Tensor("attention_mask", "int64", ("batch", "tokens"))
+PAIR = (IMAGE, INPUT_IDS, ATTENTION_MASK)
+ANSWERS = (
+    Tensor("logits_real_fake", "float32", ("batch", 2)),
+    Tensor("logits_multicls", "float32", ("batch", len(TYPES))),
+    Tensor("box", "float32", ("batch", 4)),
+    Tensor("logits_tok", "float32", ("batch", "tokens - 1", 2)),
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """How captions become ids: the library's kind of model, and its tokens by the part they play.
+
+    min_tokens: the shortest input that the network takes, [CLS] and padding included.
+    """
+
+    kind: str
+    cls: str
+    unknown: str | None
+    min_tokens: int
+
+
+# First names of what training on ALBEF keeps; its momentum towers and queues are told by their endings.
+DEAD = frozenset({"temp", "vision_proj", "text_proj", "queue_ptr"})
+WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names in a network's checkpoints.
+
+    marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
+    its files have too. dead: first names (or `first.second`) that inference never reads. renamed: first names
+    that some files have, and those read here. words, text_positions, image_positions, width: the keys whose
+    shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
+    the config, from the shapes of all tensors by key.
+    """
+
+    marks: tuple[str, ...]
+    extends: tuple[str, ...] = ()
+    dead: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    words: str = "text_encoder.bert.embeddings.word_embeddings.weight"
+    text_positions: str = "text_encoder.bert.embeddings.position_embeddings.weight"
+    image_positions: str = "visual_encoder.pos_embed"
+    width: str = "visual_encoder.cls_token"
+    shape: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda shapes: {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One network.
+
+    title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
+    paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
+    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size.
+
+    Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
+    `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
+    """
+
+    name: str
+    title: str
+    source: str
+    licence: str
+    sizes: Mapping[str, NetworkConfig]
+    keys: Keys
+    parameters: Mapping[str, int]
+    gflop: tuple[float, float]
+    inputs: tuple[Tensor, ...] = PAIR
+    outputs: tuple[Tensor, ...] = ANSWERS
+    tokenizer: TokenizerSpec = WORDPIECE
+    trainable: bool = True
+    model: str = ""
+    published: str = ""
+
+    @property
+    def config(self) -> type[NetworkConfig]:
+        """The class of its configurations."""
+        return type(next(iter(self.sizes.values())))
+
+    @property
+    def heatmap(self) -> Tensor | None:
+        """The output that a heat map is read from; None where the network has none."""
+        return next((output for output in self.outputs if output.heatmap), None)
+
+    def load_model(self) -> ModuleType:
+        """The module of the form for inference; it imports torch."""
+        return importlib.import_module(self.model or f"engine.network.models.{self.name}")
+
+    def load_published(self) -> ModuleType:
+        """The module of the published form; it imports torch and dgm4."""
+        return importlib.import_module(self.published or f"dgm4.models.{self.name}")
