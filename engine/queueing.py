@@ -97,6 +97,11 @@ class QueuedPair(Future[Prediction]):
 
     def deadline_error(self) -> DeadlineError:
         """What the caller gets once the deadline has passed."""
+        if self.timeout is not None and self.timeout <= 0:
+            return DeadlineError(
+                f"the pair's timeout was {self.timeout:g} s, so its time was over when it came; "
+                "give a number of seconds above 0"
+            )
         return DeadlineError(
             f"the pair was not answered within its timeout of {self.timeout:g} s; "
             "allow more time, or send fewer pairs at once"
