@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from numbers import Real
 from time import perf_counter
@@ -20,6 +21,7 @@ from engine.prediction import Prediction
 from engine.predictor import Predictor
 from engine.queueing import BatcherStatistics, Bounds, Queue, QueuedPair
 from engine.running import ItemError, Submitted
+from engine.tracing import caller, span, within
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -60,8 +62,9 @@ class Batcher:
         max_pending: int = 256,
         max_pending_bytes: int = 512 * 2**20,
     ) -> None:
-        """Make an empty queue; raises InputError for counts below 1, a `max_batch` above the bundle's largest,
-        and a `max_wait_ms` that is no number from 0.
+        """Make an empty queue.
+
+        Raises InputError for counts below 1, a `max_batch` above the bundle's, a `max_wait_ms` below 0.
         """
         if not isinstance(predictor, Predictor):
             raise InputError(f"predictor: expected an engine.Predictor, got {type(predictor).__name__}")
@@ -94,8 +97,8 @@ class Batcher:
         """Queue one pair, as `Predictor.predict` takes it, and return the future of its prediction.
 
         Never blocks. The future can be cancelled until the pair's batch starts. A pair that still waits
-        `timeout` seconds from now is dropped when its turn comes, so one of 0 or less always. The image is read later: an array must not
-        change meanwhile.
+        `timeout` seconds from now is dropped when its turn comes, so at 0 and below always. The image is read
+        later: an array must not change meanwhile.
 
         Raises OverloadedError where the queue is full, BackendError after `close` and in a forked process,
         InputError for a `timeout` that is no number. The future raises what `Predictor.predict` does, and
@@ -228,7 +231,8 @@ class Batcher:
             if pair.is_late():
                 self._queue.put(pair, pair.deadline_error())
             else:
-                self._queue.put(pair, _attempt(self._runner.prepare, pair.image, pair.caption))
+                with within(pair.caller):
+                    self._queue.put(pair, _attempt(self._runner.prepare, pair.image, pair.caption))
 
     def _run_batches(self) -> None:
         """Run batches until no pair is left to run."""
@@ -246,17 +250,22 @@ class Batcher:
                 items.append(_with_wait(pair, pair.item))
         if pairs:
             self._queue.count_batch([item.timing[WAIT] for item in items])
-        submitted = _attempt(self._runner.submit, items)
+        callers = [pair.caller for pair in pairs]
+        with span("batch", callers=callers, pairs=len(pairs)) if pairs else nullcontext():
+            submitted, context = _attempt(self._runner.submit, items), caller()
         if not (self._runner.asynchronous and isinstance(submitted, Submitted)):
             self._queue.land()
         try:
-            self._finisher.submit(self._finish, pairs, submitted)
+            self._finisher.submit(self._finish, pairs, submitted, context)
         except RuntimeError:  # the interpreter ends
-            self._finish(pairs, submitted)
+            self._finish(pairs, submitted, context)
 
-    def _finish(self, pairs: list[QueuedPair], submitted: Submitted | BaseException) -> None:
-        """Give each pair of a batch its result, or all of them the error of their batch."""
-        results = submitted if isinstance(submitted, BaseException) else _attempt(self._results, submitted)
+    def _finish(self, pairs: list[QueuedPair], submitted: Submitted | BaseException, context: object) -> None:
+        """Give each pair of a batch its result, or all of them the error of their batch, within its span."""
+        with within(context):
+            results = (
+                submitted if isinstance(submitted, BaseException) else _attempt(self._results, submitted)
+            )
         outcomes = [results] * len(pairs) if isinstance(results, BaseException) else results
         for pair, outcome in zip(pairs, outcomes, strict=True):
             self._queue.settle(pair, outcome)

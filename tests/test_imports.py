@@ -36,9 +36,9 @@ ROOMS = {
     "kernels",
     "engine": "engine.errors engine.files engine.layout engine.registry engine.schema engine.manifest "
     "engine.bundle engine.inputs engine.backends engine.logs engine.signing engine.tracing",
-    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.registry "
-    "engine.packages engine.progress",
-    "engine.serving": "engine engine.errors engine.inputs engine.registry",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.logs "
+    "engine.registry engine.packages engine.progress engine.schema",
+    "engine.serving": "engine engine.errors engine.inputs engine.registry engine.schema",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.registry engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",

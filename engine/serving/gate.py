@@ -189,7 +189,7 @@ class Gate:
 
 
 def _route_of(scope: Scope, routes: Sequence[Route | Mount]) -> str:
-    """The path of the route that a request is for, be it refused before it; "unmatched" where there is none."""
+    """The path of the route that a request is for, if refused before it too; "unmatched" without one."""
     if (found := getattr(scope.get("route"), "path", None)) is not None:
         return str(found)
     scope = {**scope, "root_path": scope[EXCHANGE].root_path}  # a mount changes it

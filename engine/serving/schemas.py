@@ -175,7 +175,9 @@ def shown(given: object) -> str:
         return repr(given if len(given) <= _SHOWN else given[:_SHOWN] + "...")
     if isinstance(given, Sequence | Mapping):
         return "a list" if isinstance(given, Sequence) else "an object"
-    return json.dumps(given) if given is None or isinstance(given, bool | int | float) else repr(given)[:_SHOWN]
+    return (
+        json.dumps(given) if given is None or isinstance(given, bool | int | float) else repr(given)[:_SHOWN]
+    )
 
 
 def known_options(request: Request) -> None:

@@ -64,8 +64,10 @@ class _InMemory(MultiPartParser):
             kind = dict(part.item_headers).get(b"content-type", b"")
             charset = parse_options_header(kind)[1].get(b"charset", self._charset.encode())
             if charset.lower() not in _CHARSETS:
-                text = f"{part.field_name}: expected a text in UTF-8, got the charset {shown(charset.decode('latin-1'))}"
-                raise Refused(422, "invalid_request", text)
+                got = f"the charset {shown(charset)}"
+                raise Refused(
+                    422, "invalid_request", f"{part.field_name}: expected a text in UTF-8, got {got}"
+                )
             check_text(part.field_name, part.data)
         super().on_part_end()
 

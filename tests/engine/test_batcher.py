@@ -274,7 +274,9 @@ def test_what_is_late_is_never_run(own_predictor, gate, photo, slow_file):
         unread = batcher.submit(slow_file, "never read", timeout=-1)
         gate.opened.set()
         for future in (ready, unread):
-            message = "timeout was -1 s, so its time was over" if future is unread else "its timeout of 0.05 s"
+            message = (
+                "timeout was -1 s, so its time was over" if future is unread else "its timeout of 0.05 s"
+            )
             with pytest.raises(DeadlineError, match=message):
                 future.result(SOON)
         assert not slow_file.begun.is_set()
