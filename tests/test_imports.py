@@ -39,16 +39,15 @@ ROOMS = {
     "engine": "engine.errors engine.files engine.layout engine.registry engine.schema engine.manifest "
     "engine.bundle engine.cards engine.inputs engine.backends engine.logs engine.result engine.signing "
     "engine.tracing",
-    "engine.scoring": "engine.result engine engine.bundle engine.errors engine.files engine.layout "
-    "engine.registry "
-    "engine.packages engine.progress",
-    "engine.serving": "engine.cards engine engine.errors engine.inputs engine.registry",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.logs "
+    "engine.registry engine.result engine.packages engine.progress engine.schema",
+    "engine.serving": "engine engine.cards engine.errors engine.inputs engine.registry engine.schema",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.registry engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
-    "engine.scores",
+    "engine.registry engine.scores",
     "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
     "engine.registry kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "

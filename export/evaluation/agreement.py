@@ -196,8 +196,7 @@ def _read_case(
     caption, tokens = tokenizer(sample.text)
     size = read_size(sample.picture)
     labels = ours.token_labels[0, : len(tokens.ids) - 1]
-    fake = np.zeros(len(tokens.words), dtype=bool)
-    np.logical_or.at(fake, tokens.word_of[1:], labels == 1)
+    fake = tokens.by_word(labels == 1)
     first, second = (
         read_result(_by_name(outputs), 0, tokens, size, manifest, sample.id) for outputs in (ours, theirs)
     )
