@@ -8,9 +8,8 @@ from typing import Any
 
 from engine.registry import pmmd_refine
 from engine.registry.config import Layers
-from engine.registry.hammer import DEAD
 from engine.registry.pmmd_refine import RefineConfig, check_types
-from engine.registry.record import Keys, Network
+from engine.registry.record import DEAD, Keys, Network
 
 _BLOCKS, _TEXT_LAYERS = range(12), range(12, 18)
 

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.registry import hammer
 from engine.registry.config import TYPES, FusionConfig, Width
-from engine.registry.record import BOX_GIVEN, PAIR, Keys, Network
+from engine.registry.record import BOX_GIVEN, DEAD, PAIR, Keys, Network
 
 _TYPES_KEY = "cls_head.6.bias"
 
@@ -48,7 +48,7 @@ NETWORK = Network(
     keys=Keys(
         marks=("gem.", "MIG.", "LIG."),
         extends=("hammer",),
-        dead=hammer.DEAD | {"fch", "tch"},
+        dead=DEAD | {"fch", "tch"},
         renamed={"MIG": "gem", "LIG": "gem"},
         remarks={
             "tch.": "types read from cls_head, as the published evaluation does, not from fch and tch",
