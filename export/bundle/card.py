@@ -42,6 +42,7 @@ def model_card(manifest: Manifest) -> str:
     Its `files` are not read: the card is itself one of them.
     """
     model, weights = manifest.model, manifest.weights
+    network = network_of(model.config)
     title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
     sections = [
