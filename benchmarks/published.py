@@ -87,7 +87,7 @@ def _spell_out(module: nn.Module) -> None:
 class Published(nn.Module):
     """A detector as published, over the same weights; the given model stays as it is."""
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         # Parameters of its own, without a copy of their values: casting this form must not cast the model.
         shared: dict[int, Tensor] = {id(x): nn.Parameter(x.detach(), False) for x in model.parameters()}
@@ -96,9 +96,11 @@ class Published(nn.Module):
         _spell_out(self.model)
         self.model.eval()  # the new attentions too
 
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Output:
-        """As `dgm4.Detector.forward`."""
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Output:
+        """As the network's own `forward`."""
         model = self.model
+        if not isinstance(model, Detector):  # its published form has the second run itself
+            return cast(Output, model(image, input_ids, attention_mask, **others))
         bert = model.text_encoder.bert
         for_text, for_image = model.visual_encoder(image)
         text, bias = bert.encode_text(input_ids, attention_mask)

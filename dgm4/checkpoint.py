@@ -135,7 +135,10 @@ def join_states(states: Mapping[Path, State]) -> State:
     for name, network in NETWORKS.items():
         parts = network.keys.parts
         # A part is a network of its own, or one that is known as this one's part.
-        names = {part: {f"{name}/{part}", *(n for n, x in NETWORKS.items() if x.keys is parts[part])} for part in parts}
+        names = {
+            part: {f"{name}/{part}", *(n for n, x in NETWORKS.items() if x.keys is parts[part])}
+            for part in parts
+        }
         joined = {part: path for part in parts for path in states if found[path] in names[part]}
         if parts and len(joined) == len(parts) == len(states):
             return {f"{part}.{k}": v for part, path in joined.items() for k, v in states[path].items()}

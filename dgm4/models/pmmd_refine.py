@@ -67,4 +67,6 @@ class Published(GuidedBranch):
         words, bias = bert.encode_text(input_ids, attention_mask)
         words = bert.fuse(words, bias, plain, False)[0][:, 1:]
         refined = self.bbox_head(self.read(guided, text, attention_mask, self.cls_token_local)).sigmoid()
-        return Output(self.itm_head(fused), self.cls_head(fused), refined, self.text_encoder.classifier(words))
+        return Output(
+            self.itm_head(fused), self.cls_head(fused), refined, self.text_encoder.classifier(words)
+        )

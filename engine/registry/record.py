@@ -138,7 +138,7 @@ class Network:
 
     @property
     def box(self) -> str | None:
-        """The input of the boxes to judge, which the caller gives; None where the network finds them itself."""
+        """The input of the boxes to judge, which the caller gives; None where the network finds them."""
         return BOX_GIVEN.name if BOX_GIVEN in self.inputs else None
 
     def further(self, config: NetworkConfig) -> dict[str, Shape]:

@@ -96,9 +96,7 @@ class BoxHead(nn.Sequential, Part):
 
     def __init__(self, width: int) -> None:
         hidden = 2 * width
-        super().__init__(
-            nn.Linear(width, hidden), Norm(hidden, TORCH_EPS), Gelu(), nn.Linear(hidden, 4)
-        )
+        super().__init__(nn.Linear(width, hidden), Norm(hidden, TORCH_EPS), Gelu(), nn.Linear(hidden, 4))
 
     def float_parameters(self) -> Iterator[nn.Parameter]:
         """All; see `Part`."""
