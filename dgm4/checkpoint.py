@@ -117,8 +117,8 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     keys = _ALBEF if layout == ALBEF else NETWORKS[layout].keys
     if part or (keys.parts and not any(key.startswith(keys.marks) for key in state)):
         raise CheckpointError(
-            f"{path}: expected all of {NETWORKS[layout].title} in one file, got a part of it; join the files of "
-            f"{' and '.join(keys.parts)}: dgm4 convert FILE OUT --join FILE"
+            f"{path}: expected all of {NETWORKS[layout].title} in one file, got a part of it; join the "
+            f"files of {' and '.join(keys.parts)}: dgm4 convert FILE OUT --join FILE"
         )
     notes = [f"the state {place}, beside {', '.join(others)}"] if others else []
     live = _live(state, keys, notes)

@@ -160,7 +160,7 @@ class Preparation:
         return np.asarray(resize_image(rgb, spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption; their boxes."""
+        """Ids and mask of the items, int64 [B, N], padded with 0 to the longest caption, and their boxes."""
         longest = max(len(item.tokens.ids) for item in items)
         shape = (len(items), max(longest, self._spec.min_tokens))
         input_ids = np.zeros(shape, dtype=np.int64)

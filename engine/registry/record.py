@@ -86,9 +86,9 @@ class Keys:
     marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
     its files have too. dead: beginnings of keys, up to a dot, that inference never reads. renamed: beginnings
     that some files have, and those read here. remarks: what is said of a file with keys that begin so.
-    parts: names of several files that are one network's, by the prefix that joins them. words, text_positions, image_positions, width: the keys whose
-    shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
-    the config, from the shapes of all tensors by key.
+    parts: names of several files that are one network's, by the prefix that joins them. words,
+    text_positions, image_positions, width: the keys whose shapes tell the vocabulary, the longest caption,
+    the resolution and the width. shape: further fields of the config, from the shapes of all tensors by key.
     """
 
     marks: tuple[str, ...]
