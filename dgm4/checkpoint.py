@@ -22,8 +22,7 @@ from dgm4.model import Detector, build
 from dgm4.state import State, find_state, some
 from engine.errors import CheckpointError
 from engine.registry import NETWORKS
-from engine.registry.hammer import DEAD
-from engine.registry.record import Keys
+from engine.registry.record import DEAD, Keys
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ def _recognise(path: Path, keys: set[str]) -> str:
     ):
         return ALBEF
     titles = ", ".join(network.title for network in NETWORKS.values())
+    got = f"those of {' and '.join(found)} at once" if found else some(sorted(keys))
     raise CheckpointError(
-        f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), "
-        f"got {f'those of {chr(32).join(found)}: ' if found else ''}{some(sorted(keys))}"
+        f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), got {got}"
     )
 
 

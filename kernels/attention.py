@@ -1,19 +1,21 @@
-"""Attention of N queries over M keys, with key padding and the head-averaged score map of MGCA.
+"""Attention of N queries over M keys, with masks, an additive bias and the head-averaged score map of MGCA.
 
-    scores = query @ key^T * d^-0.5;  out = softmax(scores) @ value;  map = mean over heads of scores
+    scores = query @ key^T * d^-0.5;  out = softmax(scores + bias) @ value;  map = mean over heads of scores
 
 Queries, keys and values are [B, N or M, H*d], heads side by side, as the projections write them; the
-output has the layout that the next projection reads. Padding: mask [B, M], 1 = valid, 0 = ignored; a row
-whose keys are all ignored yields zeros. The map [B, N, M] is float32 and is taken before the softmax,
-of unmasked attention only (images have no padding). Softmax is in float32. A NaN makes the rows that read it
-NaN, as in torch; keys and values past a row's last valid one are not read.
+output has the layout that the next projection reads. The mask, 1 = valid, 0 = ignored, is of keys [B, M], as
+padding is, or of pairs [B, N, M], as neighbours are; a query whose keys are all ignored yields zeros. The
+bias [H, N, M] is shared by the batch, as BEiT's relative positions are. The map [B, N, M] is float32 and is
+taken before the softmax, of attention without mask and bias only (images have no padding). Softmax is in
+float32. A NaN makes the rows that read it NaN, as in torch; keys and values past the last valid one of a mask
+of keys are not read.
 
 On a GPU one Triton launch does it, with the softmax online, so that no score leaves the chip:
 
 - Columns of a fused projection are read in place, by strides; only the last axis must be dense.
 - A sum over heads of products over d columns is one product over all H*d columns. So the map needs neither
   the softmax nor another head's programs: extra programs of the same launch write one tile of it each.
-- Keys past the last valid one of a row are never read: padded text costs nothing.
+- Keys past the last valid one of a mask of keys are never read: padded text costs nothing.
 - 257 keys are 1 + 256: the first is taken as a vector, which leaves whole blocks for the matrix units, and
   where every block is whole and nothing is masked no score is compared with the end.
 
@@ -37,6 +39,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
+from kernels.attention_tiles import head_tile
 from kernels.jit import (
     LOG2E,
     SMALLEST_DOT,
@@ -55,118 +58,46 @@ from kernels.jit import (
     power_of_two,
     tl,
 )
-from kernels.onnx import ops as onnx_ops
-
-PLAIN, MASKED, GUIDED = "HeadAttention", "MaskedHeadAttention", "GuidedHeadAttention"
-MASKED_SCORE = -10000.0  # exp() of it is zero in float32, and it is representable in float16
+from kernels.onnx.attention import emit
+from kernels.onnx.ops import exporting
 
 
 def attention_ref(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain form in the dtype of the inputs: the output [B, N, H*d] and the map [B, N, M]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     guide = scores.mean(1)
-    if mask is not None:
-        scores = scores.masked_fill(mask[:, None, None] == 0, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    keep = None if mask is None else _keep(mask)
+    if keep is not None:
+        scores = scores.masked_fill(~keep, float("-inf"))
     weights = scores.softmax(-1)
-    if mask is not None:  # softmax makes NaN of a row without a valid key; any other NaN stays
-        weights = torch.where((mask != 0).any(1)[:, None, None, None], weights, 0.0)
+    if keep is not None:  # softmax makes NaN of a row without a valid key; any other NaN stays
+        weights = torch.where(keep.any(-1, keepdim=True), weights, 0.0)
     return (weights @ v).transpose(1, 2).flatten(2), guide
 
 
-# Long because the formatter gives each of its arguments a line; its steps share too many tiles to be split.
-@jit
-def _head_tile(
-    query: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    mask: tl.tensor,
-    out: tl.tensor,
-    o_query: tl.tensor,  # (BLOCK_M)
-    n_queries: tl.tensor,
-    n_keys: tl.tensor,
-    query_row: tl.tensor,
-    key_row: tl.tensor,
-    value_row: tl.tensor,
-    out_row: tl.tensor,
-    scale: tl.tensor,
-    WIDTH: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_MASK: tl.constexpr,
-    LEAD: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """One tile of queries of one head, over all keys."""
-    BLOCK_M: tl.constexpr = o_query.shape[0]
-    o_part = tl.arange(0, PART)
-    end = n_keys
-    if mask is not None:
-        # Blocks of padding behind the last valid key are skipped, not masked.
-        o_mask = tl.arange(0, BLOCK_MASK)
-        b_mask = tl.load(mask + o_mask, mask=o_mask < n_keys, other=0)  # (BLOCK_MASK)
-        end = tl.max(tl.where(b_mask != 0, o_mask + 1, 0), 0)
-    b_max = tl.full((BLOCK_M,), 0.0 if LEAD else float("-inf"), tl.float32)  # (BLOCK_M)
-    b_sum = tl.full((BLOCK_M,), LEAD, tl.float32)  # (BLOCK_M)
-    b_query: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
-    b_out: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
-    for i in tl.static_range(PARTS):
-        o_col = i * PART + o_part
-        b_query = b_query + (load_tile(query, o_query, o_col, query_row, n_queries, WIDTH),)
-        b_first = tl.zeros((PART,), tl.float32)  # (PART), of the first key and then of its value
-        if LEAD:
-            # A key left over would cost a whole block; as a vector it only sets where the softmax starts.
-            b_first = tl.load(key + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
-            b_max += tl.sum(b_query[i].to(tl.float32) * b_first[None, :], 1) * scale
-            b_first = tl.load(value + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
-        b_out = b_out + (tl.zeros((BLOCK_M, PART), tl.float32) + b_first[None, :],)
-    rows = None if EVEN else end
-    for i_key in range(LEAD, end, BLOCK_N):
-        o_key = i_key + tl.arange(0, BLOCK_N)
-        b_scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # (BLOCK_M, BLOCK_N)
-        for i in tl.static_range(PARTS):
-            b_key = load_tile(key, o_key, i * PART + o_part, key_row, rows, WIDTH)  # (BLOCK_N, PART)
-            b_scores = tl.dot(b_query[i], tl.trans(b_key), b_scores, input_precision=PRECISION)
-        if not EVEN:
-            m_key = o_key < end
-            if mask is not None:
-                m_key = tl.load(mask + o_key, mask=m_key, other=0) != 0
-            b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
-        # Both maxima drop a NaN; it comes back through b_weights, and through b_shrink from the first key.
-        b_new = tl.maximum(b_max, tl.max(b_scores, 1) * scale)  # (BLOCK_M)
-        # Finite while a row has met no valid key: -inf - (-inf) would be NaN.
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)  # (BLOCK_M)
-        b_weights = tl.exp2(b_scores * scale - b_pivot[:, None])  # (BLOCK_M, BLOCK_N)
-        b_shrink = tl.exp2(b_max - b_pivot)  # (BLOCK_M)
-        b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
-        b_max = b_new
-        b_weights = b_weights.to(value.dtype.element_ty)
-        b_mixed: tl.tuple = ()  # PARTS times (BLOCK_M, PART)
-        for i in tl.static_range(PARTS):
-            b_value = load_tile(value, o_key, i * PART + o_part, value_row, rows, WIDTH)  # (BLOCK_N, PART)
-            b_shrunk = b_out[i] * b_shrink[:, None]  # (BLOCK_M, PART)
-            b_mixed = b_mixed + (tl.dot(b_weights, b_value, b_shrunk, input_precision=PRECISION),)
-        b_out = b_mixed
-    # Zeros only without a valid key: where all scores are -inf, 0 / 0 is NaN as in torch, and so it shows.
-    b_share = 1.0 / tl.where(end == 0, 1.0, b_sum)[:, None]  # (BLOCK_M, 1)
-    p_row = out + o_query.to(tl.int64)[:, None] * out_row
-    for i in tl.static_range(PARTS):
-        o_col = i * PART + o_part
-        m_tile = (o_query < n_queries)[:, None] & (o_col < WIDTH)[None, :]
-        tl.store(p_row + o_col[None, :], (b_out[i] * b_share).to(out.dtype.element_ty), mask=m_tile)
+def _keep(mask: Tensor) -> Tensor:
+    """A mask [B, M] or [B, N, M] as truth values that go with scores: [B, 1, 1 or N, M]."""
+    return (mask[:, None, None] if mask.dim() == 2 else mask[:, None]) != 0
 
 
-# Long for the same reason: the signature, and the call of _head_tile, a line an argument.
+# Long because the formatter gives each argument a line, of the signature and of the call of head_tile.
 @jit
 def _attention_kernel(
     query: tl.tensor,  # [B, N, H*d], rows query_row apart
     key: tl.tensor,  # [B, M, H*d]
     value: tl.tensor,  # [B, M, H*d]
-    mask: tl.tensor,  # [B, M] of any integer type, rows mask_batch apart and dense, or None
+    mask: tl.tensor,  # [B, M] or [B, N, M] of any integer type, dense along M, or None
+    bias: tl.tensor,  # [H, N, M], dense along M, or None
     n_queries: tl.tensor,
     n_keys: tl.tensor,
     query_batch: tl.tensor,
@@ -176,6 +107,9 @@ def _attention_kernel(
     value_batch: tl.tensor,
     value_row: tl.tensor,
     mask_batch: tl.tensor,
+    mask_row: tl.tensor,  # None for a mask [B, M]
+    bias_head: tl.tensor,  # None without a bias, as bias_row
+    bias_row: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,  # [B, N, H*d], dense
     guide: tl.tensor,  # [B, N, M] float32, dense, or None
@@ -201,11 +135,14 @@ def _attention_kernel(
         column = i_head * WIDTH
         if mask is not None:
             mask += i_batch * mask_batch
-        _head_tile(
+        if bias is not None:
+            bias += i_head.to(tl.int64) * bias_head
+        head_tile(
             query + column,
             key + column,
             value + i_batch * value_batch + column,
             mask,
+            bias,
             out + i_batch * n_queries * HEADS * WIDTH + column,
             o_query,
             n_queries,
@@ -213,8 +150,11 @@ def _attention_kernel(
             query_row,
             key_row,
             value_row,
+            mask_row,
+            bias_row,
             HEADS * WIDTH,
             scale * LOG2E,  # exp2 is one instruction, exp is two
+            1.0 / scale,
             WIDTH,
             PART,
             PARTS,
@@ -273,12 +213,13 @@ def launch(
     mask: Tensor | None = None,
     guided: bool = False,
     schedule: Tiles | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `kernel` or its wrapping by `schedule`, else the first of `schedules`: (output, map or None)."""
     batch, n_queries, columns = query.shape
     n_keys, width = key.shape[1], columns // heads
     query, key, value = map(dense_columns, (query, key, value))
-    mask = None if mask is None else dense_columns(mask)
+    mask, bias = (None if x is None else dense_columns(x) for x in (mask, bias))
     out = query.new_empty(batch, n_queries, columns)
     guide = query.new_empty(batch, n_queries, n_keys, dtype=torch.float32) if guided else None
     if out.numel() == 0:
@@ -292,6 +233,7 @@ def launch(
         key=key,
         value=value,
         mask=mask,
+        bias=bias,
         out=out,
         guide=guide,
         n_queries=n_queries,
@@ -303,6 +245,9 @@ def launch(
         value_batch=value.stride(0),
         value_row=value.stride(1),
         mask_batch=0 if mask is None else mask.stride(0),
+        mask_row=None if mask is None or mask.dim() == 2 else mask.stride(1),
+        bias_head=None if bias is None else bias.stride(0),
+        bias_row=None if bias is None else bias.stride(1),
         scale=width**-0.5,
         **_constants(n_keys, heads, width, query.dtype, mask is not None, schedule),
     )
@@ -333,19 +278,16 @@ def _constants(
     }
 
 
-def _emit(name: str, inputs: tuple[Tensor, ...], heads: int) -> list[Tensor]:
-    query, key = inputs[:2]
-    shapes, dtypes = [query.shape], [query.dtype]
-    if name == GUIDED:
-        shapes.append(torch.Size((*query.shape[:2], key.shape[1])))
-        dtypes.append(torch.float32)
-    scale = (query.shape[-1] // heads) ** -0.5
-    return list(onnx_ops.emit(name, inputs, shapes, dtypes, {"heads": [heads], "scale": scale}))
-
-
 @operator("dgm4::attention")
-def _attention_op(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    return launch(wrap_triton(_attention_kernel), query, key, value, heads, mask)[0]
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return launch(wrap_triton(_attention_kernel), query, key, value, heads, mask, bias=bias)[0]
 
 
 @operator("dgm4::guided_attention")
@@ -354,19 +296,31 @@ def _guided_op(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[T
     return out, cast(Tensor, guide)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attend; query [B, N, H*d], key and value [B, M, H*d], mask [B, M] or None -> [B, N, H*d].
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attend; query [B, N, H*d], key and value [B, M, H*d] -> [B, N, H*d].
+
+    The mask [B, M] or [B, N, M] is of integers or truth values, 0 = ignored. The bias [H, N, M] has the type
+    of the query and is added to the scores; it has to be finite, for a mask says what is ignored.
 
     Raises ValueError for shapes or devices, TypeError for types, that do not go together.
     """
-    if onnx_ops.exporting():
-        inputs = (query, key, value) if mask is None else (query, key, value, mask)
-        return _emit(PLAIN if mask is None else MASKED, inputs, heads)[0]
-    _check(query, key, value, heads, mask)
+    if exporting():
+        return emit(query, key, value, heads, mask, bias)[0]
+    _check(query, key, value, heads, mask, bias)
     if launchable(query):
-        return torch.ops.dgm4.attention(query, key, value, heads, mask)
+        return torch.ops.dgm4.attention(query, key, value, heads, mask, bias)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    keep = None if mask is None else mask[:, None, None] != 0
+    keep = None if mask is None else _keep(mask)
+    if bias is not None:
+        keep = bias[None] if keep is None else bias.masked_fill(~keep, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2)
 
 
@@ -375,25 +329,39 @@ def guided_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> t
 
     Raises as `attention` does.
     """
-    if onnx_ops.exporting():
-        out, guide = _emit(GUIDED, (query, key, value), heads)
+    if exporting():
+        out, guide = emit(query, key, value, heads, guided=True)
         return out, guide
-    _check(query, key, value, heads, None)
+    _check(query, key, value, heads)
     if launchable(query):
         return torch.ops.dgm4.guided_attention(query, key, value, heads)
     out, guide = attention_ref(query, key, value, heads)
     return out, guide.to(torch.promote_types(guide.dtype, torch.float32))
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_axes(name, tensor, "B, N, heads * d")
     if heads < 1 or query.shape[-1] % heads:
         raise ValueError(f"query: expected [B, N, heads * d] with {heads} heads, got {tuple(query.shape)}")
-    batch, keys, columns = query.shape[0], key.shape[-2], query.shape[-1]
+    (batch, queries, columns), keys = query.shape, key.shape[1]
     check_tensor("key", key, (batch, keys, columns), query)
     check_tensor("value", value, (batch, keys, columns), query)
     if mask is not None:
-        check_tensor("mask", mask, (batch, keys), query, same_dtype=False)
+        if mask.shape not in ((batch, keys), (batch, queries, keys)):
+            raise ValueError(
+                f"mask: expected [B, M] or [B, N, M], {(batch, keys)} or {(batch, queries, keys)}, "
+                f"got the shape {tuple(mask.shape)}"
+            )
+        check_tensor("mask", mask, tuple(mask.shape), query, same_dtype=False)
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
+    if bias is not None:
+        check_tensor("bias", bias, (heads, queries, keys), query)

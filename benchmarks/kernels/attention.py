@@ -1,4 +1,4 @@
-"""MGCA's attention with and without its map, picture over text, self-attention, heads of 96."""
+"""Attention: MGCA with and without its map, picture over text, self, heads of 96, bias, neighbours."""
 
 from __future__ import annotations
 
@@ -37,18 +37,22 @@ TILES = grid((16, 32, 64, 128), (32, 64, 128), stages=(2, 3))
 WITH_MAP = "attention with map, mgca"
 
 
-def _sdpa(backend: SDPBackend, heads: int, mask: Tensor | None = None) -> Form:
+def _sdpa(backend: SDPBackend, heads: int, mask: Tensor | None = None, bias: Tensor | None = None) -> Form:
+    """Torch's own, with a mask or a bias."""
+    keep = None if bias is None else bias[None]
+    if mask is not None:
+        keep = (mask[:, None] if mask.dim() == 3 else mask[:, None, None]) != 0
+
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        keep = None if mask is None else mask[:, None, None] != 0
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2)
 
     return run
 
 
-def _alone(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    return attention.attention_ref(query, key, value, heads, mask)[0]
+def _alone(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return attention.attention_ref(query, key, value, **options)[0]
 
 
 def _with_product(form: Form, heads: int) -> Form:
@@ -61,28 +65,32 @@ def _with_product(form: Form, heads: int) -> Form:
     return run
 
 
-def _schedule(heads: int, mask: Tensor | None, guided: bool, tiles: Any) -> Form:
+def _schedule(heads: int, mask: Tensor | None, bias: Tensor | None, guided: bool, tiles: Any) -> Form:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
         kernel = attention._attention_kernel
-        outputs = attention.launch(kernel, query, key, value, heads, mask, guided, tiles)
+        outputs = attention.launch(kernel, query, key, value, heads, mask, guided, tiles, bias)
         return outputs if guided else outputs[0]
 
     return run
 
 
 def benches(device: str = "cuda", batch: int = 64, small: bool = False) -> Iterator[Bench]:
-    """Five cases."""
+    """Seven cases."""
     patches, text, width, heads, wide = (17, 5, 64, 2, 2) if small else (PATCHES, TEXT, WIDTH, HEADS, 8)
     valid = torch.arange(1, batch + 1, device=device).clamp(max=text)[:, None]
     mask = (torch.arange(text, device=device)[None] < valid).long()
-    for name, n, m, h, keep in (
-        ("mgca", text, patches, heads, None),
-        ("picture over text", patches, text, heads, mask),
-        ("self", patches, patches, heads, None),
-        ("self, heads of 96", patches, patches, wide, None),
+    neighbours = torch.rand(batch, patches - 1, patches - 1, device=device).argsort(-1) < patches // 16
+    bias = draw(device, torch.bfloat16, heads, patches, patches)
+    for name, n, m, h, keep, added in (
+        ("mgca", text, patches, heads, None, None),
+        ("picture over text", patches, text, heads, mask, None),
+        ("self", patches, patches, heads, None, None),
+        ("self, heads of 96", patches, patches, wide, None, None),
+        ("self, bias", patches, patches, heads, None, bias),
+        ("neighbours, heads of 192", patches - 1, patches - 1, wide // 2, neighbours, None),
     ):
         tensors = tuple(draw(device, torch.bfloat16, batch, length, width) for length in (n, m, m))
-        yield _plain(name, tensors, h, keep)
+        yield _plain(name, tensors, h, keep, added)
         if name == "mgca":
             yield _guided(tensors, h)
 
@@ -96,18 +104,21 @@ def _facts(tensors: tuple[Tensor, ...], heads: int) -> dict[str, Any]:
     return {"inputs": tensors, "shape": shape, "candidates": offered}
 
 
-def _plain(name: str, tensors: tuple[Tensor, ...], heads: int, mask: Tensor | None) -> Bench:
+def _plain(
+    name: str, tensors: tuple[Tensor, ...], heads: int, mask: Tensor | None, bias: Tensor | None
+) -> Bench:
     query, key, _ = tensors
+    options = {"heads": heads, "mask": mask, "bias": bias}
     return Bench(
         name=f"attention, {name}",
-        reference=partial(_alone, heads=heads, mask=mask),
+        reference=partial(_alone, **options),
         forms={
-            OURS: partial(attention.attention, heads=heads, mask=mask),
-            **{name: _sdpa(backend, heads, mask) for name, backend in BACKENDS.items()},
+            OURS: partial(attention.attention, **options),
+            **{name: _sdpa(backend, heads, mask, bias) for name, backend in BACKENDS.items()},
         },
-        bytes=size(*tensors) + size(query),
+        bytes=size(*tensors, query, *(x for x in (mask, bias) if x is not None)),
         flops=4 * query.numel() * key.shape[1],
-        schedule=partial(_schedule, heads, mask, False),
+        schedule=partial(_schedule, heads, mask, bias, False),
         **_facts(tensors, heads),
     )
 
@@ -127,6 +138,6 @@ def _guided(tensors: tuple[Tensor, ...], heads: int) -> Bench:
         },
         bytes=size(*tensors) + size(query) + guide,
         flops=6 * query.numel() * key.shape[1],
-        schedule=partial(_schedule, heads, None, True),
+        schedule=partial(_schedule, heads, None, None, True),
         **_facts(tensors, heads),
     )

@@ -72,6 +72,8 @@ class TokenizerSpec:
         return "byte pairs" if self.kind == "byte_bpe" else "word pieces"
 
 
+# First names of what training on ALBEF keeps; its momentum towers and queues are told by their endings.
+DEAD = frozenset({"temp", "vision_proj", "text_proj", "queue_ptr"})
 WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
 BYTE_BPE = TokenizerSpec("byte_bpe", "<s>", None, 2)
 
@@ -104,7 +106,7 @@ class Network:
 
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
-    size. gflop: of the published form for a pair of 24 and of 50 tokens at base size.
+    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size.
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.

@@ -2,8 +2,8 @@
 
 Every attention but MGCA's with its map leaves its products and softmax for one node `Attention` of opset 23,
 which TensorRT (10.14 and later) and TensorRT-RTX make one kernel of in half precision; in float32 they refuse
-it. Softmax stays in float32 inside that kernel. The mask is added to the scores: one of truth values made
-TensorRT-RTX 1.7.1 fail on CALS, and a row without any token, as padding of a batch is, would give NaN.
+it. Softmax stays in float32 inside that kernel. Mask and bias are added to the scores: a mask of truth values
+made TensorRT-RTX 1.7.1 fail on CALS, and a row without any token, as padding of a batch is, would give NaN.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import onnx
 
-from kernels.attention import MASKED, MASKED_SCORE, PLAIN
+from kernels.onnx.attention import MASKED_SCORE, NODES, Operands
 from kernels.onnx.bodies import body
 from kernels.onnx.ops import DOMAIN
 
 OPSET = 23  # the first with Attention
-FUSED = (PLAIN, MASKED)
+FUSED = tuple(name for name, form in NODES.items() if not form.guided)
 
 
 def native_graph(graph: Path, out: Path) -> int:
@@ -44,22 +44,41 @@ def _raise_opset(imports: list[onnx.OperatorSetIdProto]) -> None:
             opset.version = OPSET
 
 
-def _fused(name: str) -> onnx.FunctionProto:
-    """The operator's body around one node."""
-    masked = name == MASKED
-    bias = ", bias" if masked else ""
-    masking = f"""
+def _added(form: Operands) -> tuple[str, str]:
+    """Write what is added to the scores: its nodes, and their last output; empty without mask and bias."""
+    shared = """
+        batch_axis = Constant <value_ints = [0]> ()
+        shared = Unsqueeze (bias, batch_axis)"""
+    if not form.mask:
+        return (shared, "shared") if form.bias else ("", "")
+    penalty = f"""
         keep = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
         one = Constant <value_float = 1.0> ()
         ignored = Sub (one, keep)
         floor = Constant <value_float = {MASKED_SCORE}> ()
-        bias_float = Mul (ignored, floor)
-        bias_flat = CastLike (bias_float, query)
-        heads_axes = Constant <value_ints = [1, 2]> ()
-        bias = Unsqueeze (bias_flat, heads_axes)"""
+        penalty_float = Mul (ignored, floor)
+        penalty_flat = CastLike (penalty_float, query)
+        penalty_axes = Constant <value_ints = [{"1, 2" if form.mask == 2 else "1"}]> ()
+        penalty = Unsqueeze (penalty_flat, penalty_axes)"""
+    both = "\n        both = Add (penalty, shared)"
+    return (penalty + shared + both, "both") if form.bias else (penalty, "penalty")
+
+
+def _fused(name: str) -> onnx.FunctionProto:
+    """The operator's body around one node."""
+    form = NODES[name]
+    adding, added = _added(form)
+    operands = ", ".join(filter(None, ("query_rows", "key_rows", "value_rows", added)))
+    # A mask of pairs may leave a query that is read without a key; one of keys leaves only padding so.
+    some = """
+        key_axis = Constant <value_ints = [-1]> ()
+        some_float = ReduceMax (keep, key_axis)
+        some = CastLike (some_float, query)
+        out = Mul (merged, some)"""
+    emptied = form.mask == 3
     return body(
         f"""
-    {name} <heads, scale> (query, key, value{", mask" if masked else ""}) => (out)
+    {name} <heads, scale> ({", ".join(form.names)}) => (out)
     {{
         keep_two = Constant <value_ints = [0, 0]> ()
         rest = Constant <value_ints = [-1]> ()
@@ -71,10 +90,10 @@ def _fused(name: str) -> onnx.FunctionProto:
         key_heads = Reshape (key, split)
         key_rows = Transpose <perm = [0, 2, 1, 3]> (key_heads)
         value_heads = Reshape (value, split)
-        value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads){masking if masked else ""}
-        mixed = Attention <scale: float = @scale> (query_rows, key_rows, value_rows{bias})
+        value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads){adding}
+        mixed = Attention <scale: float = @scale> ({operands})
         mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
-        out = Reshape (mixed_tokens, merge)
+        {"merged" if emptied else "out"} = Reshape (mixed_tokens, merge){some if emptied else ""}
     }}""",
         OPSET,
     )

@@ -19,12 +19,12 @@ from torch import nn
 
 from engine.errors import BuildError
 from export.graph.trace import data_of, give_own_codes
-from kernels.attention import MASKED, PLAIN
+from kernels.onnx.attention import NODES, Operands
 from kernels.onnx.ops import DOMAIN
 
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # where an attribute is absent
 _RUNTIME, _ATTENTION = "com.microsoft", "MultiHeadAttention"
-_NO_BIAS = ""  # an input left out
+_ABSENT = ""  # an input left out
 _PRODUCTS = ("MatMul", "Gemm")
 _FLOAT_WEIGHTS = "bbox_head"
 
@@ -141,19 +141,16 @@ def _use_runtime_attention(path: Path) -> None:
     """Replace attention nodes of the graph at `path` by ONNX Runtime's operator, and share no codes.
 
     It saves the transposes of the standard-operator body, about a tenth of the int8 network's work. It does
-    not output the map of MGCA, so that node keeps its body.
+    not output the map of MGCA, nor zeros for a query that a mask of pairs leaves without a key: those nodes
+    keep their bodies.
     """
     model = onnx.load_model(path, load_external_data=False)
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type in (PLAIN, MASKED):
-            fields = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            query, key, value, *mask = node.input
-            inputs = [query, key, value, *([_NO_BIAS, *mask] if mask else [])]
-            heads, scale = fields["heads"][0], fields["scale"]
-            fused = onnx.helper.make_node(
-                _ATTENTION, inputs, node.output, node.name, domain=_RUNTIME, num_heads=heads, scale=scale
-            )
-            node.CopyFrom(fused)
+        form = NODES.get(node.op_type) if node.domain == DOMAIN else None
+        nodes += [node] if form is None or form.guided or form.mask == 3 else _runtime_attention(node, form)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     functions = [function for function in model.functions if function.name in used]
     del model.functions[:]
@@ -162,6 +159,28 @@ def _use_runtime_attention(path: Path) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(_RUNTIME, 1))
     give_own_codes(model.graph)
     path.write_bytes(model.SerializeToString())
+
+
+def _runtime_attention(node: onnx.NodeProto, form: Operands) -> list[onnx.NodeProto]:
+    """ONNX Runtime's operator in the place of ours, whose bias it reads as [1, H, N, M]."""
+    fields = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    given, nodes = dict(zip(form.names, node.input, strict=True)), []
+    if form.bias:
+        axes, bias = (f"{node.output[0]}_{name}" for name in ("axes", "bias"))
+        nodes = [
+            onnx.helper.make_node("Constant", [], [axes], value_ints=[0]),
+            onnx.helper.make_node("Unsqueeze", [given["bias"], axes], [bias]),
+        ]
+        given["bias"] = bias
+    projected = (given["query"], given["key"], given["value"], _ABSENT)  # absent: biases of projections
+    inputs = [*projected, given.get("mask", _ABSENT), given.get("bias", _ABSENT)]
+    while inputs[-1] == _ABSENT:
+        inputs.pop()
+    heads, scale = fields["heads"][0], fields["scale"]
+    fused = onnx.helper.make_node(
+        _ATTENTION, inputs, node.output, node.name, domain=_RUNTIME, num_heads=heads, scale=scale
+    )
+    return [*nodes, fused]
 
 
 def _drop_advice(record: logging.LogRecord) -> bool:

@@ -11,7 +11,7 @@ import onnx
 import onnx.parser
 
 from kernels import conv_fusion, gaussian_guidance, latent_pool
-from kernels.attention import GUIDED, MASKED, MASKED_SCORE, PLAIN
+from kernels.onnx.attention import MASKED_SCORE, NODES
 from kernels.onnx.ops import DOMAIN, OPSET
 
 
@@ -31,26 +31,30 @@ def bodies(names: Sequence[str], opset: int = OPSET) -> Iterator[onnx.FunctionPr
         yield function
 
 
+# Long because a body is a list of nodes; what the forms share stands in the middle.
 def _attention(name: str) -> onnx.FunctionProto:
-    """Write the standard-operator form of one of the three variants."""
-    mask, guide = name == MASKED, name == GUIDED
+    """Write the standard-operator form of one of the variants."""
+    form = NODES[name]
+    biasing = f"""
+        bias_float = Cast <to = {onnx.TensorProto.FLOAT}> (bias)
+        scores = Add (scaled_products, bias_float)"""
     masking = f"""
         keep_flat = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
-        heads_axes = Constant <value_ints = [1, 2]> ()
+        heads_axes = Constant <value_ints = [{"1, 2" if form.mask == 2 else "1"}]> ()
         keep = Unsqueeze (keep_flat, heads_axes)
         one = Constant <value_float = 1.0> ()
         ignored = Sub (one, keep)
         floor = Constant <value_float = {MASKED_SCORE}> ()
-        bias = Mul (ignored, floor)
-        biased = Add (scores, bias)
-        masked_weights = Softmax <axis = -1> (biased)
+        penalty = Mul (ignored, floor)
+        penalised = Add (scores, penalty)
+        masked_weights = Softmax <axis = -1> (penalised)
         weights = Mul (masked_weights, keep)"""
     plain = "\n        weights = Softmax <axis = -1> (scores)"
     averaging = """
         heads_axis = Constant <value_ints = [1]> ()
         guide = ReduceMean <keepdims = 0> (scores, heads_axis)"""
     return body(f"""
-    {name} <heads, scale> (query, key, value{", mask" if mask else ""}) => (out{", guide" if guide else ""})
+    {name} <heads, scale> ({", ".join(form.names)}) => (out{", guide" if form.guided else ""})
     {{
         keep_two = Constant <value_ints = [0, 0]> ()
         rest = Constant <value_ints = [-1]> ()
@@ -67,9 +71,9 @@ def _attention(name: str) -> onnx.FunctionProto:
         value_heads = Reshape (value, split)
         value_rows = Transpose <perm = [0, 2, 1, 3]> (value_heads)
         products = MatMul (scaled, key_columns)
-        scores = Cast <to = {onnx.TensorProto.FLOAT}> (products){masking if mask else plain}{
-        averaging if guide else ""
-    }
+        {"scaled_products" if form.bias else "scores"} = Cast <to = {onnx.TensorProto.FLOAT}> (products){
+        biasing if form.bias else ""
+    }{masking if form.mask else plain}{averaging if form.guided else ""}
         weights_typed = CastLike (weights, query)
         mixed = MatMul (weights_typed, value_rows)
         mixed_tokens = Transpose <perm = [0, 2, 1, 3]> (mixed)
@@ -194,7 +198,7 @@ def _latent_pool(name: str) -> onnx.FunctionProto:
 
 
 BODIES: dict[str, Callable[[str], onnx.FunctionProto]] = {
-    **dict.fromkeys((PLAIN, MASKED, GUIDED), _attention),
+    **dict.fromkeys(NODES, _attention),
     conv_fusion.NAME: _conv_fusion,
     gaussian_guidance.NAME: _gaussian_guidance,
     latent_pool.NAME: _latent_pool,

@@ -49,6 +49,7 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.bool: "i1",
     torch.int8: "i8",
     torch.float8_e4m3fn: "e4m3",
 }
@@ -181,13 +182,7 @@ def cases(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, Launch]
 
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     image, text = (_empty(64, length, 768, dtype=dtype) for length in (257, 50))
-    mask = _empty(64, 50, dtype=torch.int64)
-    kernel = attention._attention_kernel
-    yield "attention-257x257", record(attention.launch, kernel, image, image, image, 12)
-    yield "attention-257x257-d96", record(attention.launch, kernel, image, image, image, 8)
-    yield "attention-50x257", record(attention.launch, kernel, text, image, image, 12)
-    yield "attention-257x50-mask", record(attention.launch, kernel, image, text, text, 12, mask)
-    yield "attention-50x257-map", record(attention.launch, kernel, text, image, image, 12, guided=True)
+    yield from _attention_cases(image, text)
     packed = _empty(1, 768, 5, 16, dtype=dtype)
     pixels = _empty(64, 3, 256, 256, dtype=dtype)
     kernel = conv_fusion._fusion_kernel
@@ -200,6 +195,26 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     yield "latent-pool", record(latent_pool.launch, kernel, image[:, 1:], norm, norm, query)
     yield from _row_cases(image)
     yield from _resize_cases(dtype)
+
+
+def _attention_cases(image: Tensor, text: Tensor) -> Iterator[tuple[str, Launch]]:
+    """With and without masks, map and bias; heads of 192 are those of neighbours, 16 of 256 patches each."""
+    mask, pairs = _empty(64, 50, dtype=torch.int64), _empty(64, 256, 256, dtype=torch.bool)
+    kernel = attention._attention_kernel
+    yield "attention-257x257", record(attention.launch, kernel, image, image, image, 12)
+    yield "attention-257x257-d96", record(attention.launch, kernel, image, image, image, 8)
+    yield "attention-50x257", record(attention.launch, kernel, text, image, image, 12)
+    yield "attention-257x50-mask", record(attention.launch, kernel, image, text, text, 12, mask)
+    yield "attention-50x257-map", record(attention.launch, kernel, text, image, image, 12, guided=True)
+    bias = _empty(12, 257, 257, dtype=image.dtype)
+    yield "attention-257x257-bias", record(attention.launch, kernel, image, image, image, 12, bias=bias)
+    patches, few = image[:, 1:], _empty(64, 16, 768, dtype=image.dtype)
+    yield (
+        "attention-256x256-pairs-d192",
+        record(attention.launch, kernel, patches, patches, patches, 4, pairs),
+    )
+    one, chosen = few[:, :1], _empty(64, 16, dtype=torch.bool)
+    yield "attention-1x16-mask-d192", record(attention.launch, kernel, one, few, few, 4, chosen)
 
 
 def _row_cases(x: Tensor) -> Iterator[tuple[str, Launch]]:

@@ -34,7 +34,7 @@ def broken(monkeypatch):
 
 def test_our_operators_stand_hard_inputs():
     rows = list(edges.hard("cpu", batch=3, small=True))
-    assert len(rows) == 15
+    assert len(rows) == 17
     assert all(row["right"] and not row["lost_nan"] for row in rows)
     assert sum(row["nan"] > 0 for row in rows) >= 13  # all but bytes, and a masked reference's zeros
 
@@ -68,7 +68,7 @@ def test_masks_of_any_layout(monkeypatch):
 def test_another_device(broken):
     if torch.cuda.device_count() < 2:
         assert list(edges.second_device()) == [{"missing": "a second GPU"}]
-    assert len(list(edges.second_device("cpu", small=True))) == 15
+    assert len(list(edges.second_device("cpu", small=True))) == 17
     broken(lambda form, x: 1.1 * form(*x))
     with pytest.raises(RuntimeError, match="latent pooling on cpu: error 0.1"):
         list(edges.second_device("cpu", small=True))

@@ -134,3 +134,51 @@ def session_of():
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load
+
+
+def draw_attention(form):
+    """Inputs of a node by name, float32: 5 queries, 7 keys, 3 heads of 8; masks leave 4 keys, or none."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    shapes = {"query": (2, 5, 24), "mask": (2, 5, 7) if form.mask == 3 else (2, 7), "bias": (3, 5, 7)}
+    shapes = {name: shapes.get(name, (2, 7, 24)) for name in form.names}
+    feeds = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    if form.mask:
+        feeds["mask"] = np.ones(shapes["mask"], np.int32)
+        feeds["mask"][1, ..., 4:] = 0
+    if form.mask == 3:
+        feeds["mask"][0, 2] = 0
+    return feeds
+
+
+@pytest.fixture(scope="session")
+def attention_graph():
+    """Write a graph of one attention with its body; returns the inputs by name and the exact answer."""
+
+    def write(operator, path):
+        import onnx
+        import torch
+        from onnx import helper
+
+        from kernels.attention import attention_ref
+        from kernels.onnx.attention import NODES
+        from kernels.onnx.bodies import bodies
+        from kernels.onnx.ops import DOMAIN, OPSET, VERSION
+
+        feeds = draw_attention(NODES[operator])
+        given = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+            for name, x in feeds.items()
+        ]
+        node = helper.make_node(operator, list(feeds), ["out"], domain=DOMAIN, heads=[3], scale=8**-0.5)
+        out = helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, feeds["query"].shape)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+        graph = helper.make_graph([node], "one", given, [out])
+        functions = list(bodies([operator]))
+        onnx.save(helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10), path)
+        tensors = {name: torch.from_numpy(x) for name, x in feeds.items()}
+        exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        return feeds, attention_ref(**exact, heads=3)[0].numpy()
+
+    return write

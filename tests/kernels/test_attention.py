@@ -7,7 +7,8 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from kernels.attention import GUIDED, MASKED, PLAIN, attention, attention_ref, guided_attention
+from kernels.attention import attention, attention_ref, guided_attention
+from kernels.onnx.attention import GUIDED, MASKED, NODES, Operands
 
 EXACT = 1e-10
 SHAPES = [
@@ -18,12 +19,16 @@ SHAPES = [
         (7, 12, 1, 63, 5),
         (2, 3, 50, 257, 64),
         (1, 8, 197, 2, 96),
+        (2, 4, 19, 33, 192),
     ]
 ]
+FORMS = [
+    pytest.param(form, id=name) for name, form in NODES.items() if not form.guided
+]  # of `attention`, whose operands are those of a node
 
 
-def formula(q, k, v, heads, mask=None):
-    """NumPy float64, one pair and one head at a time; the keys that are ignored are taken out."""
+def formula(q, k, v, heads, mask=None, bias=None):
+    """NumPy float64, a query of a head at a time; the keys that are ignored are taken out."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     width = q.shape[-1] // heads
     out, guide = np.zeros_like(q), np.zeros((*q.shape[:2], k.shape[1]))
@@ -33,15 +38,25 @@ def formula(q, k, v, heads, mask=None):
             part = slice(h * width, (h + 1) * width)
             scores = q[b, :, part] @ k[b, :, part].T / np.sqrt(width)
             guide[b] += scores / heads
-            if keep.any():
-                weights = np.exp(scores[:, keep] - scores[:, keep].max(-1, keepdims=True))
-                out[b, :, part] = weights / weights.sum(-1, keepdims=True) @ v[b, keep, part]
+            if bias is not None:
+                scores = scores + np.asarray(bias[h], np.float64)
+            for row, valid in enumerate(np.broadcast_to(keep, scores.shape)):
+                if valid.any():
+                    weights = np.exp(scores[row, valid] - scores[row, valid].max())
+                    out[b, row, part] = weights / weights.sum() @ v[b, valid, part]
     return out, guide
 
 
 def lengths_mask(batch, keys):
     lengths = [max(keys - 3 * i, 1) for i in range(batch)]
     return (torch.arange(keys)[None] < torch.tensor(lengths)[:, None]).to(torch.int32)
+
+
+def pairs_mask(batch, queries, keys):
+    """A third of the pairs, and none for the first query."""
+    mask = torch.arange(batch * queries * keys).view(batch, queries, keys) % 3 == 0
+    mask[:, 0] = False
+    return mask.to(torch.int32)
 
 
 def apart(got, want):
@@ -57,18 +72,31 @@ def drawn(normal):
     return make
 
 
+@pytest.fixture
+def beside(normal):
+    """The mask and the bias of a form, by name; empty for plain attention."""
+
+    def make(form, batch, heads, queries, keys, dtype=torch.float64):
+        masks = {2: lambda: lengths_mask(batch, keys), 3: lambda: pairs_mask(batch, queries, keys)}
+        mask = {"mask": masks[form.mask]()} if form.mask else {}
+        bias = {"bias": 2 * normal(heads, queries, keys, seed=7, dtype=dtype)} if form.bias else {}
+        return mask | bias
+
+    return make
+
+
 @pytest.mark.parametrize(("batch", "heads", "queries", "keys", "width"), SHAPES)
-@pytest.mark.parametrize("masked", [False, True])
-def test_reference_and_torch_form_are_the_formula(drawn, batch, heads, queries, keys, width, masked):
+@pytest.mark.parametrize("form", FORMS)
+def test_reference_and_torch_form_are_the_formula(drawn, beside, batch, heads, queries, keys, width, form):
     tensors = drawn(batch, heads, queries, keys, width)
-    copies = [x.clone() for x in tensors]
-    mask = lengths_mask(batch, keys) if masked else None
-    out, guide = formula(*tensors, heads, mask)
-    got, got_guide = attention_ref(*tensors, heads, mask)
+    more = beside(form, batch, heads, queries, keys)
+    copies = [x.clone() for x in (*tensors, *more.values())]
+    out, guide = formula(*tensors, heads, **more)
+    got, got_guide = attention_ref(*tensors, heads, **more)
     assert apart(got, out) <= EXACT
     assert apart(got_guide, guide) <= EXACT
-    assert apart(attention(*tensors, heads, mask), out) <= EXACT
-    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+    assert apart(attention(*tensors, heads, **more), out) <= EXACT
+    assert all(torch.equal(x, y) for x, y in zip((*tensors, *more.values()), copies, strict=True))
 
 
 def test_guided_form_is_the_formula(drawn):
@@ -110,12 +138,24 @@ def test_a_fully_masked_row_alone_yields_zeros(drawn):
     assert not attention_ref(*tensors, 2, mask)[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_query_without_a_valid_key_yields_zeros(drawn, beside, bias, dtype):
+    tensors, form = drawn(3, 2, 5, 7, 8, dtype), Operands(mask=3, bias=bias)
+    more = beside(form, 3, 2, 5, 7, dtype)
+    for out in (attention_ref(*tensors, 2, **more)[0], attention(*tensors, 2, **more)):
+        assert not out[:, 0].any()
+        assert out.isfinite().all()
+        assert out[:, 1:].any(-1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_lower_precisions_stay_near(drawn, no_worse, dtype):
-    tensors = drawn(2, 12, 50, 257, 64, dtype)
-    mask = lengths_mask(2, 257)
-    out, _ = formula(*(x.double() for x in tensors), 12, mask)
-    no_worse(attention(*tensors, 12, mask), attention_ref(*tensors, 12, mask)[0], out, dtype)
+@pytest.mark.parametrize("form", [Operands(mask=2), Operands(mask=3, bias=True)], ids=str)
+def test_lower_precisions_stay_near(drawn, beside, no_worse, form, dtype):
+    tensors, more = drawn(2, 12, 50, 257, 64, dtype), beside(form, 2, 12, 50, 257, dtype)
+    exact = {name: x.double() if name == "bias" else x for name, x in more.items()}
+    out, _ = attention_ref(*(x.double() for x in tensors), 12, **exact)
+    no_worse(attention(*tensors, 12, **more), attention_ref(*tensors, 12, **more)[0], out, dtype)
 
 
 def test_runs_are_bit_equal(drawn):
@@ -125,34 +165,35 @@ def test_runs_are_bit_equal(drawn):
     assert torch.equal(runs[0], runs[2])
 
 
-def arrays(tensors, mask=None):
-    named = dict(zip(("query", "key", "value"), (x.numpy() for x in tensors), strict=True))
-    return named if mask is None else named | {"mask": mask.numpy()}
+def arrays(tensors, **more):
+    return {name: x.numpy() for name, x in zip(("query", "key", "value"), tensors, strict=True)} | {
+        name: x.numpy() for name, x in more.items()
+    }
 
 
 @pytest.mark.parametrize(("batch", "heads", "queries", "keys", "width"), SHAPES)
-@pytest.mark.parametrize("op", [PLAIN, MASKED, GUIDED])
-def test_onnx_body_is_the_reference(drawn, onnx_body, op, batch, heads, queries, keys, width):
+@pytest.mark.parametrize("op", NODES)
+def test_onnx_body_is_the_reference(drawn, beside, onnx_body, op, batch, heads, queries, keys, width):
     tensors = drawn(batch, heads, queries, keys, width, torch.float32)
-    mask = lengths_mask(batch, keys) if op == MASKED else None
+    more = beside(NODES[op], batch, heads, queries, keys, torch.float32)
     names = ("out", "guide") if op == GUIDED else ("out",)
     outputs = dict.fromkeys(names, TensorProto.FLOAT)
-    got = onnx_body(op, arrays(tensors, mask), outputs, heads=[heads], scale=width**-0.5)
-    want = attention_ref(*(x.double() for x in tensors), heads, mask)
+    got = onnx_body(op, arrays(tensors, **more), outputs, heads=[heads], scale=width**-0.5)
+    want = attention_ref(*(x.double() for x in tensors), heads, **more)
     for x, y in zip(got, want, strict=False):
         assert x.shape == tuple(y.shape)
         assert apart(x, y) <= 1e-5
 
 
-@pytest.mark.parametrize("op", [PLAIN, MASKED, GUIDED])
-def test_onnx_body_in_half_precision(drawn, onnx_body, no_worse, op):
+@pytest.mark.parametrize("op", NODES)
+def test_onnx_body_in_half_precision(drawn, beside, onnx_body, no_worse, op):
     tensors = drawn(2, 3, 7, 50, 16, torch.float16)
-    mask = lengths_mask(2, 50) if op == MASKED else None
+    more = beside(NODES[op], 2, 3, 7, 50, torch.float16)
     outputs = {"out": TensorProto.FLOAT16} | ({"guide": TensorProto.FLOAT} if op == GUIDED else {})
-    got = onnx_body(op, arrays(tensors, mask), outputs, heads=[3], scale=0.25)
-    want = attention_ref(*(x.double() for x in tensors), 3, mask)
+    got = onnx_body(op, arrays(tensors, **more), outputs, heads=[3], scale=0.25)
+    want = attention_ref(*(x.double() for x in tensors), 3, **more)
     assert [x.dtype for x in got] == [np.float16, np.float32][: len(got)]
-    plain = attention_ref(*tensors, 3, mask)
+    plain = attention_ref(*tensors, 3, **more)
     for x, y, exact in zip(got, plain, want, strict=False):
         no_worse(x, y, exact, torch.float16)
 
@@ -163,7 +204,7 @@ def test_onnx_body_of_a_fully_masked_row_yields_zeros(drawn, onnx_body, dtype):
     mask = torch.ones(3, 7, dtype=torch.int32)
     mask[1] = 0
     kind = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}[dtype]
-    (out,) = onnx_body(MASKED, arrays(tensors, mask), {"out": kind}, heads=[2], scale=8**-0.5)
+    (out,) = onnx_body(MASKED, arrays(tensors, mask=mask), {"out": kind}, heads=[2], scale=8**-0.5)
     assert np.array_equal(out[1], np.zeros_like(out[1]))
     assert np.isfinite(out).all()
     assert out[0].any()
@@ -174,7 +215,9 @@ def test_large_scores_do_not_reach_ignored_keys(drawn, onnx_body):
     tensors = drawn(1, 2, 5, 7, 8, torch.float32)
     tensors[0] = tensors[0] * 300
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]], dtype=torch.int32)
-    (out,) = onnx_body(MASKED, arrays(tensors, mask), {"out": TensorProto.FLOAT}, heads=[2], scale=8**-0.5)
+    (out,) = onnx_body(
+        MASKED, arrays(tensors, mask=mask), {"out": TensorProto.FLOAT}, heads=[2], scale=8**-0.5
+    )
     assert apart(out, formula(*tensors, 2, mask)[0]) <= 1e-4
 
 
@@ -191,8 +234,22 @@ def test_large_scores_do_not_reach_ignored_keys(drawn, onnx_body):
             "value: expected torch.float32 as the rest, got torch.float16",
         ),
         ({"key": torch.zeros(2, 4, 8, device="meta")}, "key: expected it on cpu as the rest, got meta"),
-        ({"mask": torch.ones(2, 3).long()}, r"mask: expected the shape \(2, 4\), got \(2, 3\)"),
+        (
+            {"mask": torch.ones(2, 3).long()},
+            r"mask: expected \[B, M\] or \[B, N, M\], \(2, 4\) or \(2, 3, 4\), got the shape \(2, 3\)",
+        ),
+        (
+            {"mask": torch.ones(2, 4, 3).long()},
+            r"mask: expected .* or \(2, 3, 4\), got the shape \(2, 4, 3\)",
+        ),
         ({"mask": torch.ones(2, 4)}, "mask: expected integers, 1 valid and 0 ignored, got torch.float32"),
+        ({"mask": torch.ones(2, 4, device="meta").long()}, "mask: expected it on cpu as the rest, got meta"),
+        ({"bias": torch.zeros(2, 4, 3)}, r"bias: expected the shape \(2, 3, 4\), got \(2, 4, 3\)"),
+        ({"bias": torch.zeros(1, 2, 3, 4)}, r"bias: expected the shape \(2, 3, 4\), got \(1, 2, 3, 4\)"),
+        (
+            {"bias": torch.zeros(2, 3, 4).half()},
+            "bias: expected torch.float32 as the rest, got torch.float16",
+        ),
     ],
 )
 def test_bad_inputs_are_named(changed, message):

@@ -74,6 +74,19 @@ CALLS = {
         )[0],
         lambda query, key, value, mask: attention.attention_ref(query, key, value, 2, mask)[0],
     ),
+    "biased attention": Call(
+        {
+            "query": normal(2, 5, 32),
+            "key": normal(2, 17, 32, seed=1),
+            "value": normal(2, 17, 32, seed=2),
+            "mask": (torch.arange(170, device=DEVICE).view(2, 5, 17) % 3 > 0).long(),
+            "bias": normal(4, 5, 17, seed=3),
+        },
+        lambda query, key, value, mask, bias: attention.launch(
+            attention._attention_kernel, query, key, value, 4, mask, bias=bias
+        )[0],
+        lambda query, key, value, mask, bias: attention.attention_ref(query, key, value, 4, mask, bias)[0],
+    ),
     "guided attention": Call(
         {"query": normal(2, 5, 32), "key": normal(2, 17, 32, seed=1), "value": normal(2, 17, 32, seed=2)},
         lambda query, key, value: attention.launch(
@@ -183,10 +196,11 @@ def test_every_operand_may_be_expanded(name, operand, form):
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int32, torch.int64], ids=str)
-def test_a_mask_of_any_integer_type_and_stride(kind):
-    call = CALLS["attention"]
-    wide = torch.stack([call.operands["mask"], 1 - call.operands["mask"]], -1).flatten(1).to(kind)
-    agree(call, {**call.operands, "mask": wide[:, ::2]})
+@pytest.mark.parametrize("name", ["attention", "biased attention"])
+def test_a_mask_of_any_integer_type_and_stride(name, kind):
+    call = CALLS[name]
+    wide = torch.stack([call.operands["mask"], 1 - call.operands["mask"]], -1).flatten(-2).to(kind)
+    agree(call, {**call.operands, "mask": wide[..., ::2]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -208,13 +222,13 @@ def test_what_is_not_finite_shows_where_torch_shows_it(name, operand, value):
         assert any(x.float().isnan().any() for x in got)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [None, (1,), (1, 3)], ids=str)
 @pytest.mark.parametrize("keys", [7, 17, 32])
 def test_scores_that_are_all_minus_infinity_show(keys, masked):
     """Only a row without a valid key is zeros; torch makes NaN of one whose valid keys all score -inf."""
     query, key, value = normal(1, 3, 16), normal(1, keys, 16, seed=1).abs(), normal(1, keys, 16, seed=2)
     query[0, 1, 3] = float("-inf")
-    valid = torch.ones(1, keys, dtype=torch.int64, device=DEVICE) if masked else None
+    valid = None if masked is None else torch.ones(*masked, keys, dtype=torch.int64, device=DEVICE)
     got, _ = attention.launch(attention._attention_kernel, query, key, value, 1, valid)
     want, _ = attention.attention_ref(query, key, value, 1, valid)
     assert torch.equal(got.isnan(), want.isnan())

@@ -41,18 +41,24 @@ def lengths(batch, keys, *valid):
     return (torch.arange(keys)[None] < torch.tensor(valid)[:, None]).to(torch.int64).expand(batch, keys)
 
 
-def attend(batch, heads, queries, keys, width, mask=None, guided=False, schedule=None):
+def neighbours(batch, queries, keys):
+    """Every fifth pair, and none for the first query."""
+    mask = torch.arange(batch * queries * keys).view(batch, queries, keys) % 5 == 0
+    return mask & (torch.arange(queries) > 0)[:, None]
+
+
+def attend(batch, heads, queries, keys, width, mask=None, guided=False, schedule=None, biased=False):
     kernel = attention._attention_kernel
     mask = None if mask is None else mask.to(DEVICE)
 
-    def launch(*tensors):
-        found = attention.launch(kernel, *tensors, heads, mask, guided, schedule)
+    def launch(query, key, value, bias=None):
+        found = attention.launch(kernel, query, key, value, heads, mask, guided, schedule, bias)
         return found if guided else found[:1]
 
-    def reference(*tensors):
-        return attention.attention_ref(*tensors, heads, mask)[: 2 if guided else 1]
+    def reference(query, key, value, bias=None):
+        return attention.attention_ref(query, key, value, heads, mask, bias)[: 2 if guided else 1]
 
-    shapes = ((batch, n, heads * width) for n in (queries, keys, keys))
+    shapes = [(batch, n, heads * width) for n in (queries, keys, keys)] + [(heads, queries, keys)] * biased
     return Case(tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes)), launch, reference)
 
 
@@ -130,6 +136,12 @@ CASES = {
     "attention-whole-blocks": attend(1, 2, 17, 64, 16),
     "attention-three-parts": attend(1, 2, 33, 70, 96, lengths(1, 70, 69)),
     "attention-holes": attend(2, 1, 5, 40, 16, (torch.arange(80).view(2, 40) % 3 == 0).int()),
+    "attention-bias": attend(2, 3, 20, 65, 16, biased=True),
+    "attention-bias-whole-blocks": attend(2, 1, 17, 64, 16, biased=True),
+    "attention-bias-and-mask": attend(3, 2, 5, 50, 16, lengths(3, 50, 50, 17, 0), biased=True),
+    "attention-pairs": attend(2, 2, 33, 70, 16, neighbours(2, 33, 70)),
+    "attention-pairs-of-one-row": attend(2, 2, 5, 40, 16, neighbours(2, 2, 40)[:, 1:].expand(2, 5, 40)),
+    "attention-pairs-three-wide-parts": attend(1, 2, 17, 33, 192, neighbours(1, 17, 33), biased=True),
     "attention-map": attend(2, 3, 20, 65, 16, guided=True),
     "attention-map-three-parts": attend(1, 2, 17, 33, 96, guided=True),
     "attention-large-tiles": attend(1, 1, 70, 129, 32, schedule=Tiles(64, 128, 8, 3)),
@@ -160,6 +172,8 @@ if DEVICE == "cuda":
         "attention-base-map": attend(64, 12, 50, 257, 64, guided=True),
         "attention-base": attend(64, 12, 257, 257, 64),
         "attention-base-d96": attend(16, 8, 257, 257, 96),
+        "attention-base-bias": attend(64, 12, 257, 257, 64, biased=True),
+        "attention-base-pairs": attend(64, 4, 256, 256, 192, neighbours(64, 256, 256)),
         "attention-long": attend(2, 16, 577, 577, 64),
         "attention-base-text": attend(64, 12, 257, 50, 64, lengths(64, 50, *range(64)).clamp(max=1)),
         "fusion-base": fuse(64, 16, 768),
@@ -192,7 +206,8 @@ def test_close_to_float64(name, dtype, fenced, no_worse):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention-map", "attention-picture-over-text", "fusion", "pool", "norm", "gelu"]
+    "name",
+    ["attention-map", "attention-picture-over-text", "attention-pairs", "fusion", "pool", "norm", "gelu"],
 )
 def test_three_runs_are_bit_equal(name):
     tensors = [x.to(DEVICE, torch.float16) for x in CASES[name].inputs]
@@ -205,6 +220,13 @@ def test_a_row_without_a_valid_key_is_zero():
     (out,) = case.launch(*(x.to(DEVICE, torch.float32) for x in case.inputs))
     assert not out[2].any()
     assert out[:2].all()
+
+
+def test_a_query_without_a_valid_key_is_zero():
+    case = CASES["attention-pairs"]
+    (out,) = case.launch(*(x.to(DEVICE, torch.float32) for x in case.inputs))
+    assert not out[:, 0].any()
+    assert out[:, 1:].all()
 
 
 @pytest.mark.parametrize("form", ["packed", "expanded", "strided", "reversed"])

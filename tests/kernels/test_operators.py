@@ -45,6 +45,8 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     show(*quantize_rows(rows, torch.float8_e4m3fn, scale))
     text = x.narrow(1, 0, 3)
     show(attention(text, x, x, 12, torch.empty(2, 5, dtype=torch.int64, device="cuda")))
+    pairs, bias = torch.empty(2, 3, 5, dtype=torch.bool, device="cuda"), x.new_empty(4, 3, 5)
+    show(attention(text, x, x, 4, pairs, bias=bias))
     show(*guided_attention(text, x, x, 12))
     image = torch.empty(2, 3, 32, 32, device="cuda").half()
     weight = torch.empty(3072, 3, 6, 6, device="cuda").half()
@@ -73,6 +75,7 @@ torch.float8_e4m3fn[2, 5, 768]|torch.float32[2, 5]
 torch.int8[2, 5, 768]|torch.float32[1]
 torch.int8[2, 4, 768]|torch.float32[2, 4]
 torch.float8_e4m3fn[2, 4, 768]|torch.float32[1]
+torch.float16[2, 3, 768]
 torch.float16[2, 3, 768]
 torch.float16[2, 3, 768]|torch.float32[2, 3, 5]
 torch.float16[2, 5, 768]

@@ -16,8 +16,8 @@ import torch
 from onnx import numpy_helper
 
 from engine.errors import BuildError
-from kernels.attention import GUIDED
 from kernels.conv_fusion import NAME, WIDTH, pack
+from kernels.onnx.attention import GUIDED
 from kernels.onnx.ops import DOMAIN
 
 PLUGINS = (GUIDED, NAME)

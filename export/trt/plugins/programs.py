@@ -18,9 +18,10 @@ from engine.errors import BuildError
 from kernels import attention, conv_fusion
 from kernels.conv_fusion import STRIDE, packed_shape
 from kernels.jit import Tiles
+from kernels.onnx.attention import GUIDED
 from kernels.tools.aot import Launch, compile_arguments, record
 
-ATTENTION, FUSION = attention.GUIDED, conv_fusion.NAME
+ATTENTION, FUSION = GUIDED, conv_fusion.NAME
 OPEN = 3  # stands for an extent that stays open: odd, so that the compiler learns of no divisor
 OUTPUTS = ("out", "guide")  # pointers that a kernel writes
 

@@ -107,6 +107,23 @@ def test_the_runtimes_attention_gives_what_our_body_gives(name, exported, sessio
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("operator", "runtimes"),
+    [
+        ("BiasedHeadAttention", True),
+        ("BiasedMaskedHeadAttention", True),
+        ("PairMaskedHeadAttention", False),  # whose queries without a key it would not answer with zeros
+    ],
+)
+def test_the_runtimes_attention_has_bias_and_mask(operator, runtimes, attention_graph, session_of, tmp_path):
+    feeds, exact = attention_graph(operator, tmp_path / "a.onnx")
+    _use_runtime_attention(tmp_path / "a.onnx")
+    kinds = {node.op_type for node in onnx.load_model(tmp_path / "a.onnx").graph.node}
+    assert ("MultiHeadAttention" in kinds) is runtimes
+    (found,) = session_of(tmp_path / "a.onnx").run(None, feeds)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5)
+
+
 def test_answers_stay_within_the_tolerance(name, exported, quantized):
     config = exported(name).model.config
     before, after = (onnx_outputs(path, config) for path in (exported(name).path, quantized(name).path))

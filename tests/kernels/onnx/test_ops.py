@@ -6,14 +6,12 @@ import onnx
 import pytest
 import torch
 
-from kernels import attention, conv_fusion, gaussian_guidance, latent_pool
+from kernels import conv_fusion, gaussian_guidance, latent_pool
 from kernels.onnx import ops as onnx_ops
+from kernels.onnx.attention import NODES
 from kernels.onnx.bodies import BODIES, bodies
 
-OPERATORS = (
-    *(attention.PLAIN, attention.MASKED, attention.GUIDED),
-    *(conv_fusion.NAME, gaussian_guidance.NAME, latent_pool.NAME),
-)
+OPERATORS = (*NODES, conv_fusion.NAME, gaussian_guidance.NAME, latent_pool.NAME)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
