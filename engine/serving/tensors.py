@@ -111,8 +111,8 @@ def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str,
         raise Refused(422, "invalid_request", text)
     if not all(elements.values()):
         raise Refused(422, "invalid_request", "inputs: expected at least one pair, got none")
-    for text in elements.get("caption", ()):
-        check_text("caption", text)
+    for caption in elements.get("caption", ()):
+        check_text("caption", caption)
     return request, elements
 
 
