@@ -110,11 +110,11 @@ class Published(nn.Module):
             if isinstance(module, PublishedPackedAttention):
                 module.averages = _CLIP not in name
 
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, **further: Tensor) -> Output:
-        """As the model's own; those on ALBEF run BERT once more."""
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Output:
+        """As the network's own `forward`."""
         model = self.model
-        if not isinstance(model, Detector):
-            return cast(Output, model(image, input_ids, attention_mask, **further))
+        if not isinstance(model, Detector):  # its published form has the second run itself
+            return cast(Output, model(image, input_ids, attention_mask, **others))
         bert = model.text_encoder.bert
         for_text, for_image = model.visual_encoder(image)
         text, bias = bert.encode_text(input_ids, attention_mask)

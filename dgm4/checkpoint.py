@@ -22,8 +22,7 @@ from dgm4.model import Detector, build
 from dgm4.state import State, find_state, some
 from engine.errors import CheckpointError
 from engine.registry import NETWORKS
-from engine.registry.hammer import DEAD
-from engine.registry.record import Keys
+from engine.registry.record import DEAD, Keys
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +63,9 @@ def _recognise(path: Path, keys: set[str]) -> str:
     ):
         return ALBEF
     titles = ", ".join(network.title for network in NETWORKS.values())
+    got = f"those of {' and '.join(found)} at once" if found else some(sorted(keys))
     raise CheckpointError(
-        f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), "
-        f"got {f'those of {chr(32).join(found)}: ' if found else ''}{some(sorted(keys))}"
+        f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), got {got}"
     )
 
 
@@ -118,8 +117,8 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     keys = _ALBEF if layout == ALBEF else NETWORKS[layout].keys
     if part or (keys.parts and not any(key.startswith(keys.marks) for key in state)):
         raise CheckpointError(
-            f"{path}: expected all of {NETWORKS[layout].title} in one file, got a part of it; join the files of "
-            f"{' and '.join(keys.parts)}: dgm4 convert FILE OUT --join FILE"
+            f"{path}: expected all of {NETWORKS[layout].title} in one file, got a part of it; join the "
+            f"files of {' and '.join(keys.parts)}: dgm4 convert FILE OUT --join FILE"
         )
     notes = [f"the state {place}, beside {', '.join(others)}"] if others else []
     live = _live(state, keys, notes)
@@ -136,7 +135,10 @@ def join_states(states: Mapping[Path, State]) -> State:
     for name, network in NETWORKS.items():
         parts = network.keys.parts
         # A part is a network of its own, or one that is known as this one's part.
-        names = {part: {f"{name}/{part}", *(n for n, x in NETWORKS.items() if x.keys is parts[part])} for part in parts}
+        names = {
+            part: {f"{name}/{part}", *(n for n, x in NETWORKS.items() if x.keys is parts[part])}
+            for part in parts
+        }
         joined = {part: path for part in parts for path in states if found[path] in names[part]}
         if parts and len(joined) == len(parts) == len(states):
             return {f"{part}.{k}": v for part, path in joined.items() for k, v in states[path].items()}

@@ -194,9 +194,9 @@ class Predictor:
         """Predict many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
 
         A pair may be a mapping, {"image": ..., "caption": ...}. For a network that judges a given box it is
-        (image, caption, box), or has "box". Runs in batches of `batch_size` (None: the bundle's largest). With
-        on_error="raise" the first pair that fails raises InputError or NumericalError naming its index; with
-        "return" the error takes its place. Raises InputError for lists of unequal length.
+        (image, caption, box), or has "box". Runs in batches of `batch_size` (None: the bundle's largest).
+        With on_error="raise" the first pair that fails raises InputError or NumericalError naming its index;
+        with "return" the error takes its place. Raises InputError for lists of unequal length.
 
         Examples:
             >>> from engine import Predictor

@@ -18,6 +18,7 @@ from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item
 from engine.inputs.sources import ImageInput
 from engine.prediction import Prediction
+from engine.tracing import caller
 
 _MAX_AHEAD_BYTES = 256 * 2**20  # of prepared images: 32 of the largest that a backend resizes have 1.6 GB
 
@@ -94,6 +95,7 @@ class QueuedPair(Future[Prediction]):
     ) -> None:
         super().__init__()
         self.image, self.caption, self.timeout, self.box = image, caption, timeout, box
+        self.caller = caller()
         self.bytes = bytes_of(image)
         self.item: Item | None = None
         self.accepted = self.prepared = perf_counter()
@@ -104,6 +106,11 @@ class QueuedPair(Future[Prediction]):
 
     def deadline_error(self) -> DeadlineError:
         """What the caller gets once the deadline has passed."""
+        if self.timeout is not None and self.timeout <= 0:
+            return DeadlineError(
+                f"the pair's timeout was {self.timeout:g} s, so its time was over when it came; "
+                "give a number of seconds above 0"
+            )
         return DeadlineError(
             f"the pair was not answered within its timeout of {self.timeout:g} s; "
             "allow more time, or send fewer pairs at once"
@@ -294,7 +301,7 @@ class Queue:
         self._counts[outcome] += 1
         self._pending -= 1
         self._pending_bytes -= pair.bytes
-        pair.image = pair.item = None
+        pair.image = pair.item = pair.caller = None
 
 
 def closed_error() -> BackendError:

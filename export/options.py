@@ -55,7 +55,8 @@ class ExportOptions:
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out; `building` is how it is built.
     `vocabulary` is a file with one word piece a line, or where `dgm4.byte_pairs` finds byte pairs. `licence`
-    is that of the weights. `data` is a folder in DGM4's layout: the bundle is evaluated on its `split`, and refused outside the accuracy gate.
+    is that of the weights. `data` is a folder in DGM4's layout: the bundle is evaluated on its `split`, and
+    refused outside the accuracy gate.
     `calibration` is such a folder too: int8 and fp8 are static then, with scales of activations calibrated on
     `calibration_pairs` pairs of its training split. `keep_layers` of the Linear layers, the worst by their
     own error, stay a step above the precision; "auto": as few as the checks and the gate on `data` ask for.

@@ -23,13 +23,11 @@ from engine.backends.float32 import full_float32
 from engine.network.linear import E4M3
 from engine.network.model import Output
 from engine.network.precision import fp8_layers, set_precision
+from engine.registry import NETWORKS
 from export.graph.rewrite import rewrite
 from export.quantization.calibrate import calibrate
 
-NETWORKS = ("asap", "cals", "hammer")
 SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))
-# GFLOP a pair at base size after the exact rewrites, at 24 and 50 tokens.
-GFLOP = {"hammer": (56.1, 61.3), "asap": (57.5, 62.7), "cals": (79.0, 84.2)}
 LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
 JUDGED = {"batch": 16, "tokens": 50}  # inputs of the errors, and of FP8's calibration
 PHOTOGRAPH = (480, 640)
@@ -191,6 +189,6 @@ def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
         return {"failed": f"{type(failure).__name__}: {failure}"[:300]}
     batch, tokens = given[1].shape
     second = batch / times["p50_ms"] * 1e3
-    gflop = GFLOP[name][0 if tokens <= 24 else 1]
+    gflop = NETWORKS[name].gflop[0 if tokens <= 24 else 1]
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
     return {**times, "pairs_s": second, "tflop_s": second * gflop / 1e3, "peak_gb": peak}

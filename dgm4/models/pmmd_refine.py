@@ -20,13 +20,13 @@ from engine.registry.pmmd_refine import RefineConfig
 
 
 class GuidedBranch(nn.Module):
-    """What both stages of PMMD do with an image: guide it by a box, and read a vector of it and the caption."""
+    """What both stages do with an image: guide it by a box, and read a vector of it and the caption."""
 
     def __init__(self, config: RefineConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        self.gem = Guidance(config)
+        self.gem = Guidance(width, config.guidance_widths)
         self.norm_layer_it_cross_atten = nn.LayerNorm(width, eps=TORCH_EPS)
         self.it_cross_attn = PackedAttention(width, config.heads)
         self.norm_layer_aggr = nn.LayerNorm(width, eps=TORCH_EPS)
@@ -39,7 +39,10 @@ class GuidedBranch(nn.Module):
         return torch.cat([image[:, :1], image[:, 1:] + guidance], dim=1)
 
     def read(self, image: Tensor, text: Tensor, mask: Tensor, query: Tensor) -> Tensor:
-        """Let image [B, 1+P, D] read text [B, N, D] with mask [B, N], and `query` [1, 1, D] the patches: [B, D]."""
+        """Let image [B, 1+P, D] read text [B, N, D] with mask [B, N], and query [1, 1, D] the patches.
+
+        Returns [B, D].
+        """
         norm, bias = self.norm_layer_it_cross_atten, padding_bias(mask, float("-inf"), text.dtype)
         patches = (image + self.it_cross_attn(norm(image), norm(text), bias))[:, 1:]
         norm = self.norm_layer_aggr
@@ -67,4 +70,6 @@ class Published(GuidedBranch):
         words, bias = bert.encode_text(input_ids, attention_mask)
         words = bert.fuse(words, bias, plain, False)[0][:, 1:]
         refined = self.bbox_head(self.read(guided, text, attention_mask, self.cls_token_local)).sigmoid()
-        return Output(self.itm_head(fused), self.cls_head(fused), refined, self.text_encoder.classifier(words))
+        return Output(
+            self.itm_head(fused), self.cls_head(fused), refined, self.text_encoder.classifier(words)
+        )

@@ -20,8 +20,9 @@ from dgm4.layers import Head, padding_bias
 from dgm4.losses.contrastive import ALPHA, QUEUE_SIZE, TEMPERATURE, TEMPERATURE_RANGE
 from dgm4.model import Output, Trace, build
 from dgm4.models.asap import Asap
+from dgm4.models.cals import CAFormer
 from dgm4.text import TextEncoder
-from dgm4.vision import CAFormer, VisionTransformer
+from dgm4.vision import VisionTransformer
 from engine.registry.config import FusionConfig
 
 Terms = dict[str, Tensor]

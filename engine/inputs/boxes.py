@@ -17,7 +17,7 @@ WHOLE = np.array([0.5, 0.5, 1, 1], np.float32)  # of the whole image, for a run 
 
 
 def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
-    """A box in an image of `size` (width, height) as the network reads it: cx, cy, w, h in [0, 1], float32 [4].
+    """A box in an image of `size` (width, height) as the network reads it: float32 cx, cy, w, h in [0, 1].
 
     Raises InputError for a box that is missing, is none, is empty or reaches outside the image, and for one
     without an image.

@@ -127,7 +127,7 @@ class Preparation:
     def caption(self, name: str, picture: Picture, caption: Caption | None, box: Any = None) -> Item:
         """Join a prepared image with a caption, an empty one for None, and a box; raises as `pair` does."""
         if caption is None and picture.size is None:
-            raise InputError(f"{name or 'the pair'}: expected an image or a caption, got None for both")
+            raise InputError(f"{name or 'the pair'}: expected an image or a caption, got neither")
         started = perf_counter()
         try:
             text, tokens = self._tokenizer("" if caption is None else caption)
@@ -160,7 +160,7 @@ class Preparation:
         return np.asarray(resize_image(rgb, spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption; their boxes."""
+        """Ids and mask of the items, int64 [B, N], padded with 0 to the longest caption, and their boxes."""
         longest = max(len(item.tokens.ids) for item in items)
         shape = (len(items), max(longest, self._spec.min_tokens))
         input_ids = np.zeros(shape, dtype=np.int64)

@@ -191,7 +191,7 @@ class Choice(nn.Module):
 
 
 class LatentPool(Part):
-    """Pooling by the learnt query, its key projection folded away (rewrite 3); `normed`: of normed patches."""
+    """Pooling by the learnt query, its key projection folded away (rewrite 3); `normed`: of normed ones."""
 
     def __init__(self, width: int, heads: int, normed: bool = True) -> None:
         super().__init__()

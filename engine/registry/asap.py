@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.registry import hammer
-from engine.registry.record import ANSWERS, Keys, Network, Tensor
+from engine.registry.record import ANSWERS, DEAD, Keys, Network, Tensor
 
 
 def read_map(scores: np.ndarray, grid: int) -> np.ndarray:
@@ -30,7 +30,7 @@ NETWORK = Network(
     keys=Keys(
         marks=("UtilsB", "UtilsC", "it_cross_attn.selfatten."),
         extends=("hammer",),
-        dead=hammer.DEAD | {"patch_head", "itm_head_m"},
+        dead=DEAD | {"patch_head", "itm_head_m"},
     ),
     parameters={"base": 230_221_838, "tiny": 2_779_918},
     gflop=(57.5, 62.7),

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.registry import hammer
 from engine.registry.config import FusionConfig, Kernel, Layers, Width
-from engine.registry.record import Keys, Network
+from engine.registry.record import DEAD, Keys, Network
 
 _BRANCH_KEY = re.compile(r"visual_encoder\.(Conv|Scales\.\d+)\.conv\.weight")
 
@@ -65,7 +65,7 @@ NETWORK = Network(
     keys=Keys(
         marks=("visual_encoder.Conv.", "CARA.", "cls_token_local_e"),
         extends=("hammer", "pmmd_refine"),  # which has LIG too
-        dead=hammer.DEAD
+        dead=DEAD
         | {f"visual_encoder.{m}" for m in ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")}
         | {"text_encoder_f_1", "bbox_head_f", "bbox_head_c", "cls_head_A", "dimd", "psil"},
         renamed={"MIG": "LIG", "CARA": "fch"},  # in the only released weights

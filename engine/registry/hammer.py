@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.registry.config import FusionConfig
-from engine.registry.record import Keys, Network
+from engine.registry.record import DEAD, Keys, Network
 
 BASE = FusionConfig(
     name="hammer",
@@ -33,9 +33,6 @@ TINY = replace(
     fusion_start=2,
     projection=64,
 )
-# The momentum towers and queues, which every checkpoint on ALBEF has, are told by their names.
-DEAD = frozenset({"temp", "vision_proj", "text_proj", "queue_ptr"})
-
 NETWORK = Network(
     name="hammer",
     title="HAMMER",

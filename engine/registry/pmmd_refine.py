@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.registry import hammer
 from engine.registry.config import TYPES, FusionConfig, Width
-from engine.registry.record import BOX_GIVEN, PAIR, Keys, Network
+from engine.registry.record import BOX_GIVEN, DEAD, PAIR, Keys, Network
 
 _TYPES_KEY = "cls_head.6.bias"
 
@@ -28,8 +28,8 @@ def check_types(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     count = shapes.get(_TYPES_KEY, (len(TYPES),))[0]
     if count != len(TYPES):
         raise CheckpointError(
-            f"expected the {len(TYPES)} manipulation types of DGM4, got {count} in {_TYPES_KEY}; SAMM's three "
-            "(face swap, face attribute, text) are not supported"
+            f"expected the {len(TYPES)} manipulation types of DGM4, got {count} in {_TYPES_KEY}; those of "
+            "SAMM (face swap, face attribute, text) are not supported"
         )
     return {}
 
@@ -40,15 +40,13 @@ NETWORK = Network(
     source="PMMD's second stage, github.com/zj-stu/PMMD",
     licence="not stated",
     sizes={
-        "base": RefineConfig(
-            **vars(hammer.BASE) | {"name": "pmmd_refine"}, guidance_widths=(64, 128, 256)
-        ),
+        "base": RefineConfig(**vars(hammer.BASE) | {"name": "pmmd_refine"}, guidance_widths=(64, 128, 256)),
         "tiny": RefineConfig(**vars(hammer.TINY) | {"name": "pmmd_refine"}, guidance_widths=(16, 32, 64)),
     },
     keys=Keys(
         marks=("gem.", "MIG.", "LIG."),
         extends=("hammer",),
-        dead=hammer.DEAD | {"fch", "tch"},
+        dead=DEAD | {"fch", "tch"},
         renamed={"MIG": "gem", "LIG": "gem"},
         remarks={
             "tch.": "types read from cls_head, as the published evaluation does, not from fch and tch",
@@ -58,7 +56,7 @@ NETWORK = Network(
         shape=check_types,
     ),
     parameters={"base": 228_713_676, "tiny": 2_763_516},
-    gflop=(66.5, 76.8),
+    gflop=(63.9, 71.9),
     inputs=(*PAIR, BOX_GIVEN),
     trainable=False,
 )

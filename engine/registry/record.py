@@ -75,6 +75,8 @@ class TokenizerSpec:
         return "byte pairs" if self.kind == "byte_bpe" else "word pieces"
 
 
+# First names of what training on ALBEF keeps; its momentum towers and queues are told by their endings.
+DEAD = frozenset({"temp", "vision_proj", "text_proj", "queue_ptr"})
 WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
 BYTE_BPE = TokenizerSpec("byte_bpe", "<s>", None, 2)
 
@@ -86,9 +88,9 @@ class Keys:
     marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
     its files have too. dead: beginnings of keys, up to a dot, that inference never reads. renamed: beginnings
     that some files have, and those read here. remarks: what is said of a file with keys that begin so.
-    parts: names of several files that are one network's, by the prefix that joins them. words, text_positions, image_positions, width: the keys whose
-    shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
-    the config, from the shapes of all tensors by key.
+    parts: names of several files that are one network's, by the prefix that joins them. words,
+    text_positions, image_positions, width: the keys whose shapes tell the vocabulary, the longest caption,
+    the resolution and the width. shape: further fields of the config, from the shapes of all tensors by key.
     """
 
     marks: tuple[str, ...]
@@ -110,8 +112,8 @@ class Network:
 
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
-    size. gflop: of the published form for a pair of 24 and of 50 tokens at base size. residual: the scale of
-    drawn weights where a residual branch ends (`dgm4.seeded`).
+    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
+    scale of drawn weights where a residual branch ends (`dgm4.seeded`).
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
@@ -140,7 +142,7 @@ class Network:
 
     @property
     def box(self) -> str | None:
-        """The input of the boxes to judge, which the caller gives; None where the network finds them itself."""
+        """The input of the boxes to judge, which the caller gives; None where the network finds them."""
         return BOX_GIVEN.name if BOX_GIVEN in self.inputs else None
 
     def further(self, config: NetworkConfig) -> dict[str, Shape]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.layout import GRAPH
-from engine.manifest import INPUTS, Accuracy, EngineEntry, Limits, Manifest, Verification
+from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Verification
 from engine.registry import network_of
 from engine.registry.record import TokenizerSpec
 from engine.scores import Rate
@@ -42,14 +42,14 @@ def model_card(manifest: Manifest) -> str:
     Its `files` are not read: the card is itself one of them.
     """
     model, weights = manifest.model, manifest.weights
+    network = network_of(model.config)
     title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
-    given = {x.name for x in manifest.inputs} - {*INPUTS}  # a box
     sections = [
         _NOTES[weights.kind].format(source=weights.source) if weights.kind in _NOTES else "",
         title,
         _TASK.format(name=model.name.upper(), types=types),
-        "## Run\n\n" + _RUN.format(box=", box=(120, 40, 220, 160)" if given else ""),
+        "## Run\n\n" + _RUN.format(box=", box=(120, 40, 220, 160)" if network.box else ""),
         "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),

@@ -27,7 +27,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file; one there is replaced")
     parser.add_argument("--state", metavar="NAME", help="which of several, as model_ema")
     parser.add_argument(
-        "--join", type=Path, metavar="FILE", help="the other file of a network that is published in two: PMMD"
+        "--join", type=Path, metavar="FILE", help="the other file of a network that is published in two"
     )
     parser.set_defaults(run=run, parser=parser)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from engine import ImageOptions, Predictor
+from engine.cards.markup import write_page
+from engine.cards.render import check_plot_path
 from engine.errors import Dgm4Error, InputError, quoted, shorten
 from engine.inputs.sources import check_file
-from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
-from engine.render import check_plot_path
 from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
 from engine.scoring.records import Answer, Record, answers, json_line, line_record
 from export.cli.answers import Answers, Maker
@@ -33,6 +33,7 @@ _EPILOG = """
 A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
 one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
 relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
+In JSON a pair may have its box, [x1, y1, x2, y2], for a network that judges a given one.
 A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was

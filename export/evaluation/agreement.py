@@ -10,7 +10,7 @@ import numpy as np
 
 from dgm4.data.annotations import Sample
 from dgm4.metrics import TOKEN_PADDING, LabelledOutputs, box_iou, says_no_box
-from engine.card import FACE_TYPES
+from engine.cards.card import FACE_TYPES
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest

@@ -71,8 +71,8 @@ def run_bundle(
     manifest = bundle.manifest
     if network_of(manifest.model.config).box is not None:
         raise InputError(
-            f"{bundle.path}: {manifest.model.name} judges a box that each pair brings, which annotations do not "
-            "have; evaluate a network that finds it itself"
+            f"{bundle.path}: {manifest.model.name} judges a box that each pair brings, which annotations "
+            "do not have; evaluate a network that finds it itself"
         )
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)

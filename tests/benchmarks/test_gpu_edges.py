@@ -34,7 +34,7 @@ def broken(monkeypatch):
 
 def test_our_operators_stand_hard_inputs():
     rows = list(edges.hard("cpu", batch=3, small=True))
-    assert len(rows) == 15
+    assert len(rows) == 17
     assert all(row["right"] and not row["lost_nan"] for row in rows)
     assert sum(row["nan"] > 0 for row in rows) >= 13  # all but bytes, and a masked reference's zeros
 

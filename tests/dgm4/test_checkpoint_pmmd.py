@@ -96,7 +96,9 @@ def test_both_stages_joined(files, order, names, tmp_path, capsys):
     if names == "compiled":
         parts = {"cross_attention": "", "self_attention": "", "ffn": ""}
         theirs = {"query_modal": "Qf", "query_cross": "Qc", "positional_encoding": "positional_encoding"}
-        theirs |= {f"{p}_{long}": f"{p}_{long[0].replace('m', 'f')}" for p in parts for long in ("modal", "cross")}
+        theirs |= {
+            f"{p}_{long}": f"{p}_{long[0].replace('m', 'f')}" for p in parts for long in ("modal", "cross")
+        }
         files["locate"] = renamed(files["locate"], {f"dfp.{k}": f"dimd.{v}" for k, v in theirs.items()})
     paths = [save(tmp_path / f"{stage}.pth", whole_file(files[stage])) for stage in order]
     out = tmp_path / "pmmd.safetensors"
@@ -108,7 +110,9 @@ def test_both_stages_joined(files, order, names, tmp_path, capsys):
 
 def test_locate_alone_is_a_part(files, tmp_path):
     path = save(tmp_path / "locate.pth", files["locate"])
-    with pytest.raises(CheckpointError, match=r"all of PMMD in one file, .* dgm4 convert FILE OUT --join FILE"):
+    with pytest.raises(
+        CheckpointError, match=r"all of PMMD in one file, .* dgm4 convert FILE OUT --join FILE"
+    ):
         dgm4.load_checkpoint(path)
     path = save(tmp_path / "refine.pth", files["refine"])
     with pytest.raises(CheckpointError, match=r"all of PMMD in one file"):
@@ -127,5 +131,7 @@ def test_types_of_samm_are_refused(files, tmp_path):
         files["refine"][f"cls_head.6.{leaf}"] = files["refine"][f"cls_head.6.{leaf}"][:3]
     files["refine"]["visual_encoder.cls_token"] = torch.ones(1, 1, 128)  # the width tells the size
     path = save(tmp_path / "refine.pth", files["refine"])
-    with pytest.raises(CheckpointError, match=r"refine\.pth: expected the 4 manipulation types .* got 3 .* SAMM"):
+    with pytest.raises(
+        CheckpointError, match=r"refine\.pth: expected the 4 manipulation types .* got 3 .* SAMM"
+    ):
         dgm4.load_checkpoint(path)

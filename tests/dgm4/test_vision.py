@@ -11,8 +11,9 @@ from scipy.signal import correlate2d
 from scipy.special import erf
 
 import dgm4
+from dgm4.models.cals import CAFormer
 from dgm4.seeded import draw
-from dgm4.vision import CAFormer, VisionTransformer
+from dgm4.vision import VisionTransformer
 
 EXACT = 1e-10
 SIZE, PATCH, GRID, WIDTH = 64, 16, 4, 24

@@ -47,9 +47,7 @@ def load(name, golden_inputs):
 def filled(build, residual):
     with torch.device("meta"):
         model = build()
-    state = {
-        k: torch.from_numpy(draw(k, tuple(v.shape), 1, residual)) for k, v in model.state_dict().items()
-    }
+    state = {k: torch.from_numpy(draw(k, tuple(v.shape), 1, residual)) for k, v in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

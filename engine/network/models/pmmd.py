@@ -62,7 +62,7 @@ class Beit(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 1+P, D]."""
         patches = self.patch_embed(image.to(self.cls.dtype))
-        x = torch.cat([self.cls.expand(len(image), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls.expand(image.shape[0], -1, -1), patches], dim=1)
         x, delta = run_blocks(self.blocks, x)
         patches = self.norm(x[:, 1:], None if delta is None else delta[:, 1:])
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
@@ -96,9 +96,7 @@ class BoxHead(nn.Sequential, Part):
 
     def __init__(self, width: int) -> None:
         hidden = 2 * width
-        super().__init__(
-            nn.Linear(width, hidden), Norm(hidden, TORCH_EPS), Gelu(), nn.Linear(hidden, 4)
-        )
+        super().__init__(nn.Linear(width, hidden), Norm(hidden, TORCH_EPS), Gelu(), nn.Linear(hidden, 4))
 
     def float_parameters(self) -> Iterator[nn.Parameter]:
         """All; see `Part`."""
@@ -133,17 +131,22 @@ class Locate(nn.Module):
 
     def answer(self, image: Tensor, other: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The box [B, 4] (cx, cy, w, h in [0, 1]) that captions and images' tokens speak of."""
-        text = self.text.encode(input_ids, mask)
-        key, value = self.cross.project(self.norm(text))  # once for three passes (rewrite 7)
-        patches, dual = image[:, 1:], self.dual(image, other)
-        box: Tensor | None = None
-        for i, (pool, head) in enumerate(zip(self.pools, self.heads, strict=True)):
-            guided = patches if box is None else patches + self.guidance(box)
-            feature = pool(guided + self.cross(self.norm(guided), key, value, mask))
-            if i == len(_STEPS) - 1:
-                feature = feature + dual
-            box = head(feature.to(dtype_of(head))).sigmoid()
-        return box
+        # The caption's keys and values once for three passes (rewrite 7).
+        text = self.cross.project(self.norm(self.text.encode(input_ids, mask)))
+        patches = image[:, 1:]
+        box = self._box(0, self._read(0, patches, text, mask))
+        box = self._box(1, self._read(1, patches + self.guidance(box), text, mask))
+        feature = self._read(2, patches + self.guidance(box), text, mask)
+        return self._box(2, feature + self.dual(image, other))
+
+    def _read(self, step: int, patches: Tensor, text: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """What the query of a step reads of patches [B, P, D] that have read the caption, [B, D]."""
+        return self.pools[step](patches + self.cross(self.norm(patches), *text, mask))
+
+    def _box(self, step: int, feature: Tensor) -> Tensor:
+        """The box [B, 4] of a step from [B, D]."""
+        head = self.heads[step]
+        return head(feature.to(dtype_of(head))).sigmoid()
 
 
 class Model(InferenceModel):
@@ -158,7 +161,7 @@ class Model(InferenceModel):
         """The image's tokens [B, 1+P, D] by refine's encoder and locate's two."""
         return *self.refine.see(image), *self.locate.see(image)
 
-    def answer(  # type: ignore[override]
+    def answer(
         self, plain: Tensor, image: Tensor, other: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> Output:
         """Answer captions about images of which only the tokens are given."""

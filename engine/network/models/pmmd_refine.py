@@ -30,15 +30,14 @@ class Model(InferenceModel):
         self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, box_given: Tensor
     ) -> Output:
         """As `InferenceModel.forward`, with the boxes [B, 4] (cx, cy, w, h in [0, 1]) to judge."""
-        return self.answer(*self.see(image), input_ids, attention_mask, box_given)
+        (plain,) = self.see(image)
+        return self.answer(plain, input_ids, attention_mask, box_given)
 
     def see(self, image: Tensor) -> tuple[Tensor, ...]:
         """The image's tokens [B, 1+P, D]."""
         return self.vision(image.to(self.vision.dtype))[:1]
 
-    def answer(  # type: ignore[override]
-        self, plain: Tensor, input_ids: Tensor, attention_mask: Tensor, box_given: Tensor
-    ) -> Output:
+    def answer(self, plain: Tensor, input_ids: Tensor, attention_mask: Tensor, box_given: Tensor) -> Output:
         """Answer captions about boxes in images of which only the tokens are given."""
         mask = attention_mask.to(torch.int32)
         guided = torch.cat([plain[:, :1], plain[:, 1:] + self.guidance(box_given)], dim=1)

@@ -40,7 +40,9 @@ def doubled(config, batch=3, tokens=11):
 
 def test_a_scale_is_folded_into_the_product_before_it():
     linear, scale, x = nn.Linear(6, 5).double(), random(5), random(2, 3, 6)
-    assert apart(F.linear(x, *fold_scale(Affine(linear.weight, linear.bias), scale)), scale * linear(x)) <= EXACT
+    assert (
+        apart(F.linear(x, *fold_scale(Affine(linear.weight, linear.bias), scale)), scale * linear(x)) <= EXACT
+    )
 
 
 @pytest.mark.parametrize("grid", [1, 3])

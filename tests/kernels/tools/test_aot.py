@@ -17,6 +17,8 @@ PLUGINS = ("attention-50x257-map", "attention-257x50-mask", "conv-fusion")
 KINDS = (
     *PLUGINS,
     "attention-50x257",
+    "attention-257x257-bias",
+    "attention-256x256-pairs-d192",
     "gaussian",
     "latent",
     "norm-768-post",
@@ -25,6 +27,7 @@ KINDS = (
 )
 TARGETS = (80, 86, 89, 90, 100, 120)
 PLUGIN_SHARED = 48 * 1024
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 255
 
 REPORT = ROOT / "benchmarks" / "results" / "kernels-aot.jsonl"
@@ -35,6 +38,7 @@ def records(text):
     assert len({(one["name"], one["capability"]) for one in built}) == len(built) > 0
     assert not [(one["name"], one["stack"]) for one in built if one["stack"]]
     assert all(0 < one["registers"] <= REGISTERS for one in built)
+    assert not [one for one in built if one["shared"] > SHARED[one["capability"]]]
     return built
 
 

@@ -1,0 +1,125 @@
+"""A network is its record and its own files: nothing else names it or knows a path inside it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import glance
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import dgm4
+from dgm4.seeded import draw
+from engine import Predictor, registry
+from engine.errors import BundleError, CheckpointError
+from engine.registry.config import NetworkConfig
+from export.options import ExportOptions
+from export.pipeline import export_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+# Training knows the three that it trains, and which of them has which objective.
+TRAINING = ("dgm4/training", "dgm4/losses")
+FILES = [
+    path
+    for package in ("engine", "export", "kernels", "dgm4")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if not path.relative_to(ROOT).as_posix().startswith(TRAINING)
+]
+
+
+def names_in(path):
+    """The networks that a file names: in a string alone, or by importing their modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and node.value in registry.NAMES:
+            yield node.value
+        if isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+            found = [re.fullmatch(r"(engine\.registry|\w+(\.network)?\.models)\.(\w+)", x) for x in modules]
+            yield from (match[3] for match in found if match and match[3] in registry.NAMES)
+
+
+def test_no_other_file_names_a_network():
+    own = {ROOT / "engine/registry/__init__.py"}
+    own |= {ROOT / f"{place}/{name}.py" for name in registry.NAMES for place in PLACES}
+    named = {
+        path.relative_to(ROOT).as_posix(): sorted(set(names_in(path))) for path in FILES if path not in own
+    }
+    assert {path: names for path, names in named.items() if names} == {}
+
+
+PLACES = ("engine/registry", "engine/network/models", "dgm4/models")
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_a_network_has_its_three_files(name):
+    assert [place for place in PLACES if not (ROOT / place / f"{name}.py").is_file()] == []
+    network = registry.NETWORKS[name]
+    assert set(network.sizes) == set(network.parameters) == set(registry.SIZES)
+    assert {(config.name, config.size) for config in network.sizes.values()} == {
+        (name, "base"),
+        (name, "tiny"),
+    }
+
+
+@pytest.mark.parametrize("size", registry.SIZES)
+def test_parameters_are_counted(name, size):
+    with torch.device("meta"):
+        model = dgm4.create_model(name, size)
+    assert sum(p.numel() for p in model.parameters()) == registry.NETWORKS[name].parameters[size]
+
+
+@pytest.fixture
+def added():
+    """The network of sixty lines among the others."""
+    registry.register(glance.NETWORK)
+    yield glance.NETWORK
+    del registry.NETWORKS["glance"], NetworkConfig.known["glance"]
+
+
+def checkpoint_of(network, path):
+    with torch.device("meta"):
+        shapes = {k: tuple(x.shape) for k, x in glance.Published(network.sizes["tiny"]).state_dict().items()}
+    state = {k: torch.from_numpy(draw(k, shape, 1)) for k, shape in shapes.items()}
+    safetensors.torch.save_file(state, path)
+    return path, sum(x.numel() for x in state.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_network_of_sixty_lines(added, tmp_path, precision):
+    """From its checkpoint, recognised by the keys, to answers of two backends."""
+    path, count = checkpoint_of(added, tmp_path / "glance.safetensors")
+    assert count == added.parameters["tiny"]
+    out = tmp_path / "bundle"
+    export_bundle(ExportOptions(out, checkpoint=path, precision=precision, engine=False), lambda stage: None)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    answers = Predictor(out, backend="ort").predict(pixels, "a man speaks")
+    assert answers.heatmap is None
+    assert [word.text for word in answers.words] == ["a", "man", "speaks"]
+    if precision != "int8":
+        again = Predictor(out, backend="torch").predict(pixels, "a man speaks")
+        assert again.score == pytest.approx(answers.score, abs=1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_a_bundle_of_a_network_that_this_version_does_not_know(added, tmp_path):
+    path, _ = checkpoint_of(added, tmp_path / "glance.safetensors")
+    export_bundle(ExportOptions(tmp_path / "b", checkpoint=path, engine=False), lambda stage: None)
+    del NetworkConfig.known["glance"]
+    with pytest.raises(BundleError, match=r"model\.config\.name: expected one of .*cals.*, got 'glance'"):
+        Predictor(tmp_path / "b")
+    NetworkConfig.known["glance"] = added.config
+
+
+def test_a_name_is_taken_once(added):
+    with pytest.raises(ValueError, match="there is a network 'glance' already"):
+        registry.register(added)
+
+
+def test_a_checkpoint_with_the_keys_of_two_networks(tmp_path):
+    state = {name: torch.zeros(1) for name in ("UtilsB", "LIG.conv_net.0.weight", "bbox_head.0.weight")}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="those of asap and cals at once"):
+        dgm4.load_checkpoint(tmp_path / "x.safetensors")
