@@ -124,5 +124,6 @@ NETWORK = Network(
     outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores, jumps=True)),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
     trainable=False,
+    compares=True,
     residual=0.225,  # with more all tokens are alike, and the choice of neighbours is one of rounding
 )
