@@ -108,7 +108,7 @@ def _plain(
     name: str, tensors: tuple[Tensor, ...], heads: int, mask: Tensor | None, bias: Tensor | None
 ) -> Bench:
     query, key, _ = tensors
-    options = {"heads": heads, "mask": mask, "bias": bias}
+    options: dict[str, Any] = {"heads": heads, "mask": mask, "bias": bias}
     return Bench(
         name=f"attention, {name}",
         reference=partial(_alone, **options),
