@@ -1,46 +1,59 @@
-"""The tokenizer that goes into a bundle: WordPiece over the vocabulary of bert-base-uncased."""
+"""The tokenizer that goes into a bundle: WordPiece as bert-base-uncased's, byte pairs as roberta-base's."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from dgm4.byte_pairs import are_byte_pairs, byte_pair_tokenizer, read_byte_pairs
 from engine.errors import InputError
 from engine.files import sha256_of
+from engine.registry.record import BYTE_BPE, WORDPIECE
 
 log = logging.getLogger(__name__)
 
+_CALLED = {spec.kind: spec.pieces for spec in (WORDPIECE, BYTE_BPE)}
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_PIECES = 30522
 VOCABULARY = "vocab.txt"  # beside a checkpoint: its own vocabulary, as training leaves it there
 _HERE = Path(__file__).resolve().parent
 BERT_VOCABULARY = _HERE / "vocabularies" / "bert-base-uncased.txt"  # Google's, see NOTICE
 DEMO_VOCABULARY = _HERE / "demo" / "vocab.txt"
+ROBERTA_PIECES = 50265
+ROBERTA_VOCABULARY = _HERE / "vocabularies" / "roberta-base.json"  # Facebook's, see NOTICE
+_SHIPPED = {
+    (WORDPIECE.kind, BERT_PIECES): BERT_VOCABULARY,
+    (WORDPIECE.kind, 2048): DEMO_VOCABULARY,
+    (BYTE_BPE.kind, ROBERTA_PIECES): ROBERTA_VOCABULARY,
+    (BYTE_BPE.kind, 2048): _HERE / "vocabularies" / "roberta-first-merges.json",
+}
 _LONGEST_WORD = 100  # characters, as in BERT's own code
 
 
-def find_vocabulary(size: int = BERT_PIECES) -> Path:
-    """Return the vocabulary file of `size` pieces that ships with `dgm4`: bert-base-uncased's, or the demo's.
+def find_vocabulary(size: int = BERT_PIECES, kind: str = WORDPIECE.kind) -> Path:
+    """Return the vocabulary file of `size` pieces that ships with `dgm4`.
 
-    Raises InputError for another size.
+    Of kind "wordpiece" there are bert-base-uncased's and the demo's; of kind "byte_bpe" roberta-base's and,
+    for networks of size tiny, that of its first merges. Raises InputError for another size.
     """
-    if size == count_pieces(DEMO_VOCABULARY):
-        return DEMO_VOCABULARY
-    if size != BERT_PIECES:
-        raise InputError(f"no vocabulary of {size} word pieces is at hand: give its file (--vocab)")
-    return BERT_VOCABULARY
+    if (kind, size) not in _SHIPPED:
+        raise InputError(f"no vocabulary of {size} {_CALLED[kind]} is at hand: give its file (--vocab)")
+    return _SHIPPED[kind, size]
 
 
-def vocabulary_of(checkpoint: Path | None, size: int, digest: str | None = None) -> Path:
-    """Return the vocabulary file beside a checkpoint, else one of `size` pieces as `find_vocabulary` does.
+def vocabulary_of(
+    checkpoint: Path | None, size: int, digest: str | None = None, kind: str = WORDPIECE.kind
+) -> Path:
+    """Return the word pieces beside a checkpoint, else what `find_vocabulary` does for `size` and `kind`.
 
     The file beside it may belong to something else. Raises InputError where the checkpoint records another
     `digest`, and where it records none, but a vocabulary of that size is known and this is another.
     """
-    beside = None if checkpoint is None else checkpoint.parent / VOCABULARY
-    path = beside if beside is not None and beside.is_file() else find_vocabulary(size)
+    beside = None if checkpoint is None or kind != WORDPIECE.kind else checkpoint.parent / VOCABULARY
+    path = beside if beside is not None and beside.is_file() else find_vocabulary(size, kind)
     if digest is not None:
         if vocabulary_digest(path) != digest:
             raise InputError(
@@ -53,7 +66,7 @@ def vocabulary_of(checkpoint: Path | None, size: int, digest: str | None = None)
 
 
 def _check_known(beside: Path, size: int) -> None:
-    whose = {BERT_PIECES: "bert-base-uncased's", count_pieces(DEMO_VOCABULARY): "the demo's"}.get(size)
+    whose = {BERT_PIECES: "bert-base-uncased's", 2048: "the demo's"}.get(size)
     if whose is None:
         log.warning("%s: taken as the network's vocabulary; no known one has its %d pieces", beside, size)
     elif vocabulary_digest(beside) != vocabulary_digest(find_vocabulary(size)):
@@ -64,12 +77,19 @@ def _check_known(beside: Path, size: int) -> None:
 
 
 def vocabulary_digest(vocabulary: Path) -> str:
-    """SHA-256 (hexadecimal) of the word pieces, one a line, whatever ends the lines of the file."""
+    """SHA-256 (hexadecimal) of the pieces, one a line, whatever the layout and the line ends of the file.
+
+    After byte pairs follow an empty line and the merges, one a line.
+    """
+    if are_byte_pairs(vocabulary):
+        return sha256_of(read_byte_pairs(vocabulary).lines().encode())
     return sha256_of("".join(f"{piece}\n" for piece in _read_pieces(vocabulary)).encode())
 
 
 def count_pieces(vocabulary: Path) -> int:
-    """Number of word pieces in a vocabulary file; raises InputError where it cannot be read."""
+    """Number of pieces in a vocabulary of either kind; raises InputError where it cannot be read."""
+    if are_byte_pairs(vocabulary):
+        return len(read_byte_pairs(vocabulary).pieces)
     return len(_read_pieces(vocabulary))
 
 
@@ -82,19 +102,19 @@ def _read_pieces(vocabulary: Path) -> list[str]:
         ) from error
 
 
-def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
-    """Build the uncased WordPiece tokenizer of a vocabulary with one piece a line, `size` pieces.
+def build_tokenizer(vocabulary: Path, size: int, kind: str = WORDPIECE.kind) -> Tokenizer:
+    """Build the tokenizer of a vocabulary with `size` pieces: uncased WordPiece, or byte pairs ("byte_bpe").
 
-    Raises InputError where the file is unreadable, has another size, or lacks a special token.
+    Word pieces are in a file, one a line; byte pairs where `dgm4.byte_pairs` reads them. Raises InputError
+    where the vocabulary is unreadable, of the other kind, has another size, or lacks a special token.
     """
+    if kind == BYTE_BPE.kind:
+        pairs = read_byte_pairs(vocabulary)
+        _check_size(vocabulary, size, len(pairs.pieces), kind)
+        return byte_pair_tokenizer(pairs)
     pieces = _read_pieces(vocabulary)
     missing = [token for token in _SPECIAL if token not in pieces]
-    if len(pieces) != size or missing:
-        lacks = f", without {', '.join(missing)}" if missing else ""
-        raise InputError(
-            f"{vocabulary}: expected {size} word pieces, got {len(pieces)}{lacks}; give the vocabulary that "
-            "the network was trained with (--vocab)"
-        )
+    _check_size(vocabulary, size, len(pieces), kind, missing)
     ids = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -104,3 +124,12 @@ def build_tokenizer(vocabulary: Path, size: int) -> Tokenizer:
     )
     tokenizer.add_special_tokens(list(_SPECIAL))
     return tokenizer
+
+
+def _check_size(vocabulary: Path, size: int, found: int, kind: str, missing: Sequence[str] = ()) -> None:
+    if found != size or missing:
+        lacks = f", without {', '.join(missing)}" if missing else ""
+        raise InputError(
+            f"{vocabulary}: expected {size} {_CALLED[kind]}, got {found}{lacks}; give the vocabulary that "
+            "the network was trained with (--vocab)"
+        )

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from numbers import Real
 from time import perf_counter
@@ -20,6 +21,7 @@ from engine.prediction import Prediction
 from engine.predictor import Predictor
 from engine.queueing import BatcherStatistics, Bounds, Queue, QueuedPair
 from engine.running import ItemError, Submitted
+from engine.tracing import caller, span, within
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -60,7 +62,10 @@ class Batcher:
         max_pending: int = 256,
         max_pending_bytes: int = 512 * 2**20,
     ) -> None:
-        """Make an empty queue; raises InputError for counts below 1 and a `max_wait_ms` that is no number."""
+        """Make an empty queue.
+
+        Raises InputError for counts below 1, a `max_batch` above the bundle's, a `max_wait_ms` below 0.
+        """
         if not isinstance(predictor, Predictor):
             raise InputError(f"predictor: expected an engine.Predictor, got {type(predictor).__name__}")
         self._options: dict[str, Any] = {
@@ -70,12 +75,10 @@ class Batcher:
             "max_pending_bytes": max_pending_bytes,
         }
         self._predictor, self._runner = predictor, predictor._runner
-        largest = predictor.manifest.limits.max_batch
-        batch = largest if max_batch is None else check_count("max_batch", max_batch, least=1)
         self._queue = Queue(
             Bounds(
-                batch=min(batch, largest),
-                wait=_check_time("max_wait_ms", max_wait_ms) / 1000,
+                batch=largest_batch(predictor, max_batch),
+                wait=_check_number("max_wait_ms", max_wait_ms, least=0) / 1000,
                 pending=check_count("max_pending", max_pending, least=1),
                 pending_bytes=check_count("max_pending_bytes", max_pending_bytes, least=1),
                 workers=self._runner.workers,
@@ -94,8 +97,8 @@ class Batcher:
         """Queue one pair, as `Predictor.predict` takes it, and return the future of its prediction.
 
         Never blocks. The future can be cancelled until the pair's batch starts. A pair that still waits
-        `timeout` seconds from now is dropped when its turn comes. The image is read later: an array must not
-        change meanwhile.
+        `timeout` seconds from now is dropped when its turn comes, so at 0 and below always. The image is read
+        later: an array must not change meanwhile.
 
         Raises OverloadedError where the queue is full, BackendError after `close` and in a forked process,
         InputError for a `timeout` that is no number. The future raises what `Predictor.predict` does, and
@@ -202,7 +205,7 @@ class Batcher:
     def _submit(self, image: ImageInput | None, caption: Caption | None, timeout: float | None) -> QueuedPair:
         self._runner.check_process()
         if timeout is not None:
-            timeout = min(_check_time("timeout", timeout), threading.TIMEOUT_MAX)
+            timeout = min(_check_number("timeout", timeout), threading.TIMEOUT_MAX)
         pair = QueuedPair(image, caption, timeout)
         try:
             self._queue.add(
@@ -228,7 +231,8 @@ class Batcher:
             if pair.is_late():
                 self._queue.put(pair, pair.deadline_error())
             else:
-                self._queue.put(pair, _attempt(self._runner.prepare, pair.image, pair.caption))
+                with within(pair.caller):
+                    self._queue.put(pair, _attempt(self._runner.prepare, pair.image, pair.caption))
 
     def _run_batches(self) -> None:
         """Run batches until no pair is left to run."""
@@ -246,17 +250,22 @@ class Batcher:
                 items.append(_with_wait(pair, pair.item))
         if pairs:
             self._queue.count_batch([item.timing[WAIT] for item in items])
-        submitted = _attempt(self._runner.submit, items)
+        callers = [pair.caller for pair in pairs]
+        with span("batch", callers=callers, pairs=len(pairs)) if pairs else nullcontext():
+            submitted, context = _attempt(self._runner.submit, items), caller()
         if not (self._runner.asynchronous and isinstance(submitted, Submitted)):
             self._queue.land()
         try:
-            self._finisher.submit(self._finish, pairs, submitted)
+            self._finisher.submit(self._finish, pairs, submitted, context)
         except RuntimeError:  # the interpreter ends
-            self._finish(pairs, submitted)
+            self._finish(pairs, submitted, context)
 
-    def _finish(self, pairs: list[QueuedPair], submitted: Submitted | BaseException) -> None:
-        """Give each pair of a batch its result, or all of them the error of their batch."""
-        results = submitted if isinstance(submitted, BaseException) else _attempt(self._results, submitted)
+    def _finish(self, pairs: list[QueuedPair], submitted: Submitted | BaseException, context: object) -> None:
+        """Give each pair of a batch its result, or all of them the error of their batch, within its span."""
+        with within(context):
+            results = (
+                submitted if isinstance(submitted, BaseException) else _attempt(self._results, submitted)
+            )
         outcomes = [results] * len(pairs) if isinstance(results, BaseException) else results
         for pair, outcome in zip(pairs, outcomes, strict=True):
             self._queue.settle(pair, outcome)
@@ -289,8 +298,18 @@ def _with_wait(pair: QueuedPair, item: Item) -> Item:
     return item._replace(timing={WAIT: max(0.0, waited)} | item.timing)
 
 
-def _check_time(name: str, value: object) -> float:
-    """Return a number as float, 0 for a negative one; raises InputError for NaN and what is no number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise InputError(f"{name}: expected a number, got {quoted(value)}")
-    return max(0.0, float(value))
+def largest_batch(predictor: Predictor, max_batch: int | None) -> int:
+    """The pairs of a batch, for None the bundle's largest; raises InputError below 1 and above that."""
+    largest = predictor.manifest.limits.max_batch
+    chosen = largest if max_batch is None else check_count("max_batch", max_batch, least=1)
+    if chosen > largest:
+        raise InputError(f"max_batch: expected at most {largest}, the bundle's limit, got {chosen}")
+    return chosen
+
+
+def _check_number(name: str, value: object, least: float = -math.inf) -> float:
+    """Return a number as float; raises InputError for NaN, what is no number, and what is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or value < least:
+        expected = "a number" if least == -math.inf else f"a number of at least {least:g}"
+        raise InputError(f"{name}: expected {expected}, got {quoted(value)}")
+    return float(value)

@@ -3,7 +3,7 @@
 manifest.json       what the bundle is, and the SHA-256 of every other file
 manifest.json.sig   an Ed25519 signature of that file, where the bundle was signed
 README.md           the model card
-tokenizer.json      WordPiece of the captions
+tokenizer.json      WordPiece or byte pairs of the captions
 model.safetensors   the weights under their released names
 model.onnx          the graph; its weights are in model.onnx.data
 model.flat.onnx     the graph in standard operators alone

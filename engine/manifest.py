@@ -102,7 +102,10 @@ class Weights(Record):
 
 @dataclass(frozen=True)
 class Vocabulary(Record):
-    """What tokenizer.json is made of: a file's name, its word pieces, and their SHA-256, one piece a line."""
+    """What tokenizer.json is made of: a file's name, its pieces, and their SHA-256, one piece a line.
+
+    After byte pairs come an empty line and the merges, one a line.
+    """
 
     source: str
     pieces: _Count

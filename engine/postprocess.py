@@ -83,9 +83,7 @@ def read_box(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, floa
 
 def read_words(logits_tok: np.ndarray, tokens: Tokens, threshold: float) -> tuple[Word, ...]:
     """Score each word by the largest softmax [1] over its tokens; `logits_tok` [n - 1, 2] lacks [CLS]."""
-    scores = np.zeros(len(tokens.words))
-    if len(logits_tok):
-        np.maximum.at(scores, tokens.word_of[1:], softmax(logits_tok)[:, 1])
+    scores = tokens.by_word(softmax(logits_tok)[:, 1])
     return tuple(
         Word(span.text, span.start, span.end, score, score >= threshold)
         for span, score in zip(tokens.words, scores.tolist(), strict=True)

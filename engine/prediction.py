@@ -62,7 +62,7 @@ class Prediction(Result):
             >>> prediction.plot("card.png").mode
             'RGB'
         """
-        from engine.render import check_plot_path, draw_card
+        from engine.cards.render import check_plot_path, draw_card
 
         if path is not None:
             check_plot_path(path)
@@ -82,6 +82,6 @@ class Prediction(Result):
             >>> "data:image/" in fragment
             True
         """
-        from engine.markup import write_fragment
+        from engine.cards.markup import write_fragment
 
         return write_fragment(self, image)

@@ -17,6 +17,7 @@ from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item
 from engine.inputs.sources import ImageInput
 from engine.prediction import Prediction
+from engine.tracing import caller
 
 _MAX_AHEAD_BYTES = 256 * 2**20  # of prepared images: 32 of the largest that a backend resizes have 1.6 GB
 
@@ -87,6 +88,7 @@ class QueuedPair(Future[Prediction]):
     def __init__(self, image: ImageInput | None, caption: Caption | None, timeout: float | None) -> None:
         super().__init__()
         self.image, self.caption, self.timeout = image, caption, timeout
+        self.caller = caller()
         self.bytes = bytes_of(image)
         self.item: Item | None = None
         self.accepted = self.prepared = perf_counter()
@@ -97,6 +99,11 @@ class QueuedPair(Future[Prediction]):
 
     def deadline_error(self) -> DeadlineError:
         """What the caller gets once the deadline has passed."""
+        if self.timeout is not None and self.timeout <= 0:
+            return DeadlineError(
+                f"the pair's timeout was {self.timeout:g} s, so its time was over when it came; "
+                "give a number of seconds above 0"
+            )
         return DeadlineError(
             f"the pair was not answered within its timeout of {self.timeout:g} s; "
             "allow more time, or send fewer pairs at once"
@@ -287,7 +294,7 @@ class Queue:
         self._counts[outcome] += 1
         self._pending -= 1
         self._pending_bytes -= pair.bytes
-        pair.image = pair.item = None
+        pair.image = pair.item = pair.caller = None
 
 
 def closed_error() -> BackendError:

@@ -123,7 +123,7 @@ class Record:
         }
 
     @classmethod
-    def chosen(cls, raw: dict[str, Any], path: str) -> type[Self]:
+    def _chosen(cls, raw: dict[str, Any], path: str) -> type[Self]:
         """The class to read an object as; a base that has several chooses by a field."""
         return cls
 
@@ -153,7 +153,7 @@ _type_hints = functools.cache(functools.partial(get_type_hints, include_extras=T
 def _read_record(kind: Any, raw: Any, path: str) -> Any:
     if not isinstance(raw, dict):
         fail(path or "the document", _NAMES[dict], raw)
-    kind = kind.chosen(raw, path)
+    kind = kind._chosen(raw, path)
     raw, kinds, values = kind.upgrade(raw), _type_hints(kind), {}
     fields = dataclasses.fields(kind)
     for field in fields:

@@ -8,6 +8,7 @@ every Predictor in $DGM4_PUBLIC_KEY, the path of a PEM file. `dgm4 sign` writes 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from engine.errors import BundleError, InputError, quoted
@@ -51,6 +52,11 @@ def check_signature(root: Path, manifest: bytes, public_key: bytes) -> None:
     try:
         key = load_pem_public_key(public_key)
     except Exception as error:  # the library raises many kinds, some of its own
+        if _is_key(public_key, "PRIVATE"):
+            raise InputError(
+                "public_key: expected an Ed25519 public key, got a private one, which none but its owner may "
+                "have; give its public half, which openssl pkey -in FILE -pubout prints"
+            ) from None
         raise InputError(f"public_key: expected an Ed25519 public key in PEM: {why_no_key(error)}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise InputError(f"public_key: expected an Ed25519 public key, got {type(key).__name__}")
@@ -81,6 +87,15 @@ def read_key(name: str, path: str | os.PathLike[str]) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name}: {quoted(os.fspath(path))} cannot be read: {reason}") from error
+
+
+def _is_key(content: bytes, kind: str) -> bool:
+    return re.search(rb"-----BEGIN [A-Z ]*%s KEY-----" % kind.encode(), content) is not None
+
+
+def is_public(content: bytes) -> bool:
+    """Whether the content of a key's file is a public key in PEM."""
+    return _is_key(content, "PUBLIC")
 
 
 def why_no_key(error: Exception) -> str:

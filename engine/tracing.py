@@ -7,8 +7,9 @@ captions, images or paths.
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
@@ -22,20 +23,51 @@ def _ignore(**_: str | int) -> None:
 _NONE: AbstractContextManager[Note] = nullcontext(_ignore)
 
 
-def span(name: str, /, **attributes: str | int) -> AbstractContextManager[Note]:
-    """A context manager that is the span `dgm4.<name>` within the current one; yields what adds attributes.
-
-    An exception gives it the status of an error and its class, without its text, which may repeat what a user
-    gave.
-    """
-    trace = sys.modules.get("opentelemetry.trace")
-    return _NONE if trace is None else _span(trace, name, attributes)
+def caller() -> object:
+    """The context of whoever calls, for `within` in another thread; None without OpenTelemetry."""
+    return None if "opentelemetry.trace" not in sys.modules else _contexts().get_current()
 
 
 @contextmanager
-def _span(trace: ModuleType, name: str, attributes: dict[str, str | int]) -> Iterator[Note]:
+def within(context: object) -> Iterator[None]:
+    """Let the spans of the block lie in a context of `caller`."""
+    if context is None:
+        yield
+        return
+    token = _contexts().attach(context)
+    try:
+        yield
+    finally:
+        _contexts().detach(token)
+
+
+def _contexts() -> ModuleType:
+    return importlib.import_module("opentelemetry.context")
+
+
+def span(
+    name: str, /, *, callers: Sequence[object] = (), **attributes: str | int
+) -> AbstractContextManager[Note]:
+    """A context manager that is the span `dgm4.<name>` within the current one; yields what adds attributes.
+
+    Work for several `callers` lies in the context of the first, and has links to the spans of the others. An
+    exception gives it the status of an error and its class, without its text, which may repeat what a user
+    gave.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    return _NONE if trace is None else _span(trace, name, callers, attributes)
+
+
+@contextmanager
+def _span(
+    trace: ModuleType, name: str, callers: Sequence[object], attributes: dict[str, str | int]
+) -> Iterator[Note]:
     quiet = {"record_exception": False, "set_status_on_exception": False}
-    with trace.get_tracer("dgm4").start_as_current_span(f"dgm4.{name}", **quiet) as current:
+    parents = [trace.get_current_span(context).get_span_context() for context in callers if context]
+    links = [trace.Link(parent) for parent in parents[1:] if parent.is_valid and parent != parents[0]]
+    context = callers[0] if callers else None  # None: the current one
+    tracer = trace.get_tracer("dgm4")
+    with tracer.start_as_current_span(f"dgm4.{name}", context, links=links, **quiet) as current:
 
         def note(**more: str | int) -> None:
             current.set_attributes({f"dgm4.{key}": value for key, value in more.items()})

@@ -14,6 +14,7 @@ from engine.errors import InputError
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import SCALES, TOKENIZER
 from engine.manifest import Calibration
+from engine.registry import network_of
 from export.graph.parity import Arrays
 from export.graph.rewrite import sharing
 from export.manifest_fields import LONGEST_CAPTION, MAX_WORDS
@@ -88,5 +89,6 @@ def _read_pairs(job: Job, source: Source, data: Path | None, count: int, split: 
     if data is None:
         raise InputError("expected a folder of pairs (calibration or data)")
     longest = min(LONGEST_CAPTION, job.options.max_tokens)
-    tokenizer = CaptionTokenizer(job.writer.path(TOKENIZER), MAX_WORDS, longest)
+    spec = network_of(source.config).tokenizer
+    tokenizer = CaptionTokenizer(job.writer.path(TOKENIZER), MAX_WORDS, longest, spec=spec)
     return read_pairs(data, count, tokenizer, source.config.image_size, split)

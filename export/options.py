@@ -54,8 +54,9 @@ class ExportOptions:
     With `sha256` no checkpoint of another hash is read: little damage to weights can be told otherwise.
     `targets` are compute capabilities as "8.6"; empty for all that the builder knows without a GPU.
     `engine` False leaves the engine out; `building` is how it is built.
-    `vocabulary` is a file with one word piece a line, `licence` that of the weights. `data` is a folder in
-    DGM4's layout: the bundle is evaluated on its `split`, and refused outside the accuracy gate.
+    `vocabulary` is a file with one word piece a line, or where `dgm4.byte_pairs` finds byte pairs. `licence`
+    is that of the weights. `data` is a folder in DGM4's layout: the bundle is evaluated on its `split`, and
+    refused outside the accuracy gate.
     `calibration` is such a folder too: int8 and fp8 are static then, with scales of activations calibrated on
     `calibration_pairs` pairs of its training split. `keep_layers` of the Linear layers, the worst by their
     own error, stay a step above the precision; "auto": as few as the checks and the gate on `data` ask for.
@@ -90,7 +91,11 @@ class ExportOptions:
     engine: bool = True
     building: EngineOptions = group(EngineOptions(), "how the engine is built")
     vocabulary: Path | None = flag(
-        None, "vocabulary, one word piece a line", name="vocab", metavar="FILE", type=Path
+        None,
+        "vocabulary: word pieces, one a line, or the folder or file of byte pairs",
+        name="vocab",
+        metavar="PATH",
+        type=Path,
     )
     licence: str | None = flag(None, "of the checkpoint's weights, for manifest and card", metavar="TEXT")
     data: Path | None = flag(None, "evaluate it on this data: the accuracy gate", metavar="DIR", type=Path)

@@ -21,7 +21,8 @@ from engine.errors import CheckpointError, InputError
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
 from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
-from engine.registry import DEFAULT
+from engine.registry import DEFAULT, network_of
+from engine.registry.config import NetworkConfig
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -42,7 +43,7 @@ def load_source(job: Job) -> Source:
             f"max_tokens: expected at most {model.config.positions}, the checkpoint's text positions, got "
             f"{job.options.max_tokens}; give --max-tokens {model.config.positions}"
         )
-    vocabulary = _write_tokenizer(job, model.config.vocabulary, trained_with)
+    vocabulary = _write_tokenizer(job, model.config, trained_with)
     _write_weights(job, model)
     with job.stage("rewrite") as stage:
         trained = torch_outputs(model, model.config)
@@ -99,15 +100,16 @@ def _notes(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
     return notes
 
 
-def _write_tokenizer(job: Job, pieces: int, trained_with: str | None) -> Vocabulary:
+def _write_tokenizer(job: Job, config: NetworkConfig, trained_with: str | None) -> Vocabulary:
     """Write the tokenizer and return the record of the vocabulary it is made of."""
+    kind, pieces = network_of(config).tokenizer.kind, config.vocabulary
     with job.stage("tokenizer") as stage:
-        path = job.options.vocabulary or vocabulary_of(job.options.checkpoint, pieces, trained_with)
-        tokenizer = build_tokenizer(path, pieces)
+        path = job.options.vocabulary or vocabulary_of(job.options.checkpoint, pieces, trained_with, kind)
+        tokenizer = build_tokenizer(path, pieces, kind)
         job.writer.add_text(TOKENIZER, tokenizer.to_str())
         vocabulary = Vocabulary(path.name, tokenizer.get_vocab_size(), vocabulary_digest(path))
         digest = f"SHA-256 {vocabulary.sha256[:16]}..."
-        stage.text = f"WordPiece, {vocabulary.pieces} pieces of {path.name}, {digest}"
+        stage.text = f"{type(tokenizer.model).__name__}, {pieces} pieces of {path.name}, {digest}"
     return vocabulary
 
 

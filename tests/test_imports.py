@@ -22,6 +22,7 @@ ROOMS = {
     "engine.tracing": "",
     "engine.schema": "engine.errors engine.layout",
     "engine.registry": "engine.schema",
+    "engine.result": "engine.errors engine.registry engine.schema",
     "engine.network.output": "",
     "engine.scores": "engine.errors engine.registry engine.schema",
     "engine.manifest": "engine.errors engine.layout engine.registry engine.schema engine.scores",
@@ -30,38 +31,43 @@ ROOMS = {
     "engine.bundle": "engine.errors engine.files engine.layout engine.manifest engine.shipped engine.signing",
     "engine._native": "",
     "engine.inputs": "engine._native engine.errors engine.layout engine.manifest engine.registry",
+    "engine.cards": "engine.errors engine.inputs engine.logs engine.result",
     "engine.network": "engine.errors engine.registry engine.network.output kernels",
     "engine.backends": "engine.errors engine.files engine.layout engine.packages engine.manifest "
     "engine.bundle engine.inputs engine.network engine.registry engine.network.output engine.schema "
     "kernels",
     "engine": "engine.errors engine.files engine.layout engine.registry engine.schema engine.manifest "
-    "engine.bundle engine.inputs engine.backends engine.logs engine.signing engine.tracing",
-    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.registry "
-    "engine.packages engine.progress",
-    "engine.serving": "engine engine.errors engine.inputs engine.registry",
+    "engine.bundle engine.cards engine.inputs engine.backends engine.logs engine.result engine.signing "
+    "engine.tracing",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.logs "
+    "engine.registry engine.result engine.packages engine.progress engine.schema",
+    "engine.serving": "engine engine.cards engine.errors engine.inputs engine.registry engine.schema",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.registry engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
     "export.output": "engine.errors engine.files engine.layout engine.manifest",
     "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
-    "engine.scores",
+    "engine.registry engine.scores",
     "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
     "engine.registry kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
     "engine.layout engine.manifest engine.network engine.registry export.graph kernels",
     "export.trt": "engine.errors engine.files engine.layout engine.manifest engine.packages engine.backends "
     "export.bundle export.flags export.graph kernels",
-    "export.evaluation": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
+    "export.evaluation": "engine.cards engine.result dgm4 engine engine.backends engine.bundle "
+    "engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.registry engine.progress engine.scores export.bundle "
     "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
     "engine.manifest engine.packages export.output",
-    "export.inference_server": "engine engine.backends engine.bundle engine.errors engine.inputs "
+    "export.inference_server": "engine.result engine engine.backends engine.bundle engine.errors "
+    "engine.inputs "
     "engine.layout engine.manifest engine.registry engine.schema export.bundle",
     "export": "dgm4 engine engine.backends engine.bundle engine.errors engine.files engine.inputs "
     "engine.layout engine.manifest engine.network engine.registry engine.packages "
     "export.bundle export.evaluation export.flags export.graph export.quantization export.trt",
-    "export.cli": "dgm4 engine engine._native engine.backends engine.bundle engine.errors engine.files "
+    "export.cli": "engine.cards dgm4 engine engine._native engine.backends engine.bundle engine.errors "
+    "engine.files "
     "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.scoring "
     "engine.registry engine.serving engine.shipped engine.signing export export.bench export.bundle "
     "export.evaluation export.flags export.inference_server export.output export.quantization export.trt",

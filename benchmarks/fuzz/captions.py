@@ -11,7 +11,6 @@ import numpy as np
 from engine.bundle import Bundle
 from engine.errors import InputError
 from engine.inputs.text import CaptionTokenizer, Tokens
-from engine.layout import TOKENIZER
 
 BUNDLE = "demo:asap"
 _PIECES = (
@@ -105,9 +104,7 @@ def caption(seed: int) -> str | bytes:
 
 @functools.cache
 def _tokenizer() -> CaptionTokenizer:
-    bundle = Bundle.open(BUNDLE)
-    spec = bundle.manifest.preprocess
-    return CaptionTokenizer(bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, bundle.read(TOKENIZER))
+    return CaptionTokenizer.of(Bundle.open(BUNDLE))
 
 
 def try_caption(seed: int) -> TriedCaption:

@@ -42,7 +42,7 @@ def label_tokens(sample: Sample, tokenizer: CaptionTokenizer) -> tuple[np.ndarra
     off have no label.
     """
     tokens, cleaned = encode(sample.text, tokenizer)
-    return tokens.ids, fake_words(sample, tokens, cleaned).astype(np.int64)[tokens.word_of[1:]]
+    return tokens.ids, tokens.by_token(fake_words(sample, tokens, cleaned)).astype(np.int64)
 
 
 def fake_words(sample: Sample, tokens: Tokens, cleaned: CleanCaption) -> np.ndarray:

@@ -117,7 +117,7 @@ class Preparation:
     def caption(self, name: str, picture: Picture, caption: Caption | None) -> Item:
         """Join a prepared image with a caption, an empty one for None; raises InputError as `pair` does."""
         if caption is None and picture.size is None:
-            raise InputError(f"{name or 'the pair'}: expected an image or a caption, got None for both")
+            raise InputError(f"{name or 'the pair'}: expected an image or a caption, got neither")
         started = perf_counter()
         try:
             text, tokens = self._tokenizer("" if caption is None else caption)

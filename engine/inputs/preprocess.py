@@ -161,6 +161,8 @@ def _boundary(label: str) -> Iterator[None]:
         yield
     except _PILLOW_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if "truncated" in reason.lower():  # Pillow counts bytes of its own buffer
+            reason = "its file is truncated: the end is missing, or the middle is damaged"
         raise InputError(f"{label}: cannot be read as an image: {reason}") from error
 
 

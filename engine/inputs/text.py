@@ -8,6 +8,7 @@ as the user wrote it, punctuation inside it included.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ import numpy as np
 
 from engine.errors import BundleError, InputError
 from engine.layout import TOKENIZER
+from engine.registry import network_of
+from engine.registry.record import WORDPIECE, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 4096
 _BYTES_PER_CHARACTER = 4
+_MODELS = {"wordpiece": "WordPiece", "byte_bpe": "BPE"}  # the library's names of the kinds
 _DELETED = frozenset(",.'!?\"()*#:;~")
 _SPACED = frozenset("-/")
 _PERSON = "<person>"
@@ -60,13 +64,26 @@ class CleanCaption:
 class Tokens:
     """Token ids of one caption: int64 [n], [CLS] first and no [SEP].
 
-    `word_of` [n] names each token's word, -1 for [CLS]; `words` holds the words that got a token.
+    `word_of` [n] names each token's word; -1 for [CLS], and for white space that is a token of its own.
+    `words` holds the words that got a token.
     """
 
     ids: np.ndarray
     word_of: np.ndarray
     words: tuple[Span, ...]
     warnings: tuple[str, ...]
+
+    def by_word(self, values: np.ndarray) -> np.ndarray:
+        """For each word the largest of its tokens' `values`, [n - 1] without [CLS], numbers or bool."""
+        word_of = self.word_of[1:]
+        lowest = False if values.dtype == bool else -np.inf
+        largest = np.full(len(self.words), lowest, dtype=values.dtype)
+        np.maximum.at(largest, word_of[word_of >= 0], values[word_of >= 0])
+        return largest
+
+    def by_token(self, flags: np.ndarray) -> np.ndarray:
+        """For each token but [CLS] whether its word is flagged, bool [n - 1], of bool [words]."""
+        return np.append(flags, False)[self.word_of[1:]]
 
 
 def read_caption(caption: str | bytes, max_characters: int = MAX_CHARACTERS) -> tuple[str, tuple[str, ...]]:
@@ -160,29 +177,41 @@ def _strip(text: str, origin: list[int]) -> tuple[str, list[int]]:
 
 
 class CaptionTokenizer:
-    """WordPiece ids of captions, as bert-base-uncased gives them without [SEP]."""
+    """Ids of captions as a network's own tokenizer gives them, without its last special token."""
 
     def __init__(
-        self, path: str | Path, max_words: int = 50, max_tokens: int = 127, content: bytes | None = None
+        self,
+        path: str | Path,
+        max_words: int = 50,
+        max_tokens: int = 127,
+        content: bytes | None = None,
+        spec: TokenizerSpec = WORDPIECE,
     ):
-        """Read the `tokenizer.json` at `path`; raises BundleError where it is not one or lacks [CLS].
+        """Read the `tokenizer.json` at `path`; raises BundleError where it is not one of the kind of `spec`.
 
         With `content`, that of the file, `path` is only what messages call it.
         """
         self._tokenizer = _load_tokenizer(Path(path), content)
         self._max_words = max_words
         self._max_tokens = max_tokens
-        cls_id = self._tokenizer.token_to_id("[CLS]")
-        if cls_id is None:
-            raise BundleError(f"{path}: the vocabulary has no [CLS]; expected that of bert-base-uncased")
+        model, cls_id = type(self._tokenizer.model).__name__, self._tokenizer.token_to_id(spec.cls)
+        if model != _MODELS[spec.kind] or cls_id is None:
+            found = f"{model} {'without' if cls_id is None else 'with'} {spec.cls}"
+            raise BundleError(
+                f"{path}: expected a tokenizer of kind {_MODELS[spec.kind]} with {spec.cls}, got {found}; "
+                "export or copy the bundle again"
+            )
         self.cls_id: int = cls_id
-        self._unknown_id: int | None = self._tokenizer.token_to_id("[UNK]")
+        unknown_id = None if spec.unknown is None else self._tokenizer.token_to_id(spec.unknown)
+        self._unknown_id = -1 if unknown_id is None else unknown_id
 
     @classmethod
     def of(cls, bundle: Bundle) -> CaptionTokenizer:
         """The tokenizer of a bundle, made of the very bytes that were hashed; raises BundleError."""
-        spec = bundle.manifest.preprocess
-        return cls(bundle.path / TOKENIZER, spec.max_words, spec.max_tokens, bundle.read(TOKENIZER))
+        limits = bundle.manifest.preprocess
+        spec = network_of(bundle.manifest.model.config).tokenizer
+        content = bundle.read(TOKENIZER)
+        return cls(bundle.path / TOKENIZER, limits.max_words, limits.max_tokens, content, spec)
 
     def __call__(self, caption: str | bytes) -> tuple[str, Tokens]:
         """Return (the caption that the words' spans refer to, its tokens); raises InputError."""
@@ -195,29 +224,41 @@ class CaptionTokenizer:
     def encode(self, cleaned: CleanCaption) -> Tokens:
         """Tokenise a cleaned caption into at most `max_tokens` ids, [CLS] included.
 
-        A word without a token (control characters alone, or past `max_tokens`) is left out of `words`.
+        A word without a token (control characters alone, or past `max_tokens`) is left out of `words`. A
+        caption without a word has no token but [CLS].
         """
-        encoding = self._tokenizer.encode(cleaned.text, add_special_tokens=False)
+        encoding = self._tokenizer.encode(cleaned.text if cleaned.spans else "", add_special_tokens=False)
         room = self._max_tokens - 1
         warnings = list(cleaned.warnings)
         if len(encoding.ids) > room:
             warnings.append(f"text_truncated: kept {room} of {len(encoding.ids)} word pieces")
-        starts = np.array([start for start, _ in encoding.offsets[:room]], dtype=np.int64)
-        word_starts = np.array([start for start, _ in cleaned.bounds], dtype=np.int64)
-        word_of = np.searchsorted(word_starts, starts, side="right") - 1
-        read, renumbered = np.unique(word_of, return_inverse=True)
+        ids = np.array(encoding.ids[:room], dtype=np.int64)
+        word_of = _words_of(encoding.offsets[:room], cleaned.bounds)
+        read, renumbered = np.unique(word_of[word_of >= 0], return_inverse=True)
         if cleaned.spans and not len(read):
             warnings.append("empty_text: the caption holds no character that the tokenizer knows")
-        known = [token != self._unknown_id for token in encoding.ids[:room]]
-        unknown = len(read) - len(np.unique(word_of[known]))
+        known = word_of[(word_of >= 0) & (ids != self._unknown_id)]
+        unknown = len(read) - len(np.unique(known))
         if unknown:
             warnings.append(f"unknown_words: {unknown} of {len(read)} are not in the network's vocabulary")
+        word_of[word_of >= 0] = renumbered
         return Tokens(
-            ids=np.array([self.cls_id, *encoding.ids[:room]], dtype=np.int64),
-            word_of=np.concatenate([[-1], renumbered]).astype(np.int64),
+            ids=np.concatenate([[self.cls_id], ids]),
+            word_of=np.concatenate([[-1], word_of]),
             words=tuple(cleaned.spans[i] for i in read),
             warnings=tuple(warnings),
         )
+
+
+def _words_of(offsets: Sequence[tuple[int, int]], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The word of each token by its last character, since byte pairs have a space in front; int64 [tokens].
+
+    Both have (start, end) in the cleaned text. -1 for a token of white space alone.
+    """
+    starts, ends = np.array([(0, 0), *bounds], dtype=np.int64).T  # an empty word, in front of all
+    last = np.array([max(start, end - 1) for start, end in offsets], dtype=np.int64)
+    word_of = np.searchsorted(starts[1:], last, side="right")
+    return np.where(last < ends[word_of], word_of, 0) - 1
 
 
 def _load_tokenizer(path: Path, content: bytes | None) -> Tokenizer:

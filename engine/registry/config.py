@@ -67,7 +67,7 @@ class NetworkConfig(Record):
         return self.width // self.heads
 
     @classmethod
-    def chosen(cls, raw: dict[str, Any], path: str) -> type[Self]:
+    def _chosen(cls, raw: dict[str, Any], path: str) -> type[Self]:
         """The class of the network that `raw` names."""
         choices = one_of(*cls.known)
         name = raw.get("name", NOTHING)

@@ -66,10 +66,16 @@ class TokenizerSpec:
     unknown: str | None
     min_tokens: int
 
+    @property
+    def pieces(self) -> str:
+        """What the pieces of its vocabulary are called."""
+        return "byte pairs" if self.kind == "byte_bpe" else "word pieces"
+
 
 # First names of what training on ALBEF keeps; its momentum towers and queues are told by their endings.
 DEAD = frozenset({"temp", "vision_proj", "text_proj", "queue_ptr"})
 WORDPIECE = TokenizerSpec("wordpiece", "[CLS]", "[UNK]", 2)
+BYTE_BPE = TokenizerSpec("byte_bpe", "<s>", None, 2)
 
 
 @dataclass(frozen=True)

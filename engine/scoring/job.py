@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, why_no_json
 from engine.files import replacing
+from engine.schema import parse_json
 from engine.scoring.pairs import PairList
 from engine.scoring.shards import Shard, cut, digest_of
 from engine.scoring.worker import Tally, Work, tally_of
@@ -130,15 +131,35 @@ def _agree(path: Path, asked: dict[str, Any]) -> None:
         write_json(path, asked)
         return
     try:
-        before = json.loads(path.read_bytes())
+        before = parse_json(path.read_bytes())
         differing = [name for name, value in asked.items() if before[name] != value]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected what an earlier run wrote; choose another --out") from error
-    for name in differing[:1]:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        why = why_no_json(error) if isinstance(error, ValueError | RecursionError) else "a field is missing"
+        why = error.strerror or why if isinstance(error, OSError) else why
         raise InputError(
-            f"{path.parent}: holds the answers of another job, whose {name} was {before[name]}, now "
-            f"{asked[name]}; ask for the same, or choose another --out"
-        )
+            f"{path}: is damaged, so that what the answers beside it belong to cannot be told: {why}; "
+            "choose another --out"
+        ) from error
+    for name in differing[:1]:
+        raise InputError(f"{path.parent}: {_difference(name, before[name], asked[name])}")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What a job was begun with, what is asked now, and what to do."""
+    if name in ("pairs", "list"):
+        change = f"{before} pairs, not {now}," if name == "pairs" else "other pairs"
+        return f"its list had {change} when the job began; put the list back, or choose another --out"
+    return (
+        f"holds the answers of another job, with {name} {_told(before)}, not {_told(now)}; "
+        "ask for the same, or choose another --out"
+    )
+
+
+def _told(value: Any) -> str:
+    """A setting as a message has it; none stands for thresholds that are the bundle's."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={number}" for name, number in value.items()) or "of the bundle"
+    return str(value)
 
 
 @contextlib.contextmanager

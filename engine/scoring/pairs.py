@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.errors import InputError
+from engine.errors import InputError, why_no_json
+from engine.logs import warn_once
+from engine.schema import parse_json
 from engine.scoring.entries import ROW, SHOWN, START, Entry, Mark, failed, make_entry, shown
 from engine.scoring.parquet import SUFFIX as PARQUET
 from engine.scoring.parquet import read_rows
 from engine.scoring.tables import TABLES, Table, why_no_table
+
+logger = logging.getLogger(__name__)
 
 STDIN = Path("-")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -151,7 +156,7 @@ def _read(file: BinaryIO, suffix: str, name: str, start: Mark) -> Iterator[tuple
 def _read_line(line: bytes, number: int) -> Entry:
     """One line of JSON lines."""
     try:
-        record = json.loads(line.decode())
+        record = parse_json(line)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or numbers and nesting past reason
         return failed(Entry(number), f"expected JSON in UTF-8, got {shown(line)}")
     return make_entry(record, Entry(number), shown(line))
@@ -159,9 +164,11 @@ def _read_line(line: bytes, number: int) -> Entry:
 
 def _read_array(content: bytes, name: str) -> list[Entry]:
     try:
-        records = json.loads(content.decode())
+        records = parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: expected a JSON array of pairs in UTF-8: {str(error)[:SHOWN]}") from error
+        raise InputError(
+            f"{name}: expected a JSON array of pairs in UTF-8: {why_no_json(error)[:SHOWN]}"
+        ) from error
     return [
         make_entry(record, Entry(number, unit="item"), shown(json.dumps(record).encode()))
         for number, record in enumerate(records, start=1)
@@ -196,6 +203,7 @@ def _read_folder(folder: Path, files: list[Path], start: Mark, content: bool) ->
             f"{folder}: expected captions.csv or another list of captions, or images with a text file "
             "each, got neither"
         )
+    _tell_left_out(folder, files, images)
     for number, image in enumerate(images[start.number :], start=start.number + 1):
         entry, caption = Entry(number, image.name, unit="item"), image.with_suffix(".txt")
         try:
@@ -204,3 +212,14 @@ def _read_folder(folder: Path, files: list[Path], start: Mark, content: bool) ->
         except OSError:
             entry = failed(entry, f"no caption; expected it in {caption.name} beside the image")
         yield entry, Mark(0, number)
+
+
+def _tell_left_out(folder: Path, files: list[Path], images: list[Path]) -> None:
+    """Warn of texts that have the form of a caption, but no image beside them."""
+    stems = {path.stem for path in images}
+    alone = [path.name for path in files if path.suffix == ".txt" and path.stem not in stems]
+    if alone:
+        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+        warn_once(
+            logger, f"{folder}: {alone[0]}{more} left out: expected an image of the same name beside it"
+        )

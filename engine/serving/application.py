@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Mount, Route
 
 from engine import __version__
 from engine.errors import Dgm4Error
@@ -36,7 +37,7 @@ def create_app(predictor: Predictor | str | os.PathLike[str], settings: Settings
 
     `predictor` may be a bundle's path or name; it is opened here then, and closed at the application's
     shutdown. The server must send the lifespan events: the Batcher starts and the warm-up runs at startup.
-    Raises what `Predictor` raises.
+    Raises what `Predictor` raises, and InputError for a `max_batch` above the bundle's largest.
 
     Examples:
         >>> from engine.serving import Settings, create_app
@@ -67,10 +68,12 @@ def create_app(predictor: Predictor | str | os.PathLike[str], settings: Settings
         telemetry={"logs": False, "auto_configure": False},
     )
     app.state.service = service
-    for routes in (v1, protocol, operation, pages):
-        app.include_router(routes.router)
     app.mount("/static", pages.static)
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    routes = [route for route in app.routes if isinstance(route, Route | Mount)]
+    for module in (v1, protocol, operation, pages):
+        app.include_router(module.router)
+        routes += [route for route in module.router.routes if isinstance(route, Route)]
+    app.add_middleware(Gate, settings=settings, metrics=metrics, routes=routes)
     for kind in (Dgm4Error, HTTPException):
         app.add_exception_handler(kind, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -9,11 +9,13 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.serving.metrics import Metrics
@@ -46,7 +48,8 @@ class Exchange:
     unread: whether more of the body may come.
     """
 
-    def __init__(self, headers: Headers, settings: Settings) -> None:
+    def __init__(self, headers: Headers, settings: Settings, root_path: str) -> None:
+        self.root_path = root_path
         given = headers.get("x-request-id", "")
         self.request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         self.client = ""
@@ -62,8 +65,10 @@ class Exchange:
 class Gate:
     """Middleware around the routes: refuses early, bounds what is read, stamps and records what is sent."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: Sequence[Route | Mount]
+    ) -> None:
+        self._app, self._settings, self._metrics, self._routes = app, settings, metrics, routes
         self._rate = None if settings.rate is None else RateLimiter(settings.rate, settings.burst)
         self._buffered = 0
         metrics.buffered.set_function(lambda: self._buffered)
@@ -73,7 +78,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(headers := Headers(scope=scope), self._settings)
+        exchange = Exchange(headers := Headers(scope=scope), self._settings, scope.get("root_path", ""))
         scope[EXCHANGE] = exchange
 
         async def limited() -> Message:
@@ -165,7 +170,7 @@ class Gate:
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         """Count the request, and log it without anything that the client chose."""
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = _route_of(scope, self._routes)
         seconds = time.perf_counter() - exchange.started
         status = exchange.status or _CLIENT_GONE
         self._metrics.record(scope["method"], route, status, exchange.code, seconds)
@@ -181,6 +186,16 @@ class Gate:
         }
         level = logging.ERROR if status == 500 else logging.INFO
         logger.log(level, "request", extra={"fields": fields})
+
+
+def _route_of(scope: Scope, routes: Sequence[Route | Mount]) -> str:
+    """The path of the route that a request is for, if refused before it too; "unmatched" without one."""
+    if (found := getattr(scope.get("route"), "path", None)) is not None:
+        return str(found)
+    scope = {**scope, "root_path": scope[EXCHANGE].root_path}  # a mount changes it
+    matching = {route.path: route.matches(scope)[0].value for route in routes}
+    best = max(matching, key=matching.__getitem__, default="unmatched")
+    return best if matching.get(best) else "unmatched"
 
 
 def needs_no_token(path: str) -> bool:

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from engine import __version__
-from engine.markup import environment
+from engine.cards.markup import environment
 from engine.serving.service import Service
 
 if TYPE_CHECKING:

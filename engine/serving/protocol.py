@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -12,6 +12,7 @@ from engine import __version__
 from engine.prediction import Prediction
 from engine.serving.operation import check_ready
 from engine.serving.problems import Refused, problem_of
+from engine.serving.schemas import known_options
 from engine.serving.service import Service
 from engine.serving.tensors import (
     HEADER,
@@ -129,6 +130,7 @@ async def model_ready(request: Request, name: str) -> Ready:
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}},
         }
     },
+    dependencies=[Depends(known_options)],
     response_model=None,
     responses={
         200: {"model": InferResponse},

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from engine.errors import shorten
+from engine.errors import why_no_json
+from engine.schema import parse_json
 from engine.serving.problems import CODES, PROBLEM_TYPE, Refused
 
+IN_BASE64 = "an image file in base64 (addresses and paths are not read)"
+_SHOWN = 60  # characters of what a client gave that a message repeats
+_EXPECTED = {  # by pydantic's types of faults
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "bytes_invalid_encoding": IN_BASE64,
+    "bytes_type": IN_BASE64,
+    "dict_type": "an object",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_type": "a string",
+    "string_unicode": "a string of Unicode characters",
+}
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 _Image = Annotated[
     bytes | None,
@@ -33,7 +54,7 @@ class PairsRequest(BaseModel):
     """Many pairs, answered in order."""
 
     model_config = ConfigDict(extra="forbid")
-    pairs: list[PairRequest]
+    pairs: Annotated[list[PairRequest], Field(min_length=1)]
 
 
 class Word(BaseModel):
@@ -115,18 +136,59 @@ def read_request(body: bytes) -> PairRequest | PairsRequest:
 def checked(adapter: TypeAdapter[Any], body: bytes) -> Any:
     """Read JSON as a type of pydantic's; raises Refused."""
     try:
+        parse_json(body)  # pydantic's own parser takes the last of two fields of one name
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "bad_request", f"the body: expected JSON: {why_no_json(error)}") from None
+    try:
         return adapter.validate_json(body)
     except ValidationError as error:
-        if error.errors(include_url=False, include_input=False)[0]["type"] == "json_invalid":
-            raise Refused(400, "bad_request", explain(error)) from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            why = first["msg"].removeprefix("Invalid JSON: ")
+            raise Refused(400, "bad_request", f"the body: expected JSON in UTF-8: {why}") from None
         raise Refused(422, "invalid_request", explain(error)) from None
 
 
 def explain(error: Any) -> str:
-    """The first fault that pydantic or FastAPI found, as `field: what was expected`."""
+    """The first fault that pydantic or FastAPI found: `field: expected ..., got ...`."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("pair", "pairs"))
-    return shorten(f"{place}: {first['msg']}" if place else str(first["msg"]))
+    kind, given, context = first["type"], first["input"], first.get("ctx", {})
+    tags = ("pair", "pairs") if first["loc"][:1] in (("pair",), ("pairs",)) else ()  # the discriminator's
+    place = ""
+    for part in first["loc"][len(tags[:1]) :]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+    if kind == "extra_forbidden":
+        return f"{place}: expected no field of this name"
+    if kind == "missing":
+        return f"{place}: expected this field, got none"
+    expected = _EXPECTED.get(kind, str(first["msg"]))
+    if kind == "too_short":
+        return f"{place}: expected at least {context['min_length']}, got {context['actual_length'] or 'none'}"
+    return f"{place or 'the body'}: expected {expected}, got {shown(given)}"
+
+
+def shown(given: object) -> str:
+    """What a client gave, in a few words of JSON's."""
+    if isinstance(given, bytes):
+        given = given.decode(errors="replace")
+    if isinstance(given, str):
+        return repr(given if len(given) <= _SHOWN else given[:_SHOWN] + "...")
+    if isinstance(given, Sequence | Mapping):
+        return "a list" if isinstance(given, Sequence) else "an object"
+    return (
+        json.dumps(given) if given is None or isinstance(given, bool | int | float) else repr(given)[:_SHOWN]
+    )
+
+
+def known_options(request: Request) -> None:
+    """Raise Refused for an option in the address that the route does not know, or that is given twice."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name, _ in (given := request.query_params.multi_items()):
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "no option"
+            raise Refused(422, "invalid_request", f"query: expected {expected}, got {shown(name)}")
+    if len(given) > len(dict(given)):
+        raise Refused(422, "invalid_request", "query: expected each option once, got one of them twice")
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from engine.batcher import Batcher, BatcherStatistics
+from engine.batcher import Batcher, BatcherStatistics, largest_batch
 from engine.errors import DeadlineError
 from engine.inputs.pairs import Caption
 from engine.prediction import Prediction
@@ -37,6 +37,7 @@ class Service:
 
     def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics, owned: bool) -> None:
         self.predictor, self.settings, self.metrics = predictor, settings, metrics
+        self._largest = largest_batch(predictor, settings.max_batch)
         self.name = settings.name or "-".join(predictor.model[key] for key in ("name", "size", "precision"))
         self.failure: Exception | None = None
         self._batcher: Batcher | None = None
@@ -65,7 +66,7 @@ class Service:
         self._draining = False
         batcher = self._batcher = Batcher(
             self.predictor,
-            max_batch=settings.max_batch,
+            max_batch=self._largest,
             max_wait_ms=settings.max_wait_ms,
             max_pending=settings.max_pending,
         )
@@ -82,9 +83,9 @@ class Service:
             logger.info("stopped")
 
     async def _warm_up(self) -> None:
-        most = self.settings.max_batch or self.predictor.manifest.limits.max_batch
         try:
-            await asyncio.to_thread(self.predictor.warm_up, [(1, _WARM_UP_TOKENS), (most, _WARM_UP_TOKENS)])
+            shapes = [(pairs, _WARM_UP_TOKENS) for pairs in (1, self._largest)]
+            await asyncio.to_thread(self.predictor.warm_up, shapes)
         except Exception as error:
             self.failure = error
             logger.critical("the warm-up failed", exc_info=error)

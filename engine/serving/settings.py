@@ -23,11 +23,11 @@ class Settings:
         token: what clients must send as `Authorization: Bearer TOKEN`, of 16 characters or more; None: no
             client has to.
         max_body: bytes of a request's body. An image in base64 takes 4/3 of its bytes.
-        max_buffered: bytes of bodies that are held at once, of all requests together.
+        max_buffered: bytes of bodies that are held at once, of all requests together; `max_body` at least.
         max_pairs: pairs of one request.
         max_batch: pairs that run as one batch; None: the bundle's largest.
         max_wait_ms: milliseconds that a pair waits for others to share its batch.
-        max_pending: pairs that are taken and not yet answered; more are refused with 503.
+        max_pending: pairs that are taken and not yet answered, `max_pairs` at least; more get 503.
         timeout_s: seconds from a request's headers to its answer; past it the answer is 504.
         read_timeout_s: seconds that the body may take to arrive; past it the answer is 408.
         rate: pairs a second that one client may send in the long run, else 429; None: any number.
@@ -68,9 +68,10 @@ class Settings:
             raise InputError(f"name: expected letters, digits, -, _ or ., got {quoted(self.name)}")
         for small, large in (("max_pairs", "max_pending"), ("max_body", "max_buffered")):
             if getattr(self, small) > getattr(self, large):
+                unit = " bytes" if small == "max_body" else ""
                 raise InputError(
-                    f"{large}: expected at least {small}, which is {getattr(self, small)}, "
-                    f"got {getattr(self, large)}"
+                    f"{large}: expected at least {small}, which is {getattr(self, small)}{unit}, "
+                    f"got {getattr(self, large)}{unit}"
                 )
         if self.rate is not None and self.rate == 0:
             raise InputError("rate: expected a number above 0, got 0; leave it out for no limit")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from engine.prediction import Prediction
 from engine.registry.config import TYPES
 from engine.serving.problems import Refused
-from engine.serving.schemas import checked
+from engine.serving.schemas import IN_BASE64, checked, shown
 
 HEADER = "inference-header-content-length"  # bytes of JSON before the binary data
 INPUTS = ("image", "caption")
@@ -106,7 +106,13 @@ def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str,
         if tensor.shape not in ([count], [count, 1]):
             raise _wrong(tensor.name, f"the shape [{count}], as many as its elements", tensor.shape)
     if len({len(found) for found in elements.values()}) != 1:
-        raise Refused(422, "invalid_request", "expected image and caption, or one of them, of equal lengths")
+        got = ", ".join(f"{name} of {len(found)}" for name, found in elements.items()) or "none"
+        text = f"inputs: expected image and caption, or one of them, of equal lengths, got {got}"
+        raise Refused(422, "invalid_request", text)
+    if not all(elements.values()):
+        raise Refused(422, "invalid_request", "inputs: expected at least one pair, got none")
+    for caption in elements.get("caption", ()):
+        check_text("caption", caption)
     return request, elements
 
 
@@ -123,14 +129,14 @@ def _from_json(tensor: InferInput) -> Iterator[bytes]:
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
         if not isinstance(value, str):
-            raise _wrong(tensor.name, "strings as data", type(value).__name__)
+            raise _wrong(tensor.name, "strings as data", value)
         if tensor.name == "caption":
             yield value.encode()
             continue
         try:
             yield base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
-            raise _wrong(tensor.name, "images in base64", "another text") from None
+            raise _wrong(tensor.name, IN_BASE64, value) from None
 
 
 def _from_binary(name: str, data: memoryview) -> list[bytes]:
@@ -197,4 +203,13 @@ def _to_binary(datatype: str, values: list[Any]) -> bytes:
 
 
 def _wrong(place: str, expected: str, got: object) -> Refused:
-    return Refused(422, "invalid_request", f"{place}: expected {expected}, got {str(got)[:80]!r}")
+    return Refused(422, "invalid_request", f"{place}: expected {expected}, got {shown(got)}")
+
+
+def check_text(place: str, data: bytes | bytearray) -> None:
+    """Raise Refused for bytes that are no UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        text = f"{place}: expected a text in UTF-8, got the byte 0x{data[error.start]:02x} at {error.start}"
+        raise Refused(422, "invalid_request", text) from None

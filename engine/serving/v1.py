@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
@@ -19,14 +20,18 @@ from engine.serving.schemas import (
     PairsRequest,
     PredictionResponse,
     PredictionsResponse,
+    known_options,
     problems,
     read_request,
+    shown,
 )
 from engine.serving.service import Answer, Given, Service
+from engine.serving.tensors import check_text
 
 router = APIRouter()
 
 _FIELDS = {"image", "caption"}
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PAIR, _PAIRS = ({"$ref": f"#/components/schemas/{name}"} for name in ("PairRequest", "PairsRequest"))
 _BODY = {
     "required": True,
@@ -52,6 +57,20 @@ class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize
     ended = False
 
+    def on_part_end(self) -> None:
+        """See Starlette, which would read a text that is not UTF-8 as Latin-1; raises Refused."""
+        part = self._current_part
+        if part.file is None:
+            kind = dict(part.item_headers).get(b"content-type", b"")
+            charset = parse_options_header(kind)[1].get(b"charset", self._charset.encode())
+            if charset.lower() not in _CHARSETS:
+                got = f"the charset {shown(charset)}"
+                raise Refused(
+                    422, "invalid_request", f"{part.field_name}: expected a text in UTF-8, got {got}"
+                )
+            check_text(part.field_name, part.data)
+        super().on_part_end()
+
     def on_end(self) -> None:
         """See Starlette: called at the form's last boundary."""
         self.ended = True
@@ -62,6 +81,7 @@ class _InMemory(MultiPartParser):
     summary="Predict one pair or many",
     tags=["predict"],
     openapi_extra={"requestBody": _BODY},
+    dependencies=[Depends(known_options)],
     response_model=None,
     responses={
         200: {"model": PredictionResponse | PredictionsResponse, "description": "The answer, or the answers"},
@@ -111,7 +131,9 @@ async def _read_form(request: Request) -> Given:
         raise Refused(400, "bad_request", "the form ends before its last boundary: it was cut short")
     names = [name for name, _ in form.multi_items()]
     if not set(names) <= _FIELDS or len(names) > len(set(names)):
-        raise Refused(422, "invalid_request", "expected the fields image and caption, each at most once")
+        got = ", ".join(shown(name) for name in names)
+        text = f"the form: expected the fields image and caption, each at most once, got {got}"
+        raise Refused(422, "invalid_request", text)
     return await _image(form), await _caption(form)
 
 
@@ -127,7 +149,10 @@ async def _image(form: FormData) -> bytes | None:
 
 async def _caption(form: FormData) -> Caption | None:
     given = form.get("caption")
-    return await given.read() if isinstance(given, UploadFile) else given
+    if not isinstance(given, UploadFile):
+        return given
+    check_text("caption", text := await given.read())
+    return text
 
 
 async def _show(answer: Answer, pair: Given, heatmap: bool, card: bool) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.layout import GRAPH
-from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Preprocess, Verification
+from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Verification
+from engine.registry import network_of
+from engine.registry.record import TokenizerSpec
 from engine.scores import Rate
 from export.bundle.licences import licence_note
 
@@ -50,7 +52,7 @@ def model_card(manifest: Manifest) -> str:
         "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),
-        "## Preprocessing\n\n" + _preprocessing(manifest.preprocess),
+        "## Preprocessing\n\n" + _preprocessing(manifest),
         "## Verification\n\n" + _verification(manifest.verification),
         "## Accuracy\n\n" + _accuracy(manifest.accuracy),
         "## Scores\n\n" + _scores(manifest),
@@ -73,7 +75,7 @@ def _network(manifest: Manifest) -> str:
     head += _exceptions(manifest)
     if vocabulary := manifest.vocabulary:
         head += (
-            f" Vocabulary: {vocabulary.pieces} word pieces of {vocabulary.source}, SHA-256 "
+            f" Vocabulary: {vocabulary.pieces} {_tokenizer(manifest).pieces} of {vocabulary.source}, SHA-256 "
             f"`{vocabulary.sha256}`."
         )
     config = {
@@ -81,6 +83,10 @@ def _network(manifest: Manifest) -> str:
     }
     rows = ((f"`{name}`", value) for name, value in config.items())
     return head + "\n\n" + _table(("field", "value"), rows)
+
+
+def _tokenizer(manifest: Manifest) -> TokenizerSpec:
+    return network_of(manifest.model.config).tokenizer
 
 
 def _exceptions(manifest: Manifest) -> str:
@@ -104,10 +110,10 @@ def _tensors(manifest: Manifest) -> str:
         for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs))
         for tensor in tensors
     ]
-    order = ", ".join(manifest.types)
+    order, cls = ", ".join(manifest.types), _tokenizer(manifest).cls
     notes = (
         f"`logits_multicls` is in the order {order}. `box` is (center x, center y, width, height) in parts "
-        "of the image. `logits_tok` has no row for the first token, [CLS]; of two logits, the second "
+        f"of the image. `logits_tok` has no row for the first token, {cls}; of two logits, the second "
         "speaks for manipulation."
     )
     return _table(("side", "name", "dtype", "shape"), rows) + "\n\n" + notes
@@ -117,14 +123,15 @@ def _dimension(size: int | str) -> str:
     return f"({size})" if " " in str(size) else str(size)
 
 
-def _preprocessing(spec: Preprocess) -> str:
+def _preprocessing(manifest: Manifest) -> str:
+    spec, cls = manifest.preprocess, _tokenizer(manifest).cls
     size = spec.image_size
     return (
         f"The image is made RGB and resized to {size} x {size} pixels ({spec.resample}, antialiased, "
         f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec.mean)}, over the "
         f"deviation {_numbers(spec.std)}. The caption is lower-cased and freed of punctuation, cut to its "
-        f"first {spec.max_words} words and split by `tokenizer.json`; the ids are [CLS] and the words "
-        f"without [SEP], {spec.min_tokens} to {spec.max_tokens} tokens, padded at the end with "
+        f"first {spec.max_words} words and split by `tokenizer.json`; the ids are {cls} and the "
+        f"words, nothing after them, {spec.min_tokens} to {spec.max_tokens} tokens, padded at the end with "
         "attention mask 0."
     )
 

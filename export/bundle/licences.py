@@ -14,6 +14,7 @@ UPSTREAM = {
     "ALBEF (code, weights)": "BSD-3-Clause",
     "DeiT (code, weights)": "Apache-2.0",
     "BERT (weights, vocabulary)": "Apache-2.0",
+    "RoBERTa (weights, vocabulary)": "MIT",
 }
 _TRAINED = (
     "Published HAMMER weights are for non-commercial use only, and so may be any weights trained on DGM4: "

@@ -125,9 +125,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _check_maker(record: dict[str, Any], made_by: Maker, path: Path) -> None:
     for name, value in made_by.items():
-        theirs = {key: record[name].get(key) for key in value} if name in record else value
-        if theirs != value:
-            raise InputError(
-                f"{path}: its answers are of another bundle or other options ({name} was {theirs}, is "
-                f"{value}); give the same, or leave out --resume to start anew"
-            )
+        theirs = record.get(name, value)
+        for key in value:
+            if theirs.get(key) != value[key]:
+                difference = f"{name}.{key} {quoted(theirs.get(key))}, not {quoted(value[key])}"
+                raise InputError(
+                    f"{path}: its answers are of another bundle or other options, with {difference}; "
+                    "give the same, or leave out --resume to start anew"
+                )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine import Predictor
-from engine.render import check_plot_path
+from engine.cards.render import check_plot_path
 from export.cli.arguments import Verbs
 from export.cli.plot import save_plot
 from export.cli.summary import summary

@@ -10,10 +10,10 @@ from typing import Any
 
 from dgm4.places import check_checkpoint, check_data
 from engine import Bundle, Predictor
+from engine.cards.render import check_plot_path
 from engine.errors import InputError
 from engine.packages import require
 from engine.registry import DEFAULT
-from engine.render import check_plot_path
 from export.bundle.writer import BundleWriter
 from export.cli import repository
 from export.cli.arguments import Verbs

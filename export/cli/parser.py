@@ -100,12 +100,18 @@ class Parser(argparse.ArgumentParser):
 def usage_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Report an InputError of the block, which only checks arguments, as an error of usage.
 
-    A message that begins with the name of an option's value gets the option's own.
+    A message with the names of options' values gets the options' own.
     """
     try:
         yield
     except InputError as error:
         message = str(error)
-        option = f"--{re.split('[: ]', message, maxsplit=1)[0].replace('_', '-')}"
         known = parser._option_string_actions
-        parser.error(f"{option}{message[len(option) - 2 :]}" if option in known else message)
+        name = re.split("[: ]", message, maxsplit=1)[0]
+        # A value's name begins the message; others within it have an underscore, which no plain word has.
+        for word in {name, *re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", message)}:
+            option = f"--{word.replace('_', '-')}"
+            if option in known:
+                begins = "^" if "_" not in word else r"\b"
+                message = re.sub(rf"{begins}{word}\b", option, message)
+        parser.error(message)

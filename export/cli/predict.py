@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from engine import ImageOptions, Predictor
+from engine.cards.markup import write_page
+from engine.cards.render import check_plot_path
 from engine.errors import Dgm4Error, InputError, quoted, shorten
 from engine.inputs.sources import check_file
-from engine.markup import write_page
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
-from engine.render import check_plot_path
 from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
 from engine.scoring.records import Answer, Record, answers, json_line, line_record
 from export.cli.answers import Answers, Maker

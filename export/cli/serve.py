@@ -82,7 +82,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=POSITIVE,
         default=256,
         metavar="N",
-        help="waiting pairs (%(default)s); else 503",
+        help="waiting pairs (%(default)s), --max-pairs at least; else 503",
     )
     add("--max-pairs", type=POSITIVE, default=32, metavar="N", help="pairs of one request (%(default)s)")
     add("--max-body", type=POSITIVE, default=48, metavar="MB", help="size of one request (%(default)s)")
@@ -91,7 +91,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         type=POSITIVE,
         default=256,
         metavar="MB",
-        help="of all requests (%(default)s)",
+        help="of all requests (%(default)s), --max-body at least",
     )
     add("--connections", type=POSITIVE, default=_CONNECTIONS, metavar="N", help="open at once (%(default)s)")
     add("--timeout", type=SECONDS, default=30.0, metavar="S", help="for an answer (%(default)g); else 504")

@@ -13,7 +13,7 @@ from engine.files import replacing
 from engine.layout import MANIFEST, SIGNATURE
 from engine.packages import require
 from engine.shipped import locate
-from engine.signing import read_key, why_no_key
+from engine.signing import is_public, read_key, why_no_key
 from export.cli.arguments import Verbs
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content, expected = read_key("--key", path), f"--key {quoted(str(path))}: expected an Ed25519 private key"
+    if is_public(content):
+        raise InputError(f"{expected}, got a public one; give the private half that it was made of")
     try:
         key = load_pem_private_key(content, None)
     except Exception as error:  # the library raises many kinds; none shows the key

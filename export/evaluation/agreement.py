@@ -10,7 +10,7 @@ import numpy as np
 
 from dgm4.data.annotations import Sample
 from dgm4.metrics import TOKEN_PADDING, LabelledOutputs, box_iou, says_no_box
-from engine.card import FACE_TYPES
+from engine.cards.card import FACE_TYPES
 from engine.inputs.preprocess import read_size
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest
@@ -196,8 +196,7 @@ def _read_case(
     caption, tokens = tokenizer(sample.text)
     size = read_size(sample.picture)
     labels = ours.token_labels[0, : len(tokens.ids) - 1]
-    fake = np.zeros(len(tokens.words), dtype=bool)
-    np.logical_or.at(fake, tokens.word_of[1:], labels == 1)
+    fake = tokens.by_word(labels == 1)
     first, second = (
         read_result(_by_name(outputs), 0, tokens, size, manifest, sample.id) for outputs in (ours, theirs)
     )

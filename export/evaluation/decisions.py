@@ -64,12 +64,10 @@ def _read_words(tokens: Sequence[Tokens], outputs: LabelledOutputs, items: np.nd
     margins = np.diff(outputs.logits_tok.astype(np.float64))[..., 0]
     rows = []
     for row, caption in enumerate(tokens):
-        word_of = caption.word_of[1:]
-        margin = np.full(len(caption.words), -np.inf)
-        truth = np.zeros(len(caption.words), dtype=bool)
+        length = len(caption.ids) - 1
         with np.errstate(invalid="ignore"):  # NaN is looked for in the result
-            np.maximum.at(margin, word_of, margins[row, : len(word_of)])
-        np.logical_or.at(truth, word_of, outputs.token_labels[row, : len(word_of)] == 1)
+            margin = caption.by_word(margins[row, :length])
+        truth = caption.by_word(outputs.token_labels[row, :length] == 1)
         rows.append(Decisions(margin, truth, np.full(len(truth), items[row])))
     return Decisions(*map(np.concatenate, zip(*rows, strict=True)))
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
+from engine.cards.markup import embed, environment
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageOptions, decode_image, make_thumbnail
-from engine.markup import embed, environment
 from export.evaluation.agreement import Case, shown_box
 from export.evaluation.curves import Judgement, Reliability
 from export.evaluation.evaluate import Evaluation

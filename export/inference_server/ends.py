@@ -17,7 +17,6 @@ from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item, Picture, Preparation
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
-from engine.layout import TOKENIZER
 from engine.manifest import Manifest, check_digest, parse_manifest
 from engine.prediction import Prediction
 from engine.running import Runner, Submitted, raised
@@ -43,8 +42,7 @@ class NetworkEnds:
         """Read and verify bundle.json and tokenizer.json in `folder`; raises BundleError, OSError."""
         self.manifest: Manifest = parse_manifest(check_digest((folder / RECORD).read_bytes()))
         spec, info, weights = self.manifest.preprocess, self.manifest.model, self.manifest.weights
-        content = Bundle(folder, self.manifest).read(TOKENIZER)
-        tokenizer = CaptionTokenizer(folder / TOKENIZER, spec.max_words, spec.max_tokens, content)
+        tokenizer = CaptionTokenizer.of(Bundle(folder, self.manifest))
         self._preparation = Preparation(spec, tokenizer, ImageOptions(), thumbnail=0, resize=True)
         model = {
             "name": info.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from engine.manifest import Manifest
+from engine.registry import network_of
 from export.inference_server.config import (
     ENGINE_CACHE,
     ENSEMBLE,
@@ -66,8 +67,8 @@ _NETWORK = """So pad captions to a few lengths, as `client.py` does to multiples
   keeping its aspect, bicubic with antialiasing as Pillow does it, rows before columns; then
   (pixel / 255 - mean) / std with mean {mean} and std {std}, channels first.
 - `input_ids`, INT64 [batch, tokens]: the caption in lower case, without the characters `,.'!?"()*#:;~`, with
-  `-` and `/` as spaces, its first {spec.max_words} words; by `tokenizer.json` without special tokens; [CLS]
-  in front, no [SEP]; {spec.min_tokens} to {spec.max_tokens} tokens, padded with 0.
+  `-` and `/` as spaces, its first {spec.max_words} words; by `tokenizer.json` without special tokens; {cls}
+  in front, nothing behind; {spec.min_tokens} to {spec.max_tokens} tokens, padded with 0.
 - `attention_mask`, INT64 [batch, tokens]: 1 for a token, 0 for padding.
 
 ## What comes back
@@ -76,10 +77,10 @@ _NETWORK = """So pad captions to a few lengths, as `client.py` does to multiples
 - `logits_multicls` [batch, 4]: sigmoid each; {types}.
 - `box` [batch, 4]: centre x, centre y, width, height in shares of the image; means something where a face
   type is detected.
-- `logits_tok` [batch, tokens - 1, 2]: of every token after [CLS]; softmax, the second is manipulated. Drop
+- `logits_tok` [batch, tokens - 1, 2]: of every token after {cls}; softmax, the second is manipulated. Drop
   the rows of padding.
 - `attention_map` [batch, tokens, patches + 1]: of ASAP alone; sigmoid, without the first column, averaged
-  over the tokens after [CLS].
+  over the tokens after {cls}.
 
 Thresholds, types and the record of every check of the export are in `<model>/bundle.json`. Where that has a
 `score_calibration`, divide logits by its `temperatures` before softmax and sigmoid.
@@ -122,6 +123,7 @@ def write_readme(manifests: Mapping[str, Manifest], options: ServerOptions) -> s
         delay_us=options.queue_delay_us,
         queue_size=options.queue_size,
         spec=spec,
+        cls=network_of(manifest.model.config).tokenizer.cls,
         mean=", ".join(map(str, spec.mean)),
         std=", ".join(map(str, spec.std)),
         types=", ".join(manifest.types),

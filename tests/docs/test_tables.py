@@ -199,6 +199,7 @@ def test_warnings_are_all_told(tables):
         "input_ids",
         "image_options",
         "keep_layers",
+        "max_batch",
         "public_key",
         "to_rows",
     }

@@ -153,7 +153,7 @@ def test_absent_parts_come_in_batches_beside_whole_pairs(predictor, photo):
     whole, image, caption, error = predictor.predict_batch(pairs, on_error="return")
     assert whole == predictor.predict(photo, CAPTION)
     assert (image, caption) == (predictor.predict(photo, None), predictor.predict(None, CAPTION))
-    assert "item 3: expected an image or a caption, got None for both" in str(error)
+    assert "item 3: expected an image or a caption, got neither" in str(error)
     assert predictor.predict_captions(photo, [None, CAPTION]) == [image, whole]
     assert predictor.predict_captions(None, [CAPTION]) == [caption]
 

@@ -91,7 +91,7 @@ def test_what_is_no_key(signed, keys, tmp_path):
     private, public = write_keys(tmp_path, "ec", generate_private_key(SECP256R1()))
     for key, message in {
         tmp_path / "none.pem": "public_key: expected an Ed25519 public key in PEM: ",
-        keys[0]: "public_key: expected an Ed25519 public key in PEM: ",
+        keys[0]: "public_key: expected an Ed25519 public key, got a private one, .*; give its public half",
         public: "public_key: expected an Ed25519 public key, got ",
         tmp_path / "absent.pem": r"public_key: '.*absent.pem' cannot be read: No such file or directory$",
         tmp_path: "public_key: '.*' cannot be read: Not a file$",
@@ -112,9 +112,9 @@ def test_only_a_whole_bundle_is_signed(bundle_copy, keys, tmp_path, capsys):
     assert main(["sign", str(bundle_copy), "--key", str(keys[0])]) == 1
     assert "README.md: expected SHA-256" in capsys.readouterr().err
     private, _ = write_keys(tmp_path, "ec", generate_private_key(SECP256R1()))
-    for path in (keys[1], private):
+    for path, got in ((keys[1], "a public one; give the private half"), (private, "")):
         assert main(["sign", str(bundle_copy), "--key", str(path)]) == 1
-        assert "expected an Ed25519 private key" in capsys.readouterr().err
+        assert f"expected an Ed25519 private key, got {got}" in capsys.readouterr().err
     assert not (bundle_copy / SIGNATURE).exists()
 
 

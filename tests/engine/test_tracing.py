@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from engine import InputError
+from engine import Batcher, InputError
 from engine.tracing import span
 
 SECRET = "Rosebud"
@@ -59,3 +61,51 @@ def test_an_error_is_told_by_its_class_alone(predictor, spans):
     assert (stage.name, stage.status.status_code.name) == ("dgm4.prepare", "ERROR")
     assert dict(stage.attributes) == {"error.type": "InputError"}
     assert SECRET not in stage.to_json() and not stage.events
+
+
+def test_the_stages_of_a_batch_lie_in_its_first_callers_span_and_know_the_others(predictor, photo, spans):
+    """Two callers whose pairs share a batch: `held` keeps the network busy until both wait."""
+    trace = pytest.importorskip("opentelemetry.trace")
+    tracer, held = trace.get_tracer("theirs"), threading.Event()
+    submit = predictor._runner.submit
+
+    def wait(items):
+        assert held.wait(20)
+        return submit(items)
+
+    with Batcher(predictor, max_wait_ms=10_000) as batcher:
+        batcher._runner = Slow(predictor._runner, wait)
+        futures, callers = [batcher.submit(photo, "alone")], []
+        while batcher.statistics().batches == 0:
+            time.sleep(0.001)
+        for caption in ("first", "second"):
+            with tracer.start_as_current_span(caption) as request:
+                callers.append(request.get_span_context())
+                futures.append(batcher.submit(photo, caption))
+        while batcher.statistics().ready < 2:
+            time.sleep(0.001)
+        held.set()
+        assert [future.result(20).caption for future in futures] == ["alone", "first", "second"]
+    alone, batch = (stage for stage in spans() if stage.name == "dgm4.batch")
+    assert alone.parent is None and alone.links == ()
+    assert batch.parent.span_id == callers[0].span_id and batch.attributes["dgm4.pairs"] == 2
+    assert [link.context.span_id for link in batch.links] == [callers[1].span_id]
+    inside = [
+        stage.name for stage in spans() if stage.parent and stage.parent.span_id == batch.context.span_id
+    ]
+    assert inside == ["dgm4.inference", "dgm4.postprocess", "dgm4.postprocess"]
+    prepared = [stage for stage in spans() if stage.name == "dgm4.prepare"]
+    assert {stage.parent and stage.parent.span_id for stage in prepared} == {
+        None,
+        *(caller.span_id for caller in callers),
+    }
+
+
+class Slow:
+    """A runner whose batches go through `submit`."""
+
+    def __init__(self, runner, submit):
+        self._runner, self.submit = runner, submit
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dgm4.byte_pairs import read_byte_pairs
+from dgm4.tokenizer import ROBERTA_PIECES, ROBERTA_VOCABULARY, build_tokenizer
 from engine.errors import BundleError, InputError
 from engine.inputs import text as text_module
-from engine.inputs.text import CaptionTokenizer, clean_caption, read_caption
+from engine.inputs.text import CaptionTokenizer, Span, Tokens, clean_caption, read_caption
+from engine.registry.record import BYTE_BPE
 
 THOROUGH = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Mostly what the cleaning treats specially, so that its rules meet each other.
@@ -191,3 +194,88 @@ def test_a_damaged_tokenizer_file_is_a_bundle_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         CaptionTokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def byte_pairs():
+    content = build_tokenizer(ROBERTA_VOCABULARY, ROBERTA_PIECES, "byte_bpe").to_str().encode()
+    return CaptionTokenizer("tokenizer.json", content=content, spec=BYTE_BPE)
+
+
+# What a caption gives: its ids by the published tokenizer, without </s>; the words of its tokens; the words.
+BYTE_PAIRS = {
+    "Hello, world!": ([0, 42891, 232], [-1, 0, 1], ["Hello", "world"]),
+    "In the 1990s": ([0, 179, 5, 4525, 29], [-1, 0, 1, 2, 2], ["In", "the", "1990s"]),
+    "2nd $5": ([0, 176, 1187, 68, 245], [-1, 0, 0, 1, 1], ["2nd", "$5"]),
+    "a\U0001f600b": ([0, 102, 18636, 7471, 428], [-1, 0, 0, 0, 0], ["a\U0001f600b"]),
+    "the\t(the)": ([0, 627, 50117, 627], [-1, 0, -1, 1], ["the", "the"]),
+    "": ([0], [-1], []),
+    " \t\u3000 ...": ([0], [-1], []),
+}
+
+
+@pytest.mark.parametrize("caption", BYTE_PAIRS)
+def test_byte_pairs_name_their_words(byte_pairs, caption):
+    ids, word_of, words = BYTE_PAIRS[caption]
+    text, tokens = byte_pairs(caption)
+    assert tokens.ids.tolist() == ids and tokens.ids.dtype == np.int64
+    assert tokens.word_of.tolist() == word_of
+    assert [word.text for word in tokens.words] == words
+    assert [text[word.start : word.end] for word in tokens.words] == words
+    assert tokens.warnings == (() if words else ("empty_text: the caption holds no word",))
+
+
+@THOROUGH
+@given(st.text(max_size=100) | st.binary(max_size=100) | TRICKY)
+@example("<s> </s> <mask>")
+@example("\u00e9\U0001f468\u200d\U0001f469 e\u0301")
+def test_each_token_lies_in_the_span_of_its_word(byte_pairs, caption):
+    """Spelled back, the tokens of a word are the cleaned word; the others are white space."""
+    text, tokens = byte_pairs(caption)
+    cleaned = clean_caption(text)
+    assert set(tokens.ids[1:].tolist()).isdisjoint(range(4)) and tokens.ids[0] == 0
+    spelled = dict.fromkeys(range(-1, len(tokens.words)), b"")
+    for token, word in zip(tokens.ids[1:].tolist(), tokens.word_of[1:].tolist(), strict=True):
+        spelled[word] += SPELLED[token]
+    whole = not any(warning.startswith("text_truncated") for warning in tokens.warnings)
+    bounds = dict(zip(cleaned.spans, cleaned.bounds, strict=True))
+    for number, span in enumerate(tokens.words[: None if whole else -1]):
+        start, end = bounds[span]
+        assert spelled[number].decode().lstrip(" ") == cleaned.text[start:end]
+    assert spelled[-1].decode().strip() == ""
+    assert tokens.words == (cleaned.spans if whole else cleaned.spans[: len(tokens.words)])
+
+
+def _bytes_of_pieces():
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    pieces = read_byte_pairs(ROBERTA_VOCABULARY).pieces
+    return [bytes(characters[character] for character in piece) for piece in pieces]
+
+
+SPELLED = _bytes_of_pieces()
+
+
+def test_byte_pairs_past_the_limit_are_dropped_with_their_words(byte_pairs):
+    _, tokens = byte_pairs(" ".join(["zqxjkvbw"] * 50))
+    assert len(tokens.ids) == 127 and len(tokens.ids) == len(tokens.word_of)
+    assert 1 < len(tokens.words) < 50
+    assert [warning.split(":")[0] for warning in tokens.warnings] == ["text_truncated"]
+
+
+def test_values_go_from_tokens_to_words_and_back():
+    """The third token is white space: its value is nobody's."""
+    words = (Span("a", 0, 1), Span("b", 2, 3))
+    tokens = Tokens(np.arange(5), np.array([-1, 0, -1, 1, 1]), words, ())
+    assert tokens.by_word(np.array([-2.0, 9.0, 0.5, -1.0])).tolist() == [-2.0, 0.5]
+    assert tokens.by_word(np.array([False, True, False, False])).tolist() == [False, False]
+    assert tokens.by_token(np.array([False, True])).tolist() == [False, False, True, True]
+
+
+def test_a_tokenizer_of_another_kind_is_a_bundle_error(bundle_dir):
+    with pytest.raises(
+        BundleError, match=r"expected a tokenizer of kind BPE with <s>, got WordPiece without <s>"
+    ):
+        CaptionTokenizer(bundle_dir / "tokenizer.json", spec=BYTE_BPE)

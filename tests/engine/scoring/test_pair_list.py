@@ -241,6 +241,26 @@ def test_a_folder_with_a_text_beside_each_image(tmp_path):
     )
 
 
+def test_texts_without_an_image_are_told_once(tmp_path, caplog):
+    for name in ("a.jpg", "a.txt", "b.txt", "c.txt", "captions.md"):
+        (tmp_path / name).write_bytes(b"x")
+    for _ in range(2):
+        assert [entry.image for entry in PairList(tmp_path)] == ["a.jpg"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: b.txt and 1 more left out: expected an image of the same name beside it"
+    )
+
+
+def test_a_field_that_is_given_twice_is_a_fault_of_its_line(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "image": "b.jpg"}\n{"caption": "a"}\n')
+    first, second = PairList(tmp_path / "list.jsonl")
+    assert "line 1: expected JSON" in str(first.error) and second.error is None
+    (tmp_path / "list.json").write_text('[{"caption": "a", "caption": "b"}]')
+    with pytest.raises(InputError, match="expected a JSON array of pairs in UTF-8: an object names a field"):
+        list(PairList(tmp_path / "list.json"))
+
+
 def test_a_folder_with_neither(tmp_path):
     with pytest.raises(InputError, match="expected captions.csv or another list of captions, or images"):
         list(PairList(tmp_path))

@@ -95,21 +95,52 @@ def test_files_that_are_not_the_shards(long_list, tmp_path, format_):
 def test_a_folder_is_of_one_job(long_list, tmp_path):
     work = long_list.work()
     score(work, size=8)
-    for other, size, name in (
-        (dataclasses.replace(work, thresholds={"manipulated": 0.9}), 8, "thresholds"),
-        (dataclasses.replace(work, digest="0" * 64), 8, "bundle"),
-        (dataclasses.replace(work, batch=8), 8, "batch"),
-        (work, 9, "shard"),
+    for other, size, difference in (
+        (
+            dataclasses.replace(work, thresholds={"manipulated": 0.9}),
+            8,
+            "thresholds of the bundle, not manipulated=0.9",
+        ),
+        (dataclasses.replace(work, digest="0" * 64), 8, "bundle [0-9a-f]{64}, not 0{64}"),
+        (dataclasses.replace(work, batch=8), 8, f"batch {work.batch}, not 8"),
+        (work, 9, "shard 8, not 9"),
     ):
-        with pytest.raises(InputError, match=f"another job, whose {name} was"):
+        with pytest.raises(InputError, match=f"another job, with {difference}; ask for the same, or"):
             score(other, size)
-    long_list.path.write_text(long_list.path.read_text().replace("The man 29", "The man 30"))
-    with pytest.raises(InputError, match="another job, whose list was"):
+    text = long_list.path.read_text()
+    long_list.path.write_text(text.replace("The man 29", "The man 30"))
+    with pytest.raises(InputError, match="its list had other pairs when the job began; put the list back"):
+        score(work, size=8)
+    long_list.path.write_text(text + text.splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=r"its list had 30 pairs, not 31, when the job began; put the list"):
         score(work, size=8)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
     with pytest.raises(InputError, match="expected a new folder or one of this job"):
         score(dataclasses.replace(work, out=tmp_path / "else"), 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"version"', "Expecting"),
+        (b"\xff", "it is not UTF-8"),
+        (b"[1]", "a field is missing"),
+        (b"{}", "a field is missing"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_damaged_record_of_a_job_is_named(long_list, content, why):
+    work = long_list.work()
+    work.out.mkdir()
+    path = work.out / "_job.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"_job\.json: is damaged, .*: {why}.*; choose another --out"
+    ) as error:
+        score(work, size=8)
+    assert "\n" not in str(error.value)
 
 
 def test_what_ends_a_job(long_list, tmp_path):

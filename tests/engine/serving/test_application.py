@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 import struct
 import time
 
@@ -90,7 +91,6 @@ def test_many_pairs_keep_their_order_and_fail_alone(client, predictor, jpeg):
     codes = [answer.get("error", {}).get("code") for answer in answers]
     assert codes == [None, "invalid_input", None, "no_finite_score", None, "invalid_input"]
     assert Prediction.from_dict(answers[2]) == predictor.predict(jpeg, "the president speaks")
-    assert client.post("/v1/predict", json={"pairs": []}).json() == {"predictions": []}
     assert 'dgm4_errors_total{code="invalid_input"} 2.0' in client.get("/metrics").text
 
 
@@ -126,6 +126,110 @@ BROKEN = [
 @pytest.mark.parametrize(("body", "kind", "status", "code"), BROKEN, ids=range(len(BROKEN)))
 def test_a_clients_faults_are_4xx(client, body, kind, status, code):
     problem(client.post("/v1/predict", headers={"content-type": kind}, **body), status, code)
+
+
+IN_BASE64 = r"an image file in base64 \(addresses and paths are not read\)"
+MESSAGES = [
+    ("[]", 422, "the body: expected an object, got a list"),
+    ("null", 422, "the body: expected an object, got null"),
+    ("{}", 422, "the pair: expected an image or a caption, got neither"),
+    ('{"caption": 1}', 422, "caption: expected a string, got 1"),
+    ('{"captions": "x"}', 422, "captions: expected no field of this name"),
+    ('{"image": "http://a/b.jpg"}', 422, f"image: expected {IN_BASE64}, got 'http://a/b.jpg'"),
+    ('{"image": 3}', 422, f"image: expected {IN_BASE64}, got 3"),
+    ('{"pairs": {}}', 422, "pairs: expected a list, got an object"),
+    ('{"pairs": []}', 422, "pairs: expected at least 1, got none"),
+    ('{"pairs": [{"caption": "a"}, 3]}', 422, r"pairs\[1\]: expected an object, got 3"),
+    ('{"pairs": [{"image": "!!"}]}', 422, rf"pairs\[0\]\.image: expected {IN_BASE64}, got '!!'"),
+    ('{"caption": "a", "caption": "b"}', 400, "the body: expected JSON: an object names a field twice"),
+    ('{"pairs": [{"caption": NaN}]}', 400, "the body: expected JSON: NaN is not a JSON number"),
+    ('{"caption": "' + r"\ud800" + '"}', 400, "the body: expected JSON in UTF-8: .*"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), MESSAGES, ids=range(len(MESSAGES)))
+def test_a_fault_is_one_line_with_its_field(client, body, status, message):
+    response = client.post("/v1/predict", content=body, headers={"content-type": "application/json"})
+    text = problem(response, status, response.json()["code"])
+    assert re.fullmatch(message, response.json()["message"]), text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/predict?heat=1", "query: expected one of heatmap, card, got 'heat'"),
+        ("/v1/predict?card=1&card=0", "query: expected each option once, got one of them twice"),
+        ("/v1/predict?card=perhaps", "query.card: expected true or false, got 'perhaps'"),
+    ],
+)
+def test_options_in_the_address_are_known_and_given_once(client, path, message):
+    response = client.post(path, json={"caption": "a"})
+    problem(response, 422, "invalid_request")
+    assert response.json()["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ((None, b"caf\xe9"), "caption: expected a text in UTF-8, got the byte 0xe9 at 3"),
+        (("caption.txt", b"caf\xe9"), "caption: expected a text in UTF-8, got the byte 0xe9 at 3"),
+        (
+            (None, b"caf\xe9", "text/plain; charset=latin-1"),
+            "caption: expected a text in UTF-8, got the charset 'latin-1'",
+        ),
+        ((None, "caf\u00e9".encode(), "text/plain; charset=UTF-8"), None),
+        ((None, "caf\u00e9".encode()), None),
+        (("caption.txt", "caf\u00e9".encode()), None),
+    ],
+)
+def test_a_caption_of_a_form_is_utf_8(client, caption, message):
+    response = client.post("/v1/predict", files={"caption": caption})
+    if message is None:
+        assert response.json()["caption"] == "caf\u00e9"
+    else:
+        problem(response, 422, "invalid_request")
+        assert response.json()["message"] == message
+
+
+def test_a_charset_of_the_whole_form_is_utf_8_too(client):
+    body = A_CAPTION.replace(b"Obama", b"caf\xe9") + b"--b--\r\n"
+    kind = "multipart/form-data; boundary=b; charset=latin-1"
+    response = client.post("/v1/predict", content=body, headers={"content-type": kind})
+    problem(response, 422, "invalid_request")
+    assert "expected a text in UTF-8, got the charset 'iso8859-1'" in response.json()["message"]
+
+
+def test_refusals_and_assets_are_counted_under_their_route(open_client, monkeypatch):
+    client = open_client(token=TOKEN, max_body=1000)
+    client.headers["authorization"] = f"Bearer {TOKEN}"
+    client.get("/static/try.js")
+    client.get("/static/nothing.js")
+    client.post("/v1/predict", content=b"x" * 2000)
+    client.post("/v1/predict", headers={"content-encoding": "gzip"}, content=b"x")
+    client.get("/v1/predict", headers={"authorization": ""})
+    client.get("/v2/models/other", headers={"authorization": ""})
+    client.get("/nowhere", headers={"authorization": ""})
+    counted = {
+        (sample.labels["route"], sample.labels["status"])
+        for metric in client.app.state.service.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "dgm4_requests_total"
+    }
+    assert counted == {
+        ("/static", "200"),
+        ("/static", "404"),
+        ("/v1/predict", "413"),
+        ("/v1/predict", "415"),
+        ("/v1/predict", "401"),
+        ("/v2/models/{name}", "401"),
+        ("unmatched", "401"),
+    }
+
+
+def test_a_batch_above_the_bundles_is_refused_at_once(predictor):
+    most = predictor.manifest.limits.max_batch
+    with pytest.raises(InputError, match=f"max_batch: expected at most {most}, the bundle's limit, got"):
+        create_app(predictor, Settings(max_batch=most + 1))
 
 
 @pytest.mark.parametrize(
@@ -343,6 +447,7 @@ def test_binary_tensors_as_triton_clients_send_them(client, predictor, jpeg):
         [tensor("image", ["no base64!"])],
         [tensor("image", [encoded(b"no image")])],
         [tensor("caption", ["a", "b"]), tensor("image", [""])],
+        [tensor("caption", [])],
         [tensor("caption", ["a"], parameters={"binary_data_size": 9})],
         [tensor("caption", ["a"], parameters={"binary_data_size": "9"})],
         [tensor("caption", ["a"], parameters={"binary_data_size": -1})],
@@ -351,6 +456,7 @@ def test_binary_tensors_as_triton_clients_send_them(client, predictor, jpeg):
 def test_wrong_tensors(client, inputs):
     response = client.post(INFER, json={"inputs": inputs})
     assert response.status_code == 422 and set(response.json()) == {"error"}
+    assert re.fullmatch("[^\n]*: .*expected .*", response.json()["error"]) or "no image" in str(inputs)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,11 @@ def test_two_signals_and_an_address_that_is_taken(start, bundle_dir, tmp_path):
     ("arguments", "words"),
     [
         (["--token-file", "nowhere"], "--token-file: nowhere: expected a file of text"),
-        (["--max-pending", "1"], "--max-pending: expected at least max_pairs, which is 32, got 1"),
+        (["--max-pending", "1"], "--max-pending: expected at least --max-pairs, which is 32, got 1"),
+        (
+            ["--max-buffered", "1"],
+            "--max-buffered: expected at least --max-body, which is 50331648 bytes, got 1048576 bytes",
+        ),
         (["--name", "a/b"], "--name: expected letters"),
         (["--port", "70000"], "expected a port from 0 to 65535"),
     ],

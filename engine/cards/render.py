@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from engine.card import (
+from engine.cards.card import (
     Bar,
     Piece,
     caption_pieces,
@@ -27,13 +27,13 @@ from engine.card import (
     type_bars,
     verdict,
 )
-from engine.drawing import INK, MANIPULATED, MUTED, SCALE, TRACK, WHITE, Color, Sheet
+from engine.cards.fonts import Fonts
+from engine.cards.sheet import INK, MANIPULATED, MUTED, SCALE, TRACK, WHITE, Color, Sheet
+from engine.cards.typeset import lacks_shaping
 from engine.errors import InputError
-from engine.fonts import Fonts
 from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
 from engine.logs import warn_once
 from engine.result import Result
-from engine.typeset import lacks_shaping
 
 logger = logging.getLogger(__name__)
 

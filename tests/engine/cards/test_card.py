@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from predictions import TYPES, make_prediction
 
-from engine.card import (
+from engine.cards.card import (
     caption_pieces,
     evidence_notes,
     face_box,

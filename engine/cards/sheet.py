@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from PIL import Image, ImageDraw
 
-from engine.card import Piece
-from engine.fonts import Fonts
-from engine.typeset import Atom, set_rows
+from engine.cards.card import Piece
+from engine.cards.fonts import Fonts
+from engine.cards.typeset import Atom, set_rows
 
 Color = tuple[int, int, int]
 

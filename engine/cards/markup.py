@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from engine.card import (
+from engine.cards.card import (
     caption_pieces,
     evidence_notes,
     face_box,
@@ -30,9 +30,9 @@ from engine.card import (
     type_bars,
     verdict,
 )
-from engine.drawing import Color
+from engine.cards.render import BOX, HEAT, fit_photo, heat_layer, read_photo
+from engine.cards.sheet import Color
 from engine.inputs.preprocess import ImageInput
-from engine.render import BOX, HEAT, fit_photo, heat_layer, read_photo
 from engine.result import Result
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def environment(package: str) -> Environment:
 
 @cache
 def _environment() -> Environment:
-    made = environment("engine")
+    made = environment("engine.cards")
     made.filters |= {"percent": percent, "threshold": threshold_percent}
     made.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT))}
     return made

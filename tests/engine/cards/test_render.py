@@ -8,12 +8,12 @@ import pytest
 from PIL import Image, features
 from predictions import TYPES, make_prediction
 
-from engine import fonts
-from engine.card import Bar
-from engine.drawing import INK, SCALE, Sheet
+from engine.cards import fonts
+from engine.cards.card import Bar
+from engine.cards.fonts import Fonts
+from engine.cards.render import AMBER, BOX, annotate, choose_layout, draw_bar, fit_photo
+from engine.cards.sheet import INK, SCALE, Sheet
 from engine.errors import InputError
-from engine.fonts import Fonts
-from engine.render import AMBER, BOX, annotate, choose_layout, draw_bar, fit_photo
 
 PHOTO = (90, 120, 150)  # the colour of the predictions' plain image
 
@@ -146,7 +146,7 @@ def test_letters_that_no_font_has_are_told_on_the_card_and_in_the_log(monkeypatc
     monkeypatch.setattr(fonts, "installed_fonts", lambda: ())
     monkeypatch.setattr(fonts, "_found", {})
     plain = make_prediction("plain").plot()
-    with caplog.at_level(logging.WARNING, logger="engine.render"):
+    with caplog.at_level(logging.WARNING, logger="engine.cards.render"):
         card = make_prediction("\u65e5\u672c").plot()
     assert "such as U+65E5 U+672C: install a font" in caplog.text
     assert card.height > plain.height

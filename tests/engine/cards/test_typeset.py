@@ -4,11 +4,11 @@ import pytest
 from PIL import ImageFont
 from predictions import make_prediction
 
-from engine import fonts
-from engine.card import Piece, caption_pieces
+from engine.cards import fonts
+from engine.cards.card import Piece, caption_pieces
+from engine.cards.fonts import Fonts
+from engine.cards.typeset import set_rows
 from engine.errors import InputError
-from engine.fonts import Fonts
-from engine.typeset import set_rows
 
 SIZE = 20
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from PIL import features
 
-from engine.card import Piece
-from engine.fonts import JOINERS, Fonts
+from engine.cards.card import Piece
+from engine.cards.fonts import JOINERS, Fonts
 
 # Chinese and Japanese, whose lines may break after any letter; the letter's own accents stay with it.
 _CJK = "\u2e80-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"

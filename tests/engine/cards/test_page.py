@@ -7,8 +7,8 @@ import shutil
 import pytest
 from predictions import make_prediction
 
+from engine.cards.markup import write_page
 from engine.errors import InputError
-from engine.markup import write_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (the extra `test`)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from predictions import TYPES, make_prediction
 
+from engine.cards.markup import write_page
 from engine.errors import InputError
-from engine.markup import write_page
 
 HOSTILE = 'The <script>alert("x")</script> of \'"></style><img src=x onerror=alert(1)>\n& co. \x00\x07end'
 VOID = ("img", "meta", "input")
