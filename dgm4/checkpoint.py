@@ -48,9 +48,13 @@ class Checkpoint:
 
 
 def _recognise(path: Path, keys: set[str]) -> str:
-    """Tell the layout from the keys alone."""
-    marked = {x.name: x for x in NETWORKS.values() if any(key.startswith(x.keys.marks) for key in keys)}
-    extended = {name for network in marked.values() for name in network.keys.extends}
+    """Tell the layout from the keys alone: a network, "network/part", or ALBEF."""
+    known = {name: network.keys for name, network in NETWORKS.items()}
+    for name, network in NETWORKS.items():
+        parts = network.keys.parts.items()
+        known |= {f"{name}/{part}": x for part, x in parts if x not in known.values()}
+    marked = {name: x for name, x in known.items() if any(key.startswith(x.marks) for key in keys)}
+    extended = {name for x in marked.values() for name in x.extends}
     found = [name for name in marked if name not in extended]
     if len(found) == 1:
         return found[0]
@@ -66,20 +70,39 @@ def _recognise(path: Path, keys: set[str]) -> str:
 
 
 def _is_dead(key: str, dead: frozenset[str]) -> bool:
-    first, _, rest = key.partition(".")
+    names = key.split(".")
+    first = names[0]
     momentum = first.endswith("_m") and first != "itm_head_m"
     return (
         momentum
         or first.endswith("_queue")
-        or first in dead
-        or f"{first}.{rest.partition('.')[0]}" in dead
+        or any(".".join(names[:depth]) in dead for depth in range(1, len(names) + 1))
         or key.endswith((".position_ids", ".num_batches_tracked"))
     )
 
 
 def _rename(key: str, renamed: Mapping[str, str]) -> str:
-    first, dot, rest = key.partition(".")
-    return renamed.get(first, first) + dot + rest
+    for theirs, ours in renamed.items():
+        if key == theirs or key.startswith(f"{theirs}."):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
+def _live(state: State, keys: Keys, notes: list[str]) -> State:
+    """What inference reads, under the names read here; adds to `notes` what a choice was made of."""
+    if keys.parts:
+        live = {k: v for k, v in state.items() if k.partition(".")[0] not in keys.parts}
+        for name, part in keys.parts.items():
+            start = f"{name}."
+            own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            live |= {start + k: v for k, v in _live(own, part, notes).items()}
+        return live
+    notes += [text for start, text in keys.remarks.items() if any(k.startswith(start) for k in state)]
+    live = {k: v for k, v in state.items() if not _is_dead(_rename(k, keys.renamed), keys.dead)}
+    names = {k: _rename(k, keys.renamed) for k in live}
+    if left := sorted(k for k, name in names.items() if name != k and name in live):
+        notes.append(f"{some(left)} left out beside {some([names[k] for k in left])}")
+    return {name: live[k] for k, name in names.items() if name == k or name not in live}
 
 
 def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
@@ -90,12 +113,40 @@ def read_checkpoint(path: str | Path, layout: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     state, place, others, vocabulary = find_state(path)
-    layout = layout or _recognise(path, set(state))
+    layout, _, part = (layout or _recognise(path, set(state))).partition("/")
     keys = _ALBEF if layout == ALBEF else NETWORKS[layout].keys
-    live = {_rename(k, keys.renamed): v for k, v in state.items() if not _is_dead(k, keys.dead)}
-    note = f"the state {place}, beside {', '.join(others)}" if others else ""
+    if part or (keys.parts and not any(key.startswith(keys.marks) for key in state)):
+        raise CheckpointError(
+            f"{path}: expected all of {NETWORKS[layout].title} in one file, got a part of it; join the "
+            f"files of {' and '.join(keys.parts)}: dgm4 convert FILE OUT --join FILE"
+        )
+    notes = [f"the state {place}, beside {', '.join(others)}"] if others else []
+    live = _live(state, keys, notes)
     live = {k: v.float() if v.is_floating_point() else v for k, v in live.items()}
-    return Checkpoint(path, layout, live, note, vocabulary)
+    return Checkpoint(path, layout, live, "; ".join(notes), vocabulary)
+
+
+def join_states(states: Mapping[Path, State]) -> State:
+    """Join the files of a network whose parts are published apart, the names of each under its part's.
+
+    Raises CheckpointError for files that are not, together, all parts of one network.
+    """
+    found = {path: _recognise(path, set(state)) for path, state in states.items()}
+    for name, network in NETWORKS.items():
+        parts = network.keys.parts
+        # A part is a network of its own, or one that is known as this one's part.
+        names = {
+            part: {f"{name}/{part}", *(n for n, x in NETWORKS.items() if x.keys is parts[part])}
+            for part in parts
+        }
+        joined = {part: path for part in parts for path in states if found[path] in names[part]}
+        if parts and len(joined) == len(parts) == len(states):
+            return {f"{part}.{k}": v for part, path in joined.items() for k, v in states[path].items()}
+    apart = [f"{n.title} ({' and '.join(n.keys.parts)})" for n in NETWORKS.values() if n.keys.parts]
+    raise CheckpointError(
+        f"{' and '.join(map(str, states))}: expected the files of {', '.join(apart)}, "
+        f"got {' and '.join(found.values())}"
+    )
 
 
 def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
@@ -117,7 +168,11 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     fields: dict[str, Any] = {field: len(state[key]) for field, key in told.items() if key in state}
     if grid is not None and checkpoint.layout != ALBEF:
         fields["image_size"] = grid * config.patch_size
-    return replace(config, **fields | keys.shape({key: tuple(x.shape) for key, x in state.items()}))
+    try:
+        fields |= keys.shape({key: tuple(x.shape) for key, x in state.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    return replace(config, **fields)
 
 
 def grid_of(state: Mapping[str, Tensor], key: str = _ALBEF.image_positions) -> int | None:

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
 
 from engine.errors import BackendError, InputError, quoted
+from engine.inputs.boxes import Box
 from engine.inputs.options import check_count
 from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item, milliseconds
@@ -92,7 +93,12 @@ class Batcher:
         self._network, self._finisher = self._executor("network", 1), self._executor("finish", 1)
 
     def submit(
-        self, image: ImageInput | None, caption: Caption | None, *, timeout: float | None = None
+        self,
+        image: ImageInput | None,
+        caption: Caption | None,
+        box: Box | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Future[Prediction]:
         """Queue one pair, as `Predictor.predict` takes it, and return the future of its prediction.
 
@@ -110,10 +116,15 @@ class Batcher:
             >>> batcher.submit("photo.jpg", "Obama speaks", timeout=30).result().manipulated
             True
         """
-        return self._submit(image, caption, timeout)
+        return self._submit(image, caption, box, timeout)
 
     def predict(
-        self, image: ImageInput | None, caption: Caption | None, *, timeout: float | None = None
+        self,
+        image: ImageInput | None,
+        caption: Caption | None,
+        box: Box | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Prediction:
         """Predict one pair in a batch with those of other threads; blocks.
 
@@ -125,7 +136,7 @@ class Batcher:
             Prediction(manipulated 0.59; 2 of 2 words)
         """
         self._check_outside("predict")
-        pair = self._submit(image, caption, timeout)
+        pair = self._submit(image, caption, box, timeout)
         try:
             return pair.result(pair.timeout)
         except TimeoutError:
@@ -136,7 +147,12 @@ class Batcher:
             pair.cancel()
 
     async def predict_async(
-        self, image: ImageInput | None, caption: Caption | None, *, timeout: float | None = None
+        self,
+        image: ImageInput | None,
+        caption: Caption | None,
+        box: Box | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Prediction:
         """Predict one pair in a batch with others, from any event loop; cancelling the task cancels the pair.
 
@@ -151,7 +167,7 @@ class Batcher:
         """
         import asyncio  # costs as much as the rest of the package, and is there where this is awaited
 
-        pair = self._submit(image, caption, timeout)
+        pair = self._submit(image, caption, box, timeout)
         try:
             async with asyncio.timeout(pair.timeout):
                 return await asyncio.wrap_future(pair)
@@ -202,11 +218,13 @@ class Batcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **self._options), (self._predictor,)
 
-    def _submit(self, image: ImageInput | None, caption: Caption | None, timeout: float | None) -> QueuedPair:
+    def _submit(
+        self, image: ImageInput | None, caption: Caption | None, box: Box | None, timeout: float | None
+    ) -> QueuedPair:
         self._runner.check_process()
         if timeout is not None:
             timeout = min(_check_number("timeout", timeout), threading.TIMEOUT_MAX)
-        pair = QueuedPair(image, caption, timeout)
+        pair = QueuedPair(image, caption, timeout, box)
         try:
             self._queue.add(
                 pair,
@@ -232,7 +250,8 @@ class Batcher:
                 self._queue.put(pair, pair.deadline_error())
             else:
                 with within(pair.caller):
-                    self._queue.put(pair, _attempt(self._runner.prepare, pair.image, pair.caption))
+                    prepared = _attempt(self._runner.prepare, pair.image, pair.caption, pair.box)
+                    self._queue.put(pair, prepared)
 
     def _run_batches(self) -> None:
         """Run batches until no pair is left to run."""

@@ -13,6 +13,7 @@ from engine.backends import create, rebuilt
 from engine.backends.buckets import buckets
 from engine.bundle import Bundle
 from engine.errors import InputError, quoted
+from engine.inputs.boxes import Box
 from engine.inputs.options import ImageOptions, check_count
 from engine.inputs.pairs import Caption, Pair, check_list, check_shapes, join_pairs
 from engine.inputs.preparation import Preparation
@@ -21,6 +22,7 @@ from engine.inputs.text import CaptionTokenizer
 from engine.logs import warn_once
 from engine.manifest import Manifest
 from engine.prediction import Prediction
+from engine.registry import network_of
 from engine.running import ItemError, OnError, Runner, raised
 from engine.signing import PublicKey, key_in_use
 
@@ -101,7 +103,12 @@ class Predictor:
         tokenizer = CaptionTokenizer.of(self.bundle)
         self._backend = create(backend, self.bundle, device, threads)
         self._preparation = Preparation(
-            spec, tokenizer, image_options or ImageOptions(), thumbnail, resize=not self._backend.resizes
+            spec,
+            tokenizer,
+            image_options or ImageOptions(),
+            thumbnail,
+            resize=not self._backend.resizes,
+            box=network_of(manifest.model.config).box,
         )
         warnings = _weights_warning(manifest)
         self._runner = Runner(self._backend, self._preparation, self._manifest, self.model, warnings)
@@ -126,7 +133,9 @@ class Predictor:
             "chosen": self._backend.chosen,
         }
 
-    def predict(self, image: ImageInput | None, caption: Caption | None) -> Prediction:
+    def predict(
+        self, image: ImageInput | None, caption: Caption | None, box: Box | None = None
+    ) -> Prediction:
         """Predict one pair; calling the Predictor does the same.
 
         `image` is a path, the bytes of a JPEG, PNG, WebP, BMP or GIF file, a file object that is open for
@@ -136,8 +145,11 @@ class Predictor:
         Without a caption (None) the box and the face types are answered, without an image the words and the
         text types; all that is about both is None, and a warning says so. An empty caption is a caption.
 
-        Raises InputError for an image or caption that cannot be used, NumericalError for outputs that are NaN
-        or infinite, BackendError where the run fails.
+        `box` is for a network that judges a given one: (x1, y1, x2, y2) in pixels of the upright image, where
+        a face detector or an editor points.
+
+        Raises InputError for an image, caption or box that cannot be used, NumericalError for outputs that
+        are NaN or infinite, BackendError where the run fails.
 
         Examples:
             >>> from engine import Predictor
@@ -147,7 +159,7 @@ class Predictor:
             >>> predictor.predict("photo.jpg", None).warnings[0].partition(":")[0]
             'no_caption'
         """
-        return next(raised(iter([self._runner.one(image, caption)])))
+        return next(raised(iter([self._runner.one(image, caption, box)])))
 
     __call__ = predict
 
@@ -181,10 +193,10 @@ class Predictor:
     ) -> list[Prediction] | list[Prediction | ItemError]:
         """Predict many pairs, in order: `predict_batch([(image, caption), ...])` or `(images, captions)`.
 
-        A pair may be a mapping, {"image": ..., "caption": ...}. Runs in batches of `batch_size` (None: the
-        bundle's largest). With on_error="raise" the first pair that fails raises InputError or NumericalError
-        naming its index; with "return" the error takes its place. Raises InputError for lists of unequal
-        length.
+        A pair may be a mapping, {"image": ..., "caption": ...}. For a network that judges a given box it is
+        (image, caption, box), or has "box". Runs in batches of `batch_size` (None: the bundle's largest).
+        With on_error="raise" the first pair that fails raises InputError or NumericalError naming its index;
+        with "return" the error takes its place. Raises InputError for lists of unequal length.
 
         Examples:
             >>> from engine import Predictor
@@ -203,6 +215,7 @@ class Predictor:
         *,
         on_error: Literal["raise"] = "raise",
         batch_size: int | None = None,
+        box: Box | None = None,
     ) -> list[Prediction]: ...
 
     @overload
@@ -213,6 +226,7 @@ class Predictor:
         *,
         on_error: OnError,
         batch_size: int | None = None,
+        box: Box | None = None,
     ) -> list[Prediction | ItemError]: ...
 
     def predict_captions(
@@ -222,6 +236,7 @@ class Predictor:
         *,
         on_error: OnError = "raise",
         batch_size: int | None = None,
+        box: Box | None = None,
     ) -> list[Prediction] | list[Prediction | ItemError]:
         """Predict several captions of one image, in order; the image is decoded and resized once.
 
@@ -238,7 +253,7 @@ class Predictor:
         check_list("a list of captions", captions)
         self._check_on_error(on_error)
         size = self._largest(batch_size)
-        results = self._runner.captions(image, captions, size) if len(captions) else iter(())
+        results = self._runner.captions(image, captions, box, size) if len(captions) else iter(())
         return list(results) if on_error == "return" else list(raised(results))
 
     @overload

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from engine.errors import BackendError, DeadlineError, OverloadedError
+from engine.inputs.boxes import Box
 from engine.inputs.pairs import Caption
 from engine.inputs.preparation import Item
 from engine.inputs.sources import ImageInput
@@ -85,9 +86,15 @@ class QueuedPair(Future[Prediction]):
     batch starts.
     """
 
-    def __init__(self, image: ImageInput | None, caption: Caption | None, timeout: float | None) -> None:
+    def __init__(
+        self,
+        image: ImageInput | None,
+        caption: Caption | None,
+        timeout: float | None,
+        box: Box | None = None,
+    ) -> None:
         super().__init__()
-        self.image, self.caption, self.timeout = image, caption, timeout
+        self.image, self.caption, self.timeout, self.box = image, caption, timeout, box
         self.caller = caller()
         self.bytes = bytes_of(image)
         self.item: Item | None = None

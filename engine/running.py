@@ -79,13 +79,13 @@ class Runner:
         most = _MAX_WORKERS if backend.device == "cpu" else usable_cores()
         self.workers = min(most, usable_cores())  # threads that prepare
 
-    def one(self, image: ImageInput | None, caption: Caption | None) -> Prediction | ItemError:
+    def one(self, image: ImageInput | None, caption: Caption | None, box: Any) -> Prediction | ItemError:
         """Predict one pair; raises InputError, and returns the error of the network's outputs."""
-        return next(self.results(self.submit([self.prepare(image, caption)])))
+        return next(self.results(self.submit([self.prepare(image, caption, box)])))
 
-    def prepare(self, image: ImageInput | None, caption: Caption | None) -> Item:
+    def prepare(self, image: ImageInput | None, caption: Caption | None, box: Any = None) -> Item:
         """Prepare one pair; raises InputError."""
-        return _traced(partial(self._preparation.pair, "", image, caption))
+        return _traced(partial(self._preparation.pair, "", image, caption, box))
 
     def pairs(self, pairs: Iterable[Pair], batch_size: int) -> Iterator[Prediction | ItemError]:
         """Predict pairs lazily and in order; see `Predictor.stream`."""
@@ -93,13 +93,13 @@ class Runner:
         return self._stream((partial(self._pair, name, pair) for name, pair in named), batch_size)
 
     def captions(
-        self, image: ImageInput | None, captions: Sequence[Caption | None], batch_size: int
+        self, image: ImageInput | None, captions: Sequence[Caption | None], box: Any, batch_size: int
     ) -> Iterator[Prediction | ItemError]:
         """Predict captions of one image, prepared once; raises InputError where it cannot be read."""
         picture = self._preparation.picture("", image, shares=len(captions))
         named = ((f"caption {i}", caption) for i, caption in enumerate(captions))
         return self._stream(
-            (partial(self._caption, name, picture, caption) for name, caption in named), batch_size
+            (partial(self._caption, name, picture, caption, box) for name, caption in named), batch_size
         )
 
     def blank(self, pairs: int, tokens: int) -> None:
@@ -107,10 +107,15 @@ class Runner:
         self._run(*self._preparation.blank(pairs, tokens)).result()
 
     def _pair(self, name: str, pair: object, slot: np.ndarray | None) -> Item:
-        return self._preparation.pair(name, *unpack_pair(name, pair), slot)
+        image, caption, box = unpack_pair(name, pair)
+        if self._preparation.box is None and isinstance(pair, Mapping):
+            box = None  # one more name that is ignored, as in an answer that is read again
+        return self._preparation.pair(name, image, caption, box, slot)
 
-    def _caption(self, name: str, picture: Picture, caption: Caption | None, _: np.ndarray | None) -> Item:
-        return self._preparation.caption(name, picture, caption)
+    def _caption(
+        self, name: str, picture: Picture, caption: Caption | None, box: Any, _: np.ndarray | None
+    ) -> Item:
+        return self._preparation.caption(name, picture, caption, box)
 
     def _stream(self, jobs: Iterator[Prepare], batch_size: int) -> Iterator[Prediction | ItemError]:
         source, workers = _Source(jobs), min(self.workers, batch_size)

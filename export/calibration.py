@@ -89,6 +89,6 @@ def _read_pairs(job: Job, source: Source, data: Path | None, count: int, split: 
     if data is None:
         raise InputError("expected a folder of pairs (calibration or data)")
     longest = min(LONGEST_CAPTION, job.options.max_tokens)
-    spec = network_of(source.config).tokenizer
-    tokenizer = CaptionTokenizer(job.writer.path(TOKENIZER), MAX_WORDS, longest, spec=spec)
-    return read_pairs(data, count, tokenizer, source.config.image_size, split)
+    network, image_size = network_of(source.config), source.config.image_size
+    tokenizer = CaptionTokenizer(job.writer.path(TOKENIZER), MAX_WORDS, longest, spec=network.tokenizer)
+    return read_pairs(data, count, tokenizer, image_size, split, network.box)

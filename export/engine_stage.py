@@ -43,9 +43,9 @@ def write_engine(
     Raises BuildError.
     """
     targets = options.targets or default_targets(builder.library, options.precision)
-    least = network_of(config).tokenizer.min_tokens
-    tokens = (least, min(MAX_WORDS, options.max_tokens), options.max_tokens)
-    shapes, building = Shapes(options.max_batch, *tokens, config.image_size), options.building
+    network, building = network_of(config), options.building
+    tokens = (network.tokenizer.min_tokens, min(MAX_WORDS, options.max_tokens), options.max_tokens)
+    shapes = Shapes(options.max_batch, *tokens, config.image_size, network.further(config))
     entry, line = build_into(writer, builder, targets, shapes, building, options.precision)
     excluded = building.no_plugins() if building.plugins == "auto" else None
     return entry, line if excluded is None else f"{line}; without our kernels: {excluded}"

@@ -22,6 +22,7 @@ from engine.backends.torch import load_float
 from engine.errors import BuildError, NumericalError, VerificationError
 from engine.layout import CARD
 from engine.manifest import Accuracy, EngineEntry, Manifest, Verification
+from engine.registry import network_of
 from export.accuracy_stage import measure_accuracy
 from export.bundle.card import model_card
 from export.bundle.writer import BundleWriter
@@ -103,7 +104,9 @@ def _check_written(job: Job, source: Source, draft: Manifest) -> Difference:
     """
     bundle = Bundle.open(job.writer.preview(draft.to_dict()))
     sample = choose_sample(source.weights.sha256)
-    pair = (_BLANK, SAMPLE_CAPTION) if sample is None else (sample.image, sample.caption)
+    pair: Any = (_BLANK, SAMPLE_CAPTION) if sample is None else (sample.image, sample.caption)
+    if network_of(source.config).box is not None:
+        pair = (_BLANK, SAMPLE_CAPTION, (0, 0, *_BLANK.shape[:2]))
     with job.stage("written") as stage:
         outputs = torch_outputs(load_float(bundle), source.config)
         tolerance = EXACT if job.options.precision == "fp32" else FP16

@@ -12,6 +12,7 @@ from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError
 from engine.layout import CARD, GRAPH
 from engine.manifest import EngineEntry, Manifest
+from engine.registry import network_of
 from export.bundle.card import model_card
 from export.bundle.copying import carry, stored_fields
 from export.bundle.writer import BundleWriter
@@ -56,7 +57,9 @@ def rebuild(path: Path, options: EngineOptions | None = None, keep_fitting: bool
             if name not in dropped:
                 carry(bundle.path / name, writer.path(name))
         tokens = (spec.min_tokens, min(spec.max_words, limits.max_tokens), limits.max_tokens)
-        shapes = Shapes(limits.max_batch, *tokens, spec.image_size)
+        config = manifest.model.config
+        others = network_of(config).further(config)
+        shapes = Shapes(limits.max_batch, *tokens, spec.image_size, others)
         entry, line = build_into(writer, builder, targets, shapes, options, manifest.precision)
         engines = (*(other for other in current if other.file != entry.file), entry)
         manifest = replace(manifest, engines=engines)

@@ -6,6 +6,8 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from dgm4.shipped import demo_of, demo_record, demo_sample
 
 _SAMPLE_PACKAGE, _SAMPLE = "scikit-image", "astronaut.png"
@@ -19,6 +21,12 @@ class Sample:
     image: Path
     caption: str
     truth: str | None = None
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The whole image in pixels, for a network that judges a given box."""
+        with Image.open(self.image) as image:
+            return (0, 0, *image.size)
 
 
 def choose_sample(weights: str | None) -> Sample | None:

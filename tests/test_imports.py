@@ -21,7 +21,7 @@ ROOMS = {
     "engine.logs": "engine.errors",
     "engine.tracing": "",
     "engine.schema": "engine.errors engine.layout",
-    "engine.registry": "engine.schema",
+    "engine.registry": "engine.errors engine.schema",
     "engine.result": "engine.errors engine.registry engine.schema",
     "engine.network.output": "",
     "engine.scores": "engine.errors engine.registry engine.schema",
@@ -59,7 +59,7 @@ ROOMS = {
     "engine.layout engine.manifest engine.registry engine.progress engine.scores export.bundle "
     "export.output",
     "export.bench": "engine engine.backends engine.bundle engine.errors engine.inputs engine.layout "
-    "engine.manifest engine.packages export.output",
+    "engine.manifest engine.packages engine.registry export.output",
     "export.inference_server": "engine.result engine engine.backends engine.bundle engine.errors "
     "engine.inputs "
     "engine.layout engine.manifest engine.registry engine.schema export.bundle",

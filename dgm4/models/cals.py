@@ -140,9 +140,9 @@ class PatchClassifier(nn.Module):
 class Guidance(nn.Module):
     """CALS's LIG: a Gaussian map of the coarse box [B, 1, S, S] -> one vector a patch, [B, P, D]."""
 
-    def __init__(self, config: CalsConfig) -> None:
+    def __init__(self, width: int, widths: tuple[int, int, int]) -> None:
         super().__init__()
-        one, two, three = config.guidance_widths
+        one, two, three = widths
         self.conv_net = nn.Sequential(
             nn.Conv2d(1, one, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -151,7 +151,7 @@ class Guidance(nn.Module):
             nn.Conv2d(two, three, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.AvgPool2d(2),
-            nn.Conv2d(three, config.width, 1),
+            nn.Conv2d(three, width, 1),
         )
 
     def forward(self, gaussian: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Cals(Detector):
         super().__init__(config)
         self.it_cross_attn = PackedAttention(config.width, config.heads)
         self.cls_token_local_e = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.LIG = Guidance(config)
+        self.LIG = Guidance(config.width, config.guidance_widths)
         self.fch = PatchClassifier(config.width)
         nn.init.trunc_normal_(self.cls_token_local_e, std=0.02)
 

@@ -18,6 +18,8 @@ from engine.backends.float32 import full_float32
 from engine.manifest import Limits, Preprocess
 from engine.network.model import InferenceModel
 from engine.network.output import Output
+from engine.registry import network_of
+from engine.registry.record import Shape
 from kernels.resize import pack, resize_into
 from kernels.resize_tables import Tables, make_tables
 
@@ -94,11 +96,17 @@ def _tensors(feeds: Arrays) -> dict[str, Tensor]:
 class Inputs:
     """The input buffers of all buckets: each bucket's are the beginning of the largest's."""
 
-    def __init__(self, limits: Limits, image_size: int, device: torch.device) -> None:
+    def __init__(
+        self, limits: Limits, image_size: int, device: torch.device, others: Mapping[str, Shape]
+    ) -> None:
         self._image = torch.zeros(
             (limits.max_batch, 3, image_size, image_size), dtype=torch.float32, device=device
         )
         self._text = torch.zeros(2 * limits.max_batch * limits.max_tokens, dtype=torch.int64, device=device)
+        self._others = {
+            name: torch.zeros((limits.max_batch, *map(int, shape)), device=device)
+            for name, shape in others.items()
+        }
 
     def image(self, bucket: Bucket) -> Tensor:
         """Normalised images, float32 [B, 3, S, S]."""
@@ -108,10 +116,15 @@ class Inputs:
         """Token ids and mask, int64 [2, B, N]."""
         return self._text[: 2 * bucket.batch * bucket.tokens].view(2, *bucket)
 
+    def others(self, bucket: Bucket) -> dict[str, Tensor]:
+        """Inputs beside image and text, such as boxes, float32 [B, ...] by name."""
+        return {name: buffer[: bucket.batch] for name, buffer in self._others.items()}
+
     def named(self, bucket: Bucket) -> dict[str, Tensor]:
         """The network's inputs by name."""
         input_ids, attention_mask = self.text(bucket)
-        return {"image": self.image(bucket), "input_ids": input_ids, "attention_mask": attention_mask}
+        text = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return {"image": self.image(bucket), **text, **self.others(bucket)}
 
 
 class Captured(NamedTuple):
@@ -158,7 +171,8 @@ class GraphRunner:
         self._lock = threading.Lock()  # of the queue of `_runs`: a batch's steps stay together
         self._runs.wait_stream(torch.cuda.current_stream(device))  # which may still make the weights
         with torch.cuda.stream(self._runs):
-            self._inputs = Inputs(limits, spec.image_size, device)
+            others = network_of(model.config).further(model.config)
+            self._inputs = Inputs(limits, spec.image_size, device, others)
 
     def run(self, feeds: Arrays, batch: int, tokens: int) -> dict[str, np.ndarray]:
         """Run one batch of normalised images; raises BackendError above the limits."""
@@ -174,12 +188,17 @@ class GraphRunner:
         with torch.inference_mode():
             with torch.cuda.stream(self._copies):
                 write_images, sent_text = send(), self._send_text(text, bucket)
+                others = self._inputs.others(bucket)
+                sent_others = {name: self._send(torch.from_numpy(text[name])) for name in others}
                 sent = self._copies.record_event()
             with self._lock, torch.cuda.stream(self._runs):
                 self._runs.wait_event(sent)
                 write_images(self._inputs.image(bucket)[:batch])
                 self._inputs.image(bucket)[batch:].zero_()
                 self._inputs.text(bucket).copy_(sent_text)
+                for name, buffer in others.items():
+                    buffer[:batch].copy_(sent_others[name])
+                    buffer[batch:].zero_()
                 # After the inputs: captures run the network, and another bucket's text is not valid here.
                 captured = self._captured(bucket)
                 captured.graph.replay()

@@ -7,17 +7,22 @@ from numbers import Integral
 from typing import Any, cast
 
 from engine.errors import InputError, quoted
+from engine.inputs.boxes import Box
 from engine.inputs.sources import ImageInput
 
 Caption = str | bytes
-Pair = tuple[ImageInput | None, Caption | None] | Mapping[str, Any]
+Pair = (
+    tuple[ImageInput | None, Caption | None]
+    | tuple[ImageInput | None, Caption | None, Box | None]
+    | Mapping[str, Any]
+)
 
 
-def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | None]:
-    """Return (image, caption) of a pair or of a mapping with these names; `name` is what messages call it.
+def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | None, Any]:
+    """Return (image, caption, box) of such a tuple or of a mapping with these names; messages call it `name`.
 
-    "text" does for "caption", and other names are ignored, as in a line of `dgm4 predict --list`. Raises
-    InputError for anything else.
+    The box may be left out, "text" does for "caption", and other names are ignored, as in a line of
+    `dgm4 predict --list`. Raises InputError for anything else.
     """
     expected = 'a pair (image, caption) or {"image": ..., "caption": ...}'
     if isinstance(pair, Mapping):
@@ -25,11 +30,11 @@ def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | N
         if "image" not in pair or caption not in pair:
             names = quoted(", ".join(map(str, pair)))
             raise InputError(f"{name}: expected {expected}, got the names {names}; None stands for neither")
-        return pair["image"], pair[caption]
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return pair["image"], pair[caption], pair.get("box")
+    if not isinstance(pair, (tuple, list)) or len(pair) not in (2, 3):
         actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
         raise InputError(f"{name}: expected {expected}, got {actual}")
-    return pair[0], pair[1]
+    return pair[0], pair[1], pair[2] if len(pair) == 3 else None
 
 
 def join_pairs(

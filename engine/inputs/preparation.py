@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from engine.errors import InputError
 from engine.inputs.absent import WARNINGS, Absent
+from engine.inputs.boxes import WHOLE, network_box
 from engine.inputs.budget import DECODING, KEPT
 from engine.inputs.network_input import make_slots, network_input
 from engine.inputs.options import ImageOptions
@@ -43,6 +44,7 @@ class Item(NamedTuple):
 
     caption: the text that the spans of `tokens.words` refer to.
     timing: milliseconds by stage.
+    box: as the network reads it, float32 [4]; None for a network that reads none.
     """
 
     name: str
@@ -52,13 +54,14 @@ class Item(NamedTuple):
     warnings: tuple[str, ...]
     timing: dict[str, float]
     absent: Absent
+    box: np.ndarray | None = None
 
 
 class Preparation:
     """Prepares pairs for one bundle; safe to use from several threads.
 
     `thumbnail` is the longer side in pixels of the thumbnail, or 0 for none; `resize` is false where the
-    backend resizes images.
+    backend resizes images. `box` is the name of the network's input of boxes, None where it has none.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Preparation:
         options: ImageOptions,
         thumbnail: int,
         resize: bool,
+        box: str | None = None,
     ) -> None:
+        self.box = box
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
         self._thumbnail, self._resize = thumbnail, resize
 
@@ -77,13 +82,18 @@ class Preparation:
         return make_slots(count, self._spec.image_size) if self._resize else [None] * count
 
     def pair(
-        self, name: str, image: ImageInput | None, caption: Caption | None, slot: np.ndarray | None = None
+        self,
+        name: str,
+        image: ImageInput | None,
+        caption: Caption | None,
+        box: Any = None,
+        slot: np.ndarray | None = None,
     ) -> Item:
         """Prepare one pair; raises InputError, which names it by `name` where that is not empty.
 
         `slot` is the place of its image in a batch, of `slots`; None for one by itself.
         """
-        return self.caption(name, self.picture(name, image, slot=slot), caption)
+        return self.caption(name, self.picture(name, image, slot=slot), caption, box)
 
     def picture(
         self, name: str, image: ImageInput | None, shares: int = 1, slot: np.ndarray | None = None
@@ -114,13 +124,14 @@ class Preparation:
         pixels = self._pixels(Image.new("RGB", (side, side), (red, green, blue)), slot)
         return Picture(pixels, None, None, (), {"decode": 0.0, "resize": 0.0})
 
-    def caption(self, name: str, picture: Picture, caption: Caption | None) -> Item:
-        """Join a prepared image with a caption, an empty one for None; raises InputError as `pair` does."""
+    def caption(self, name: str, picture: Picture, caption: Caption | None, box: Any = None) -> Item:
+        """Join a prepared image with a caption, an empty one for None, and a box; raises as `pair` does."""
         if caption is None and picture.size is None:
             raise InputError(f"{name or 'the pair'}: expected an image or a caption, got neither")
         started = perf_counter()
         try:
             text, tokens = self._tokenizer("" if caption is None else caption)
+            read = self._read_box(box, picture.size)
         except InputError as error:
             raise InputError(f"{name}: {error}" if name else str(error)) from error
         timing = picture.timing | {"tokenize": milliseconds(started, perf_counter())}
@@ -128,7 +139,14 @@ class Preparation:
         warnings = WARNINGS[absent] + picture.warnings
         if caption is not None:
             warnings += tokens.warnings
-        return Item(name, picture, tokens, text, warnings, timing, absent)
+        return Item(name, picture, tokens, text, warnings, timing, absent, read)
+
+    def _read_box(self, box: Any, size: tuple[int, int] | None) -> np.ndarray | None:
+        if self.box is not None:
+            return network_box(box, size)
+        if box is not None:
+            raise InputError("box: expected none, for this network finds the box itself; leave it out")
+        return None
 
     def _pixels(self, rgb: Image.Image, slot: np.ndarray | None = None) -> np.ndarray:
         spec = self._spec
@@ -142,7 +160,7 @@ class Preparation:
         return np.asarray(resize_image(rgb, spec.image_size))
 
     def text(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Token ids and mask of the items, int64 [B, N], padded with 0 to the longest caption."""
+        """Ids and mask of the items, int64 [B, N], padded with 0 to the longest caption, and their boxes."""
         longest = max(len(item.tokens.ids) for item in items)
         shape = (len(items), max(longest, self._spec.min_tokens))
         input_ids = np.zeros(shape, dtype=np.int64)
@@ -150,7 +168,10 @@ class Preparation:
         for row, item in enumerate(items):
             input_ids[row, : len(item.tokens.ids)] = item.tokens.ids
             attention_mask[row, : len(item.tokens.ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.box is not None:
+            inputs[self.box] = np.stack([WHOLE if item.box is None else item.box for item in items])
+        return inputs
 
     def blank(self, pairs: int, tokens: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Black images, and captions of `tokens` tokens (capped at the tokenizer's maximum)."""
@@ -161,6 +182,8 @@ class Preparation:
             "input_ids": np.full(shape, self._tokenizer.cls_id, dtype=np.int64),
             "attention_mask": np.ones(shape, dtype=np.int64),
         }
+        if self.box is not None:
+            text[self.box] = np.tile(WHOLE, (pairs, 1))
         return [image] * pairs, text
 
 

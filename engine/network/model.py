@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,12 @@ class InferenceModel(nn.Module):
         """Run normalised images float [B, 3, S, S] with token ids and mask int64 [B, N], 2 <= N."""
         return self.answer(*self.see(image), input_ids, attention_mask)
 
-    def see(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image features [B, 1+P, D] for the text branch and for the image branch."""
+    def see(self, image: Tensor) -> tuple[Tensor, ...]:
+        """What depends on the image alone, [B, ...] each."""
         raise NotImplementedError
 
-    def answer(
-        self, for_text: Tensor, for_image: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> Output:
-        """Answer captions about images of which only the features are given."""
+    def answer(self, *seen: Any, **inputs: Any) -> Output:
+        """Answer captions about images of which only what `see` gives is given, and the other inputs."""
         raise NotImplementedError
 
 

@@ -63,8 +63,8 @@ NETWORK = Network(
         "tiny": _shape(hammer.TINY, caformer_start=2, caformer_heads=2, guidance_widths=(16, 32, 64)),
     },
     keys=Keys(
-        marks=("LIG.", "MIG.", "fch.", "CARA.", "cls_token_local_e"),
-        extends=("hammer",),
+        marks=("visual_encoder.Conv.", "CARA.", "cls_token_local_e"),
+        extends=("hammer", "pmmd_refine"),  # which has LIG too
         dead=DEAD
         | {f"visual_encoder.{m}" for m in ("CoordConv", "usam_pre", "MHA1", "MHA3", "fl1_mlp", "fl2_mlp")}
         | {"text_encoder_f_1", "bbox_head_f", "bbox_head_c", "cls_head_A", "dimd", "psil"},

@@ -23,13 +23,15 @@ class Tensor:
     A dimension is a number, "batch", "tokens", "tokens - 1" (the words, without [CLS]), or the name of a
     property of the network's config. heatmap: for an output that shows where the answer comes from, reads
     float64 values of one pair, padding cut off, and the number of patches along a side into float32
-    [grid, grid].
+    [grid, grid]. jumps: single values follow a choice that rounding may decide, so that an exact form is held
+    to the RMS of its difference in place of the largest.
     """
 
     name: str
     dtype: str
     shape: Shape
     heatmap: HeatMap | None = None
+    jumps: bool = False
 
     def rows(self, tokens: int) -> int | None:
         """Rows of axis 1 for a caption of `tokens` tokens; None where that axis is none of tokens."""
@@ -46,6 +48,7 @@ IMAGE = Tensor("image", "float32", ("batch", 3, "image_size", "image_size"))
 INPUT_IDS = Tensor("input_ids", "int64", ("batch", "tokens"))
 ATTENTION_MASK = Tensor("attention_mask", "int64", ("batch", "tokens"))
 PAIR = (IMAGE, INPUT_IDS, ATTENTION_MASK)
+BOX_GIVEN = Tensor("box_given", "float32", ("batch", 4))  # cx, cy, w, h as shares of the image
 ANSWERS = (
     Tensor("logits_real_fake", "float32", ("batch", 2)),
     Tensor("logits_multicls", "float32", ("batch", len(TYPES))),
@@ -83,16 +86,19 @@ class Keys:
     """The names in a network's checkpoints.
 
     marks: beginnings of keys; a file with one of them may be this network's. extends: networks whose marks
-    its files have too. dead: first names (or `first.second`) that inference never reads. renamed: first names
-    that some files have, and those read here. words, text_positions, image_positions, width: the keys whose
-    shapes tell the vocabulary, the longest caption, the resolution and the width. shape: further fields of
-    the config, from the shapes of all tensors by key.
+    its files have too. dead: beginnings of keys, up to a dot, that inference never reads. renamed: beginnings
+    that some files have, and those read here. remarks: what is said of a file with keys that begin so.
+    parts: names of several files that are one network's, by the prefix that joins them. words,
+    text_positions, image_positions, width: the keys whose shapes tell the vocabulary, the longest caption,
+    the resolution and the width. shape: further fields of the config, from the shapes of all tensors by key.
     """
 
     marks: tuple[str, ...]
     extends: tuple[str, ...] = ()
     dead: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Keys] = field(default_factory=dict)
     words: str = "text_encoder.bert.embeddings.word_embeddings.weight"
     text_positions: str = "text_encoder.bert.embeddings.position_embeddings.weight"
     image_positions: str = "visual_encoder.pos_embed"
@@ -106,7 +112,8 @@ class Network:
 
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
-    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size.
+    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
+    scale of drawn weights where a residual branch ends (`dgm4.seeded`).
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
@@ -124,6 +131,7 @@ class Network:
     outputs: tuple[Tensor, ...] = ANSWERS
     tokenizer: TokenizerSpec = WORDPIECE
     trainable: bool = True
+    residual: float = 1.5
     model: str = ""
     published: str = ""
 
@@ -131,6 +139,15 @@ class Network:
     def config(self) -> type[NetworkConfig]:
         """The class of its configurations."""
         return type(next(iter(self.sizes.values())))
+
+    @property
+    def box(self) -> str | None:
+        """The input of the boxes to judge, which the caller gives; None where the network finds them."""
+        return BOX_GIVEN.name if BOX_GIVEN in self.inputs else None
+
+    def further(self, config: NetworkConfig) -> dict[str, Shape]:
+        """Names of the inputs beside a pair's own, and the shape of one pair's."""
+        return {x.name: x.shape_of(config)[1:] for x in self.inputs if x not in PAIR}
 
     @property
     def heatmap(self) -> Tensor | None:

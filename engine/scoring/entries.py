@@ -32,7 +32,7 @@ class Entry:
     `image` is the path as the list has it, relative to `PairList.base`; `id` what the list calls the pair.
     The image or the caption is None where the list has none. Of a pair with an error what is known is there.
     `unit` is what `number` counts: "line" or "item". `content` are the bytes of an image that the list itself
-    holds.
+    holds, `box` the box to judge.
     """
 
     number: int
@@ -42,6 +42,7 @@ class Entry:
     error: InputError | None = None
     unit: str = "line"
     content: bytes | None = field(default=None, repr=False)
+    box: Any = None
 
     @property
     def place(self) -> str:
@@ -70,7 +71,7 @@ def make_entry(record: Any, empty: Entry, shown: str) -> Entry:
         empty = replace(empty, image=known, id=record.get("id"))
         neither = image is None and caption is None and empty.content is None
         if known == image and isinstance(caption, str | None) and not neither:
-            return replace(empty, caption=caption)
+            return replace(empty, caption=caption, box=record.get("box"))
     return failed(empty, f"{_EXPECTED}, got {shown}")
 
 

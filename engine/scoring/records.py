@@ -39,10 +39,10 @@ def answers(
             waiting.append(entry)
             if entry.error is not None:
                 yield None  # no pair: the predictor returns an error in its place
-            elif entry.content is not None:
-                yield entry.content, entry.caption
             else:
-                yield None if entry.image is None else base / entry.image, entry.caption
+                path = None if entry.image is None else base / entry.image
+                image = path if entry.content is None else entry.content
+                yield {"image": image, "caption": entry.caption, "box": entry.box}
 
     for answer in predictor.stream(cast(Iterable[Any], pairs()), batch_size, on_error="return"):
         entry = waiting.popleft()

@@ -23,6 +23,7 @@ from engine.backends.choice import Choice
 from engine.errors import BackendError, Dgm4Error
 from engine.inputs.preprocess import normalize_image
 from engine.manifest import Manifest
+from engine.registry import network_of
 from export.bench.measure import Bench, BenchOptions, Candidate, Report, bench, label
 from export.bench.process import draw_image, network_outputs
 
@@ -128,13 +129,15 @@ def _distance(kind: str, want: Sequence[np.ndarray], got: Sequence[np.ndarray]) 
 def _feeds(manifest: Manifest, tokens: int) -> list[dict[str, np.ndarray]]:
     """Inputs of one pair, and of two captions of which one is padded."""
     spec, generator = manifest.preprocess, np.random.Generator(np.random.PCG64(1))
-    side = spec.image_size
+    side, config = spec.image_size, manifest.model.config
+    further = network_of(config).further(config)
     pixels = normalize_image(np.resize(draw_image(), (side, side, 3)), spec.mean, spec.std)
     feeds = []
     for batch in (1, min(2, manifest.limits.max_batch)):
-        ids = generator.integers(manifest.model.config.vocabulary, size=(batch, tokens))
+        ids = generator.integers(config.vocabulary, size=(batch, tokens))
         mask = np.ones_like(ids)
         mask[1:, (tokens + 1) // 2 :] = 0
         image = np.repeat(pixels[None], batch, axis=0)
-        feeds.append({"image": image, "input_ids": ids, "attention_mask": mask})
+        others = {name: np.full((batch, *shape), 0.5, np.float32) for name, shape in further.items()}
+        feeds.append({"image": image, "input_ids": ids, "attention_mask": mask, **others})
     return feeds

@@ -18,6 +18,7 @@ from engine import Bundle, Prediction, Predictor
 from engine.backends import create
 from engine.errors import BackendError, Dgm4Error
 from engine.inputs.pairs import Pair
+from engine.registry import network_of
 
 PICTURE = (640, 480)  # width and height in pixels
 _END_LIMIT_S = 5.0
@@ -137,7 +138,8 @@ def _reply(predictor: Predictor, kind: str, batch: int, *rest: Any) -> list[Call
         predictor.warm_up([(batch, *rest)])
         return None
     caption, seconds = rest
-    return list(take_turn(predictor, [(draw_image(), caption)] * batch, seconds))
+    box = (0, 0, *PICTURE) if network_of(predictor.manifest.model.config).box else None
+    return list(take_turn(predictor, [(draw_image(), caption, box)] * batch, seconds))
 
 
 def draw_image() -> np.ndarray:

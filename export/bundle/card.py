@@ -32,7 +32,7 @@ _RUN = """```python
 from engine import Predictor
 
 predictor = Predictor("path/to/this/bundle")
-print(predictor.predict("photo.jpg", "Caption of the photo").to_json())
+print(predictor.predict("photo.jpg", "Caption of the photo"{box}).to_json())
 ```"""
 
 
@@ -42,13 +42,14 @@ def model_card(manifest: Manifest) -> str:
     Its `files` are not read: the card is itself one of them.
     """
     model, weights = manifest.model, manifest.weights
+    network = network_of(model.config)
     title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
     sections = [
         _NOTES[weights.kind].format(source=weights.source) if weights.kind in _NOTES else "",
         title,
         _TASK.format(name=model.name.upper(), types=types),
-        "## Run\n\n" + _RUN,
+        "## Run\n\n" + _RUN.format(box=", box=(120, 40, 220, 160)" if network.box else ""),
         "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),
         "## Inputs and outputs\n\n" + _tensors(manifest),

@@ -13,7 +13,7 @@ from engine import Bundle, Predictor
 from engine.cards.render import check_plot_path
 from engine.errors import InputError
 from engine.packages import require
-from engine.registry import DEFAULT
+from engine.registry import DEFAULT, network_of
 from export.bundle.writer import BundleWriter
 from export.cli import repository
 from export.cli.arguments import Verbs
@@ -171,7 +171,8 @@ def _try(bundle: Path, plot: Path | None, weights: str | None) -> dict[str, Any]
         return None
     with Predictor(bundle) as predictor:
         predictor.warm_up()
-        prediction = predictor.predict(sample.image, sample.caption)
+        box = sample.box if network_of(predictor.manifest.model.config).box else None
+        prediction = predictor.predict(sample.image, sample.caption, box)
     if plot is not None:
         save_plot(prediction, plot, "; the bundle itself is whole")
     head = {"picture": sample.image.name, "truth": sample.truth, "drawn": plot and str(plot)}

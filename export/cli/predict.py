@@ -33,6 +33,7 @@ _EPILOG = """
 A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
 one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
 relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
+In JSON a pair may have its box, [x1, y1, x2, y2], for a network that judges a given one.
 A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
@@ -65,6 +66,12 @@ def add_parser(verbs: Verbs) -> None:
     add("bundle", type=Path)
     add("image", nargs="?", help="image file (JPEG, PNG, WebP, BMP, GIF); - for stdin")
     add("caption", nargs="?")
+    add(
+        "--box",
+        type=_box,
+        metavar="X1,Y1,X2,Y2",
+        help="for a network that judges a given box, where it is: pixels of the upright image",
+    )
     add("--list", type=Path, metavar="FILE", help="list of pairs, or a folder of them; - for stdin")
     add("--out", type=Path, metavar="FILE", help="write there instead of stdout")
     add("--resume", action="store_true", help="keep what a stopped run of the same list has answered")
@@ -87,6 +94,14 @@ def add_parser(verbs: Verbs) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
+def _box(text: str) -> tuple[float, ...]:
+    """X1,Y1,X2,Y2 as numbers; what they have to be the predictor checks."""
+    try:
+        return tuple(float(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected X1,Y1,X2,Y2 in pixels, got {quoted(text)}") from None
+
+
 def _usage_error(options: argparse.Namespace) -> str | None:
     """What is wrong with the arguments taken together, or None."""
     given = options.image is not None, options.caption is not None, options.list is not None
@@ -99,6 +114,8 @@ def _usage_error(options: argparse.Namespace) -> str | None:
         return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
         return "expected either IMAGE and CAPTION or --list FILE"
+    if options.box and options.list:
+        return '--box is for a single pair; a list has them as "box"'
     if options.plot and options.list:
         return "--plot draws a single pair; use --html for a list"
     if options.html and options.json:
@@ -139,7 +156,8 @@ def run(options: argparse.Namespace) -> int:
         predictor = stack.enter_context(_predictor(options))
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
-        prediction = predictor.predict(sys.stdin.buffer.read() if image is None else options.image, caption)
+        picture = sys.stdin.buffer.read() if image is None else options.image
+        prediction = predictor.predict(picture, caption, options.box)
         _write(out, options, [(options.image, {"image": options.image}, prediction)])
         if options.plot:
             save_plot(prediction, options.plot)

@@ -18,6 +18,7 @@ from engine.inputs.options import Decode
 from engine.inputs.text import CaptionTokenizer
 from engine.layout import DATA_SUFFIX
 from engine.manifest import Manifest
+from engine.registry import network_of
 from export.evaluation.scoring import Network, Pairs, Scored, score
 
 BUNDLE, REFERENCE = "bundle", "reference"
@@ -68,6 +69,11 @@ def run_bundle(
     `progress` shows a bar on stderr.
     """
     manifest = bundle.manifest
+    if network_of(manifest.model.config).box is not None:
+        raise InputError(
+            f"{bundle.path}: {manifest.model.name} judges a box that each pair brings, which annotations "
+            "do not have; evaluate a network that finds it itself"
+        )
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
     pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest.preprocess, options.decode)

@@ -48,7 +48,11 @@ def example_inputs(config: NetworkConfig, batch: int, tokens: int, seed: int = 0
     ids[:, 0] = 101
     lengths = tokens - torch.arange(batch) * (tokens - 1) // max(batch, 2)
     mask = (torch.arange(tokens)[None] < lengths[:, None]).long()
-    return {"image": image, "input_ids": ids * mask, "attention_mask": mask}
+    inputs = {"image": image, "input_ids": ids * mask, "attention_mask": mask}
+    for name, shape in network_of(config).further(config).items():
+        size = [batch, *map(int, shape)]
+        inputs[name] = 0.25 + torch.rand(size, generator=draw) / 2  # a box that is not empty
+    return inputs
 
 
 def export_onnx(model: InferenceModel, path: Path) -> onnx.ModelProto:

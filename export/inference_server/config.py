@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.manifest import EngineEntry, Manifest, TensorSpec
+from engine.registry import network_of
 from export.inference_server.answers import ANSWER, PAIR, PICTURE, PIXELS, Spec
 from export.inference_server.pbtxt import Enum, as_map, write_message
 
@@ -87,6 +88,11 @@ def preferred_batches(manifest: Manifest, options: ServerOptions) -> tuple[int, 
 
 def check_options(manifest: Manifest, plan: bool, options: ServerOptions) -> None:
     """Raise InputError for options that do not fit the bundle or each other; `plan`: an engine is served."""
+    if network_of(manifest.model.config).box is not None:
+        raise InputError(
+            f"{manifest.model.name} judges a box that each pair brings, for which a model repository has no "
+            "input; serve it with dgm4 predict or engine.Predictor"
+        )
     if options.form not in FORMS:
         raise InputError(f"with: expected one of {', '.join(FORMS)}, got {options.form!r}")
     if options.kind not in KINDS:

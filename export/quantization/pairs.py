@@ -11,6 +11,7 @@ import numpy as np
 
 from dgm4.data.annotations import read_split
 from dgm4.data.dataset import PairDataset, collate
+from engine.inputs.boxes import WHOLE
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import INPUTS
 
@@ -24,11 +25,12 @@ class PairReader:
     """The graph's inputs for the drawn pairs, batch by batch.
 
     Batches are padded to their longest caption, as in serving. `record` is what the manifest records of them:
-    their number, their source and the seed.
+    their number, their source and the seed. `box` is the name of the graph's input of boxes, None where it
+    has none: the annotated one, or that of the whole image.
     """
 
-    def __init__(self, dataset: PairDataset, record: dict[str, Any]):
-        self.dataset, self.record = dataset, record
+    def __init__(self, dataset: PairDataset, record: dict[str, Any], box: str | None = None):
+        self.dataset, self.record, self.box = dataset, record, box
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // BATCH)
@@ -38,11 +40,20 @@ class PairReader:
         for i in range(len(self))[start:stop]:
             last = min((i + 1) * BATCH, len(self.dataset))
             batch = collate([self.dataset[j] for j in range(i * BATCH, last)])
-            yield {name: getattr(batch, name).numpy() for name in INPUTS}
+            inputs = {name: getattr(batch, name).numpy() for name in INPUTS}
+            if self.box is not None:
+                boxes = batch.box.numpy()
+                inputs[self.box] = np.where(boxes.any(1, keepdims=True), boxes, WHOLE)
+            yield inputs
 
 
 def read_pairs(
-    data: Path, count: int, tokenizer: CaptionTokenizer, image_size: int, split: str = "train"
+    data: Path,
+    count: int,
+    tokenizer: CaptionTokenizer,
+    image_size: int,
+    split: str = "train",
+    box: str | None = None,
 ) -> PairReader:
     """Draw `count` pairs of a split of the folder, the same at each call, in the order of its file.
 
@@ -55,4 +66,5 @@ def read_pairs(
         count = len(samples)
     chosen = np.random.default_rng(SEED).choice(len(samples), count, replace=False)
     record = {"pairs": count, "source": f"{data.resolve().name}, split {split}", "seed": SEED}
-    return PairReader(PairDataset([samples[i] for i in np.sort(chosen)], tokenizer, image_size), record)
+    dataset = PairDataset([samples[i] for i in np.sort(chosen)], tokenizer, image_size)
+    return PairReader(dataset, record, box)

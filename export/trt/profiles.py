@@ -20,13 +20,17 @@ MOST_PROFILES = 8
 
 
 class Shapes(NamedTuple):
-    """Limits of a bundle: pairs, tokens (least, of a usual caption, most) and pixels of an image's side."""
+    """Limits of a bundle: pairs, tokens (least, of a usual caption, most) and pixels of an image's side.
+
+    others: further inputs, by name, and the sizes of one pair's.
+    """
 
     max_batch: int
     min_tokens: int
     typical_tokens: int
     max_tokens: int
     image_size: int
+    others: Mapping[str, Sequence[int | str]] = {}
 
 
 def auto_extents(library: str, max_batch: int, max_tokens: int) -> tuple[Extent, ...]:
@@ -82,7 +86,8 @@ def _best(extent: Extent, extents: Sequence[Extent], shapes: Shapes) -> Extent:
 def _profile(extent: Extent, best: Extent, shapes: Shapes) -> Profile:
     text = [(1, shapes.min_tokens), best, extent]
     image = [(batch, 3, shapes.image_size, shapes.image_size) for batch, _ in text]
-    return {"image": image, "input_ids": text, "attention_mask": text}
+    others = {name: [(batch, *map(int, sizes)) for batch, _ in text] for name, sizes in shapes.others.items()}
+    return {"image": image, "input_ids": text, "attention_mask": text, **others}
 
 
 def check_profiles(declared: Mapping[str, Shape], profiles: Sequence[Profile]) -> None:

@@ -98,7 +98,7 @@ def test_gaussian_map_of_half_precision_is_float32_and_finite():
 def test_guidance_is_row_major():
     """A Gaussian in one corner moves the patch of that corner most."""
     config = dgm4.model_config("cals", "tiny")
-    guidance = drawn(Guidance(config))
+    guidance = drawn(Guidance(config.width, config.guidance_widths))
     with torch.inference_mode():
         empty = guidance(torch.zeros(1, 1, 256, 256, dtype=torch.float64))
         field = torch.zeros(1, 1, 256, 256, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_guidance_is_row_major():
 
 
 def test_guidance_layers_are_the_published_ones():
-    convs = [m for m in Guidance(dgm4.model_config("cals")).conv_net if isinstance(m, torch.nn.Conv2d)]
+    convs = [m for m in Guidance(768, (64, 128, 256)).conv_net if isinstance(m, torch.nn.Conv2d)]
     shapes = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0]) for c in convs]
     assert shapes == [(1, 64, 4, 2, 1), (64, 128, 4, 2, 1), (128, 256, 4, 2, 1), (256, 768, 1, 1, 0)]
 

@@ -1,0 +1,39 @@
+"""Boxes that a caller gives, for the networks that judge one: pixels to what the network reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from engine.errors import InputError, quoted
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright image
+
+_EXPECTED = "expected (x1, y1, x2, y2) in pixels of the upright image"
+WHOLE = np.array([0.5, 0.5, 1, 1], np.float32)  # of the whole image, for a run without a picture
+
+
+def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
+    """A box in an image of `size` (width, height) as the network reads it: float32 cx, cy, w, h in [0, 1].
+
+    Raises InputError for a box that is missing, is none, is empty or reaches outside the image, and for one
+    without an image.
+    """
+    if box is None:
+        raise InputError(f"box: {_EXPECTED}, which this network judges, got none; a face detector finds one")
+    if size is None:
+        raise InputError("box: expected an image that it is in, got none")
+    numbers = list(box) if isinstance(box, Iterable) and not isinstance(box, str | bytes) else []
+    if len(numbers) != 4 or not all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers):
+        raise InputError(f"box: {_EXPECTED}, four numbers, got {quoted(box)}")
+    width, height = size
+    x1, y1, x2, y2 = map(float, numbers)
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # nor is NaN
+        raise InputError(
+            f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, got {quoted(box)}"
+        )
+    centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
+    return np.array([*centre, (x2 - x1) / width, (y2 - y1) / height], np.float32)
