@@ -2,7 +2,8 @@
 
 Same weights, same answers as `dgm4`, with what that code does beside: attention spelled out as products
 and a softmax, torch's nn.MultiheadAttention returning its averaged weights, a second run of all BERT
-layers for the token logits, CAFormer's fusion at the picture's resolution, both streams of CALS apart.
+layers for the token logits, CAFormer's fusion at the picture's resolution, both streams of CALS apart. Of CSCL
+the masks of a batch's neighbours are those of each pair, which costs the same.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class PublishedBertAttention(BertAttention):
 
 
 class PublishedPackedAttention(nn.Module):
-    """torch's own module, which also averages its weights over the heads."""
+    """torch's own module, which also averages its weights over the heads; not in CLIP, which asks for none."""
+
+    averages = True
 
     def __init__(self, trained: PackedAttention) -> None:
         super().__init__()
@@ -62,9 +65,14 @@ class PublishedPackedAttention(nn.Module):
         self.mha.load_state_dict(trained.state_dict(), assign=True)
 
     def forward(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[B, N, D], [B, M, D] -> [B, N, D]; bias [B, 1, 1, M] of zeros and -inf."""
-        padding = None if bias is None else bias[:, 0, 0] != 0
-        return cast(Tensor, self.mha(query, key, key, key_padding_mask=padding)[0])
+        """[B, N, D], [B, M, D] -> [B, N, D]; bias [B, 1, 1, M] of padding, or [B, 1, N, M] of pairs."""
+        padding = pairs = None
+        if bias is not None and bias.shape[2] == 1:
+            padding = bias[:, 0, 0] != 0
+        elif bias is not None:
+            pairs = bias.expand(-1, self.mha.num_heads, -1, -1).flatten(0, 1)
+        masks = {"key_padding_mask": padding, "attn_mask": pairs}
+        return cast(Tensor, self.mha(query, key, key, need_weights=self.averages, **masks)[0])
 
 
 _FORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -72,6 +80,9 @@ _FORMS: dict[type[nn.Module], type[nn.Module]] = {
     BertAttention: PublishedBertAttention,
     PackedAttention: PublishedPackedAttention,
 }
+
+
+_CLIP = ".resblocks."
 
 
 def _spell_out(module: nn.Module) -> None:
@@ -85,7 +96,7 @@ def _spell_out(module: nn.Module) -> None:
 
 
 class Published(nn.Module):
-    """A detector as published, over the same weights; the given model stays as it is."""
+    """A network as published, over the same weights; the given model stays as it is."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -95,6 +106,9 @@ class Published(nn.Module):
         self.model = copy.deepcopy(model, shared)
         _spell_out(self.model)
         self.model.eval()  # the new attentions too
+        for name, module in self.model.named_modules():
+            if isinstance(module, PublishedPackedAttention):
+                module.averages = _CLIP not in name
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Output:
         """As the network's own `forward`."""

@@ -15,12 +15,16 @@ import torch
 
 from dgm4.model import Detector, create_model
 from engine.inputs.options import check_count
+from engine.registry import NETWORKS
 
 _SPREAD = 1.5  # a matrix keeps the scale of its input through norm and activation
 # Layers that end a residual branch. Where a branch outweighs its stream all words become alike.
 RESIDUAL = tuple(
     f"{layer}.weight"
-    for layer in ("out_proj", "output.dense", "FFN.2", "aggregator_mlp.6", "attn.proj", "mlp.fc2")
+    for layer in (
+        *("out_proj", "output.dense", "c_proj", "FFN.2", "attn.proj", "mlp.fc2"),
+        *("aggregator_mlp.6", "aggregator_mlp_2.6"),
+    )
 )
 _COUNTERS = ("num_batches_tracked", "queue_ptr")
 _TOKENS = (
@@ -29,8 +33,11 @@ _TOKENS = (
     *(f"cls_token_local{step}" for step in ("", "_e", "_L", "_L_2")),
     "query_modal",
     "query_cross",
+    "cls_token_cross",
+    "cls_token_feat",
 )
-_SCALES = ("gamma_1", "gamma_2")
+# Scales of a branch; and the bias of the face types that CSCL's box hangs on, so that it comes out both ways.
+_RAISED = ("gamma_1", "gamma_2", "cls_head_img.6.bias")
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD) -> np.ndarray:
@@ -49,7 +56,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, residual: float = _SPREAD
         return 0.1 * z
     if leaf in _TOKENS:
         return 0.2 * z
-    if leaf in _SCALES:
+    if name.endswith(_RAISED):
         return np.float32(0.3) + np.float32(0.1) * z
     if not shape:
         return np.asarray(np.float32(0.5) + np.float32(0.1) * z)
@@ -69,6 +76,7 @@ def seeded_model(name: str, size: str = "base", seed: int = 1) -> Detector:
     check_count("seed", seed, least=0)
     with torch.device("meta"):
         model = create_model(name, size)
-    state = {k: torch.from_numpy(draw(k, tuple(v.shape), seed)) for k, v in model.state_dict().items()}
+    gain = NETWORKS[name].residual
+    state = {k: torch.from_numpy(draw(k, tuple(v.shape), seed, gain)) for k, v in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from dgm4.config import BERT_EPS, BERT_MASK
 from dgm4.layers import Head, attention, merge_heads, padding_bias, split_heads
-from engine.registry.config import FusionConfig
+from engine.registry.config import FusionConfig, NetworkConfig
 
 
 class Projections(nn.Module):
     """Query, key and value projections of one attention."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.query = nn.Linear(config.width, config.width)
@@ -31,11 +31,11 @@ class Projections(nn.Module):
 class AddNorm(nn.Module):
     """LayerNorm(residual + dropout(Linear(x)))."""
 
-    def __init__(self, config: FusionConfig, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, eps: float, dropout: float) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.dense = nn.Linear(hidden, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=BERT_EPS)
+        self.dropout = dropout
+        self.dense = nn.Linear(hidden, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[B, N, hidden] and [B, N, D] -> [B, N, D]."""
@@ -45,11 +45,11 @@ class AddNorm(nn.Module):
 class BertAttention(nn.Module):
     """Post-norm attention of `x` over `memory` (itself where None is given)."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: NetworkConfig, eps: float, dropout: float) -> None:
         super().__init__()
         self.self = Projections(config)
-        self.output = AddNorm(config, config.width)
-        self.dropout = config.dropout
+        self.output = AddNorm(config.width, config.width, eps, dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, N, D], [B, M, D] -> [B, N, D]."""
@@ -68,7 +68,7 @@ class BertAttention(nn.Module):
 class Intermediate(nn.Module):
     """Linear and erf GELU."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.mlp_ratio * config.width)
 
@@ -78,15 +78,17 @@ class Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention to the image in fusion layers, feed-forward."""
+    """Self-attention, cross-attention to the other stream in fusion layers, feed-forward."""
 
-    def __init__(self, config: FusionConfig, fusion: bool) -> None:
+    def __init__(
+        self, config: NetworkConfig, fusion: bool, eps: float = BERT_EPS, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.attention = BertAttention(config)
+        self.attention = BertAttention(config, eps, dropout)
         if fusion:
-            self.crossattention = BertAttention(config)
+            self.crossattention = BertAttention(config, eps, dropout)
         self.intermediate = Intermediate(config)
-        self.output = AddNorm(config, config.mlp_ratio * config.width)
+        self.output = AddNorm(config.width, config.mlp_ratio * config.width, eps, dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""

@@ -11,10 +11,12 @@ import torch
 from engine.layout import FLAT_GRAPH, GRAPH, HALF_GRAPH
 from engine.network.model import InferenceModel
 from engine.network.precision import float_layers, set_precision, to_precision
+from engine.registry import network_of
 from engine.registry.config import NetworkConfig
 from export.calibration import calibration_pairs, tensors
 from export.engine_stage import has_graph
 from export.graph.bf16_emulation import emulate
+from export.graph.choices import changed_choices
 from export.graph.parity import (
     BF16,
     CASES,
@@ -24,13 +26,15 @@ from export.graph.parity import (
     INT8,
     Arrays,
     Difference,
+    Tolerance,
+    case_inputs,
     onnx_outputs,
     torch_outputs,
 )
 from export.graph.rewrite import sharing
 from export.graph.trace import data_of, export_onnx, flatten
 from export.quantization.dynamic_int8 import dynamic_layers, quantize_dynamic
-from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers
+from export.quantization.qdq import fp8_as_nodes, lower, lowered_layers, to_int8
 from export.stages import Calibrated, Job, Lowered, Source
 
 _CHECKED_BATCHES = 2  # of calibration pairs, for the check of static int8
@@ -95,11 +99,12 @@ def _cast(
 ) -> Difference:
     """Run the stage "cast": bring `network` to the precision, in place."""
     precision = job.options.precision
-    (first, last), tolerance = _CHECKS[precision]
+    first, last, tolerance = _check_of(network.config, precision)
     with job.stage("cast") as stage:
         set_precision(network, precision, scales, keep)
         outputs = torch_outputs(network, network.config, CASES[:last])[first:]
-        stage.text = _CASTS[precision] + _keep_text(keep)
+        feeds = case_inputs(network.config)[first:last]
+        stage.text = _CASTS[precision] + _keep_text(keep) + _choices_text(source.network, network, feeds)
         return stage.compare("cast", "rewrite", source.outputs[first:last], outputs, tolerance)
 
 
@@ -112,7 +117,7 @@ def _trace(job: Job, source: Source, network: InferenceModel) -> Difference:
             tolerance = EXACT if precision == "fp32" else FP16
             outputs = onnx_outputs(graph, network.config)
             return stage.compare("onnx", "rewrite", source.outputs, outputs, tolerance)
-        (first, last), tolerance = _CHECKS[precision]
+        first, last, tolerance = _check_of(network.config, precision)
         stage.text += "; run in float32 rounded to bfloat16"
         outputs = _emulated_outputs(graph, network.config)[first:last]
         return stage.compare("onnx", "rewrite", source.outputs[first:last], outputs, tolerance)
@@ -144,6 +149,7 @@ def _lower_static(job: Job, source: Source, calibrated: Calibrated, keep: tuple[
         activations = f"calibrated ({record.method}) on {record.pairs} pairs of {record.source}"
         stage.text = f"{count} layers in int8, weights per channel, activations {activations}"
         stage.text += f"; {_graph_text(proto)}{_keep_text(keep)}"
+        stage.text += _choices_text(source.network, network, tensors(feeds))
     if not (check.passed and job.options.engine):
         return Lowered(network, keep, islands, (check,))
     return Lowered(network, keep, islands, (check, _write_half(job, network, feeds, before)))
@@ -180,8 +186,28 @@ def _lower_dynamic(job: Job, source: Source, keep: tuple[str, ...]) -> Lowered:
         count = quantize_dynamic(floating, graph, keep)
         check = stage.compare("int8", "onnx", before, onnx_outputs(graph, network.config), INT8)
         stage.text = f"{count} products in int8, weights per channel, activations dynamic{_keep_text(keep)}"
+        emulated = to_int8(sharing(source.network), None, keep)
+        stage.text += _choices_text(source.network, emulated, case_inputs(network.config))
     _remove_graph(floating)
     return Lowered(network, keep, islands, (traced, check))
+
+
+def _check_of(config: NetworkConfig, precision: str) -> tuple[int, int, Tolerance]:
+    """First and last case that a cast network is compared on, and how near it must be.
+
+    All cases where single values jump, which is worth more in fewer values.
+    """
+    (first, last), tolerance = _CHECKS[precision]
+    jumps = any(output.jumps for output in network_of(config).outputs)
+    return (0, len(CASES), tolerance) if jumps else (first, last, tolerance)
+
+
+def _choices_text(
+    reference: InferenceModel, candidate: InferenceModel, feeds: Iterable[Mapping[str, torch.Tensor]]
+) -> str:
+    """How many of the network's choices changed; nothing for one that makes none."""
+    changed, total = changed_choices(reference, candidate, feeds)
+    return f"; {changed} of {total} choices of neighbours changed" if total else ""
 
 
 def _keep_text(keep: Sequence[str]) -> str:

@@ -4,8 +4,8 @@
 
 The query of head h already holds the key projection (see engine/network/fold.py), so no key is
 ever computed, and the value projection follows on H vectors instead of P.
-Shapes: tokens [B, P, D]; weight and bias of the norm [D]; query [H, D]; output [B, H, D].
-Softmax and norm are in float32. A NaN in a token makes the whole output of its image NaN, as in torch.
+Shapes: tokens [B, P, D]; weight and bias of the norm [D]; query [H, D]; output [B, H, D]. Padding: mask
+[B, P], 1 = valid, 0 = ignored; where all are ignored the output is zeros. Softmax and norm are in float32. A NaN in a token makes the whole output of its image NaN, as in torch.
 
 The kernel never stores n. With n = (x - mean) / std * weight + bias, the scores are
 (x @ (query * weight)^T - mean sum(query * weight)) / std + query @ bias, and the mean goes out of the sum
@@ -45,14 +45,22 @@ from kernels.jit import (
 )
 from kernels.onnx import ops as onnx_ops
 
-NAME = "LatentQueryPool"
+NAME, MASKED = "LatentQueryPool", "MaskedLatentQueryPool"
 EPS = 1e-5
 
 
-def latent_pool_ref(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
+def latent_pool_ref(
+    tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Plain form in the dtype of the inputs."""
     normed = F.layer_norm(tokens, tokens.shape[-1:], weight, bias, EPS)
-    weights = (normed @ query.T).softmax(1)
+    scores = normed @ query.T
+    if mask is None:
+        weights = scores.softmax(1)
+    else:
+        valid = mask[..., None] != 0
+        weights = scores.masked_fill(~valid, float("-inf")).softmax(1)
+        weights = torch.where(valid.any(1, keepdim=True), weights, 0.0)  # NaN without a valid token
     return weights.transpose(1, 2) @ normed
 
 
@@ -69,6 +77,7 @@ def _pool_kernel(
     weight: tl.tensor,  # [D]
     bias: tl.tensor,  # [D]
     query: tl.tensor,  # [H, D], dense
+    mask: tl.tensor,  # [B, P] of any integer type, dense, or None
     out: tl.tensor,  # [B, H, D], dense
     n_tokens: tl.tensor,
     token_batch: tl.tensor,
@@ -107,6 +116,8 @@ def _pool_kernel(
     for i_token in range(0, n_tokens, BLOCK_P):
         o_token = i_token + tl.arange(0, BLOCK_P)
         m_token = o_token < n_tokens
+        if mask is not None:
+            m_token = tl.load(mask + i_batch * n_tokens + o_token, mask=m_token, other=0) != 0
         b_tokens: tl.tuple = ()  # PARTS times (BLOCK_P, PART)
         b_scores = tl.zeros((BLOCK_H, BLOCK_P), tl.float32)  # (BLOCK_H, BLOCK_P)
         b_mean = tl.zeros((BLOCK_P,), tl.float32)  # (BLOCK_P)
@@ -127,8 +138,11 @@ def _pool_kernel(
         b_scores = tl.where(m_token[None, :], b_scores * LOG2E, float("-inf"))
         # Both maxima drop a NaN; b_weights brings it back.
         b_new = tl.maximum(b_max, tl.max(b_scores, 1))  # (BLOCK_H)
-        b_weights = tl.exp2(b_scores - b_new[:, None])  # (BLOCK_H, BLOCK_P)
-        b_shrink = tl.exp2(b_max - b_new)  # (BLOCK_H)
+        b_pivot = b_new  # (BLOCK_H)
+        if mask is not None:  # finite before the first valid token: -inf - (-inf) would be NaN
+            b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_weights = tl.exp2(b_scores - b_pivot[:, None])  # (BLOCK_H, BLOCK_P)
+        b_shrink = tl.exp2(b_max - b_pivot)  # (BLOCK_H)
         b_max = b_new
         b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
         b_weights = (b_weights * b_inverse[None, :]).to(tokens.dtype.element_ty)
@@ -139,17 +153,23 @@ def _pool_kernel(
             b_shrunk = b_out[i] * b_shrink[:, None]  # (BLOCK_H, PART)
             b_mixed = b_mixed + (tl.dot(b_weights, b_tokens[i], b_shrunk, input_precision=PRECISION),)
         b_out = b_mixed
+    if mask is not None:
+        b_sum = tl.where(b_max == float("-inf"), 1.0, b_sum)
     p_out = out + i_batch * HEADS * WIDTH + o_head[:, None] * WIDTH
     for i in tl.static_range(PARTS):
         o_col = i * PART + o_part
         b_normed = (b_out[i] - b_mean_sum[:, None]) / b_sum[:, None]  # (BLOCK_H, PART)
         b_normed = b_normed * _load_vector(weight, o_col, WIDTH)[None, :]
         b_normed += _load_vector(bias, o_col, WIDTH)[None, :]
+        if mask is not None:
+            b_normed = tl.where((b_max == float("-inf"))[:, None], 0.0, b_normed)
         m_out = (o_head < HEADS)[:, None] & (o_col < WIDTH)[None, :]
         tl.store(p_out + o_col[None, :], b_normed.to(out.dtype.element_ty), mask=m_out)
 
 
-def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
+def launch(
+    kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Launch `kernel`, `_pool_kernel` or its wrapping for torch.compile."""
     batch, n_tokens, width = tokens.shape
     heads = query.shape[0]
@@ -166,6 +186,7 @@ def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Ten
         weight=weight.contiguous(),
         bias=bias.contiguous(),
         query=query.contiguous(),
+        mask=None if mask is None else mask.contiguous(),
         out=out,
         n_tokens=n_tokens,
         token_batch=tokens.stride(0),
@@ -186,25 +207,33 @@ def launch(kernel: Any, tokens: Tensor, weight: Tensor, bias: Tensor, query: Ten
 
 
 @operator("dgm4::latent_pool")
-def _pool_op(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
-    return launch(wrap_triton(_pool_kernel), tokens, weight, bias, query)
+def _pool_op(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
+    return launch(wrap_triton(_pool_kernel), tokens, weight, bias, query, mask)
 
 
-def latent_pool(tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor) -> Tensor:
+def latent_pool(
+    tokens: Tensor, weight: Tensor, bias: Tensor, query: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Pool tokens [B, P, D] to one vector a head, [B, H, D], in the type of the tokens.
 
-    weight and bias are [D], query [H, D], of one type. Raises ValueError for shapes or devices, TypeError for
-    types, that do not go together.
+    weight and bias are [D], query [H, D], of one type; mask [B, P] of integers, or None. Raises ValueError
+    for shapes or devices, TypeError for types, that do not go together.
     """
     if onnx_ops.exporting():
+        inputs = (tokens, weight, bias, query) if mask is None else (tokens, weight, bias, query, mask)
         shape = (tokens.shape[0], *query.shape)
-        return onnx_ops.emit(NAME, (tokens, weight, bias, query), [shape], [tokens.dtype], {})[0]
+        return onnx_ops.emit(NAME if mask is None else MASKED, inputs, [shape], [tokens.dtype], {})[0]
     check_axes("tokens", tokens, "B, P, D")
     check_axes("query", query, "H, D")
     width = tokens.shape[-1]
     check_tensor("weight", weight, (width,), tokens, same_dtype=False)
     check_tensor("bias", bias, (width,), weight)
     check_tensor("query", query, (len(query), width), weight)
+    if mask is not None:
+        check_tensor("mask", mask, tokens.shape[:2], tokens, same_dtype=False)
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
     if launchable(tokens):
-        return torch.ops.dgm4.latent_pool(tokens, weight, bias, query)
-    return latent_pool_ref(*(x.to(weight.dtype) for x in (tokens, weight, bias, query))).to(tokens.dtype)
+        return torch.ops.dgm4.latent_pool(tokens, weight, bias, query, mask)
+    floats = (x.to(weight.dtype) for x in (tokens, weight, bias, query))
+    return latent_pool_ref(*floats, mask).to(tokens.dtype)

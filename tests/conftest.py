@@ -71,6 +71,7 @@ BASE_FILES = (
     "tests/dgm4/test_parity.py",
     "tests/engine/backends/test_torch.py",
     "tests/export/test_base.py",
+    "tests/export/test_cscl_base.py",
     "tests/export/test_pmmd_base.py",
     "tests/export/test_sharp.py",
 )
@@ -93,13 +94,16 @@ def pytest_xdist_make_scheduler(config, log):
     return WholeFiles(config, log)
 
 
-def published_inputs(seed, batch, tokens, lengths):
-    """The formula the golden numbers were made with: pictures, ids and mask (no [SEP]) as NumPy arrays."""
+def published_inputs(seed, batch, tokens, lengths, first=101):
+    """The formula the golden numbers were made with: pictures, ids and mask (no [SEP]) as NumPy arrays.
+
+    `first` is the id of [CLS].
+    """
     random = np.random.Generator(np.random.PCG64([seed, 7]))
     low = random.standard_normal((batch, 3, 16, 16), dtype=np.float32).repeat(16, 2).repeat(16, 3)
     image = low + 0.3 * random.standard_normal((batch, 3, 256, 256), dtype=np.float32)
     ids = random.integers(1000, 30000, (batch, tokens))
-    ids[:, 0] = 101
+    ids[:, 0] = first
     mask = (np.arange(tokens)[None] < np.asarray(lengths)[:, None]).astype(np.int64)
     return {"image": image, "input_ids": ids * mask, "attention_mask": mask}
 

@@ -68,20 +68,29 @@ class Norm(Part):
 class Gelu(nn.Module):
     """GELU by erf; as codes where `consumer`, the Linear that alone reads it, is in FP8."""
 
+    quick = False
+
     def forward(self, x: Tensor, consumer: nn.Module | None = None) -> LinearInput:
         """[..., D] -> [..., D], or codes."""
-        rows = gelu(x, **output_codes(consumer))
+        rows = gelu(x, **output_codes(consumer), quick=self.quick)
         return rows.out if rows.scale is None else rows
+
+
+class QuickGelu(Gelu):
+    """CLIP's activation, x sigmoid(1.702 x)."""
+
+    quick = True
 
 
 class Head(nn.Sequential, Part):
     """Linear(D, 2D) LN GELU Linear(2D, 2D) LN GELU Linear(2D, out); the norms keep their own dtype.
 
-    A head has one row a pair, or makes the final logits of every token, so FP8 leaves it alone. With `exact`
-    it is float32 in every precision: a box's head has to promise values below 1e-4 where there is no box.
+    A head has one row a pair, or makes the final logits of every token, so FP8 leaves it alone; not one
+    whose output is features of all `tokens`. With `exact` it is float32 in every precision: a box's head has
+    to promise values below 1e-4 where there is no box.
     """
 
-    def __init__(self, width: int, out: int, exact: bool = False) -> None:
+    def __init__(self, width: int, out: int, exact: bool = False, tokens: bool = False) -> None:
         hidden = 2 * width
         super().__init__(
             nn.Linear(width, hidden),
@@ -92,7 +101,7 @@ class Head(nn.Sequential, Part):
             Gelu(),
             nn.Linear(hidden, out),
         )
-        self.exact = exact
+        self.exact, self.tokens = exact, tokens
 
     def float_parameters(self) -> Iterator[nn.Parameter]:
         """See `Part`."""
@@ -100,7 +109,7 @@ class Head(nn.Sequential, Part):
 
     def unquantised(self, precision: str) -> Iterator[nn.Linear]:
         """See `Part`."""
-        return linears(self) if self.exact or precision == "fp8" else iter(())
+        return linears(self) if self.exact or (precision == "fp8" and not self.tokens) else iter(())
 
 
 class SelfAttention(nn.Module):
@@ -112,7 +121,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: LinearInput, mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
+        """[B, N, D] and the mask [B, N] of its padding, [B, N, N] of what each reads, or None -> [B, N, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(attention(q, k, v, self.heads, mask))
 
@@ -161,6 +170,26 @@ class ConvFusion(nn.Module):
         return conv_fusion(image, tokens, self.weight, self.bias, self.packed)
 
 
+class Choice(nn.Module):
+    """Which `count` have the largest scores, and which the smallest.
+
+    A choice jumps where rounding decides it; `export.graph.choices` counts how many did.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, high: Tensor, low: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Places [..., count] in scores [..., m] within [0, 1], largest of `high`, smallest of `low`.
+
+        Those not `valid`, [..., m] of integers, come last.
+        """
+        if valid is not None:
+            high, low = high.masked_fill(valid == 0, -1), low.masked_fill(valid == 0, 2)
+        return high.topk(self.count, dim=-1).indices, low.topk(self.count, dim=-1, largest=False).indices
+
+
 class LatentPool(Part):
     """Pooling by the learnt query, its key projection folded away (rewrite 3); `normed`: of normed ones."""
 
@@ -180,16 +209,16 @@ class LatentPool(Part):
         """One row a pair; see `Part`."""
         return linears(self) if precision == "fp8" else iter(())
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """[B, P, D] -> [B, D]."""
-        pooled = self._mean(patches)
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, P, D] and the mask [B, P] of its padding, or None -> [B, D]; no mask without a norm."""
+        pooled = self._mean(tokens, mask)
         values = (pooled[:, :, None] @ self.value)[:, :, 0] + self.bias
         return self.out(values.flatten(1))
 
-    def _mean(self, patches: Tensor) -> Tensor:
-        """The weighted mean of the patches for each head, [B, H, D]."""
+    def _mean(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The weighted mean of the tokens for each head, [B, H, D]."""
         if self.norm is not None:
-            return latent_pool(patches, self.norm.weight, self.norm.bias, self.query)
-        wide = patches.to(self.query.dtype)
+            return latent_pool(tokens, self.norm.weight, self.norm.bias, self.query, mask)
+        wide = tokens.to(self.query.dtype)
         weights = (wide @ self.query.T).softmax(1)
-        return (weights.transpose(1, 2) @ wide).to(patches.dtype)
+        return (weights.transpose(1, 2) @ wide).to(tokens.dtype)

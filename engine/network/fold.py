@@ -18,6 +18,7 @@ states what the fold saves. `engine.network.released` composes them. By the numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,31 @@ def fold_cls(cls: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def fold_places(positions: Tensor, types: Tensor) -> Tensor:
     """Position embeddings [L, D] with the one token type of captions, row 0 of types [2, D], added."""
     return positions + types[0]
+
+
+def fold_type(linear: Affine, row: Tensor) -> Affine:
+    """A Linear with a constant [D] added to its output, as the type of a stream is."""
+    return Affine(linear.weight, linear.bias + row)
+
+
+def position_codes(places: Tensor, width: int) -> Tensor:
+    """Sine (even channels) and cosine (odd) of 2 pi u / 10000^(2 floor(k/2) / D), float64; [n] -> [n, D]."""
+    channel = torch.arange(width, dtype=torch.float64)
+    period = 10000 ** (2 * (channel / 2).floor() / width)
+    angle = 2 * math.pi * places.double()[:, None] / period
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+
+
+def fold_positions(codes: Tensor, linear: Affine, norm: Affine) -> Tensor:
+    """Embed codes [n, C] of places, LN(Linear(.)), once for all images and captions; [n, D].
+
+    Saves 4 P D^2 multiplications for codes of two axes: 0.6 GFLOP at base size.
+    """
+    embedded = F.linear(codes, linear.weight.double(), linear.bias.double())
+    embedded = F.layer_norm(
+        embedded, embedded.shape[-1:], norm.weight.double(), norm.bias.double(), TORCH_EPS
+    )
+    return embedded.to(linear.weight.dtype)
 
 
 def fold_conv_fusion(conv: Tensor, norm: Affine, statistics: Statistics) -> Affine:

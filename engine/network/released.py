@@ -126,7 +126,7 @@ def fold_text(released: Released, config: FusionConfig, stacked: bool) -> State:
     fusion = [layers.at(str(i)) for i in range(start, config.text_depth)]
     products = [[x.affine(f"crossattention.self.{y}") for y in ("key", "value")] for x in fusion]
     for i, layer in enumerate(fusion):
-        folded |= under(f"fusion_layers.{i}", fold_layer(layer) | renamed(layer, _CROSS))
+        folded |= under(f"fusion_layers.{i}", fold_layer(layer, crossed=True))
         if not stacked:
             folded |= under(f"fusion_layers.{i}.cross.key_value", stack(products[i]))
     if stacked:
@@ -134,15 +134,16 @@ def fold_text(released: Released, config: FusionConfig, stacked: bool) -> State:
     return folded
 
 
-def fold_layer(layer: Released) -> State:
-    """One BERT layer but for its cross-attention."""
+def fold_layer(layer: Released, crossed: bool = False) -> State:
+    """One BERT layer; its cross-attention, where it has one, without the product of keys and values."""
     products = [layer.affine(f"attention.self.{name}") for name in ("query", "key", "value")]
-    return {**renamed(layer, _LAYER), **under("attention.qkv", stack(products))}
+    names = _LAYER | _CROSS if crossed else _LAYER
+    return {**renamed(layer, names), **under("attention.qkv", stack(products))}
 
 
-def fold_head(released: Released, name: str) -> State:
-    """A `Head`, which keeps its name."""
-    return renamed(released, {f"{name}.{i}": f"{name}.{i}" for i in _HEAD})
+def fold_head(released: Released, name: str, new: str | None = None) -> State:
+    """A `Head`, which keeps its name unless it gets a new one."""
+    return renamed(released, {f"{name}.{i}": f"{new or name}.{i}" for i in _HEAD})
 
 
 def fold_cross(released: Released, name: str) -> State:
@@ -155,12 +156,14 @@ def fold_cross(released: Released, name: str) -> State:
     }
 
 
-def fold_pool(released: Released, query: str, heads: int) -> State:
-    """The shared aggregator, folded with one learnt query."""
-    norm = released.affine("norm_layer_aggr")
-    folded = fold_latent_query(released.tensor(query), norm, released.packed("aggregator"), heads)
+def fold_pool(
+    released: Released, query: str, heads: int, norm: str = "norm_layer_aggr", attention: str = "aggregator"
+) -> State:
+    """A packed attention, folded with one learnt query; several queries may share it."""
+    affine = released.affine(norm)
+    folded = fold_latent_query(released.tensor(query), affine, released.packed(attention), heads)
     return {
-        **under("norm", norm),
+        **under("norm", affine),
         **folded._asdict(),
-        **under("out", released.affine("aggregator.out_proj")),
+        **under("out", released.affine(f"{attention}.out_proj")),
     }

@@ -14,19 +14,19 @@ from engine.registry.config import BERT_EPS, FusionConfig, NetworkConfig
 class TextLayer(nn.Module):
     """One BERT layer; with `stacked` its cross-attention gets keys and values from outside."""
 
-    def __init__(self, config: NetworkConfig, fusion: bool, stacked: bool) -> None:
+    def __init__(self, config: NetworkConfig, fusion: bool, stacked: bool, eps: float = BERT_EPS) -> None:
         super().__init__()
         width, hidden = config.width, config.mlp_ratio * config.width
         self.attention = SelfAttention(width, config.heads)
-        self.attention_norm = Norm(width, BERT_EPS)
+        self.attention_norm = Norm(width, eps)
         if fusion:
             self.cross = CrossAttention(width, config.heads, stacked)
-            self.cross_norm = Norm(width, BERT_EPS)
+            self.cross_norm = Norm(width, eps)
         self.up, self.act, self.down = nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width)
-        self.output_norm = Norm(width, BERT_EPS)
+        self.output_norm = Norm(width, eps)
 
-    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[B, N, D] and its mask [B, N] -> [B, N, D]."""
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, D] and the mask [B, N] of its padding, or None -> [B, N, D]."""
         return self.attention_norm(self.attention(x, mask), x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -37,22 +37,24 @@ class TextLayer(nn.Module):
 class TextEncoder(nn.Module):
     """BERT's embeddings and `depth` layers."""
 
-    def __init__(self, config: NetworkConfig, depth: int) -> None:
+    def __init__(self, config: NetworkConfig, depth: int, eps: float = BERT_EPS) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocabulary, config.width)
         self.places = empty(config.positions, config.width)
-        self.norm = Norm(config.width, BERT_EPS)
-        self.text_layers = nn.ModuleList(TextLayer(config, False, False) for _ in range(depth))
-
-    def _layers(self, layers: nn.ModuleList) -> list[TextLayer]:
-        return [cast(TextLayer, layer) for layer in layers]
+        self.norm = Norm(config.width, eps)
+        self.text_layers = nn.ModuleList(TextLayer(config, False, False, eps) for _ in range(depth))
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask [B, N] -> [B, N, D]."""
         x = self.norm(self.words(input_ids) + self.places[: input_ids.shape[1]])
-        for layer in self._layers(self.text_layers):
+        for layer in layers_of(self.text_layers):
             x = layer.feed_forward(layer.attend(x, mask))
         return x
+
+
+def layers_of(layers: nn.ModuleList) -> list[TextLayer]:
+    """The layers with their type, which a ModuleList does not keep."""
+    return [cast(TextLayer, layer) for layer in layers]
 
 
 class Text(TextEncoder):
@@ -71,14 +73,14 @@ class Text(TextEncoder):
 
     def _keys_and_values(self, image: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         if self.key_values is None:
-            return [layer.cross.project(image) for layer in self._layers(self.fusion_layers)]
+            return [layer.cross.project(image) for layer in layers_of(self.fusion_layers)]
         parts = self.key_values(image).chunk(2 * len(self.fusion_layers), dim=-1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def fuse(self, x: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the fusion layers of x [B, N, D] over image [B, M, D]; the map of the last one, or None."""
         guide = None
-        layers = self._layers(self.fusion_layers)
+        layers = layers_of(self.fusion_layers)
         for layer, (key, value) in zip(layers, self._keys_and_values(image), strict=True):
             x = layer.attend(x, mask)
             if self.with_map and layer is layers[-1]:

@@ -13,9 +13,9 @@ from engine.registry.config import VIT_EPS, NetworkConfig
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, [B, 3, S, S] -> [B, P, D], row-major."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=bias)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed the patches of a normalised image."""
@@ -23,11 +23,11 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, erf GELU, Linear."""
+    """Linear, activation, Linear."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: type[Gelu] = Gelu) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width)
+        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), activation(), nn.Linear(hidden, width)
 
     def forward(self, x: LinearInput) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -37,12 +37,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; its last residual sum is left to the next norm, which fuses it."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, eps: float = VIT_EPS, activation: type[Gelu] = Gelu) -> None:
         super().__init__()
         width = config.width
-        self.norm1, self.norm2 = Norm(width, VIT_EPS), Norm(width, VIT_EPS)
+        self.norm1, self.norm2 = Norm(width, eps), Norm(width, eps)
         self.attention = SelfAttention(width, config.heads)
-        self.mlp = Mlp(width, config.mlp_ratio * width)
+        self.mlp = Mlp(width, config.mlp_ratio * width, activation)
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, N, D] and a residual still to be added to it -> the same two."""
@@ -52,16 +52,22 @@ class Block(nn.Module):
 
 
 class Vision(nn.Module):
-    """Visual encoder with one stream."""
+    """Visual encoder with one stream; `bias` is that of the patches' embedding."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        eps: float = VIT_EPS,
+        activation: type[Gelu] = Gelu,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         width = config.width
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config, bias)
         self.cls = empty(1, 1, width)
         self.positions = empty(1, config.grid**2, width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.vision_depth))
-        self.norm = Norm(width, VIT_EPS)
+        self.blocks = nn.ModuleList(Block(config, eps, activation) for _ in range(config.vision_depth))
+        self.norm = Norm(width, eps)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ A network is its record here, its form for inference in `engine/network/models/`
 
 from __future__ import annotations
 
-from engine.registry import asap, cals, hammer, pmmd, pmmd_refine
+from engine.registry import asap, cals, cscl, hammer, pmmd, pmmd_refine
 from engine.registry.config import NetworkConfig
 from engine.registry.record import Network, Tensor
 
@@ -26,7 +26,7 @@ def register(network: Network) -> None:
     NetworkConfig.known[network.name] = network.config
 
 
-for _module in (hammer, asap, cals, pmmd_refine, pmmd):
+for _module in (hammer, asap, cals, cscl, pmmd_refine, pmmd):
     register(_module.NETWORK)
 
 NAMES = tuple(NETWORKS)

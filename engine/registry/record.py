@@ -23,13 +23,15 @@ class Tensor:
     A dimension is a number, "batch", "tokens", "tokens - 1" (the words, without [CLS]), or the name of a
     property of the network's config. heatmap: for an output that shows where the answer comes from, reads
     float64 values of one pair, padding cut off, and the number of patches along a side into float32
-    [grid, grid].
+    [grid, grid]. jumps: single values follow a choice that rounding may decide, so that an exact form is held
+    to the RMS of its difference in place of the largest.
     """
 
     name: str
     dtype: str
     shape: Shape
     heatmap: HeatMap | None = None
+    jumps: bool = False
 
     def rows(self, tokens: int) -> int | None:
         """Rows of axis 1 for a caption of `tokens` tokens; None where that axis is none of tokens."""
@@ -110,7 +112,8 @@ class Network:
 
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
-    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size.
+    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
+    scale of drawn weights where a residual branch ends (`dgm4.seeded`).
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
@@ -128,6 +131,7 @@ class Network:
     outputs: tuple[Tensor, ...] = ANSWERS
     tokenizer: TokenizerSpec = WORDPIECE
     trainable: bool = True
+    residual: float = 1.5
     model: str = ""
     published: str = ""
 

@@ -178,10 +178,22 @@ def _gaussian_guidance(name: str) -> onnx.FunctionProto:
 
 
 def _latent_pool(name: str) -> onnx.FunctionProto:
-    """Write the standard-operator form."""
-    eps = latent_pool.EPS
+    """Write the standard-operator form of one of the two variants."""
+    eps, mask = latent_pool.EPS, name == latent_pool.MASKED
+    masking = f"""
+        keep_flat = Cast <to = {onnx.TensorProto.FLOAT}> (mask)
+        heads_axis = Constant <value_ints = [1]> ()
+        keep = Unsqueeze (keep_flat, heads_axis)
+        one = Constant <value_float = 1.0> ()
+        ignored = Sub (one, keep)
+        floor = Constant <value_float = {MASKED_SCORE}> ()
+        bias_score = Mul (ignored, floor)
+        biased = Add (by_head, bias_score)
+        masked_weights = Softmax <axis = -1> (biased)
+        weights = Mul (masked_weights, keep)"""
+    plain = "\n        weights = Softmax <axis = -1> (by_head)"
     return body(f"""
-    {name} (tokens, weight, bias, query) => (out)
+    {name} (tokens, weight, bias, query{", mask" if mask else ""}) => (out)
     {{
         tokens_float = Cast <to = {onnx.TensorProto.FLOAT}> (tokens)
         weight_float = Cast <to = {onnx.TensorProto.FLOAT}> (weight)
@@ -190,8 +202,7 @@ def _latent_pool(name: str) -> onnx.FunctionProto:
         normed = LayerNormalization <axis = -1, epsilon = {eps}> (tokens_float, weight_float, bias_float)
         columns = Transpose <perm = [1, 0]> (query_float)
         scores = MatMul (normed, columns)
-        by_head = Transpose <perm = [0, 2, 1]> (scores)
-        weights = Softmax <axis = -1> (by_head)
+        by_head = Transpose <perm = [0, 2, 1]> (scores){masking if mask else plain}
         pooled = MatMul (weights, normed)
         out = CastLike (pooled, tokens)
     }}""")
@@ -201,5 +212,5 @@ BODIES: dict[str, Callable[[str], onnx.FunctionProto]] = {
     **dict.fromkeys(NODES, _attention),
     conv_fusion.NAME: _conv_fusion,
     gaussian_guidance.NAME: _gaussian_guidance,
-    latent_pool.NAME: _latent_pool,
+    **dict.fromkeys((latent_pool.NAME, latent_pool.MASKED), _latent_pool),
 }

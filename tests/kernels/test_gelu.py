@@ -33,6 +33,11 @@ def test_it_is_no_approximation_by_tanh():
     assert (gelu(x).out - torch.tensor(want, dtype=torch.float64)).abs().max() <= 1e-9
 
 
+def test_quick_form_is_clips():
+    x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    assert np.abs(gelu(x, quick=True).out.numpy() - [v / (1 + math.exp(-1.702 * v)) for v in x]).max() <= EXACT
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_beside_a_float32_bias(normal, no_worse, dtype):
     x, bias = normal(4, 96).to(dtype), normal(96, seed=1).float()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from kernels.latent_pool import NAME, latent_pool, latent_pool_ref
+from kernels.latent_pool import MASKED, NAME, latent_pool, latent_pool_ref
 
 EXACT = 1e-10
 SHAPES = [(1, 1, 1, 3), (2, 7, 2, 24), (7, 256, 12, 50), (1, 63, 16, 768)]
@@ -49,6 +49,29 @@ def test_strided_tokens(drawn):
     assert np.abs(latent_pool(tokens[:, 1:], *rest).numpy() - formula(tokens[:, 1:], *rest)).max() <= EXACT
     expanded = tokens[:1].expand(3, -1, -1)
     assert np.abs(latent_pool(expanded, *rest).numpy() - formula(expanded, *rest)).max() <= EXACT
+
+
+def masked(batch, patches):
+    """Captions of every length, none included, and a hole in the first."""
+    mask = (torch.arange(patches)[None] < torch.arange(patches, patches - batch, -1)[:, None]).int()
+    mask[0, 0], mask[-1] = 0, 0
+    return mask
+
+
+def test_padding_is_as_good_as_absent(drawn):
+    tensors, mask = drawn(3, 7, 2, 24), masked(3, 7)
+    out = latent_pool(*tensors, mask)
+    for i in range(2):
+        kept = tensors[0][i : i + 1, mask[i] == 1]
+        assert np.abs(out[i].numpy() - formula(kept, *tensors[1:])[0]).max() <= EXACT
+    assert not out[2].any()
+
+
+def test_onnx_body_with_padding(drawn, onnx_body):
+    tensors, mask = drawn(3, 7, 2, 24, torch.float32), masked(3, 7)
+    (got,) = onnx_body(MASKED, named(tensors) | {"mask": mask.numpy()}, {"out": TensorProto.FLOAT})
+    want = latent_pool_ref(*(x.double() for x in tensors), mask).numpy()
+    assert np.abs(got - want).max() <= 1e-5
 
 
 def test_equal_patches_are_kept(drawn):

@@ -93,12 +93,13 @@ def guide(boxes, channels, size):
     )
 
 
-def pool(batch, tokens, heads, width):
+def pool(batch, tokens, heads, width, mask=None):
     query = normal(heads, width, seed=3) / width**0.5
+    mask = None if mask is None else mask.to(DEVICE)
     return Case(
         (normal(batch, tokens, width) + 0.5, normal(width, seed=1), normal(width, seed=2), query),
-        lambda *tensors: (latent_pool.launch(latent_pool._pool_kernel, *tensors),),
-        lambda *tensors: (latent_pool.latent_pool_ref(*tensors),),
+        lambda *tensors: (latent_pool.launch(latent_pool._pool_kernel, *tensors, mask),),
+        lambda *tensors: (latent_pool.latent_pool_ref(*tensors, mask),),
     )
 
 
@@ -118,12 +119,12 @@ def norm(*shape, shifted=True, summed=True, eps=1e-6):
     return Case(inputs, launch, reference)
 
 
-def activate(*shape, biased=True):
+def activate(*shape, biased=True, quick=False):
     inputs = (3 * normal(*shape), normal(shape[-1], seed=1))[: 2 if biased else 1]
     return Case(
         inputs,
-        lambda *tensors: gelu.launch(gelu._gelu_kernel, *tensors)[:1],
-        lambda *tensors: (gelu.gelu_ref(*tensors),),
+        lambda *tensors: gelu.launch(gelu._gelu_kernel, *tensors, quick=quick)[:1],
+        lambda *tensors: (gelu.gelu_ref(*tensors, quick=quick),),
     )
 
 
@@ -155,6 +156,8 @@ CASES = {
     "pool-three-parts": pool(1, 20, 2, 96),
     "pool-one": pool(1, 1, 1, 16),
     "pool-tiny": pool(2, 64, 2, 128),
+    "pool-masked": pool(3, 37, 3, 24, lengths(3, 37, 37, 18, 1)),
+    "pool-holes": pool(2, 40, 2, 24, (torch.arange(80).view(2, 40) % 20 == 19).int()),
     "norm": norm(2, 7, 768),
     "norm-tiny": norm(2, 50, 128, eps=1e-12),
     "norm-post": norm(3, 5, 96, shifted=False, summed=False),
@@ -166,6 +169,8 @@ CASES = {
     "gelu-plain": activate(3, 50, biased=False),
     "gelu-odd": activate(1, 2, 3, 197),
     "gelu-widest": activate(3, 8192),
+    "gelu-quick": activate(2, 7, 3072, quick=True),
+    "gelu-quick-plain": activate(3, 50, biased=False, quick=True),
 }
 if DEVICE == "cuda":
     CASES |= {
@@ -220,6 +225,13 @@ def test_a_row_without_a_valid_key_is_zero():
     (out,) = case.launch(*(x.to(DEVICE, torch.float32) for x in case.inputs))
     assert not out[2].any()
     assert out[:2].all()
+
+
+def test_a_pool_without_a_valid_token_is_zero():
+    case = pool(2, 20, 2, 24, lengths(2, 20, 20, 0))
+    (out,) = case.launch(*(x.to(DEVICE, torch.float32) for x in case.inputs))
+    assert not out[1].any()
+    assert out[0].all()
 
 
 def test_a_query_without_a_valid_key_is_zero():
