@@ -153,7 +153,7 @@ def test_a_name_is_taken_once(added):
 
 
 def test_a_checkpoint_with_the_keys_of_two_networks(tmp_path):
-    state = {name: torch.zeros(1) for name in ("UtilsB", "LIG.conv_net.0.weight", "bbox_head.0.weight")}
+    state = {name: torch.zeros(1) for name in ("UtilsB", "cls_token_local_e", "bbox_head.0.weight")}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"those of asap and \w+ at once"):
         dgm4.load_checkpoint(tmp_path / "x.safetensors")
