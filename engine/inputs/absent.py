@@ -1,10 +1,10 @@
-"""A pair whose caption or image is None, and the warning that its answer carries."""
+"""A pair whose caption or image is None or says nothing, and the warning that its answer carries."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Absent = Literal["", "caption", "image"]
+Absent = Literal["", "caption", "image", "words"]
 WARNINGS: dict[Absent, tuple[str, ...]] = {
     "": (),
     "caption": (
@@ -14,5 +14,9 @@ WARNINGS: dict[Absent, tuple[str, ...]] = {
     "image": (
         "no_image: the words and the text types are those for a plain grey image, on which the network was "
         "never trained; nothing else is answered",
+    ),
+    "words": (
+        "no_words: this network compares the image with the words, and the caption holds none; the verdict "
+        "alone is answered",
     ),
 }

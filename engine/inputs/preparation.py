@@ -61,7 +61,8 @@ class Preparation:
     """Prepares pairs for one bundle; safe to use from several threads.
 
     `thumbnail` is the longer side in pixels of the thumbnail, or 0 for none; `resize` is false where the
-    backend resizes images. `box` is the name of the network's input of boxes, None where it has none.
+    backend resizes images. `box` is the name of the network's input of boxes, None where it has none;
+    `compares` tells a network that answers nothing but the verdict without words.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Preparation:
         thumbnail: int,
         resize: bool,
         box: str | None = None,
+        compares: bool = False,
     ) -> None:
-        self.box = box
+        self.box, self._compares = box, compares
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
         self._thumbnail, self._resize = thumbnail, resize
 
@@ -128,6 +130,10 @@ class Preparation:
         """Join a prepared image with a caption, an empty one for None, and a box; raises as `pair` does."""
         if caption is None and picture.size is None:
             raise InputError(f"{name or 'the pair'}: expected an image or a caption, got neither")
+        if caption is None and self._compares:
+            raise InputError(
+                f"{name or 'the pair'}: expected a caption, got none; this network compares the image with it"
+            )
         started = perf_counter()
         try:
             text, tokens = self._tokenizer("" if caption is None else caption)
@@ -136,6 +142,10 @@ class Preparation:
             raise InputError(f"{name}: {error}" if name else str(error)) from error
         timing = picture.timing | {"tokenize": milliseconds(started, perf_counter())}
         absent: Absent = "caption" if caption is None else "image" if picture.size is None else ""
+        if self._compares and not tokens.words:
+            if absent:
+                raise InputError(f"{name or 'the pair'}: expected an image or a caption with words, got neither")
+            absent = "words"
         warnings = WARNINGS[absent] + picture.warnings
         if caption is not None:
             warnings += tokens.warnings

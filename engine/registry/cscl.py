@@ -12,6 +12,7 @@ import numpy as np
 from engine.registry.config import Layers, NetworkConfig, Width
 from engine.registry.record import ANSWERS, BYTE_BPE, Keys, Network, Tensor
 
+
 FIRST_POSITION = 2  # RoBERTa's row of the first token
 _TEXT_POSITIONS = "meter.text_transformer.embeddings.position_embeddings.weight"
 
@@ -118,10 +119,11 @@ NETWORK = Network(
         width="meter.vit_model.visual.class_embedding",
         shape=_positions,
     ),
-    parameters={"base": 460_810_506, "tiny": 6_385_226},
+    parameters={"base": 460_810_506, "tiny": 6_449_930},
     gflop=(101.6, 111.2),
     outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores, jumps=True)),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
     trainable=False,
+    compares=True,
     residual=0.225,  # with more all tokens are alike, and the choice of neighbours is one of rounding
 )

@@ -113,7 +113,8 @@ class Network:
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
     size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
-    scale of drawn weights where a residual branch ends (`dgm4.seeded`).
+    scale of drawn weights where a residual branch ends (`dgm4.seeded`). compares: all answers but the verdict
+    come of comparing the image with words, so that a caption without any leaves the verdict alone.
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
@@ -132,6 +133,7 @@ class Network:
     tokenizer: TokenizerSpec = WORDPIECE
     trainable: bool = True
     residual: float = 1.5
+    compares: bool = False
     model: str = ""
     published: str = ""
 
