@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import dgm4
 from dgm4.seeded import draw
 from engine import Predictor, registry
 from engine.errors import BundleError, CheckpointError
+from engine.network.model import build_model
 from engine.registry.config import NetworkConfig
 from export.options import ExportOptions
 from export.pipeline import export_bundle
@@ -72,6 +74,38 @@ def test_parameters_are_counted(name, size):
     assert sum(p.numel() for p in model.parameters()) == registry.NETWORKS[name].parameters[size]
 
 
+def test_products_are_counted(name):
+    """As torch counts those of the form for inference; the fused operators' few are not among them."""
+    config, network = registry.NETWORKS[name].sizes["base"], registry.NETWORKS[name]
+    for tokens, stated in zip((24, 50), network.gflop, strict=True):
+        sizes = {"batch": 1, "tokens": tokens}
+        kinds = {"float32": torch.float32, "int64": torch.int64}
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
+            feeds = {
+                x.name: torch.ones([sizes.get(d, d) for d in x.shape_of(config)], dtype=kinds[x.dtype])
+                for x in network.inputs
+            }
+            build_model(config)(**feeds)
+        assert counter.get_total_flops() / 1e9 == pytest.approx(stated, rel=0.02)
+
+
+def test_the_page_has_the_records():
+    lines = (ROOT / "docs/networks.md").read_text().splitlines()
+    assert [row for row in rows() if row not in lines] == []
+
+
+def rows():
+    """The table of docs/networks.md."""
+    for name, network in registry.NETWORKS.items():
+        count, products = network.parameters["base"], network.gflop
+        more = ", ".join(f"`{x.name}`" for x in network.inputs[3:]) or "none"
+        yield (
+            f"| {network.title} (`{name}`) | {count / 1e6:.1f} M | {products[0]:g}, {products[1]:g} "
+            f"| {network.tokenizer.min_tokens} | {'yes' if network.heatmap else 'no'} | {more} "
+            f"| {'yes' if network.trainable else 'no'} |"
+        )
+
+
 @pytest.fixture
 def added():
     """The network of sixty lines among the others."""
@@ -119,7 +153,7 @@ def test_a_name_is_taken_once(added):
 
 
 def test_a_checkpoint_with_the_keys_of_two_networks(tmp_path):
-    state = {name: torch.zeros(1) for name in ("UtilsB", "LIG.conv_net.0.weight", "bbox_head.0.weight")}
+    state = {name: torch.zeros(1) for name in ("UtilsB", "cls_token_local_e", "bbox_head.0.weight")}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="those of asap and cals at once"):
+    with pytest.raises(CheckpointError, match=r"those of asap and \w+ at once"):
         dgm4.load_checkpoint(tmp_path / "x.safetensors")

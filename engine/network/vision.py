@@ -37,9 +37,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; its last residual sum is left to the next norm, which fuses it."""
 
-    def __init__(
-        self, config: NetworkConfig, eps: float = VIT_EPS, activation: type[Gelu] = Gelu
-    ) -> None:
+    def __init__(self, config: NetworkConfig, eps: float = VIT_EPS, activation: type[Gelu] = Gelu) -> None:
         super().__init__()
         width = config.width
         self.norm1, self.norm2 = Norm(width, eps), Norm(width, eps)

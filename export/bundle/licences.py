@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from engine.manifest import NOT_STATED, Weights
+from engine.registry import NETWORKS
 
 OWN = "Apache-2.0"  # of this project, its demo weights and weights drawn from a formula
 # As their authors state them. A user who exports published weights must keep to them.
 UPSTREAM = {
     "DGM4 (data set)": "S-Lab License 1.0, non-commercial",
-    "HAMMER (code, weights)": "S-Lab License 1.0, non-commercial",
-    "ASAP (code, weights)": NOT_STATED,
-    "CALS (code, weights)": NOT_STATED,
+    **{f"{network.title} (code, weights)": network.licence for network in NETWORKS.values()},
     "ALBEF (code, weights)": "BSD-3-Clause",
     "DeiT (code, weights)": "Apache-2.0",
     "BERT (weights, vocabulary)": "Apache-2.0",
     "RoBERTa (weights, vocabulary)": "MIT",
+    "CLIP, METER, BEiT v2 (code, weights)": "MIT",
 }
 _TRAINED = (
     "Published HAMMER weights are for non-commercial use only, and so may be any weights trained on DGM4: "

@@ -8,6 +8,7 @@ import torch
 
 import dgm4
 from dgm4.model import build
+from engine.registry import NETWORKS, TRAINABLE
 from export.bundle.licences import OWN, UPSTREAM
 
 
@@ -22,14 +23,15 @@ def test_every_network_is_listed_at_every_size():
     entries = {(entry.name, entry.size): entry for entry in dgm4.list_models()}
     assert set(entries) == {(name, size) for name in dgm4.MODEL_NAMES for size in dgm4.SIZES}
     assert {key: entry.weights for key, entry in entries.items() if entry.weights} == {
-        (name, "tiny"): "demo" for name in dgm4.MODEL_NAMES
+        (name, "tiny"): "demo" for name in TRAINABLE
     }
     assert [entry.bundle for entry in entries.values() if entry.bundle] == ["demo:asap"]
 
 
 def test_licences_are_those_that_cards_state():
     for entry in dgm4.list_models():
-        assert entry.licence == (OWN if entry.weights else UPSTREAM[f"{entry.name.upper()} (code, weights)"])
+        upstream = UPSTREAM[f"{NETWORKS[entry.name].title} (code, weights)"]
+        assert entry.licence == (OWN if entry.weights else upstream)
 
 
 def test_the_list_needs_no_torch():

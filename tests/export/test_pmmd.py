@@ -60,7 +60,9 @@ def test_graphs_are_the_network(name, bundle, tiny, session_of):
             assert np.abs(answer - exact.numpy()).max() <= EXACT, (batch, tokens)
 
 
-@pytest.mark.parametrize("precision", sorted(RATIOS))
+@pytest.mark.parametrize(
+    ("name", "precision"), [("pmmd", "fp16"), ("pmmd", "int8"), ("pmmd_refine", "bf16"), ("pmmd_refine", "int8")]
+)
 def test_lower_precisions(name, precision, bundle, tiny):
     """Through the backend that serves them."""
     model = tiny(name)
@@ -75,10 +77,9 @@ def test_lower_precisions(name, precision, bundle, tiny):
         assert 0 < ratio <= RATIOS[precision], key
 
 
-def test_boxes_stay_float32(name, bundle):
-    kept = bundle(name, "fp16").manifest["float32_layers"]
-    assert [layer for layer in kept if "bbox_head" in layer]
-    assert (name == "pmmd") == bool([layer for layer in kept if layer.startswith("locate.heads.2")])
+def test_boxes_stay_float32(bundle):
+    kept = bundle("pmmd", "fp16").manifest["float32_layers"]
+    assert {"refine.branch.bbox_head.6", *(f"locate.heads.{i}.3" for i in range(3))} <= {*kept}
 
 
 def test_the_manifest_has_the_box(name, bundle):
@@ -163,14 +164,15 @@ def test_where_pairs_bring_no_box(path, annotated, tmp_path):
         write_repository({"refine": opened}, tmp_path / "models")
 
 
-def test_engines_are_built(name, bundle):
+@pytest.mark.parametrize(("name", "precision"), [("pmmd", "fp16"), ("pmmd_refine", "fp32")])
+def test_engines_are_built(name, precision, bundle):
     pytest.importorskip("tensorrt_rtx")
-    graph = bundle(name, "fp16").path / "model.onnx"
+    graph = bundle(name, precision).path / "model.onnx"
     rtx = next(info for info in build.describe_builders() if info.library == "tensorrt_rtx")
     network = NETWORKS[name]
     shapes = Shapes(2, 2, 16, 24, 256, network.further(network.sizes["tiny"]))
     writer = SimpleNamespace(path=lambda file: graph.parent / file)
-    entry, _ = build_into(writer, rtx, ("8.9",), shapes, EngineOptions(), "fp16")
+    entry, _ = build_into(writer, rtx, ("8.9",), shapes, EngineOptions(), precision)
     (graph.parent / entry.file).unlink()
     (profile,) = entry.profiles
     assert profile["input_ids"].max == (2, 24)
