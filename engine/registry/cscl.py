@@ -1,5 +1,4 @@
-"""CSCL: "Unleashing the Potential of Consistency Learning for Detecting and Grounding Multi-Modal Media
-Manipulation" (CVPR 2025)."""
+"""CSCL: contextual-semantic consistency learning for multimodal manipulation (CVPR 2025)."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from engine.registry.config import Layers, NetworkConfig, Width
 from engine.registry.record import ANSWERS, BYTE_BPE, Keys, Network, Tensor
-
 
 FIRST_POSITION = 2  # RoBERTa's row of the first token
 _TEXT_POSITIONS = "meter.text_transformer.embeddings.position_embeddings.weight"

@@ -63,7 +63,7 @@ def margin(network, inputs):
 
 
 def clear_inputs(network, batch, tokens):
-    """Drawn pairs, captions of every length, whose choices no rounding decides, as it does one in some thousands."""
+    """Drawn pairs, captions of every length, whose choices no rounding decides."""
     pairs, seeds = [], itertools.count()
     while len(pairs) < batch:
         pair = example_inputs(network.config, 1, tokens, next(seeds))
