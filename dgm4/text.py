@@ -45,7 +45,7 @@ class AddNorm(nn.Module):
 class BertAttention(nn.Module):
     """Post-norm attention of `x` over `memory` (itself where None is given)."""
 
-    def __init__(self, config: NetworkConfig, eps: float, dropout: float) -> None:
+    def __init__(self, config: NetworkConfig, eps: float = BERT_EPS, dropout: float = 0.0) -> None:
         super().__init__()
         self.self = Projections(config)
         self.output = AddNorm(config.width, config.width, eps, dropout)

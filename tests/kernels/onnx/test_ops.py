@@ -11,7 +11,7 @@ from kernels.onnx import ops as onnx_ops
 from kernels.onnx.attention import NODES
 from kernels.onnx.bodies import BODIES, bodies
 
-OPERATORS = (*NODES, conv_fusion.NAME, gaussian_guidance.NAME, latent_pool.NAME)
+OPERATORS = (*NODES, conv_fusion.NAME, gaussian_guidance.NAME, latent_pool.NAME, latent_pool.MASKED)
 
 
 @pytest.mark.parametrize("op", OPERATORS)
