@@ -236,5 +236,5 @@ def latent_pool(
             raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
     if launchable(tokens):
         return torch.ops.dgm4.latent_pool(tokens, weight, bias, query, mask)
-    floats = (x.to(weight.dtype) for x in (tokens, weight, bias, query))
-    return latent_pool_ref(*floats, mask=mask).to(tokens.dtype)
+    wide = weight.dtype
+    return latent_pool_ref(tokens.to(wide), weight, bias.to(wide), query.to(wide), mask).to(tokens.dtype)
