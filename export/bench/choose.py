@@ -141,5 +141,5 @@ def _feeds(manifest: Manifest, tokens: int) -> list[dict[str, np.ndarray]]:
         others = {
             name: np.full((batch, *map(int, shape)), 0.5, np.float32) for name, shape in further.items()
         }
-        feeds.append({"image": image, "input_ids": ids, "attention_mask": mask, **middle})
+        feeds.append({"image": image, "input_ids": ids, "attention_mask": mask, **others})
     return feeds
