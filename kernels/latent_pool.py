@@ -236,6 +236,5 @@ def latent_pool(
             raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
     if launchable(tokens):
         return torch.ops.dgm4.latent_pool(tokens, weight, bias, query, mask)
-    dtype = weight.dtype
-    pooled = latent_pool_ref(tokens.to(dtype), weight, bias.to(dtype), query.to(dtype), mask)
-    return pooled.to(tokens.dtype)
+    wide = weight.dtype
+    return latent_pool_ref(tokens.to(wide), weight, bias.to(wide), query.to(wide), mask).to(tokens.dtype)
