@@ -61,7 +61,8 @@ def test_graphs_are_the_network(name, bundle, tiny, session_of):
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("pmmd", "fp16"), ("pmmd", "int8"), ("pmmd_refine", "bf16"), ("pmmd_refine", "int8")]
+    ("name", "precision"),
+    [("pmmd", "fp16"), ("pmmd", "int8"), ("pmmd_refine", "bf16"), ("pmmd_refine", "int8")],
 )
 def test_lower_precisions(name, precision, bundle, tiny):
     """Through the backend that serves them."""
