@@ -2,8 +2,8 @@
 
 Same weights, same answers as `dgm4`, with what that code does beside: attention spelled out as products
 and a softmax, torch's nn.MultiheadAttention returning its averaged weights, a second run of all BERT
-layers for the token logits, CAFormer's fusion at the picture's resolution, both streams of CALS apart. Of CSCL
-the masks of a batch's neighbours are those of each pair, which costs the same.
+layers for the token logits, CAFormer's fusion at the picture's resolution, both streams of CALS apart. The
+masks of CSCL's neighbours are those of each pair, which costs the same as those of others.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PublishedBertAttention(BertAttention):
 
 
 class PublishedPackedAttention(nn.Module):
-    """torch's own module, which also averages its weights over the heads; not in CLIP, which asks for none."""
+    """torch's own module, which averages its weights over the heads too, but in CLIP."""
 
     averages = True
 

@@ -5,7 +5,8 @@
 The query of head h already holds the key projection (see engine/network/fold.py), so no key is
 ever computed, and the value projection follows on H vectors instead of P.
 Shapes: tokens [B, P, D]; weight and bias of the norm [D]; query [H, D]; output [B, H, D]. Padding: mask
-[B, P], 1 = valid, 0 = ignored; where all are ignored the output is zeros. Softmax and norm are in float32. A NaN in a token makes the whole output of its image NaN, as in torch.
+[B, P], 1 = valid, 0 = ignored; where all are ignored the output is zeros. Softmax and norm are in float32.
+A NaN in a token makes the whole output of its image NaN, as in torch.
 
 The kernel never stores n. With n = (x - mean) / std * weight + bias, the scores are
 (x @ (query * weight)^T - mean sum(query * weight)) / std + query @ bias, and the mean goes out of the sum
@@ -235,5 +236,5 @@ def latent_pool(
             raise TypeError(f"mask: expected integers, 1 valid and 0 ignored, got {mask.dtype}")
     if launchable(tokens):
         return torch.ops.dgm4.latent_pool(tokens, weight, bias, query, mask)
-    floats = (x.to(weight.dtype) for x in (tokens, weight, bias, query))
-    return latent_pool_ref(*floats, mask).to(tokens.dtype)
+    wide = weight.dtype
+    return latent_pool_ref(tokens.to(wide), weight, bias.to(wide), query.to(wide), mask).to(tokens.dtype)

@@ -316,7 +316,10 @@ class Extra(Neighbours):
         own, other = self.feat_encoder(own), self.cross_encoder(other)
         about = _pool(self.aggregator_cross, self.norm_layer_cross, self.cls_token_cross, other, other_valid)
         scores = self.consist_encoder_feat.compare(own, about)[..., 0]
-        tokens, present = torch.cat([whole[:, None], own], dim=1), torch.cat([valid[:, :1] | True, valid], dim=1)
+        tokens, present = (
+            torch.cat([whole[:, None], own], dim=1),
+            torch.cat([valid[:, :1] | True, valid], dim=1),
+        )
         x = _pool(self.aggregator_feat, self.norm_layer_feat, self.cls_token_feat, tokens, present)
         x = self.read_alike(x, *_rows(own, valid, choose(scores, valid, self.count, largest=True)))
         x = self.read_unlike(x, *_rows(own, valid, choose(scores, valid, self.count, largest=False)))
@@ -375,7 +378,7 @@ class Published(nn.Module):
 
     def image_positions(self) -> Tensor:
         """[P, D], of the centres of the patches, y before x."""
-        weight = self.emb_img_pos[0].weight
+        weight = cast(nn.Linear, self.emb_img_pos[0]).weight
         places = torch.arange(self.config.grid, dtype=weight.dtype, device=weight.device)
         code = sinusoid((places + 0.5) / self.config.grid, self.config.width)
         y, x = code[:, None].expand(-1, len(code), -1), code[None].expand(len(code), -1, -1)
@@ -384,7 +387,7 @@ class Published(nn.Module):
 
     def text_positions(self, words: int) -> Tensor:
         """[n, D]."""
-        weight = self.emb_text_pos[0].weight
+        weight = cast(nn.Linear, self.emb_text_pos[0]).weight
         places = torch.arange(words, dtype=weight.dtype, device=weight.device)
         embedded: Tensor = self.emb_text_pos(sinusoid(places, self.config.width))
         return embedded

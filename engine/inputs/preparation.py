@@ -144,7 +144,9 @@ class Preparation:
         absent: Absent = "caption" if caption is None else "image" if picture.size is None else ""
         if self._compares and not tokens.words:
             if absent:
-                raise InputError(f"{name or 'the pair'}: expected an image or a caption with words, got neither")
+                raise InputError(
+                    f"{name or 'the pair'}: expected an image or a caption with words, got neither"
+                )
             absent = "words"
         warnings = WARNINGS[absent] + picture.warnings
         if caption is not None:

@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: LinearInput, mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] and the mask [B, N] of its padding, [B, N, N] of what each reads, or None -> [B, N, D]."""
+        """[B, N, D] -> [B, N, D]; mask [B, N] of padding, [B, N, N] of what each reads, or None."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out(attention(q, k, v, self.heads, mask))
 

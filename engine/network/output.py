@@ -12,8 +12,8 @@ class Output(NamedTuple):
 
     logits_real_fake [B, 2] (index 1 = manipulated); logits_multicls [B, 4] (face swap, face attribute,
     text swap, text attribute); box [B, 4] as (cx, cy, w, h) in [0, 1]; logits_tok [B, N-1, 2] (index 1 =
-    manipulated token); attention_map [B, N, 1+P], ASAP's MGCA scores before the softmax, else None; patch_scores
-    [B, P], CSCL's agreement of the patches with the caption in [0, 1], else None.
+    manipulated token); attention_map [B, N, 1+P], ASAP's MGCA scores before the softmax, else None;
+    patch_scores [B, P], CSCL's agreement of the patches with the caption in [0, 1], else None.
     """
 
     logits_real_fake: Tensor

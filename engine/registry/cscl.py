@@ -1,5 +1,4 @@
-"""CSCL: "Unleashing the Potential of Consistency Learning for Detecting and Grounding Multi-Modal Media
-Manipulation" (CVPR 2025)."""
+"""CSCL: contextual-semantic consistency learning for multimodal manipulation (CVPR 2025)."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from engine.registry.config import Layers, NetworkConfig, Width
 from engine.registry.record import ANSWERS, BYTE_BPE, Keys, Network, Tensor
-
 
 FIRST_POSITION = 2  # RoBERTa's row of the first token
 _TEXT_POSITIONS = "meter.text_transformer.embeddings.position_embeddings.weight"
@@ -84,7 +82,7 @@ TINY = CsclConfig(
     fusion_depth=2,
     intra_depth=2,
     intra_hidden=192,
-    consistency_widths=(128, 64, 32),
+    consistency_widths=(128, 64, 64),
     neighbour_heads=2,
     image_neighbours=16,
     text_neighbours=8,
@@ -119,7 +117,7 @@ NETWORK = Network(
         width="meter.vit_model.visual.class_embedding",
         shape=_positions,
     ),
-    parameters={"base": 460_810_506, "tiny": 6_449_930},
+    parameters={"base": 460_810_506, "tiny": 6_458_250},
     gflop=(101.6, 111.2),
     outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores, jumps=True)),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),

@@ -138,7 +138,8 @@ def _feeds(manifest: Manifest, tokens: int) -> list[dict[str, np.ndarray]]:
         mask = np.ones_like(ids)
         mask[1:, (tokens + 1) // 2 :] = 0
         image = np.repeat(pixels[None], batch, axis=0)
-        sizes = {name: (batch, *map(int, shape)) for name, shape in further.items()}
-        others = {name: np.full(size, 0.5, np.float32) for name, size in sizes.items()}
+        others = {
+            name: np.full((batch, *map(int, shape)), 0.5, np.float32) for name, shape in further.items()
+        }
         feeds.append({"image": image, "input_ids": ids, "attention_mask": mask, **others})
     return feeds

@@ -62,13 +62,20 @@ def test_vocabulary_and_positions_are_read_off_the_file(tmp_path):
 
 METER = ("vit_model.visual.conv1", "text_transformer.embeddings.LayerNorm", "cross_modal_text_transform")
 CLIP = ("visual.conv1", "visual.ln_pre", "transformer.resblocks.0.ln_1", "token_embedding", "ln_final")
-X2_VLM = ("vision_encoder.blocks.0.norm1", "text_encoder.bert.embeddings.LayerNorm", "bbox_head.0", "itm_head.0")
+X2_VLM = (
+    "vision_encoder.blocks.0.norm1",
+    "text_encoder.bert.embeddings.LayerNorm",
+    "bbox_head.0",
+    "itm_head.0",
+)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        pytest.param((*METER, "mlm_score.transform.dense"), "expected the keys of HAMMER, .*CSCL", id="METER"),
+        pytest.param(
+            (*METER, "mlm_score.transform.dense"), "expected the keys of HAMMER, .*CSCL", id="METER"
+        ),
         pytest.param(CLIP, "expected the keys of HAMMER, .*CSCL", id="CLIP"),
         pytest.param(X2_VLM, "expected", id="X2-VLM"),
     ],

@@ -26,7 +26,9 @@ def cscl(golden_inputs):
     with np.load(GOLDEN / "golden_cscl.npz") as file:
         arrays = {key: file[key] for key in file.files}
     meta = json.loads(str(arrays.pop("meta")))
-    inputs = golden_inputs(*(meta[key] for key in ("seed", "batch", "tokens", "lengths")), first=meta["first"])
+    inputs = golden_inputs(
+        *(meta[key] for key in ("seed", "batch", "tokens", "lengths")), first=meta["first"]
+    )
     model = dgm4.seeded_model("cscl")
     yield SimpleNamespace(
         inputs={key: torch.from_numpy(array) for key, array in inputs.items()},

@@ -35,7 +35,9 @@ def test_it_is_no_approximation_by_tanh():
 
 def test_quick_form_is_clips():
     x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], dtype=torch.float64)
-    assert np.abs(gelu(x, quick=True).out.numpy() - [v / (1 + math.exp(-1.702 * v)) for v in x]).max() <= EXACT
+    assert (
+        np.abs(gelu(x, quick=True).out.numpy() - [v / (1 + math.exp(-1.702 * v)) for v in x]).max() <= EXACT
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

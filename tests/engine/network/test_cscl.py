@@ -87,7 +87,7 @@ def test_whole_network(published, network, tokens):
 
 @pytest.mark.parametrize("words", [1, 3, 8])
 def test_a_pair_answers_as_alone(published, network, words):
-    """Beside longer captions and padding; published, trimmed to its words, which may be fewer than neighbours."""
+    """Beside a longer caption and padding; trimmed to its words, which may be fewer than neighbours."""
     inputs = doubled(published.config, 2, 20)
     inputs["attention_mask"][1] = torch.arange(20) <= words
     inputs["input_ids"] *= inputs["attention_mask"]

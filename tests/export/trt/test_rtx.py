@@ -39,10 +39,10 @@ def engines(bundle, static_graph):
     return build
 
 
-def build_one(graph, precision):
+def build_one(graph, precision, least=2):
     """The engine's entry, its bytes and those of the graph's weights; the file is gone."""
     rtx = next(info for info in build.describe_builders() if info.library == "tensorrt_rtx")
-    shapes = Shapes(max_batch=2, min_tokens=2, typical_tokens=16, max_tokens=24, image_size=256)
+    shapes = Shapes(max_batch=2, min_tokens=least, typical_tokens=16, max_tokens=24, image_size=256)
     writer = SimpleNamespace(path=lambda name: graph.parent / name)
     entry, _ = build_into(writer, rtx, TARGETS, shapes, EngineOptions(), precision)
     engine = graph.parent / entry.file
@@ -63,3 +63,12 @@ def test_every_network_in_every_precision(engines, name, precision):
         assert entry.fused_attention > 3
     if precision == "fp32":
         assert entry.fused_attention == 0
+
+
+@pytest.mark.timeout(900)
+def test_a_network_that_chooses_neighbours(bundle):
+    """Eight TopK, four ScatterElements, masks of pairs: all of it parses and builds."""
+    pytest.importorskip("tensorrt_rtx")
+    entry, size, weights = build_one(bundle("cscl", "fp32").path / "model.onnx", "fp32", least=9)
+    assert size > weights
+    assert entry.profiles[0]["input_ids"].min == (1, 9)

@@ -1,0 +1,159 @@
+"""CSCL from its exported graph to a Predictor, small and drawn."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import dgm4
+from engine import InputError, Predictor
+from engine.network.blocks import Choice
+from engine.network.precision import float_layers, set_precision
+from export.cli import main
+from export.graph.choices import changed_choices
+from export.graph.parity import case_inputs, relative_errors, torch_outputs
+from export.graph.rewrite import rewrite, sharing
+from export.graph.trace import example_inputs, outputs_of
+from export.quantization.qdq import int8_layers, to_int8
+
+EXACT = 1e-4
+CLEAR = 1e-6  # of a similarity; float32 has about 2e-7 of noise there
+
+
+@pytest.fixture(scope="module")
+def network():
+    return rewrite(dgm4.seeded_model("cscl", "tiny"))
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle):
+    with Predictor(bundle("cscl", "fp32").path, backend="ort", thumbnail=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def margin(network, inputs):
+    """How far the last that is chosen is from the first that is not, at least."""
+    gaps = []
+
+    def note(choice, given, _):
+        high, low, valid = given
+        worst = (-1, 2)
+        for scores, sign, out in ((high, 1, worst[0]), (low, -1, worst[1])):
+            if valid is not None:
+                scores = scores.masked_fill(valid == 0, out)
+            if scores.shape[-1] > choice.count:
+                last, first = (sign * scores).topk(choice.count + 1).values[..., -2:].unbind(-1)
+                gaps.append(torch.where(first == sign * out, 1.0, last - first).min().item())
+
+    hooks = [x.register_forward_hook(note) for x in network.modules() if isinstance(x, Choice)]
+    with torch.inference_mode():
+        network(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps)
+
+
+def clear_inputs(network, batch, tokens):
+    """Drawn pairs, captions of every length, whose choices no rounding decides."""
+    pairs, seeds = [], itertools.count()
+    while len(pairs) < batch:
+        pair = example_inputs(network.config, 1, tokens, next(seeds))
+        pair["attention_mask"][:, tokens - len(pairs) * (tokens - 2) // max(batch, 2) :] = 0
+        pair["input_ids"] *= pair["attention_mask"]
+        if margin(network, pair) > CLEAR:
+            pairs.append(pair)
+    return {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens"), [(1, 9), (3, 9), (1, 12), (8, 12), (3, 50), (8, 50), (1, 128), (3, 128)]
+)
+def test_the_graph_is_the_network(network, bundle, session_of, batch, tokens):
+    inputs = clear_inputs(network, batch, tokens)
+    names = outputs_of(network.config)
+    assert names[-1] == "patch_scores"
+    with torch.inference_mode():
+        want = network(**inputs)
+    session = session_of(bundle("cscl", "fp32").path / "model.onnx")
+    got = session.run(list(names), {key: value.numpy() for key, value in inputs.items()})
+    apart = {name: np.abs(x - getattr(want, name).numpy()).max() for name, x in zip(names, got, strict=True)}
+    assert max(apart.values()) <= EXACT, apart
+
+
+def test_int8_says_how_many_choices_changed(bundle):
+    stages = " ".join(stage.text for stage in bundle("cscl", "int8").stages)
+    assert re.search(r"; [1-9]\d* of 26032 choices of neighbours changed", stages)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.02), ("bf16", 0.1)])
+def test_half_precision(network, precision, most):
+    """Within the bounds that an export holds it to, though some neighbours are others."""
+    feeds = case_inputs(network.config)
+    half = set_precision(sharing(network), precision)
+    outputs = [torch_outputs(x, network.config, feeds=feeds) for x in (network, half)]
+    assert max(relative_errors(*outputs).values()) <= most
+    changed, total = changed_choices(network, half, feeds)
+    assert 0 < changed < most * total
+
+
+def test_what_is_compared_stays_float32(network):
+    half = set_precision(sharing(network), "fp16")
+    compared = [name for name, _ in network.named_modules() if name.endswith("consistency.layers.0")]
+    assert len(compared) == 4
+    assert set(compared) <= set(float_layers(half))
+    assert not set(compared) & {name for name, _ in int8_layers(network)}
+    rounded = to_int8(sharing(network), None)
+    assert all(isinstance(rounded.get_submodule(name), torch.nn.Linear) for name in compared)
+
+
+def test_a_prediction_has_the_heat_map_of_the_patches(predictor, pixels, network):
+    found = predictor.predict(pixels, "A man in the 1990s paid $5.")
+    assert [word.text for word in found.words] == ["A", "man", "in", "the", "1990s", "paid", "$5"]
+    assert found.heatmap.shape == (16, 16)
+    assert 0 <= found.heatmap.min() < found.heatmap.max() <= 1
+    assert found.warnings == predictor.predict(pixels, "Obama").warnings
+
+
+def test_a_pair_answers_as_alone(predictor, pixels):
+    captions = ["Obama", "", "a man speaks to " + "his friends " * 15]
+    together = predictor.predict_captions(pixels, captions)
+    for caption, found in zip(captions, together, strict=True):
+        alone = predictor.predict(pixels, caption)
+        assert found.score == pytest.approx(alone.score, abs=1e-5)
+        scores = [word.score for word in found.words]
+        assert scores == pytest.approx([word.score for word in alone.words], abs=1e-5)
+
+
+@pytest.mark.parametrize("caption", ["", "?!"])
+def test_without_words_the_verdict_alone_is_answered(predictor, pixels, caption):
+    found = predictor.predict(pixels, caption)
+    assert 0 < found.score < 1
+    assert (found.box, found.heatmap, found.words, found.detected) == (None, None, (), ())
+    assert set(found.types.values()) == {None}
+    assert any(text.startswith("no_words: ") for text in found.warnings)
+
+
+def test_an_absent_caption_is_refused(predictor, pixels):
+    with pytest.raises(InputError, match="expected a caption, got none"):
+        predictor.predict(pixels, None)
+    with pytest.raises(InputError, match="expected an image or a caption with words, got neither"):
+        predictor.predict(None, "")
+    assert predictor.predict(None, "Obama speaks").words
+
+
+def test_predict_from_the_command_line(bundle, pixels, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    command = ["predict", str(bundle("cscl", "fp32").path), str(tmp_path / "a.png"), "Obama speaks"]
+    assert main(command) == 0
+    assert "Obama" in capsys.readouterr().out
