@@ -26,8 +26,8 @@ from export.graph.parity import (
     INT8,
     Arrays,
     Difference,
+    Feeds,
     Tolerance,
-    case_inputs,
     onnx_outputs,
     torch_outputs,
 )
@@ -102,8 +102,8 @@ def _cast(
     first, last, tolerance = _check_of(network.config, precision)
     with job.stage("cast") as stage:
         set_precision(network, precision, scales, keep)
-        outputs = torch_outputs(network, network.config, CASES[:last])[first:]
-        feeds = case_inputs(network.config)[first:last]
+        feeds = source.feeds[first:last]
+        outputs = torch_outputs(network, network.config, feeds)
         stage.text = _CASTS[precision] + _keep_text(keep) + _choices_text(source.network, network, feeds)
         return stage.compare("cast", "rewrite", source.outputs[first:last], outputs, tolerance)
 
@@ -115,19 +115,19 @@ def _trace(job: Job, source: Source, network: InferenceModel) -> Difference:
         stage.text = _graph_text(export_onnx(fp8_as_nodes(network), graph))
         if precision in ("fp32", "fp16"):
             tolerance = EXACT if precision == "fp32" else FP16
-            outputs = onnx_outputs(graph, network.config)
+            outputs = onnx_outputs(graph, network.config, source.feeds)
             return stage.compare("onnx", "rewrite", source.outputs, outputs, tolerance)
         first, last, tolerance = _check_of(network.config, precision)
         stage.text += "; run in float32 rounded to bfloat16"
-        outputs = _emulated_outputs(graph, network.config)[first:last]
+        outputs = _emulated_outputs(graph, network.config, source.feeds[first:last])
         return stage.compare("onnx", "rewrite", source.outputs[first:last], outputs, tolerance)
 
 
-def _emulated_outputs(graph: Path, config: NetworkConfig) -> list[Arrays]:
+def _emulated_outputs(graph: Path, config: NetworkConfig, feeds: Feeds) -> list[Arrays]:
     draft = graph.with_name("emulated." + graph.name)
     try:
         emulate(graph, draft)
-        return onnx_outputs(draft, config)
+        return onnx_outputs(draft, config, feeds)
     finally:
         _remove_graph(draft)
 
@@ -178,16 +178,17 @@ def _lower_dynamic(job: Job, source: Source, keep: tuple[str, ...]) -> Lowered:
     islands = tuple(name for name in float_layers(network) if name not in rounded)
     with job.stage("onnx") as stage:
         stage.text = _graph_text(export_onnx(network, floating))
-        before = onnx_outputs(floating, network.config)
+        before = onnx_outputs(floating, network.config, source.feeds)
         traced = stage.compare("onnx", "rewrite", source.outputs, before, EXACT)
     if not traced.passed:
         return Lowered(network, keep, islands, (traced,))
     with job.stage("quantise") as stage:
         count = quantize_dynamic(floating, graph, keep)
-        check = stage.compare("int8", "onnx", before, onnx_outputs(graph, network.config), INT8)
+        rounded_outputs = onnx_outputs(graph, network.config, source.feeds)
+        check = stage.compare("int8", "onnx", before, rounded_outputs, INT8)
         stage.text = f"{count} products in int8, weights per channel, activations dynamic{_keep_text(keep)}"
         emulated = to_int8(sharing(source.network), None, keep)
-        stage.text += _choices_text(source.network, emulated, case_inputs(network.config))
+        stage.text += _choices_text(source.network, emulated, source.feeds)
     _remove_graph(floating)
     return Lowered(network, keep, islands, (traced, check))
 

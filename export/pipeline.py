@@ -108,7 +108,7 @@ def _check_written(job: Job, source: Source, draft: Manifest) -> Difference:
     if network_of(source.config).box is not None:
         pair = (_BLANK, SAMPLE_CAPTION, (0, 0, *_BLANK.shape[:2]))
     with job.stage("written") as stage:
-        outputs = torch_outputs(load_float(bundle), source.config)
+        outputs = torch_outputs(load_float(bundle), source.config, source.feeds)
         tolerance = EXACT if job.options.precision == "fp32" else FP16
         check(difference := stage.compare("written", "rewrite", source.outputs, outputs, tolerance))
         with Predictor(bundle) as predictor:

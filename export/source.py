@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +24,7 @@ from engine.layout import TOKENIZER, WEIGHTS
 from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
 from engine.registry import DEFAULT, network_of
 from engine.registry.config import NetworkConfig
+from export.graph.choices import CLEAR, clear_inputs
 from export.graph.parity import EXACT, check, torch_outputs
 from export.graph.rewrite import rewrite
 from export.options import ExportOptions
@@ -46,12 +48,21 @@ def load_source(job: Job) -> Source:
     vocabulary = _write_tokenizer(job, model.config, trained_with)
     _write_weights(job, model)
     with job.stage("rewrite") as stage:
-        trained = torch_outputs(model, model.config)
         network = rewrite(model)
-        outputs = torch_outputs(network, network.config)
+        feeds, margin = clear_inputs(network)
+        trained = torch_outputs(model, model.config, feeds)
+        outputs = torch_outputs(network, network.config, feeds)
         difference = check(stage.compare("rewrite", "trained network", trained, outputs, EXACT))
-        stage.text = "exact rewrites composed"
-    return Source(model.config, weights, vocabulary, network, outputs, difference)
+        stage.text = "exact rewrites composed" + _margin_text(margin)
+    return Source(model.config, weights, vocabulary, network, feeds, outputs, difference)
+
+
+def _margin_text(margin: float) -> str:
+    """How clear the choices are on the inputs of the checks; nothing for a network that makes none."""
+    if margin == math.inf:
+        return ""
+    tie = "" if margin >= CLEAR else ", so that rounding may decide one and fail an exact check"
+    return f"; compared on inputs whose choices of neighbours are clear by {margin:.1g}{tie}"
 
 
 def _load(job: Job) -> tuple[Detector, Weights, str | None]:

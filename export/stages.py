@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from dgm4.config import ModelConfig
 from engine.manifest import Calibration, Vocabulary, Weights
 from engine.network.model import InferenceModel
@@ -88,14 +90,15 @@ class Job:
 class Source:
     """The float32 network to export.
 
-    `weights` and `vocabulary` are their records in the manifest, `outputs` the network's for
-    `export.graph.parity.CASES`, `rewrite` their distance from the trained network's.
+    `weights` and `vocabulary` are their records in the manifest, `feeds` the inputs of its checks, `outputs`
+    the network's for them, `rewrite` their distance from the trained network's.
     """
 
     config: ModelConfig
     weights: Weights
     vocabulary: Vocabulary
     network: InferenceModel
+    feeds: Sequence[Mapping[str, Tensor]]
     outputs: Sequence[Arrays]
     rewrite: Difference
 

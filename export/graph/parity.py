@@ -20,12 +20,15 @@ from engine.registry.config import NetworkConfig
 from export.graph.trace import example_inputs, outputs_of
 
 Arrays = Mapping[str, np.ndarray]
+Feeds = Iterable[Mapping[str, np.ndarray | torch.Tensor]]  # the inputs of each case by name
 
 # (batch, tokens) of the inputs of every stage: the shortest caption, and two captions, one of them padded.
 CASES = ((1, 2), (2, 50))
 # Largest difference allowed to the stage before. Float32 stages differ by rounding alone, and their bound
 # is absolute. A lower precision is held to the RMS of the difference over the RMS of the reference.
 ABSOLUTE, RELATIVE = "max", "rms / rms of the reference"
+
+_JUMPING = frozenset(name for name, tensor in TENSORS.items() if tensor.jumps)
 
 
 @dataclass(frozen=True)
@@ -82,34 +85,35 @@ class Difference:
 
 
 def case_inputs(
-    config: NetworkConfig, cases: Sequence[tuple[int, int]] = CASES
+    config: NetworkConfig, cases: Sequence[tuple[int, int]] = CASES, seed: int = 0
 ) -> list[dict[str, torch.Tensor]]:
     """Draw the inputs of every case, the same at each call; as many tokens as the network takes at least."""
     least = network_of(config).tokenizer.min_tokens
-    return [example_inputs(config, batch, max(n, least), seed=i) for i, (batch, n) in enumerate(cases)]
+    return [example_inputs(config, batch, max(n, least), seed + i) for i, (batch, n) in enumerate(cases)]
 
 
 def torch_outputs(
     model: torch.nn.Module,
     config: NetworkConfig,
-    cases: Sequence[tuple[int, int]] = CASES,
     feeds: Iterable[Mapping[str, torch.Tensor]] | None = None,
 ) -> list[Arrays]:
     """Run a torch network on the cases, or on `feeds` instead; the outputs by name."""
     with full_float32("cpu"), torch.inference_mode():
         return [
             {name: y.numpy() for name, y in model(**inputs)._asdict().items() if y is not None}
-            for inputs in (case_inputs(config, cases) if feeds is None else feeds)
+            for inputs in (case_inputs(config) if feeds is None else feeds)
         ]
 
 
-def onnx_outputs(path: Path, config: NetworkConfig, feeds: Iterable[Arrays] | None = None) -> list[Arrays]:
+def onnx_outputs(path: Path, config: NetworkConfig, feeds: Feeds | None = None) -> list[Arrays]:
     """Run the graph at `path` in ONNX Runtime on the CPU, on every case or on `feeds` instead."""
     session = load_session(path, usable_cores())
     names = outputs_of(config)
-    if feeds is None:
-        feeds = ({k: v.numpy() for k, v in inputs.items()} for inputs in case_inputs(config))
-    return [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]
+    outputs: list[Arrays] = []
+    for inputs in case_inputs(config) if feeds is None else feeds:
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        outputs.append(dict(zip(names, session.run(list(names), arrays), strict=True)))
+    return outputs
 
 
 def _pairs(
@@ -155,7 +159,7 @@ def compare(
 
 def _largest(name: str, apart: np.ndarray) -> float:
     """The largest difference; the RMS of an output whose single values may jump."""
-    return float(np.sqrt(np.mean(apart**2)) if TENSORS[name].jumps else apart.max())
+    return float(np.sqrt(np.mean(apart**2)) if name in _JUMPING else apart.max())
 
 
 def check(difference: Difference) -> Difference:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import numpy as np
@@ -11,21 +10,19 @@ import torch
 
 import dgm4
 from engine import InputError, Predictor
-from engine.network.blocks import Choice
 from engine.network.precision import float_layers, set_precision
 from engine.registry.config import TYPES
 from export.cli import main
 from export.evaluation.running import RunOptions, run_bundle
-from export.graph.choices import changed_choices
+from export.graph.choices import CLEAR, changed_choices, clear_inputs, margins
 from export.graph.parity import case_inputs, relative_errors, torch_outputs
 from export.graph.rewrite import rewrite, sharing
-from export.graph.trace import example_inputs, outputs_of
+from export.graph.trace import outputs_of
 from export.inference_server.ends import NetworkEnds
 from export.inference_server.repository import write_repository
 from export.quantization.qdq import int8_layers, to_int8
 
 EXACT = 1e-4
-CLEAR = 1e-6  # of a similarity; float32 has about 2e-7 of noise there
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +41,12 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def margin(network, inputs):
-    """How far the last that is chosen is from the first that is not, at least."""
-    gaps = []
-
-    def note(choice, given, _):
-        high, low, valid = given
-        worst = (-1, 2)
-        for scores, sign, out in ((high, 1, worst[0]), (low, -1, worst[1])):
-            if valid is not None:
-                scores = scores.masked_fill(valid == 0, out)
-            if scores.shape[-1] > choice.count:
-                last, first = (sign * scores).topk(choice.count + 1).values[..., -2:].unbind(-1)
-                gaps.append(torch.where(first == sign * out, 1.0, last - first).min().item())
-
-    hooks = [x.register_forward_hook(note) for x in network.modules() if isinstance(x, Choice)]
-    with torch.inference_mode():
-        network(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return min(gaps)
-
-
-def clear_inputs(network, batch, tokens):
-    """Drawn pairs, captions of every length, whose choices no rounding decides."""
-    pairs, seeds = [], itertools.count()
-    while len(pairs) < batch:
-        pair = example_inputs(network.config, 1, tokens, next(seeds))
-        pair["attention_mask"][:, tokens - len(pairs) * (tokens - 2) // max(batch, 2) :] = 0
-        pair["input_ids"] *= pair["attention_mask"]
-        if margin(network, pair) > CLEAR:
-            pairs.append(pair)
-    return {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}
-
-
 @pytest.mark.parametrize(
     ("batch", "tokens"), [(1, 9), (3, 9), (1, 12), (8, 12), (3, 50), (8, 50), (1, 128), (3, 128)]
 )
 def test_the_graph_is_the_network(network, bundle, session_of, batch, tokens):
-    inputs = clear_inputs(network, batch, tokens)
+    (inputs,), margin = clear_inputs(network, [(batch, tokens)])
+    assert margin >= CLEAR
     names = outputs_of(network.config)
     assert names[-1] == "patch_scores"
     with torch.inference_mode():
@@ -91,6 +55,19 @@ def test_the_graph_is_the_network(network, bundle, session_of, batch, tokens):
     got = session.run(list(names), {key: value.numpy() for key, value in inputs.items()})
     apart = {name: np.abs(x - getattr(want, name).numpy()).max() for name, x in zip(names, got, strict=True)}
     assert max(apart.values()) <= EXACT, apart
+
+
+def test_pairs_near_a_tie_are_drawn_anew(network, bundle):
+    cases = [(3, 128)]
+    (drawn,), ((inputs,), margin) = case_inputs(network.config, cases), clear_inputs(network, cases)
+    near = margins(network, drawn) < CLEAR
+    assert near.any() and not near.all()
+    assert margin >= CLEAR and margins(network, inputs).min() > CLEAR / 2
+    for name, rows in inputs.items():
+        assert torch.equal(rows[~near], drawn[name][~near])
+    assert not torch.equal(inputs["image"][near], drawn["image"][near])
+    stages = " ".join(stage.text for stage in bundle("cscl", "fp32").stages)
+    assert float(re.search(r"choices of neighbours are clear by ([\d.e-]+)", stages)[1]) >= CLEAR
 
 
 def test_int8_says_how_many_choices_changed(bundle):

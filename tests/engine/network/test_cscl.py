@@ -12,7 +12,8 @@ from engine.network.blocks import Choice, LatentPool
 from engine.network.fold import Affine, fold_latent_query, fold_positions, fold_type, position_codes
 from engine.network.model import InferenceModel
 from engine.network.models.cscl import image_places, text_places
-from export.graph.choices import changed_choices
+from export.graph.choices import changed_choices, clear_inputs, margins
+from export.graph.parity import case_inputs
 from export.graph.trace import example_inputs
 
 EXACT = 1e-10
@@ -126,6 +127,32 @@ def test_choices():
     assert (high.tolist(), low.tolist()) == ([[1, 3]], [[0, 2]])
     high, low = Choice(2)(scores, scores, torch.tensor([[0, 0, 1, 1]]))
     assert (high.tolist(), low.tolist()) == ([[3, 2]], [[2, 3]])
+
+
+def test_margins_are_those_of_the_nearest_choice():
+    class Chooser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.choice = Choice(2)
+
+        def forward(self, high, low, valid=None):
+            self.choice(high, low, valid)
+
+    high = torch.tensor([[0.1, 0.9, 0.5, 0.8], [0.2, 0.2, 0.4, 0.6]])
+    low = torch.tensor([[0.0, 0.2, 0.3, 0.9], [0.1, 0.3, 0.3, 0.5]])
+    inputs = {"high": high, "low": low}
+    assert margins(Chooser(), inputs).tolist() == pytest.approx([0.1, 0.0])
+    valid = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]])  # of the second pair both are taken
+    assert margins(Chooser(), {**inputs, "valid": valid}).tolist() == pytest.approx([0.7, float("inf")])
+    assert margins(torch.nn.Identity(), {"input": high}).tolist() == [float("inf")] * 2
+
+
+def test_a_network_that_chooses_nothing_has_the_inputs_of_all(tiny):
+    model = InferenceModel.from_released(tiny("asap").state_dict(), tiny("asap").config)
+    inputs, margin = clear_inputs(model)
+    assert margin == float("inf")
+    for got, want in zip(inputs, case_inputs(model.config), strict=True):
+        assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 def test_changed_choices_are_counted(network, tiny):
