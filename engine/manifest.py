@@ -329,9 +329,9 @@ class Manifest(Record):
         yield from self._shape_problems()
         if self.types != TYPES:
             yield "types", str(list(TYPES)), list(self.types)
-        if self.preprocess.max_tokens > self.limits.max_tokens:
-            expected = f"at most limits.max_tokens {self.limits.max_tokens}"
-            yield "preprocess.max_tokens", expected, self.preprocess.max_tokens
+        tokens, most = self.preprocess.max_tokens, self.limits.max_tokens
+        if tokens > most:
+            yield "preprocess.max_tokens", f"at most limits.max_tokens {most}", tokens
         for name in self.files:
             if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
                 yield "files", "plain file names beside the manifest", name

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_another_resolution_is_served_at_it(tmp_path, session_of
     answers = session_of(bundle / GRAPH).run(None, feeds)
     with torch.inference_mode():
         wanted = network(**{key: torch.from_numpy(x) for key, x in feeds.items()})
-    for got, want in zip(answers, wanted, strict=True):
+    for got, want in zip(answers, [x for x in wanted if x is not None], strict=True):
         assert np.abs(got - want.numpy()).max() <= 1e-4
     for backend in ("ort", "torch"):
         with Predictor(bundle, backend) as predictor:
