@@ -64,6 +64,12 @@ def at_128(name):
     return build(replace(dgm4.model_config(name, "tiny"), image_size=128)).eval()
 
 
+def test_another_network_than_asked_for(tmp_path):
+    path = saved(tmp_path / "c.pth", at_128("asap"))
+    with pytest.raises(CheckpointError, match="expected CALS, got the keys of ASAP; leave --model out"):
+        export_bundle(ExportOptions(tmp_path / "b", model="cals", checkpoint=path, engine=False), [].append)
+
+
 def test_a_checkpoint_of_another_resolution_is_served_at_it(tmp_path, session_of):
     network, bundle = at_128("asap"), tmp_path / "bundle"
     path = saved(tmp_path / "c.pth", network, config={"image_res": 128})
