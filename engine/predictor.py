@@ -102,15 +102,13 @@ class Predictor:
         spec = self.manifest.preprocess
         tokenizer = CaptionTokenizer.of(self.bundle)
         self._backend = create(backend, self.bundle, device, threads)
-        network = network_of(manifest.model.config)
         self._preparation = Preparation(
             spec,
+            network_of(manifest.model.config),
             tokenizer,
             image_options or ImageOptions(),
             thumbnail,
             resize=not self._backend.resizes,
-            box=network.box,
-            compares=network.compares,
         )
         warnings = _weights_warning(manifest)
         self._runner = Runner(self._backend, self._preparation, self._manifest, self.model, warnings)

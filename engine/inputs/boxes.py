@@ -30,11 +30,12 @@ def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
     if len(numbers) != 4 or not all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers):
         raise InputError(f"box: {_EXPECTED}, four numbers, got {quoted(box)}")
     width, height = size
-    x1, y1, x2, y2 = map(float, numbers)
+    x1, y1, x2, y2 = numbers
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # nor is NaN
         raise InputError(
             f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, got {quoted(box)}; "
             "clip it to the image"
         )
+    x1, y1, x2, y2 = map(float, numbers)
     centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
     return np.array([*centre, (x2 - x1) / width, (y2 - y1) / height], np.float32)

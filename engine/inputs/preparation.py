@@ -20,6 +20,7 @@ from engine.inputs.preprocess import decode_image, make_thumbnail, resize_image
 from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
+from engine.registry.record import Network
 
 _LARGEST_SENT = 4096  # pixels of a side: an image that the backend resizes has 50 MB at most
 
@@ -61,21 +62,20 @@ class Preparation:
     """Prepares pairs for one bundle; safe to use from several threads.
 
     `thumbnail` is the longer side in pixels of the thumbnail, or 0 for none; `resize` is false where the
-    backend resizes images. `box` is the name of the network's input of boxes, None where it has none;
-    `compares` tells a network that answers nothing but the verdict without words.
+    backend resizes images. The record of the network tells whether a pair brings a box, and whether without
+    words the verdict alone is answered.
     """
 
     def __init__(
         self,
         spec: Preprocess,
+        network: Network,
         tokenizer: CaptionTokenizer,
         options: ImageOptions,
         thumbnail: int,
         resize: bool,
-        box: str | None = None,
-        compares: bool = False,
     ) -> None:
-        self.box, self._compares = box, compares
+        self.box, self._compares = network.box, network.compares
         self._spec, self._tokenizer, self._options = spec, tokenizer, options
         self._thumbnail, self._resize = thumbnail, resize
 

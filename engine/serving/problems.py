@@ -31,7 +31,7 @@ CODES = {
     "too_large": "413: more bytes or more pairs than the service takes",
     "unsupported_media_type": "415: neither JSON nor a form; or a compressed body",
     "invalid_request": "422: a field is missing, unknown or of another type",
-    "invalid_input": "422: the image or the caption cannot be used",
+    "invalid_input": "422: the image, the caption or the box cannot be used",
     "no_finite_score": "422: the network's outputs for this pair are not finite",
     "rate_limited": "429: the client sent more than its share; see Retry-After",
     "internal": "500: a fault of the service",

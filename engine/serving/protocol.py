@@ -103,7 +103,11 @@ async def model(request: Request, name: str) -> ModelMetadata:
         name=service.name,
         versions=[_VERSION],
         platform="dgm4",
-        inputs=[TensorMetadata(name=tensor, datatype="BYTES", shape=[-1]) for tensor in INPUTS],
+        inputs=[
+            TensorMetadata(name=tensor, datatype=datatype, shape=[-1, 4] if tensor == "box" else [-1])
+            for tensor, datatype in INPUTS.items()
+            if tensor != "box" or service.judges_box
+        ],
         outputs=[
             TensorMetadata(name=tensor, datatype=datatype, shape=[-1, *inner])
             for tensor, (datatype, inner) in OUTPUTS.items()
@@ -138,13 +142,17 @@ async def model_ready(request: Request, name: str) -> Ready:
     },
 )
 async def infer(request: Request, name: str) -> Response:
-    """Predict the pairs of the tensors `image` and `caption`. One pair that fails refuses the request."""
+    """Predict the pairs of the tensors `image`, `caption` and, where the network judges one, `box`.
+
+    One pair that fails refuses the request.
+    """
     service = _service(request, name)
     asked, elements = read_infer(await request.body(), request.headers.get(HEADER))
     count = len(next(iter(elements.values())))
-    images, captions = (elements.get(tensor, [None] * count) for tensor in INPUTS)
+    columns = (elements.get(tensor, [None] * count) for tensor in INPUTS)
+    pairs = [(image, caption, box) for image, caption, box in zip(*columns, strict=True)]
     predictions: list[Prediction] = []
-    for i, answer in enumerate(await service.predict(request, list(zip(images, captions, strict=True)))):
+    for i, answer in enumerate(await service.predict(request, pairs)):
         if isinstance(answer, Exception):
             problem = problem_of(answer)
             raise Refused(problem.status, problem.code, f"pair {i}: {problem.message}", problem.headers)

@@ -21,6 +21,8 @@ _EXPECTED = {  # by pydantic's types of faults
     "bytes_invalid_encoding": IN_BASE64,
     "bytes_type": IN_BASE64,
     "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
     "int_from_float": "a whole number",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -39,15 +41,24 @@ _Image = Annotated[
     ),
 ]
 _Caption = Annotated[str | None, Field(description="The caption; an empty one is a caption too.")]
+_Box = Annotated[
+    list[Annotated[float, Field(strict=True, allow_inf_nan=False)]] | None,
+    Field(
+        description="For a network that judges a given box: x1, y1, x2, y2 in pixels of the upright image.",
+        min_length=4,
+        max_length=4,
+    ),
+]
 _Score = Annotated[float, Field(ge=0, le=1)]
 
 
 class PairRequest(BaseModel):
-    """One image with its caption; null or left out is what there is not."""
+    """One image with its caption, and a box in it; null or left out is what there is not."""
 
     model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
     image: _Image = None
     caption: _Caption = None
+    box: _Box = None
 
 
 class PairsRequest(BaseModel):
@@ -162,8 +173,10 @@ def explain(error: Any) -> str:
     if kind == "missing":
         return f"{place}: expected this field, got none"
     expected = _EXPECTED.get(kind, str(first["msg"]))
-    if kind == "too_short":
-        return f"{place}: expected at least {context['min_length']}, got {context['actual_length'] or 'none'}"
+    for fault, bound, limit in (("too_short", "least", "min_length"), ("too_long", "most", "max_length")):
+        if kind == fault:
+            got = context["actual_length"] or "none"
+            return f"{place}: expected at {bound} {context[limit]}, got {got}"
     return f"{place or 'the body'}: expected {expected}, got {shown(given)}"
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -15,6 +15,7 @@ from engine.errors import DeadlineError
 from engine.inputs.pairs import Caption
 from engine.prediction import Prediction
 from engine.predictor import Predictor
+from engine.registry import network_of
 from engine.serving.gate import EXCHANGE, Exchange
 from engine.serving.metrics import Metrics
 from engine.serving.problems import RETRY_S, Refused, problem_of
@@ -22,7 +23,7 @@ from engine.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Given = tuple[bytes | None, Caption | None]
+Given = tuple[bytes | None, Caption | None, Any]  # image, caption, and the box as it was sent
 Answer = Prediction | Exception
 T = TypeVar("T")
 
@@ -32,13 +33,15 @@ _WARM_UP_TOKENS = 48
 class Service:
     """One Predictor, its Batcher, and whether they can answer yet.
 
-    `failure` is the error of a warm-up that failed; `owned` is whether to close the Predictor at the end.
+    `judges_box` is whether a pair has to bring its box, `failure` the error of a warm-up that failed, `owned`
+    whether to close the Predictor at the end.
     """
 
     def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics, owned: bool) -> None:
         self.predictor, self.settings, self.metrics = predictor, settings, metrics
         self._largest = largest_batch(predictor, settings.max_batch)
         self.name = settings.name or "-".join(predictor.model[key] for key in ("name", "size", "precision"))
+        self.judges_box = network_of(predictor.manifest.model.config).box is not None
         self.failure: Exception | None = None
         self._batcher: Batcher | None = None
         self._owned, self._warm, self._draining = owned, False, False
@@ -123,8 +126,8 @@ class Service:
         left = deadline - asyncio.get_running_loop().time()
         futures: list[asyncio.Future[Prediction]] = []
         try:
-            for image, caption in pairs:
-                futures.append(asyncio.wrap_future(batcher.submit(image, caption, timeout=max(left, 0))))
+            for pair in pairs:
+                futures.append(asyncio.wrap_future(batcher.submit(*pair, timeout=max(left, 0))))
             results = await asyncio.gather(*futures, return_exceptions=True)
         except BaseException:
             for future in futures:

@@ -21,7 +21,8 @@ from engine.serving.problems import Refused
 from engine.serving.schemas import IN_BASE64, checked, shown
 
 HEADER = "inference-header-content-length"  # bytes of JSON before the binary data
-INPUTS = ("image", "caption")
+INPUTS = {"image": "BYTES", "caption": "BYTES", "box": "FP32"}
+_CORNERS = 4  # numbers of a box
 NOTHING = -1.0  # where the network did not answer: JSON has no NaN, and no score and no pixel is below 0
 # Datatype and the shape behind the number of pairs.
 OUTPUTS: dict[str, tuple[str, list[int]]] = {
@@ -36,7 +37,7 @@ Parameters = dict[str, Any]
 
 
 class InferInput(BaseModel):
-    """A tensor of a request: strings in `data`, or binary data of `parameters.binary_data_size` bytes."""
+    """A tensor of a request: its values in `data`, or binary data of `parameters.binary_data_size` bytes."""
 
     name: str
     shape: list[int]
@@ -53,7 +54,10 @@ class InferOutput(BaseModel):
 
 
 class InferRequest(BaseModel):
-    """A request of the protocol: the tensors `image` and `caption`, BYTES of shape [n], or one of them."""
+    """A request of the protocol: the tensors `image` and `caption`, BYTES of shape [n], or one of them.
+
+    For a network that judges a given box also `box`, FP32 of shape [n, 4].
+    """
 
     id: str = ""
     parameters: Parameters = {}
@@ -83,7 +87,7 @@ class InferResponse(BaseModel):
 _REQUEST = TypeAdapter(InferRequest)
 
 
-def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str, list[bytes]]]:
+def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str, list[Any]]]:
     """Read a request, with the elements of its tensors by name; raises Refused."""
     length = len(body)
     if header is not None:
@@ -91,23 +95,26 @@ def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str,
             raise Refused(400, "bad_request", f"{HEADER}: expected at most {length}, the bytes of the body")
         length = int(header)
     request: InferRequest = checked(_REQUEST, body[:length])
-    elements: dict[str, list[bytes]] = {}
+    elements: dict[str, list[Any]] = {}
     rest = memoryview(body)[length:]
     for tensor in request.inputs:
         _check(tensor, elements)
         size = tensor.parameters.get("binary_data_size")
+        boxes = tensor.name == "box"
         if size is None:
-            elements[tensor.name] = list(_from_json(tensor))
+            elements[tensor.name] = _boxes_of_json(tensor) if boxes else list(_from_json(tensor))
         elif not isinstance(size, int) or not 0 <= size <= len(rest):
             raise _wrong(tensor.name, f"binary_data_size of at most {len(rest)}, the bytes that follow", size)
         else:
-            elements[tensor.name], rest = _from_binary(tensor.name, rest[:size]), rest[size:]
+            read = _boxes_of_binary if boxes else _from_binary
+            elements[tensor.name], rest = read(tensor.name, rest[:size]), rest[size:]
         count = len(elements[tensor.name])
-        if tensor.shape not in ([count], [count, 1]):
-            raise _wrong(tensor.name, f"the shape [{count}], as many as its elements", tensor.shape)
+        shapes = ([count, _CORNERS],) if boxes else ([count], [count, 1])
+        if tensor.shape not in shapes:
+            raise _wrong(tensor.name, f"the shape {shapes[0]}, as many as its elements", tensor.shape)
     if len({len(found) for found in elements.values()}) != 1:
         got = ", ".join(f"{name} of {len(found)}" for name, found in elements.items()) or "none"
-        text = f"inputs: expected image and caption, or one of them, of equal lengths, got {got}"
+        text = f"inputs: expected image, caption and box, or some of them, of equal lengths, got {got}"
         raise Refused(422, "invalid_request", text)
     if not all(elements.values()):
         raise Refused(422, "invalid_request", "inputs: expected at least one pair, got none")
@@ -116,11 +123,11 @@ def read_infer(body: bytes, header: str | None) -> tuple[InferRequest, dict[str,
     return request, elements
 
 
-def _check(tensor: InferInput, known: dict[str, list[bytes]]) -> None:
+def _check(tensor: InferInput, known: dict[str, list[Any]]) -> None:
     if tensor.name not in INPUTS or tensor.name in known:
-        raise _wrong("inputs", "image and caption, each once", tensor.name)
-    if tensor.datatype != "BYTES":
-        raise _wrong(tensor.name, "the datatype BYTES", tensor.datatype)
+        raise _wrong("inputs", "image, caption and box, each once", tensor.name)
+    if tensor.datatype != INPUTS[tensor.name]:
+        raise _wrong(tensor.name, f"the datatype {INPUTS[tensor.name]}", tensor.datatype)
 
 
 def _from_json(tensor: InferInput) -> Iterator[bytes]:
@@ -150,6 +157,28 @@ def _from_binary(name: str, data: memoryview) -> list[bytes]:
         elements.append(bytes(data[start:end]))
         position = end
     return elements
+
+
+def _boxes_of_json(tensor: InferInput) -> list[list[float]]:
+    """Four numbers a pair, in rows or one after the other."""
+    rows = tensor.data or []
+    numbers = [x for row in rows for x in (row if isinstance(row, list) else [row])]
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong(tensor.name, "numbers as data", value)
+    return _boxes(tensor.name, numbers)
+
+
+def _boxes_of_binary(name: str, data: memoryview) -> list[list[float]]:
+    if len(data) % 4:
+        raise _wrong(name, "binary data of 4 bytes a number", len(data))
+    return _boxes(name, np.frombuffer(data, "<f4").tolist())
+
+
+def _boxes(name: str, numbers: list[float]) -> list[list[float]]:
+    if len(numbers) % _CORNERS:
+        raise _wrong(name, f"{_CORNERS} numbers a pair", len(numbers))
+    return [numbers[i : i + _CORNERS] for i in range(0, len(numbers), _CORNERS)]
 
 
 def write_infer(

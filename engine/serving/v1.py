@@ -30,7 +30,7 @@ from engine.serving.tensors import check_text
 
 router = APIRouter()
 
-_FIELDS = {"image", "caption"}
+_FIELDS = {"image", "caption", "box"}
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PAIR, _PAIRS = ({"$ref": f"#/components/schemas/{name}"} for name in ("PairRequest", "PairsRequest"))
 _BODY = {
@@ -43,6 +43,7 @@ _BODY = {
                 "properties": {
                     "image": {"type": "string", "contentMediaType": "application/octet-stream"},
                     "caption": {"type": "string"},
+                    "box": {"type": "string", "description": "x1,y1,x2,y2 in pixels of the upright image"},
                 },
                 "additionalProperties": False,
             }
@@ -92,8 +93,9 @@ async def predict(request: Request, heatmap: bool = False, card: bool = False) -
     """Predict an image with its caption, sent as a form (`image`, `caption`) or as JSON.
 
     JSON holds the image in base64: `{"image": ..., "caption": ...}`, or many as `{"pairs": [...]}`. What is
-    null or left out is judged without. With many pairs the error of one takes its place, and the rest is
-    answered. `heatmap` adds the 16 x 16 map of the image, `card` the answer as HTML.
+    null or left out is judged without. A network that judges a given box needs `box`, `[x1, y1, x2, y2]` in
+    pixels of the upright image, in a form `x1,y1,x2,y2`. With many pairs the error of one takes its place,
+    and the rest is answered. `heatmap` adds the 16 x 16 map of the image, `card` the answer as HTML.
     """
     service: Service = request.app.state.service
     pairs, many = await _read(request)
@@ -117,13 +119,13 @@ async def _read(request: Request) -> tuple[list[Given], bool]:
         raise Refused(415, "unsupported_media_type", text)
     body = read_request(await request.body())
     if isinstance(body, PairsRequest):
-        return [(pair.image, pair.caption) for pair in body.pairs], True
-    return [(body.image, body.caption)], False
+        return [(pair.image, pair.caption, pair.box) for pair in body.pairs], True
+    return [(body.image, body.caption, body.box)], False
 
 
 async def _read_form(request: Request) -> Given:
     try:
-        parser = _InMemory(request.headers, request.stream(), max_files=1, max_fields=2)
+        parser = _InMemory(request.headers, request.stream(), max_files=1, max_fields=len(_FIELDS))
         form = await parser.parse()
     except MultiPartException as error:
         raise Refused(400, "bad_request", error.message) from None
@@ -132,9 +134,9 @@ async def _read_form(request: Request) -> Given:
     names = [name for name, _ in form.multi_items()]
     if not set(names) <= _FIELDS or len(names) > len(set(names)):
         got = ", ".join(shown(name) for name in names)
-        text = f"the form: expected the fields image and caption, each at most once, got {got}"
+        text = f"the form: expected the fields image, caption and box, each at most once, got {got}"
         raise Refused(422, "invalid_request", text)
-    return await _image(form), await _caption(form)
+    return await _image(form), await _caption(form), _box(form)
 
 
 async def _image(form: FormData) -> bytes | None:
@@ -153,6 +155,21 @@ async def _caption(form: FormData) -> Caption | None:
         return given
     check_text("caption", text := await given.read())
     return text
+
+
+def _box(form: FormData) -> tuple[float, ...] | None:
+    """The numbers of the box; None for a field that was left empty. What they have to be is the network's."""
+    given = form.get("box")
+    if not given:
+        return None
+    got = "a file"
+    if isinstance(given, str):
+        try:
+            return tuple(float(x) for x in given.split(","))
+        except ValueError:
+            got = shown(given)
+    text = f"box: expected x1,y1,x2,y2 in pixels of the upright image, got {got}"
+    raise Refused(422, "invalid_request", text)
 
 
 async def _show(answer: Answer, pair: Given, heatmap: bool, card: bool) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run_bundle(
         )
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
-    pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest.preprocess, options.decode)
+    pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest, options.decode)
     network = _load_network(bundle, options)
     networks: dict[str, Network] = {BUNDLE: network}
     if reference is not None:

@@ -19,14 +19,14 @@ from dgm4.data.annotations import Box, Problem, Sample
 from dgm4.data.labels import join_outputs, label_tokens, normalize_box
 from dgm4.metrics import TOKEN_PADDING, LabelledOutputs
 from engine.backends import usable_cores
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 from engine.inputs.network_input import join_slots
 from engine.inputs.options import Decode, ImageOptions
 from engine.inputs.preparation import Item, Preparation
 from engine.inputs.text import CaptionTokenizer, Tokens
-from engine.manifest import Preprocess
+from engine.manifest import Manifest
 from engine.progress import progress_bar
-from engine.registry import TENSORS
+from engine.registry import TENSORS, network_of
 
 _MAX_WORKERS = 4
 _BATCHES_AHEAD = 2
@@ -39,6 +39,10 @@ class Network(Protocol):
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch: arrays by input name in, arrays by output name out."""
         ...
+
+
+class _Wordless(InputError):
+    """A caption without words, for a network that answers half of its outputs only where there are some."""
 
 
 class Pair(NamedTuple):
@@ -57,24 +61,30 @@ class Pairs:
         self,
         samples: Sequence[Sample],
         tokenizer: CaptionTokenizer,
-        spec: Preprocess,
+        manifest: Manifest,
         decode: Decode = "exact",
     ) -> None:
         self.samples = samples
         self._tokenizer = tokenizer
         # Annotated boxes refer to the image as it is stored.
         as_stored = ImageOptions(apply_orientation=False, decode=decode)
-        self._preparation = Preparation(spec, tokenizer, as_stored, thumbnail=0, resize=True)
+        spec, network = manifest.preprocess, network_of(manifest.model.config)
+        self._preparation = Preparation(spec, network, tokenizer, as_stored, thumbnail=0, resize=True)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> Pair:
-        """Prepare one sample; raises InputError, naming its id, where its image or box is unusable."""
+        """Prepare one sample; raises InputError, naming its id, where its image, text or box is unusable."""
         sample = self.samples[index]
         name = f"sample {sample.id}"
         picture = self._preparation.picture(name, sample.picture)
         item = self._preparation.caption(name, picture, sample.text)
+        if item.absent:
+            raise _Wordless(
+                f"{name}: expected a caption with words, got {quoted(sample.text)}; this network compares "
+                "the image with them, and answers the verdict alone without: leave the sample out"
+            )
         # The bundle may read fewer words than annotations name.
         labels = label_tokens(sample, self._tokenizer)[1][: len(item.tokens.ids) - 1]
         return Pair(sample, item, normalize_box(sample, *(picture.size or (0, 0))), labels)
@@ -105,7 +115,7 @@ def score(
 ) -> Scored:
     """Run every network over the same batches of `pairs`.
 
-    An image that cannot be read is left out and listed, or raises InputError with on_bad="raise". Raises
+    A pair that cannot be used is left out and listed, or raises InputError with on_bad="raise". Raises
     InputError where no pair is left, and what the networks raise. `progress` shows a bar on stderr.
     """
     reader = _Reader(pairs, on_bad)
@@ -176,7 +186,8 @@ class _Reader:
             if self.on_bad == "raise":
                 raise
             sample = self.pairs.samples[index]
-            return Problem(sample.picture, sample.id, str(error), "picture_unreadable")
+            kind = "caption_without_words" if isinstance(error, _Wordless) else "picture_unreadable"
+            return Problem(sample.picture, sample.id, str(error), kind)
 
     def _collect(self, futures: Sequence[Future[Pair | Problem]]) -> Iterator[list[Pair]]:
         """Yield one batch, or none where nothing of it could be read."""

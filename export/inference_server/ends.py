@@ -19,6 +19,7 @@ from engine.inputs.sources import ImageInput
 from engine.inputs.text import CaptionTokenizer
 from engine.manifest import Manifest, check_digest, parse_manifest
 from engine.prediction import Prediction
+from engine.registry import network_of
 from engine.running import Runner, Submitted, raised
 
 RECORD = "bundle.json"
@@ -43,7 +44,8 @@ class NetworkEnds:
         self.manifest: Manifest = parse_manifest(check_digest((folder / RECORD).read_bytes()))
         spec, info, weights = self.manifest.preprocess, self.manifest.model, self.manifest.weights
         tokenizer = CaptionTokenizer.of(Bundle(folder, self.manifest))
-        self._preparation = Preparation(spec, tokenizer, ImageOptions(), thumbnail=0, resize=True)
+        network, options = network_of(info.config), ImageOptions()
+        self._preparation = Preparation(spec, network, tokenizer, options, thumbnail=0, resize=True)
         model = {
             "name": info.name,
             "size": info.size,

@@ -13,11 +13,15 @@ import dgm4
 from engine import InputError, Predictor
 from engine.network.blocks import Choice
 from engine.network.precision import float_layers, set_precision
+from engine.registry.config import TYPES
 from export.cli import main
+from export.evaluation.running import RunOptions, run_bundle
 from export.graph.choices import changed_choices
 from export.graph.parity import case_inputs, relative_errors, torch_outputs
 from export.graph.rewrite import rewrite, sharing
 from export.graph.trace import example_inputs, outputs_of
+from export.inference_server.ends import NetworkEnds
+from export.inference_server.repository import write_repository
 from export.quantization.qdq import int8_layers, to_int8
 
 EXACT = 1e-4
@@ -140,6 +144,32 @@ def test_without_words_the_verdict_alone_is_answered(predictor, pixels, caption)
     assert (found.box, found.heatmap, found.words, found.detected) == (None, None, (), ())
     assert set(found.types.values()) == {None}
     assert any(text.startswith("no_words: ") for text in found.warnings)
+
+
+@pytest.mark.parametrize("caption", ["?!", "Obama speaks"])
+def test_both_ends_of_a_server_answer_so_too(predictor, pixels, session_of, tmp_path, caption):
+    """Between them the graph that the server runs, with captions padded to its steps."""
+    write_repository({"m": predictor.bundle}, tmp_path / "r")
+    ends, session = NetworkEnds(tmp_path / "r" / "m"), session_of(tmp_path / "r" / "m" / "1" / "model.onnx")
+    item = ends.prepare("", pixels, caption)
+    names = outputs_of(predictor.manifest.model.config)
+    outputs = dict(zip(names, session.run(list(names), ends.feeds([item])), strict=True))
+    (found,), want = ends.answers([item], outputs, 0.0), predictor.predict(pixels, caption)
+    assert found.score == pytest.approx(want.score, abs=1e-5)
+    assert found.warnings == want.warnings
+    assert [found.types[kind] is None for kind in TYPES] == [not want.words] * 4
+    assert (found.box is None, len(found.words)) == (want.box is None, len(want.words))
+    with pytest.raises(InputError, match="expected a caption, got none"):
+        ends.prepare("", pixels, None)
+
+
+def test_evaluation_leaves_captions_without_words_out(predictor, annotated):
+    wordless = {"id": "wordless", "image": "DGM4/origin/0.jpg", "text": "?!", "fake_cls": "orig"}
+    data = annotated(3, records=[wordless | {"fake_image_box": [], "fake_text_pos": []}])
+    run = run_bundle(predictor.bundle, data, RunOptions(backend="ort"))
+    assert (len(run.scored.samples), run.problems) == (3, {"caption_without_words": 1})
+    with pytest.raises(InputError, match=r"^sample wordless: expected a caption with words, got '\?!'; "):
+        run_bundle(predictor.bundle, data, RunOptions(backend="ort", on_bad="raise"))
 
 
 def test_an_absent_caption_is_refused(predictor, pixels):

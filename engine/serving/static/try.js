@@ -45,6 +45,8 @@
     if (file) data.append("image", file);
     const caption = element("caption").value;
     if (caption) data.append("caption", caption);
+    const box = element("box")?.value;
+    if (box) data.append("box", box);
     return data;
   };
 

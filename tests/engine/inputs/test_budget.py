@@ -15,6 +15,7 @@ from engine.inputs.budget import DECODING, KEPT, Budget, decoding_bytes
 from engine.inputs.options import ImageOptions
 from engine.inputs.preparation import Preparation
 from engine.inputs.preprocess import decode_image
+from engine.registry import network_of
 
 
 def test_what_is_used_never_exceeds_the_limit():
@@ -137,7 +138,8 @@ def test_pictures_kept_in_full_have_a_limit(predictor, photo, encode):
     spec = predictor.manifest.preprocess
     size = 3 * photo.width * photo.height
     options = ImageOptions(max_decoding_bytes=2 * size)
-    preparation = Preparation(spec, predictor._preparation._tokenizer, options, 0, resize=False)
+    network, tokenizer = network_of(predictor.manifest.model.config), predictor._preparation._tokenizer
+    preparation = Preparation(spec, network, tokenizer, options, 0, resize=False)
     data = encode(photo, "PNG")
     kept = [preparation.picture("", data).pixels.shape for _ in range(1)]
     pictures = [preparation.picture("", data) for _ in range(4)]

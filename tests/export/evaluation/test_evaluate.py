@@ -93,7 +93,7 @@ def dataset_of(bundle, data):
 
 def pairs_of(bundle, data):
     tokenizer = CaptionTokenizer(bundle.path / "tokenizer.json")
-    return Pairs(read_split(data, "test").samples, tokenizer, Bundle.open(bundle.path).manifest.preprocess)
+    return Pairs(read_split(data, "test").samples, tokenizer, Bundle.open(bundle.path).manifest)
 
 
 def test_metrics_are_those_of_the_networks_own_answers(fp32, bundle, data, tiny):
