@@ -33,8 +33,8 @@ def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
     x1, y1, x2, y2 = numbers
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # nor is NaN
         raise InputError(
-            f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, got {quoted(box)}; "
-            "clip it to the image"
+            f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, "
+            f"got {quoted(box)}; clip it to the image"
         )
     x1, y1, x2, y2 = map(float, numbers)
     centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height

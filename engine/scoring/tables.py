@@ -17,7 +17,7 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w -]*")  # a path has a dot or a slash
 
 @dataclass(frozen=True)
 class Table:
-    """How a CSV is read: its delimiter, how many columns, and those of image, caption, id and box by number."""
+    """How a CSV is read: delimiter, number of columns, and which hold image, caption, id and box."""
 
     delimiter: str
     columns: int
@@ -39,8 +39,8 @@ class Table:
                 for known in (IMAGE_NAMES, CAPTION_NAMES)
             )
             if image is not None and caption is not None:
-                more = (names.index(name) if name in names else None for name in ("id", "box"))
-                return Table(delimiter, len(row), image, caption, *more, True)
+                known, box = (names.index(name) if name in names else None for name in ("id", "box"))
+                return Table(delimiter, len(row), image, caption, known, box, True)
         # Without a header a comma may be one of the caption's, so that outside a .csv only a tab counts.
         for delimiter, row in rows.items():
             if len(row) == 2 and (delimiter == "\t" or suffix in TABLES) and not _is_header(row):
@@ -103,7 +103,9 @@ class Table:
             return row[place].strip() or None if 0 <= place < len(row) and place != self.caption else None
 
         box = cell(self.box)
-        return Entry(number, cell(self.image), None, cell(self.id), box=None if box is None else _numbers(box))
+        return Entry(
+            number, cell(self.image), None, cell(self.id), box=None if box is None else _numbers(box)
+        )
 
 
 def _numbers(cell: str) -> list[float] | str:
