@@ -318,7 +318,7 @@ class Manifest(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of manifest.json but its own SHA-256."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **super().to_dict()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION} | super().to_dict()
 
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
@@ -329,25 +329,24 @@ class Manifest(Record):
         yield from self._shape_problems()
         if self.types != TYPES:
             yield "types", str(list(TYPES)), list(self.types)
-        if self.preprocess.max_tokens > self.limits.max_tokens:
-            expected = f"at most limits.max_tokens {self.limits.max_tokens}"
-            yield "preprocess.max_tokens", expected, self.preprocess.max_tokens
+        tokens, most = self.preprocess.max_tokens, self.limits.max_tokens
+        if tokens > most:
+            yield "preprocess.max_tokens", f"at most limits.max_tokens {most}", tokens
         for name in self.files:
             if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
                 yield "files", "plain file names beside the manifest", name
-        for i, engine in enumerate(self.engines):
-            if engine.file not in self.files:
-                yield f"engines[{i}].file", "one of the bundle's files", engine.file
+        missing = [(i, x.file) for i, x in enumerate(self.engines) if x.file not in self.files]
+        yield from ((f"engines[{i}].file", "one of the bundle's files", file) for i, file in missing)
 
     def _shape_problems(self) -> Iterator[tuple[str, str, object]]:
         config, preprocess = self.model.config, self.preprocess
         for name in ("image_size", "patch_size"):
-            if getattr(preprocess, name) != getattr(config, name):
-                yield (
-                    f"preprocess.{name}",
-                    f"{getattr(config, name)} of model.config",
-                    getattr(preprocess, name),
-                )
+            found, wanted = getattr(preprocess, name), getattr(config, name)
+            if found != wanted:
+                yield f"preprocess.{name}", f"{wanted} of model.config", found
+        least = network_of(config).tokenizer.min_tokens
+        if preprocess.min_tokens < least:
+            yield "preprocess.min_tokens", f"at least {least}, as {config.name} takes", preprocess.min_tokens
         if preprocess.max_tokens > config.positions:
             yield "preprocess.max_tokens", f"at most {config.positions} positions", preprocess.max_tokens
         network = network_of(config)
@@ -365,8 +364,7 @@ def _name_problems(
 ) -> Iterator[tuple[str, str, object]]:
     names = [tensor.name for tensor in tensors]
     missing = [name for name in needed if name not in names]
-    unknown = [name for name in names if name not in (*needed, *optional)]
-    if missing or unknown or len(set(names)) != len(names):
+    if missing or not {*names} <= {*needed, *optional} or len(set(names)) != len(names):
         yield kind, f"{list(needed)}" + (f", missing {missing}" if missing else ""), names
 
 

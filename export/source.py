@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dgm4
-from dgm4.checkpoint import Checkpoint, grid_of
+from dgm4.checkpoint import ALBEF, Checkpoint, grid_of
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.places import check_checkpoint
@@ -22,7 +22,7 @@ from engine.errors import CheckpointError, InputError
 from engine.files import sha256_of
 from engine.layout import TOKENIZER, WEIGHTS
 from engine.manifest import FIRST_DEMOS, Vocabulary, Weights
-from engine.registry import DEFAULT, network_of
+from engine.registry import DEFAULT, NETWORKS, network_of
 from engine.registry.config import NetworkConfig
 from export.graph.choices import CLEAR, clear_inputs
 from export.graph.parity import EXACT, check, torch_outputs
@@ -90,6 +90,9 @@ def _load_checkpoint(options: ExportOptions, path: Path) -> tuple[Detector, Weig
         )
     checkpoint = dgm4.read_checkpoint(path)
     trained = checkpoint.layout != "albef"
+    if options.model is not None and checkpoint.layout not in (options.model, ALBEF):
+        found, asked = (NETWORKS[name].title for name in (checkpoint.layout, options.model))
+        raise CheckpointError(f"{path}: expected {asked}, got the keys of {found}; leave --model out")
     model = dgm4.load_state(checkpoint, options.model)
     if options.size not in (None, model.config.size):
         raise CheckpointError(f"{path}: expected a network of size {options.size}, got {model.config.size}")

@@ -113,7 +113,7 @@ def rows():
 
 @pytest.fixture
 def added():
-    """The network of sixty lines among the others."""
+    """The network of eighty lines among the others."""
     registry.register(glance.NETWORK)
     yield glance.NETWORK
     del registry.NETWORKS["glance"], NetworkConfig.known["glance"]
@@ -128,7 +128,7 @@ def checkpoint_of(network, path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_network_of_sixty_lines(added, tmp_path, precision):
+def test_a_network_of_eighty_lines(added, tmp_path, precision):
     """From its checkpoint, recognised by the keys, to answers of two backends."""
     path, count = checkpoint_of(added, tmp_path / "glance.safetensors")
     assert count == added.parameters["tiny"]

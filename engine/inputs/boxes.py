@@ -22,10 +22,10 @@ def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
     Raises InputError for a box that is missing, is none, is empty or reaches outside the image, and for one
     without an image.
     """
+    if size is None:
+        raise InputError("image: expected one, with the box in it that this network judges, got none")
     if box is None:
         raise InputError(f"box: {_EXPECTED}, which this network judges, got none; a face detector finds one")
-    if size is None:
-        raise InputError("box: expected an image that it is in, got none")
     numbers = list(box) if isinstance(box, Iterable) and not isinstance(box, str | bytes) else []
     if len(numbers) != 4 or not all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers):
         raise InputError(f"box: {_EXPECTED}, four numbers, got {quoted(box)}")
@@ -33,7 +33,8 @@ def network_box(box: Any, size: tuple[int, int] | None) -> np.ndarray:
     x1, y1, x2, y2 = numbers
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # nor is NaN
         raise InputError(
-            f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, got {quoted(box)}"
+            f"box: {_EXPECTED}, with 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, "
+            f"got {quoted(box)}; clip it to the image"
         )
     x1, y1, x2, y2 = map(float, numbers)
     centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height

@@ -31,10 +31,12 @@ def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | N
             names = quoted(", ".join(map(str, pair)))
             raise InputError(f"{name}: expected {expected}, got the names {names}; None stands for neither")
         return pair["image"], pair[caption], pair.get("box")
-    if not isinstance(pair, (tuple, list)) or len(pair) not in (2, 3):
-        actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
-        raise InputError(f"{name}: expected {expected}, got {actual}")
-    return pair[0], pair[1], pair[2] if len(pair) == 3 else None
+    if isinstance(pair, (tuple, list)):
+        image, caption, *box = pair if len(pair) > 1 else (None, None, None, None)
+        if not box or (len(box) == 1 and not isinstance(box[0], str)):
+            return image, caption, box[0] if box else None
+    actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
+    raise InputError(f"{name}: expected {expected}, got {actual}")
 
 
 def join_pairs(

@@ -22,7 +22,7 @@ _ROWS, _PACKED_ROWS = 1024, 32  # of a list that are held at once, the latter wi
 _GROUP = 8192  # rows of answers that are held at once
 _FLAGS, _COUNTS = ("manipulated",), ("line", "words", "marked", "width", "height")
 _NUMBERS = ("score", *TYPES, "x1", "y1", "x2", "y2", "milliseconds")  # the other columns are text
-_WANTED = {"image": ("image", "file_name"), "caption": ("caption", "text"), "id": ("id",)}
+_WANTED = {"image": ("image", "file_name"), "caption": ("caption", "text"), "id": ("id",), "box": ("box",)}
 
 
 def read_rows(paths: Sequence[Path], skip: int, content: bool) -> Iterator[dict[str, Any]]:

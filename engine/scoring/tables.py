@@ -17,13 +17,14 @@ _COLUMN_NAME = re.compile(r"[^\W\d][\w -]*")  # a path has a dot or a slash
 
 @dataclass(frozen=True)
 class Table:
-    """How a CSV is read: its delimiter, how many columns, and those of image, caption and id by number."""
+    """How a CSV is read: delimiter, number of columns, and which hold image, caption, id and box."""
 
     delimiter: str
     columns: int
     image: int
     caption: int
     id: int | None
+    box: int | None
     header: bool
 
     @staticmethod
@@ -38,12 +39,12 @@ class Table:
                 for known in (IMAGE_NAMES, CAPTION_NAMES)
             )
             if image is not None and caption is not None:
-                known = names.index("id") if "id" in names else None
-                return Table(delimiter, len(row), image, caption, known, True)
+                known, box = (names.index(name) if name in names else None for name in ("id", "box"))
+                return Table(delimiter, len(row), image, caption, known, box, True)
         # Without a header a comma may be one of the caption's, so that outside a .csv only a tab counts.
         for delimiter, row in rows.items():
             if len(row) == 2 and (delimiter == "\t" or suffix in TABLES) and not _is_header(row):
-                return Table(delimiter, 2, 0, 1, None, False)
+                return Table(delimiter, 2, 0, 1, None, None, False)
         return None
 
     def read(self, lines: Iterator[tuple[int, bytes]], read: int) -> Iterator[Entry]:
@@ -101,7 +102,18 @@ class Table:
             place = column if column < self.caption else column + len(row) - self.columns
             return row[place].strip() or None if 0 <= place < len(row) and place != self.caption else None
 
-        return Entry(number, cell(self.image), None, cell(self.id))
+        box = cell(self.box)
+        return Entry(
+            number, cell(self.image), None, cell(self.id), box=None if box is None else _numbers(box)
+        )
+
+
+def _numbers(cell: str) -> list[float] | str:
+    """The numbers of a box, apart by commas or white space; the cell as it is where it has something else."""
+    try:
+        return [float(number) for number in cell.replace(",", " ").split()]
+    except ValueError:
+        return cell
 
 
 def _is_header(row: list[str]) -> bool:

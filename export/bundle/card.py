@@ -43,12 +43,13 @@ def model_card(manifest: Manifest) -> str:
     """
     model, weights = manifest.model, manifest.weights
     network = network_of(model.config)
-    title = f"# {model.name.upper()} ({model.size}, {manifest.precision})"
+    name = network.title
+    title = f"# {name} ({model.size}, {manifest.precision})"
     types = ", ".join(name.replace("_", " ") for name in manifest.types)
     sections = [
         _NOTES[weights.kind].format(source=weights.source) if weights.kind in _NOTES else "",
         title,
-        _TASK.format(name=model.name.upper(), types=types),
+        _TASK.format(name=name, types=types),
         "## Run\n\n" + _RUN.format(box=", box=(120, 40, 220, 160)" if network.box else ""),
         "## Licence\n\n" + licence_note(weights),
         "## Network\n\n" + _network(manifest),

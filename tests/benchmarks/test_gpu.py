@@ -17,7 +17,7 @@ from benchmarks.gpu import checks, hotspots, networks, parts
 from benchmarks.gpu.runner import CUT, DONE, FAILED, Part, Results, run_all, run_part, select
 from benchmarks.gpu.worker import plain
 from benchmarks.machine import describe_machine
-from engine.network.model import Output
+from engine.registry import NETWORKS
 from kernels.jit import triton
 
 STUB = """
@@ -170,7 +170,7 @@ def test_a_network_is_timed_beside_its_error(variant, monkeypatch):
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
     monkeypatch.setitem(networks.JUDGED, "batch", 2)
     error, *rows = networks.measure("asap", variant, "2x7,1x5", device="cpu", size="tiny")
-    assert set(error["error"]) == set(Output._fields)
+    assert set(error["error"]) == {x.name for x in NETWORKS["asap"].outputs}
     assert all(0 < e < 0.3 for e in error["error"].values())
     assert [(row["batch"], row["tokens"], row["pairs_s"]) for row in rows] == [(2, 7, 1000), (1, 5, 500)]
 

@@ -16,6 +16,7 @@ from dgm4.training.release import release
 from dgm4.training.snapshot import released_state
 from dgm4.training.trainer import make_trainee
 from engine.errors import CheckpointError, InputError
+from engine.registry import TRAINABLE
 
 LARGEST = 6_000_000  # bytes of one network's weights
 
@@ -36,7 +37,7 @@ def checkpoint(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", dgm4.MODEL_NAMES)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_released_weights_are_small_and_answer_as_the_checkpoint(name, checkpoint, tmp_path):
     path, network = checkpoint(name)
     out = tmp_path / "released.safetensors"
@@ -65,7 +66,7 @@ def test_only_the_three_networks_are_known():
         demo_checkpoint("clip")
 
 
-@pytest.mark.parametrize("name", dgm4.MODEL_NAMES)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_the_demo_is_small_trained_and_on_record(name):
     """Its record is that of a network that has learnt, on a set that is not trivial."""
     path, record = demo_checkpoint(name), demo_record()["networks"][name]

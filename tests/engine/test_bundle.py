@@ -109,6 +109,7 @@ def test_a_manifest_that_is_no_json_object(bundle_copy, data):
             "preprocess.max_tokens: expected at most limits.max_tokens 127",
         ),
         ("preprocess/min_tokens", 128, "min_tokens: expected at most max_tokens"),
+        ("preprocess/min_tokens", 1, "preprocess.min_tokens: expected at least 2, as asap takes, got 1"),
         ("inputs", {}, "inputs: expected a list"),
         ("inputs/0/shape", "big", r"inputs\[0\].shape: expected a list"),
         ("inputs/0/dtype", "float16", r"inputs\[0\].dtype: expected one of float32"),

@@ -242,7 +242,10 @@ def test_a_failed_check_keeps_the_bundle_of_before(bundle, tmp_path, monkeypatch
         ({"max_tokens": 1}, "max_tokens: expected 16 to 512 tokens, got 1"),
         ({"max_tokens": 513}, "max_tokens: expected 16 to 512 tokens, got 513"),
         ({"size": "large"}, "size: expected one of base, tiny, got 'large'"),
-        ({"model": "resnet"}, "model: expected one of hammer, asap, cals, got 'resnet'"),
+        (
+            {"model": "resnet"},
+            "model: expected one of hammer, asap, cals, cscl, pmmd_refine, pmmd, got 'resnet'",
+        ),
     ],
 )
 def test_options_that_do_not_fit(fields, message, tmp_path):

@@ -1,4 +1,4 @@
-"""A network of sixty lines, as docs/add-a-network.md shows: the mean of the patches and of the words.
+"""A network of eighty lines, as docs/add-a-network.md shows: the mean of the patches and of the words.
 
 Its record, its form for inference and its published form, which a network of the project has in three files.
 """

@@ -44,5 +44,7 @@ def test_what_is_no_box_in_the_image(box, message):
 
 
 def test_a_box_needs_an_image():
-    with pytest.raises(InputError, match="box: expected an image that it is in"):
+    with pytest.raises(InputError, match="image: expected one, with the box"):
         network_box((20, 10, 120, 60), None)
+    with pytest.raises(InputError, match="image: expected one, with the box"):
+        network_box(None, None)

@@ -54,6 +54,21 @@ def test_every_form_holds_the_same_pairs(name, tmp_path, monkeypatch):
         assert PairList(STDIN).count(None) is None
 
 
+def test_every_form_holds_boxes(tmp_path):
+    """Four numbers in JSON and Parquet, a cell of four numbers in a table; others are refused later."""
+    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "caption": "one", "box": [1, 2.5, 30, 40]}\n')
+    (tmp_path / "list.csv").write_text('image,box,caption\na.jpg,"1, 2.5, 30, 40",one\n')
+    (tmp_path / "list.tsv").write_text(
+        "box\timage\tcaption\n1 2.5 30 40\ta.jpg\tone\n\tb.jpg\tx\nface\tc.jpg\tx\n"
+    )
+    assert [entry.box for entry in PairList(tmp_path / "list.tsv")] == [[1, 2.5, 30, 40], None, "face"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pairs = [{"image": "a.jpg", "caption": "one", "box": [1.0, 2.5, 30.0, 40.0]}]
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(pairs), tmp_path / "list.parquet")
+    for name in ("list.jsonl", "list.csv", "list.parquet"):
+        assert [entry.box for entry in PairList(tmp_path / name)] == [[1, 2.5, 30, 40]], name
+
+
 def test_columns_in_any_order_and_ids(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("id,source,caption,image\n7,x,one,a.jpg\n\n9,x,caf\xe9,b.jpg\n", "latin-1")

@@ -21,10 +21,10 @@ OPTIONS = {
     "export": "--model --checkpoint --size --drawn --precision --max-batch --max-tokens --target --vocab "
     "--sha256 --licence --data --split --out --calibration --calibration-pairs --keep-layers "
     f"--triton-repository --plot --json {ENGINE}",
-    "convert": "checkpoint out --state",
+    "convert": "checkpoint out --state --join",
     "rebuild": f"bundle --force {ENGINE}",
-    "predict": "bundle image caption --list --out --resume --json --html --plot --heatmap --batch --decode "
-    "--backend --device --threads --rebuild --threshold --public-key",
+    "predict": "bundle image caption --box --list --out --resume --json --html --plot --heatmap --batch "
+    "--decode --backend --device --threads --rebuild --threshold --public-key",
     "calibrate": "bundle --data --false-alarms --split --out --backend --device --threads --batch --seed "
     "--on-bad --json",
     "evaluate": "bundle --data --split --limit --backend --device --threads --batch --decode --reference "
