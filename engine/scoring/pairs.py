@@ -157,8 +157,10 @@ def _read_line(line: bytes, number: int) -> Entry:
     """One line of JSON lines."""
     try:
         record = parse_json(line)
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or numbers and nesting past reason
-        return failed(Entry(number), f"expected JSON in UTF-8, got {shown(line)}")
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or numbers and nesting past reason
+        strict = type(error) is ValueError  # JSON but for NaN, say, which Python's own json writes
+        why = f": {error}" if strict else ""
+        return failed(Entry(number), f"expected JSON in UTF-8, got {shown(line)}{why}")
     return make_entry(record, Entry(number), shown(line))
 
 

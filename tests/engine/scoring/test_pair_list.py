@@ -54,6 +54,12 @@ def test_every_form_holds_the_same_pairs(name, tmp_path, monkeypatch):
         assert PairList(STDIN).count(None) is None
 
 
+def test_a_number_that_json_does_not_have_is_named(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "caption": "x", "score": NaN}\n')
+    (entry,) = PairList(tmp_path / "list.jsonl")
+    assert str(entry.error).endswith(": NaN is not a JSON number")
+
+
 def test_every_form_holds_boxes(tmp_path):
     """Four numbers in JSON and Parquet, a cell of four numbers in a table; others are refused later."""
     (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "caption": "one", "box": [1, 2.5, 30, 40]}\n')
