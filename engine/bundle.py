@@ -154,8 +154,11 @@ class Bundle:
         yield
         for name, state in states.items():
             path = self.path / name
-            if not path.is_file() or _state(path.stat()) != state:
+            found = _state(path.stat()) if path.is_file() else ()
+            if found[:-1] != state[:-1]:
                 raise BundleError(f"{path}: was replaced while it was loaded; {_remedy(name)}")
+            if found != state:  # a link to it was made, as a copy of the bundle does, or its times were set
+                _check_digest(path, self._entry(name))
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)

@@ -296,6 +296,17 @@ def test_the_working_directory_may_change(bundle_copy, tmp_path, monkeypatch):
         Bundle.open("bundle")
 
 
+def test_a_link_made_while_a_file_is_loaded_changes_nothing(bundle_copy, tmp_path):
+    """As a copy of the bundle makes one; a write that sets the times back is found all the same."""
+    bundle, path = Bundle.open(bundle_copy), bundle_copy / "model.onnx"
+    with bundle.held("model.onnx"):
+        (tmp_path / "copy.onnx").hardlink_to(path)
+    before = path.stat()
+    with pytest.raises(BundleError, match="expected SHA-256"), bundle.held("model.onnx"):  # noqa: PT012
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize("change", ["written", "replaced", "removed", "before"])
 def test_a_file_that_a_library_reads_stays_what_was_hashed(bundle_copy, change):
     path, bundle = bundle_copy / "model.onnx", Bundle.open(bundle_copy)
