@@ -157,16 +157,16 @@ class Gate:
         )
 
     async def _linger(self, receive: Receive, exchange: Exchange, headers: Headers) -> None:
-        """Read the rest of a refused body, for a while: a client that still sends would miss the answer."""
+        """Read the rest of a refused body, for a while: a client that still sends would miss the answer.
+
+        Nothing of it is kept, so the time alone bounds it.
+        """
         if "expect" in headers:  # it waits to be asked for the body
             return
-        room = self._settings.max_body
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
-                while exchange.unread and room > 0:
-                    message = await receive()
-                    room -= len(message.get("body", b""))
-                    exchange.unread = message.get("more_body", False)
+                while exchange.unread:
+                    exchange.unread = (await receive()).get("more_body", False)
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         """Count the request, and log it without anything that the client chose."""

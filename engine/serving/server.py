@@ -118,17 +118,21 @@ class Server(uvicorn.Server):
         self._stop_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop being ready at the first signal, stop `drain_s` later, at a second signal at once."""
+        """Stop being ready at the first signal, stop `drain_s` later, at a second signal at once.
+
+        A signal strikes between any two instructions of the loop, with whatever lock is held there, and the
+        next strikes in here. So this only notes it; `on_tick` logs it and sets the metrics.
+        """
         if self._stop_at == math.inf and self._drain_s:
-            self._service.drain()
             self._stop_at = time.monotonic() + self._drain_s
             self._captured_signals.append(sig)
-            return
-        self._service.drain()
-        super().handle_exit(sig, frame)
+        else:
+            super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn, which calls it every 0.1 s."""
+        if self.should_exit or self._stop_at < math.inf:
+            self._service.drain()
         late = time.monotonic() >= self._stop_at
         return await super().on_tick(counter) or late or self._service.failure is not None
 

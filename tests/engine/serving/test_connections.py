@@ -113,7 +113,7 @@ def test_a_client_that_still_sends_gets_its_refusal(run_server):
     running = run_server(max_body=2**20, max_buffered=2**20)
     connection = http.client.HTTPConnection(*running.address, timeout=10)
     kind = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/predict", iter([b"x" * 65_536] * 40), kind, encode_chunked=True)
+    connection.request("POST", "/v1/predict", iter([b"x" * 65_536] * 200), kind, encode_chunked=True)
     response = connection.getresponse()
     assert response.status == 413 and json.loads(response.read())["code"] == "too_large"
     connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from engine.serving import create_app
+from engine.serving.server import Server, configure
 from export.cli.serve import TOKEN
 
 CAPTION, NAME = "Mayor Quimby unveils a monorail", "holiday-snap.jpg"
@@ -117,6 +120,23 @@ def test_two_signals_and_an_address_that_is_taken(start, bundle_dir, tmp_path):
     process.await_line("draining")
     process.popen.send_signal(signal.SIGTERM)
     assert process.end()[0] == 143
+
+
+def test_a_second_signal_amid_the_first_is_kept(predictor, monkeypatch):
+    """The handler takes no lock and writes no log, where a second signal would find it half done."""
+    app = create_app(predictor)
+    service = app.state.service
+    config = configure(app, connections=8)
+    config.load()
+    server = Server(config, service, drain_s=600)
+    drained = []
+    monkeypatch.setattr(
+        service, "drain", lambda: (drained.append(1), server.handle_exit(signal.SIGTERM, None))
+    )
+    server.handle_exit(signal.SIGTERM, None)
+    assert not drained and not server.should_exit
+    assert not asyncio.run(server.on_tick(0))
+    assert drained and server.should_exit
 
 
 @pytest.mark.parametrize(
