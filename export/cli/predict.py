@@ -35,7 +35,8 @@ _EPILOG = """
 A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
 one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
 relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
-In JSON a pair may have its box, [x1, y1, x2, y2], for a network that judges a given one.
+A pair may have its box, for a network that judges a given one: [x1, y1, x2, y2] in JSON and Parquet, four
+numbers in a cell of a CSV.
 A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
