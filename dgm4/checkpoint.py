@@ -216,8 +216,11 @@ def encoder_keys(names: set[str]) -> set[str]:
     return {n for n in names if n.startswith(encoders) and not n.startswith(own)}
 
 
-def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None:
-    """Compare names, shapes and values with what the network expects; raise one error that names all."""
+def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig, found: str) -> None:
+    """Compare names, shapes and values with what the network expects; raise one error that names all.
+
+    `found` is the layout that the file's keys tell.
+    """
     state = checkpoint.state
     problems, remedy = [], "fetch it again, or take an earlier one of the training"
     if missing := sorted(expected.keys() - state.keys()):
@@ -232,6 +235,8 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
     ]
     if missing or extra or misshapen:
         remedy = _WHOLE if missing or extra else _SHAPES
+        if found not in (checkpoint.layout, ALBEF):
+            remedy = f"its keys are those of {NETWORKS[found].title}: leave model and config out"
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen ({some(misshapen)})")
     if foreign := [f"{k}: {state[k].dtype}" for k in common if not state[k].is_floating_point()]:
@@ -274,12 +279,9 @@ def load_state(
             f"{checkpoint.path}: is an ALBEF initialisation, which fits any network: expected model= as one "
             f"of {', '.join(NETWORKS)}"
         )
-    named = model or (config.name if config else checkpoint.layout)
+    found, named = checkpoint.layout, model or (config.name if config else checkpoint.layout)
     if checkpoint.layout not in (named, ALBEF):
-        found, asked = (NETWORKS[name].title for name in (checkpoint.layout, named))
-        raise CheckpointError(
-            f"{checkpoint.path}: expected {asked}, got the keys of {found}; leave model and config out"
-        )
+        checkpoint = read_checkpoint(checkpoint.path, named)
     config = config or _config_of(checkpoint, named)
     network = build(config)
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -287,6 +289,6 @@ def load_state(
         checkpoint = replace(checkpoint, state=resample_positions(checkpoint.state, config))
         expected = {k: expected[k] for k in encoder_keys(set(expected))}
         log.warning("%s initialises the encoders only; the heads of %s are untrained", checkpoint.path, named)
-    _check(checkpoint, expected, config)
+    _check(checkpoint, expected, config, found)
     network.load_state_dict(checkpoint.state, strict=False, assign=False)
     return network.eval()

@@ -34,12 +34,12 @@ def test_the_whole_image_is_a_box():
         (7, r"four numbers, got 7"),
         ((1, 2, "3", 4), r"four numbers"),
         ((20, 10, 20, 60), r"x1 < x2 <= 200 .* got \(20, 10, 20, 60\)"),
-        ((20, 60, 120, 10), r"y1 < y2 <= 100 .*; its left upper corner comes first"),
-        ((-1, 10, 120, 60), r"0 <= x1 .*; clip it to the image"),
-        ((20, 10, 201, 60), r"x2 <= 200 .*; clip it to the image"),
-        ((20, 10, 120, 100.5), r"y2 <= 100 .*; clip it to the image"),
-        ((201, 10, 220, 60), r"x2 <= 200 .*; its left upper corner comes first"),
-        ((20, 10, float("nan"), 60), r"x1 < x2 .*; its left upper corner comes first"),
+        ((20, 60, 120, 10), r"y1 < y2 <= 100.*; its left upper corner comes first"),
+        ((-1, 10, 120, 60), r"0 <= x1.*; clip it to the image"),
+        ((20, 10, 201, 60), r"x2 <= 200.*; clip it to the image"),
+        ((20, 10, 120, 100.5), r"y2 <= 100.*; clip it to the image"),
+        ((201, 10, 220, 60), r"x2 <= 200.*; its left upper corner comes first"),
+        ((20, 10, float("nan"), 60), r"x1 < x2.*; its left upper corner comes first"),
     ],
 )
 def test_what_is_no_box_in_the_image(box, message):
