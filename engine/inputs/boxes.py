@@ -17,13 +17,13 @@ _TINY = 1 / 64  # of the image's side: 4 of the 256 pixels that the networks rea
 WHOLE = np.array([0.5, 0.5, 1, 1], np.float32)  # of the whole image, for a run without a picture
 
 
-def box_of_text(text: str) -> tuple[float, ...]:
+def box_of_text(text: str) -> list[float]:
     """The four numbers of a box, apart by commas or white space; raises ValueError for another text.
 
     Whether they are a box in an image `check_box` tells.
     """
     x1, y1, x2, y2 = map(float, text.replace(",", " ").split())
-    return x1, y1, x2, y2
+    return [x1, y1, x2, y2]
 
 
 def check_box(box: Any, size: tuple[int, int] | None) -> tuple[Box, tuple[str, ...]]:

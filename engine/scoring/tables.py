@@ -104,7 +104,7 @@ class Table:
             place = column if column < self.caption else column + len(row) - self.columns
             return row[place].strip() or None if 0 <= place < len(row) and place != self.caption else None
 
-        box: tuple[float, ...] | str | None = cell(self.box)
+        box: list[float] | str | None = cell(self.box)
         if isinstance(box, str):
             with contextlib.suppress(ValueError):  # the predictor refuses the cell as it is
                 box = box_of_text(box)

@@ -158,7 +158,7 @@ async def _caption(form: FormData) -> Caption | None:
     return text
 
 
-def _box(form: FormData) -> tuple[float, ...] | None:
+def _box(form: FormData) -> list[float] | None:
     """The numbers of the box; None for a field that was left empty. The image is asked later."""
     given = form.get("box")
     if not given:

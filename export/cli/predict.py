@@ -97,7 +97,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
-def _box(text: str) -> tuple[float, ...]:
+def _box(text: str) -> list[float]:
     """X1,Y1,X2,Y2 as numbers; whether they fit the image the predictor checks."""
     try:
         return box_of_text(text)

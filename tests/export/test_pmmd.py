@@ -150,7 +150,7 @@ def test_on_the_command_line(path, picture, tmp_path, capsys):
     for box in ("-5,0,50,50", "0,0,121,50"):  # as detectors give them
         assert main(["predict", str(path), photo, CAPTION, "--box", box]) == 1
         assert "box: expected (x1, y1, x2, y2)" in (told := capsys.readouterr().err)
-        assert "got (-5.0, 0.0, 50.0, 50.0)" in told or "121.0" in told
+        assert "got [-5.0, 0.0, 50.0, 50.0]" in told or "121.0" in told
         assert told.endswith("; clip it to the image\n")
     (tmp_path / "pairs.jsonl").write_text(
         '{"image": "photo.png", "caption": "A flag", "box": [30, 20, 80, 70]}\n'

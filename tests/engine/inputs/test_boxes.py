@@ -62,7 +62,7 @@ def test_a_box_of_next_to_nothing_is_told(box):
 
 @pytest.mark.parametrize("text", ["-5,0,50,50", "-5, 0 ,50,50", " -5 0 50 50.0 "])
 def test_a_box_as_text(text):
-    assert box_of_text(text) == (-5, 0, 50, 50)
+    assert box_of_text(text) == [-5, 0, 50, 50]
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,x", "1,2,3,4,5", "[1,2,3,4]"])

@@ -97,8 +97,8 @@ def test_numbers_beyond_all_pixels(client, jpeg, image, number):
     [
         ((None, "8,x"), f"{NO_BOX}'8,x'"),
         ((None, "8,6,40"), f"{NO_BOX}'8,6,40'"),
-        ((None, "-8,6,40,30"), r"box: expected .* got \(-8.0, 6.0, 40.0, 30.0\); clip it to the image"),
-        ((None, "8,6,nan,30"), r"box: expected .* got \(8.0, 6.0, nan, 30.0\); its left upper corner .*"),
+        ((None, "-8,6,40,30"), r"box: expected .* got \[-8.0, 6.0, 40.0, 30.0\]; clip it to the image"),
+        ((None, "8,6,nan,30"), r"box: expected .* got \[8.0, 6.0, nan, 30.0\]; its left upper corner .*"),
         ((None, ""), rf"box: expected .* got none; {REMEDY}"),
     ],
 )
