@@ -148,7 +148,9 @@ def test_wrong_boxes_of_the_protocol(client, jpeg, box, more, message):
 
 
 def test_the_page_asks_for_a_box_where_one_is_judged(client):
-    assert client.get("/").text.count('id="box"') == 1
+    text = client.get("/").text
+    assert text.count('id="box"') == 1
+    assert "This network needs an image. Without a caption only a part is answered." in text
 
 
 def test_another_network_refuses_a_box(bundle_dir, jpeg, image):
@@ -159,6 +161,7 @@ def test_another_network_refuses_a_box(bundle_dir, jpeg, image):
         pair = {"image": image, "caption": CAPTION, "box": BOX}
         assert client.post("/v1/predict", json=pair).json()["message"] == message
         assert form(client, jpeg, (None, "8,6,40,30")).json()["message"] == message
-        assert 'id="box"' not in client.get("/").text
+        assert 'id="box"' not in (text := client.get("/").text)
+        assert "Without an image or without a caption only a part is answered." in text
         inputs = client.get("/v2/models/asap-tiny-fp32").json()["inputs"]
         assert [each["name"] for each in inputs] == ["image", "caption"]
