@@ -161,7 +161,7 @@ class Result(Record):
             >>> from engine import Predictor
             >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
             >>> sorted(prediction.to_dict(heatmap=False))[:4]
-            ['box', 'caption', 'detected', 'manipulated']
+            ['box', 'box_given', 'caption', 'detected']
         """
         data: dict[str, Any] = {
             "manipulated": self.manipulated,

@@ -18,7 +18,7 @@ from engine.inputs.options import ImageOptions
 from engine.inputs.pairs import Caption
 from engine.inputs.preprocess import decode_image, make_thumbnail, resize_image
 from engine.inputs.sources import ImageInput
-from engine.inputs.text import EMPTY_TEXT, CaptionTokenizer, Tokens
+from engine.inputs.text import CaptionTokenizer, Tokens
 from engine.manifest import Preprocess
 from engine.registry.record import Network
 
@@ -150,7 +150,7 @@ class Preparation:
             absent = "words"
         warnings = WARNINGS[absent] + picture.warnings + box_warnings
         if absent == "words":  # which says already that there is none
-            warnings += tuple(text for text in tokens.warnings if not text.startswith(EMPTY_TEXT))
+            warnings += tuple(text for text in tokens.warnings if not text.startswith("empty_text"))
         elif caption is not None:
             warnings += tokens.warnings
         return Item(name, picture, tokens, text, warnings, timing, absent, judged)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from engine.bundle import Bundle
 
 MAX_CHARACTERS = 4096
-EMPTY_TEXT = "empty_text"  # the code of a warning
 _BYTES_PER_CHARACTER = 4
 _MODELS = {"wordpiece": "WordPiece", "byte_bpe": "BPE"}  # the library's names of the kinds
 _DELETED = frozenset(",.'!?\"()*#:;~")
@@ -131,7 +130,7 @@ def clean_caption(caption: str, max_words: int = 50) -> CleanCaption:
         first, last = origin[start], origin[end - 1] + 1
         spans.append(Span(caption[first:last], first, last))
     if not spans:
-        warnings.append(f"{EMPTY_TEXT}: the caption holds no word")
+        warnings.append("empty_text: the caption holds no word")
     return CleanCaption(text, tuple(spans), bounds, tuple(warnings))
 
 
@@ -237,7 +236,7 @@ class CaptionTokenizer:
         word_of = _words_of(encoding.offsets[:room], cleaned.bounds)
         read, renumbered = np.unique(word_of[word_of >= 0], return_inverse=True)
         if cleaned.spans and not len(read):
-            warnings.append(f"{EMPTY_TEXT}: the caption holds no character that the tokenizer knows")
+            warnings.append("empty_text: the caption holds no character that the tokenizer knows")
         known = word_of[(word_of >= 0) & (ids != self._unknown_id)]
         unknown = len(read) - len(np.unique(known))
         if unknown:
