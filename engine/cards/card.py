@@ -66,7 +66,7 @@ class HeatScale(NamedTuple):
     @property
     def text(self) -> str:
         """The label with both ends."""
-        return f"{self.label}, {self.low:g} to {self.high:g}"
+        return f"{self.label}, {self.low:.2f} to {self.high:.2f}"
 
 
 class Piece(NamedTuple):

@@ -236,8 +236,8 @@ def _draw_images(result: Result, photo: Image.Image, layout: Layout, count: int,
 
 def _draw_scale(sheet: Sheet, scale: HeatScale) -> None:
     """Draw the heat map's scale below what is there: its name, and beside or below it the colours."""
-    y, label, end = sheet.y + 12, f"{scale.label}  ", f"{scale.high:g}"
-    low, left = f"{scale.low:g}", sheet.length(label, _SMALL)
+    y, label, end = sheet.y + 12, f"{scale.label}  ", f"{scale.high:.2f}"
+    low, left = f"{scale.low:.2f}", sheet.length(label, _SMALL)
     sheet.text(0, y, label, _SMALL, MUTED)
     taken = sheet.length(low, _SMALL) + sheet.length(end, _SMALL) + 16
     if sheet.width - left - taken < _LEAST_GRADIENT:

@@ -185,6 +185,6 @@ def test_the_evidence_in_words():
     text = alternative(make_prediction(box_given=(10, 8, 60, 40), model={"name": "cscl"}))
     assert text == (
         "the image with its evidence; box given 10, 8, 60, 40; network's box 25, 20, 75, 60; "
-        "heat map: disagreement with the caption, 0 to 1"
+        "heat map: disagreement with the caption, 0.00 to 1.00"
     )
     assert alternative(make_prediction(manipulated=False)) == "the image with its evidence"
