@@ -18,6 +18,7 @@ from dgm4.seeded import draw
 from engine import Predictor, registry
 from engine.errors import BundleError, CheckpointError
 from engine.network.model import build_model
+from engine.network.released import fold_network
 from engine.registry.config import NetworkConfig
 from export.options import ExportOptions
 from export.pipeline import export_bundle
@@ -113,7 +114,7 @@ def rows():
 
 @pytest.fixture
 def added():
-    """The network of eighty lines among the others."""
+    """The network of sixty lines among the others."""
     registry.register(glance.NETWORK)
     yield glance.NETWORK
     del registry.NETWORKS["glance"], NetworkConfig.known["glance"]
@@ -127,8 +128,24 @@ def checkpoint_of(network, path):
     return path, sum(x.numel() for x in state.values())
 
 
+def test_it_has_sixty_lines():
+    assert len(Path(glance.__file__).read_text().splitlines()) <= 60
+
+
+def test_names_that_are_the_models_own_are_read_as_strictly(added):
+    config = added.sizes["tiny"]
+    state = glance.Model(config).state_dict()
+    assert all(x.data_ptr() == state[key].data_ptr() for key, x in fold_network(state, config).items())
+    for key in state:
+        rest = {other: value for other, value in state.items() if other != key}
+        with pytest.raises(CheckpointError, match=f"expected the tensor '{key}'"):
+            fold_network(rest, config)
+    with pytest.raises(CheckpointError, match="1 tensors are none of glance's, the first is 'queue'"):
+        fold_network({**state, "queue": torch.zeros(1)}, config)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_network_of_eighty_lines(added, tmp_path, precision):
+def test_a_network_of_sixty_lines(added, tmp_path, precision):
     """From its checkpoint, recognised by the keys, to answers of two backends."""
     path, count = checkpoint_of(added, tmp_path / "glance.safetensors")
     assert count == added.parameters["tiny"]

@@ -34,5 +34,6 @@ NETWORK = Network(
     ),
     parameters={"base": 230_221_838, "tiny": 2_779_918},
     gflop=(57.5, 62.7),
+    trainable=True,
     outputs=(*ANSWERS, Tensor("attention_map", "float32", ("batch", "tokens", "image_tokens"), read_map)),
 )
