@@ -18,6 +18,7 @@ from dgm4.seeded import draw
 from engine import Predictor, registry
 from engine.errors import BundleError, CheckpointError
 from engine.network.model import build_model
+from engine.network.precision import to_precision
 from engine.network.released import fold_network
 from engine.registry.config import NetworkConfig
 from export.options import ExportOptions
@@ -73,6 +74,7 @@ def test_a_network_has_its_three_files(name):
     }
 
 
+@pytest.mark.parametrize("name", registry.NAMES)
 @pytest.mark.parametrize("size", registry.SIZES)
 def test_parameters_are_counted(name, size):
     with torch.device("meta"):
@@ -80,18 +82,31 @@ def test_parameters_are_counted(name, size):
     assert sum(p.numel() for p in model.parameters()) == registry.NETWORKS[name].parameters[size]
 
 
+def feeds(config, tokens):
+    """Inputs of one pair, as the record has them."""
+    sizes = {"batch": 1, "tokens": tokens}
+    kinds = {"float32": torch.float32, "int64": torch.int64}
+    return {
+        x.name: torch.ones([sizes.get(d, d) for d in x.shape_of(config)], dtype=kinds[x.dtype])
+        for x in registry.network_of(config).inputs
+    }
+
+
+@pytest.mark.parametrize("name", [*registry.NAMES, "glance"])
+def test_answers_are_float32_whatever_is_inside(added, name):
+    config = registry.NETWORKS[name].sizes["tiny"]
+    with torch.device("meta"), torch.inference_mode():
+        answers = to_precision(build_model(config), torch.float16)(**feeds(config, 24))
+    assert {x.dtype for x in answers if x is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_products_are_counted(name):
     """As torch counts those of the form for inference; the fused operators' few are not among them."""
     config, network = registry.NETWORKS[name].sizes["base"], registry.NETWORKS[name]
     for tokens, stated in zip((24, 50), network.gflop, strict=True):
-        sizes = {"batch": 1, "tokens": tokens}
-        kinds = {"float32": torch.float32, "int64": torch.int64}
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
-            feeds = {
-                x.name: torch.ones([sizes.get(d, d) for d in x.shape_of(config)], dtype=kinds[x.dtype])
-                for x in network.inputs
-            }
-            build_model(config)(**feeds)
+            build_model(config)(**feeds(config, tokens))
         assert counter.get_total_flops() / 1e9 == pytest.approx(stated, rel=0.02)
 
 
