@@ -48,7 +48,7 @@ class NetworkConfig(Record):
 
     @classmethod
     def like(cls, other: NetworkConfig, **own: Any) -> Self:
-        """The shape of `other`, whose fields this class has too, but for its `own` fields."""
+        """A config with the values of `other`, but for `own`; raises TypeError where a field is left open."""
         return cls(**vars(other) | own)
 
     @property
@@ -102,7 +102,7 @@ class NetworkConfig(Record):
             yield "image_size", f"at most {_LARGEST_GRID} patches of {self.patch_size}", self.image_size
 
 
-# What the networks start from, which have encoders of the shape of ViT-B/16 and BERT.
+# ViT-B/16 and BERT, which most networks have for encoders, and the same in a test's size.
 BASE_SHAPE = NetworkConfig(
     name="",
     size="base",
