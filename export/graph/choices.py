@@ -51,19 +51,30 @@ def margins(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Infinite for a pair of which all are taken.
     """
     gaps = [torch.full((len(next(iter(inputs.values()))),), math.inf)]
+    for count, scores in choice_scores(model, inputs):
+        if scores.shape[-1] > count:
+            last, first = scores.topk(count + 1).values[..., -2:].unbind(-1)
+            gap = torch.where(first.isinf(), math.inf, last - first)
+            gaps.append(gap.reshape(len(gap), -1).amin(1).float())
+    return torch.stack(gaps).amin(0)
+
+
+def choice_scores(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
+    """Of each `Choice` twice, in the order of their calls: how many are taken, and of what scores [..., m].
+
+    The largest are taken; scores whose smallest are taken are negative here. Those not valid are -inf.
+    """
+    found: list[tuple[int, Tensor]] = []
 
     def note(choice: Choice, given: tuple[Any, ...], _: object) -> None:
         valid = given[2] if len(given) > 2 else None
         for scores in (given[0], -given[1]):
-            if valid is not None:
-                scores = scores.masked_fill(valid == 0, -math.inf)
-            if scores.shape[-1] > choice.count:
-                last, first = scores.topk(choice.count + 1).values[..., -2:].unbind(-1)
-                gap = torch.where(first.isinf(), math.inf, last - first)
-                gaps.append(gap.reshape(len(gap), -1).amin(1).float())
+            found.append(
+                (choice.count, scores if valid is None else scores.masked_fill(valid == 0, -math.inf))
+            )
 
     _run_noting(model, inputs, note)
-    return torch.stack(gaps).amin(0)
+    return found
 
 
 def _chooses(model: nn.Module) -> bool:
@@ -90,13 +101,13 @@ def changed_choices(
     if not _chooses(reference):
         return changed, total
     for inputs in feeds:
-        for want, got in zip(_chosen(reference, inputs), _chosen(candidate, inputs), strict=True):
+        for want, got in zip(chosen(reference, inputs), chosen(candidate, inputs), strict=True):
             changed += int((want & ~got).sum())
             total += int(want.sum())
     return changed, total
 
 
-def _chosen(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def chosen(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """A truth value for every one that each `Choice` could take, in the order of their calls."""
     found: list[Tensor] = []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, demo, deployment, engines, networks, spinning
+from benchmarks import accuracy, agreement, demo, deployment, engines, networks, spinning
 from benchmarks.results import ResultFile
 from dgm4.shipped import RECIPES
 from kernels.jit import triton
@@ -118,6 +118,24 @@ def test_spinning(run, bundle, monkeypatch):
         ("one busy process", True),
         ("one busy process", False),
     ]
+
+
+def test_agreement(run, bundle, monkeypatch):
+    """A network that chooses neighbours tells what float32 and each precision do to its choices."""
+
+    def copied(model, path):
+        for file in bundle(model.config.name, "fp32").path.glob("model.onnx*"):
+            shutil.copyfile(file, path.parent / file.name)
+
+    monkeypatch.setattr(agreement, "export_onnx", copied)
+    monkeypatch.setattr(agreement, "SHAPES", [(1, 9)])
+    monkeypatch.setattr(agreement, "PRECISIONS", ("bf16",))
+    code, result = run(agreement, "--size", "tiny", "--network", "cscl")
+    assert (code, cases(result)) == (0, [])
+    (row,) = result["rows"]
+    assert 0 < max(row["float32"][0]["largest"].values()) < 1e-4
+    assert 0 < row["precisions"][0]["changed"] < row["precisions"][0]["choices"] == row["choice"]["choices"]
+    assert 0 < row["choice"]["noise"] < 1e-6
 
 
 def test_accuracy(run, annotated, capsys):
