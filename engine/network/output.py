@@ -27,4 +27,4 @@ class Output(NamedTuple):
     def widened(self) -> Output:
         """The same in float32, or in float64 from a network that is, whatever a network's inner dtype."""
         out = torch.promote_types(self.logits_real_fake.dtype, torch.float32)
-        return Output(*(None if x is None else x.to(out) for x in self))
+        return Output._make(None if x is None else x.to(out) for x in self)
