@@ -9,16 +9,17 @@ from dgm4.shipped import demo_record
 from engine.registry import NETWORKS, SIZES
 from engine.shipped import shipped_bundles
 
-# Of the weights: those that ship are ours, the published ones' are as their authors state them.
-_DEMO_LICENCE = "Apache-2.0"
+# Of the weights that ship or are drawn; the published ones' are as their authors state them.
+_OWN_LICENCE = "Apache-2.0"
 
 
 @dataclass(frozen=True)
 class ModelEntry:
     """A network at one size.
 
-    parameters: how many it has at inference. weights: "demo" where weights ship, trained on made images; None
-    where you bring a checkpoint. licence: that of the weights that ship, else of the published ones. bundle:
+    parameters: how many it has at inference. weights: "demo" where weights ship, trained on made images;
+    "drawn" where none of this size were ever published, so that the export draws them; None where you bring a
+    checkpoint. licence: that of these weights, else of the published ones. bundle:
     the name of a ready bundle for `Predictor`, None without one.
     """
 
@@ -43,13 +44,14 @@ def list_models() -> list[ModelEntry]:
     entries = []
     for (name, network), size in itertools.product(NETWORKS.items(), SIZES):
         shipped, bundle = size == "tiny" and name in demos, f"demo:{name}"
+        weights = "demo" if shipped else None if size == "base" else "drawn"
         entries.append(
             ModelEntry(
                 name=name,
                 size=size,
                 parameters=network.parameters[size],
-                weights="demo" if shipped else None,
-                licence=_DEMO_LICENCE if shipped else network.licence,
+                weights=weights,
+                licence=network.licence if weights is None else _OWN_LICENCE,
                 bundle=bundle if shipped and bundle in ready else None,
             )
         )

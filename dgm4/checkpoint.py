@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ALBEF = "albef"
 _ALBEF = Keys(marks=("visual_encoder.",), dead=DEAD | {"itm_head", "text_encoder.cls"})
+_WHOLE = "give the whole state_dict() under the published names"
+_SHAPES = "other shapes need a record of their own: docs/add-a-network.md"
 _LARGEST_WEIGHT = 1e8  # a flipped bit of a float's exponent makes 1e30 and more; no training does
 
 
@@ -64,6 +66,9 @@ def _recognise(path: Path, keys: set[str]) -> str:
         return ALBEF
     titles = ", ".join(network.title for network in NETWORKS.values())
     got = f"those of {' and '.join(found)} at once" if found else some(sorted(keys))
+    shared = [n.title for n in NETWORKS.values() if keys & {n.keys.width, n.keys.words}]
+    if shared and not found:
+        got = f"a part of {' or '.join(shared)} ({got}); {_WHOLE}"
     raise CheckpointError(
         f"{path}: expected the keys of {titles} or ALBEF (visual_encoder.*, text_encoder.*, ...), got {got}"
     )
@@ -157,12 +162,14 @@ def _config_of(checkpoint: Checkpoint, name: str) -> ModelConfig:
     """
     keys, state = NETWORKS[name].keys, checkpoint.state
     if keys.width not in state:
-        raise CheckpointError(f"{checkpoint.path}: expected the key {keys.width}, which is missing")
+        raise CheckpointError(f"{checkpoint.path}: expected the key {keys.width}, which is missing; {_WHOLE}")
     width = state[keys.width].shape[-1]
     configs = {config.width: config for config in NETWORKS[name].sizes.values()}
     if width not in configs:
         sizes = ", ".join(f"{w} ({c.size})" for w, c in configs.items())
-        raise CheckpointError(f"{checkpoint.path}: expected the width {sizes}, got {width} in {keys.width}")
+        raise CheckpointError(
+            f"{checkpoint.path}: expected the width {sizes}, got {width} in {keys.width}; {_SHAPES}"
+        )
     config, grid = configs[width], grid_of(state, keys.image_positions)
     told = {"vocabulary": keys.words, "positions": keys.text_positions}
     fields: dict[str, Any] = {field: len(state[key]) for field, key in told.items() if key in state}
@@ -209,10 +216,13 @@ def encoder_keys(names: set[str]) -> set[str]:
     return {n for n in names if n.startswith(encoders) and not n.startswith(own)}
 
 
-def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None:
-    """Compare names, shapes and values with what the network expects; raise one error that names all."""
+def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig, found: str) -> None:
+    """Compare names, shapes and values with what the network expects; raise one error that names all.
+
+    `found` is the layout that the file's keys tell.
+    """
     state = checkpoint.state
-    problems = []
+    problems, remedy = [], "fetch it again, or take an earlier one of the training"
     if missing := sorted(expected.keys() - state.keys()):
         problems.append(f"{len(missing)} missing ({some(missing)})")
     if extra := sorted(state.keys() - expected.keys()):
@@ -223,6 +233,10 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
         for k in common
         if expected[k].shape != state[k].shape
     ]
+    if missing or extra or misshapen:
+        remedy = _WHOLE if missing or extra else _SHAPES
+        if found not in (checkpoint.layout, ALBEF):
+            remedy = f"its keys are those of {NETWORKS[found].title}: leave model and config out"
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen ({some(misshapen)})")
     if foreign := [f"{k}: {state[k].dtype}" for k in common if not state[k].is_floating_point()]:
@@ -236,7 +250,7 @@ def _check(checkpoint: Checkpoint, expected: State, config: ModelConfig) -> None
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: expected the {len(expected)} live tensors of {config.name} ({config.size}), "
-            f"got {'; '.join(problems)}"
+            f"got {'; '.join(problems)}; {remedy}"
         )
 
 
@@ -265,7 +279,7 @@ def load_state(
             f"{checkpoint.path}: is an ALBEF initialisation, which fits any network: expected model= as one "
             f"of {', '.join(NETWORKS)}"
         )
-    named = model or (config.name if config else checkpoint.layout)
+    found, named = checkpoint.layout, model or (config.name if config else checkpoint.layout)
     if checkpoint.layout not in (named, ALBEF):
         checkpoint = read_checkpoint(checkpoint.path, named)
     config = config or _config_of(checkpoint, named)
@@ -275,6 +289,6 @@ def load_state(
         checkpoint = replace(checkpoint, state=resample_positions(checkpoint.state, config))
         expected = {k: expected[k] for k in encoder_keys(set(expected))}
         log.warning("%s initialises the encoders only; the heads of %s are untrained", checkpoint.path, named)
-    _check(checkpoint, expected, config)
+    _check(checkpoint, expected, config, found)
     network.load_state_dict(checkpoint.state, strict=False, assign=False)
     return network.eval()

@@ -307,13 +307,13 @@ class Manifest(Record):
     @classmethod
     def upgrade(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """Refuse another format than this release reads; leave out what is no field of the content."""
-        for name, expected, hint in (
+        for name, expected, remedy in (
             ("format", FORMAT, ""),
-            ("format_version", FORMAT_VERSION, "; update the package or export the bundle again"),
+            ("format_version", FORMAT_VERSION, f"{cls.newer}, or export the bundle again"),
         ):
             value = raw.get(name, NOTHING)
             if type(value) is not type(expected) or value != expected:
-                fail(name, f"{expected!r}{hint}", value)
+                fail(name, repr(expected), value, remedy)
         return {name: value for name, value in raw.items() if name not in _ENVELOPE}
 
     def to_dict(self) -> dict[str, Any]:

@@ -93,6 +93,6 @@ def read_words(logits_tok: np.ndarray, tokens: Tokens, threshold: float) -> tupl
 def read_heatmap(item: Mapping[str, np.ndarray], grid: int) -> np.ndarray | None:
     """The heat map of one pair as float32 [grid, grid]; None where the network has none."""
     for name, values in item.items():
-        if (read := TENSORS[name].heatmap) is not None:
-            return read(values, grid)
+        if (heatmap := TENSORS[name].heatmap) is not None:
+            return heatmap.read(values, grid)
     return None

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InputError, shorten, why_no_json
+from engine.registry import NETWORKS
 from engine.registry.config import TYPES
 from engine.schema import Record, at_least, within
 
@@ -56,12 +57,14 @@ class Result(Record):
             network predicts one box for every image, whatever the number of faces, so it is meaningful only
             where a face type is detected; None where it is empty (the benchmark's "no box") and without an
             image.
+        box_given: the box that the caller gave for the network to judge, (x1, y1, x2, y2) in pixels of the
+            upright image; None where the network finds the box itself.
         words: the words that the network read, in order.
         caption: the text that the words' spans refer to: the user's, cut to its first 4096 characters and
             with U+FFFD in place of what is not Unicode.
         size: (width, height) of the upright image; None without one.
-        heatmap: float32 [16, 16] in [0, 1], rows from the top: how strongly the words point at each patch;
-            None where the model has no such map, and without a caption or an image.
+        heatmap: float32 [16, 16] in [0, 1], rows from the top: of each patch what `heatmap_label` says; None
+            where the model has no such map, and without a caption or an image.
         timing: milliseconds by stage: queue (what the pair waited, only from a Batcher), decode (with the
             thumbnail), resize (0 where a GPU does it), tokenize, inference (with the normalisation),
             postprocess, and total, their sum. In a batch the inference time is the batch's divided by its
@@ -87,6 +90,7 @@ class Result(Record):
     box: _Box | None
     words: tuple[Word, ...]
     size: tuple[_Pixels, _Pixels] | None
+    box_given: _Box | None = None
     caption: str = ""
     warnings: tuple[str, ...] = ()
     thresholds: dict[str, float] = field(default_factory=dict)
@@ -135,6 +139,13 @@ class Result(Record):
             raise InputError(f"{cls.document}: expected JSON, got {got}: {why_no_json(error)}") from error
         return cls.from_dict(raw)
 
+    @property
+    def heatmap_label(self) -> str:
+        """What a high value of the heat map says of its patch, by the record of the network."""
+        network = NETWORKS.get(self.model.get("name", ""))
+        tensor = None if network is None else network.heatmap
+        return "heat map" if tensor is None or tensor.heatmap is None else tensor.heatmap.label
+
     def problems(self) -> Iterator[tuple[str, str, object]]:
         """See `Record.problems`."""
         if not set(self.detected) <= set(self.types):
@@ -150,7 +161,7 @@ class Result(Record):
             >>> from engine import Predictor
             >>> prediction = Predictor("my-bundle").predict("photo.jpg", "Obama speaks")
             >>> sorted(prediction.to_dict(heatmap=False))[:4]
-            ['box', 'caption', 'detected', 'manipulated']
+            ['box', 'box_given', 'caption', 'detected']
         """
         data: dict[str, Any] = {
             "manipulated": self.manipulated,
@@ -158,6 +169,7 @@ class Result(Record):
             "types": dict(self.types),
             "detected": list(self.detected),
             "box": None if self.box is None else list(self.box),
+            "box_given": None if self.box_given is None else list(self.box_given),
             "words": [vars(word).copy() for word in self.words],
             "caption": self.caption,
             "size": None if self.size is None else list(self.size),
@@ -194,13 +206,14 @@ class Result(Record):
             ('Obama speaks', 2, 64, None)
         """
         marked = [word.text for word in self.words if word.manipulated]
-        box, size = self.box or (None,) * 4, self.size or (None,) * 2
+        corners, size = ("x1", "y1", "x2", "y2"), self.size or (None,) * 2
         return {
             "manipulated": self.manipulated,
             "score": self.score,
             **{kind: self.types.get(kind) for kind in TYPES},
             "detected": " ".join(self.detected),
-            **dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
+            **dict(zip(corners, self.box or (None,) * 4, strict=True)),
+            **dict(zip((f"given_{x}" for x in corners), self.box_given or (None,) * 4, strict=True)),
             "words": len(self.words),
             "marked": len(marked),
             "marked_words": " ".join(marked),

@@ -200,6 +200,7 @@ class Runner:
         prediction = Prediction(
             **vars(result)
             | {
+                "box_given": item.box,
                 "caption": item.caption,
                 "warnings": self._warnings + item.warnings,
                 "model": dict(self._model),

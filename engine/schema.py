@@ -102,6 +102,7 @@ class Record:
     document: ClassVar[str] = MANIFEST
     error: ClassVar[type[Dgm4Error]] = BundleError
     open: ClassVar[bool] = False
+    newer: ClassVar[str] = "a newer dgm4 may have written it: update the package"
 
     @classmethod
     def from_dict(cls, raw: object, path: str = "") -> Self:
@@ -163,7 +164,7 @@ def _read_record(kind: Any, raw: Any, path: str) -> Any:
             fail(_join(path, field.name), "a value", NOTHING)
     if not kind.open and (unknown := raw.keys() - {field.name for field in fields}):
         name = min(unknown)
-        fail(_join(path, shorten(name)), "no field of this name in this release", raw[name])
+        fail(_join(path, shorten(name)), "no field of this name", raw[name], kind.newer)
     record = kind(**values)
     for name, expected, value in record.problems():
         fail(_join(path, name), expected, value)
@@ -216,9 +217,9 @@ def _read_list(kinds: tuple[Any, ...], value: Any, path: str, expected: str | No
     return tuple(_read(kinds[i], item, f"{path}[{i}]") for i, item in enumerate(value))
 
 
-def fail(path: str, expected: str, value: object) -> NoReturn:
+def fail(path: str, expected: str, value: object, remedy: str = "") -> NoReturn:
     """Refuse the field at `path` of the record being read; NOTHING as `value` for one that is missing."""
-    raise _Mismatch(f"{path}: expected {expected}, got {quoted(value)}")
+    raise _Mismatch(f"{path}: expected {expected}, got {quoted(value)}{remedy and f'; {remedy}'}")
 
 
 def parse_json(data: bytes) -> Any:

@@ -39,8 +39,8 @@ ROOMS = {
     "engine": "engine.errors engine.files engine.layout engine.registry engine.schema engine.manifest "
     "engine.bundle engine.cards engine.inputs engine.backends engine.logs engine.result engine.signing "
     "engine.tracing",
-    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.layout engine.logs "
-    "engine.registry engine.result engine.packages engine.progress engine.schema",
+    "engine.scoring": "engine engine.bundle engine.errors engine.files engine.inputs engine.layout "
+    "engine.logs engine.registry engine.result engine.packages engine.progress engine.schema",
     "engine.serving": "engine engine.cards engine.errors engine.inputs engine.registry engine.schema",
     "dgm4": "engine engine.errors engine.files engine.inputs engine.registry engine.network.output "
     "engine.packages engine.progress engine.shipped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -19,6 +20,8 @@ _RIBBONS = {
 _TINY = 64  # pixels of the longer side; the networks read 256
 # A smaller side, as a share of the image's, shows no face: 4 of the 256 pixels that the networks read.
 _MIN_BOX_SIDE = 1 / 64
+_LEAST_SPAN = 0.1  # of the values of a heat map from its first colour to its last
+_ROUNDING = 1e-4  # of float32, in hundredths
 
 
 class Bar(NamedTuple):
@@ -34,6 +37,36 @@ class Bar(NamedTuple):
     def value(self) -> str:
         """The score as people read it."""
         return "not answered" if self.score is None else percent(self.score, self.threshold)
+
+
+class ShownBox(NamedTuple):
+    """A box on the image: its name, its corners (x1, y1, x2, y2) in shares of the image, and in pixels.
+
+    `given` is whether it is the caller's and not the network's own.
+    """
+
+    name: str
+    shares: tuple[float, float, float, float]
+    pixels: tuple[float, float, float, float]
+    given: bool
+
+    @property
+    def text(self) -> str:
+        """Its name and its pixels, for a legend."""
+        return f"{self.name} {', '.join(f'{x:.0f}' for x in self.pixels)}"
+
+
+class HeatScale(NamedTuple):
+    """What the heat map is of, and the values that its first and last colour stand for."""
+
+    label: str
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        """The label with both ends."""
+        return f"{self.label}, {self.low:g} to {self.high:g}"
 
 
 class Piece(NamedTuple):
@@ -112,9 +145,36 @@ def face_box(result: Result) -> tuple[float, float, float, float] | None:
     return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) >= _MIN_BOX_SIDE else None
 
 
-def has_heat(result: Result) -> bool:
-    """Whether the heat map is shown: there is one, and the pair is not judged as not manipulated."""
-    return result.heatmap is not None and result.manipulated is not False
+def shown_boxes(result: Result) -> list[ShownBox]:
+    """Return the boxes to show: the one that was given, whatever the verdict, and the network's own."""
+    boxes = []
+    if result.box_given is not None and result.size is not None:
+        x1, y1, x2, y2 = (value / result.size[i % 2] for i, value in enumerate(result.box_given))
+        boxes.append(ShownBox("box given", (x1, y1, x2, y2), result.box_given, True))
+    if result.box is not None and (face := face_box(result)) is not None:
+        boxes.append(ShownBox("network's box", face, result.box, False))
+    return boxes
+
+
+def heat_scale(result: Result) -> HeatScale | None:
+    """Return the scale of the heat map, None where none is shown.
+
+    There is one where the pair is not judged as not manipulated. Its ends are the map's own, rounded outwards
+    to hundredths, at least a tenth apart, so that a map is neither a veil nor all noise.
+    """
+    if result.heatmap is None or result.manipulated is False:
+        return None
+    low = math.floor(100 * float(result.heatmap.min()) + _ROUNDING) / 100
+    high = math.ceil(100 * float(result.heatmap.max()) - _ROUNDING) / 100
+    low = min(low, 1 - _LEAST_SPAN)
+    return HeatScale(result.heatmap_label, low, max(high, round(low + _LEAST_SPAN, 2)))
+
+
+def alternative(result: Result) -> str:
+    """Return what the image with its evidence shows, in words."""
+    scale = heat_scale(result)
+    shown = [box.text for box in shown_boxes(result)] + ([] if scale is None else [f"heat map: {scale.text}"])
+    return "; ".join(["the image with its evidence", *shown])
 
 
 def weak_types(result: Result) -> frozenset[str]:

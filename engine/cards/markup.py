@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from engine.cards.card import (
+    alternative,
     caption_pieces,
     evidence_notes,
-    face_box,
-    has_heat,
+    heat_scale,
     main_bar,
     model_name,
     model_note,
     percent,
     ribbon,
+    shown_boxes,
     shown_types,
     threshold_percent,
     type_bars,
     verdict,
 )
-from engine.cards.render import BOX, HEAT, fit_photo, heat_layer, read_photo
-from engine.cards.sheet import Color
+from engine.cards.render import BOX, HEAT_LAYER, fit_photo, heat_layer, read_photo
 from engine.inputs.preprocess import ImageInput
 from engine.result import Result
 
@@ -89,8 +89,8 @@ def write_fragment(result: Result, image: ImageInput | None = None) -> str:
     photo = read_photo(result, image)
     shown = None if photo is None else _Photo.of(fit_photo(photo, _FRAGMENT_LIMIT), _jpeg)
     stored = image is not None or result.thumbnail is not None
-    marked = face_box(result) is not None or has_heat(result)
-    card = _card(result, stored) | {"photo": shown, "clean_beside": marked, "model": model_note(result)}
+    card = _card(result, stored)
+    card |= {"photo": shown, "clean_beside": card["boxes"] or card["heat"], "model": model_note(result)}
     return _environment().get_template("fragment.html").render(card=card)
 
 
@@ -133,9 +133,8 @@ def _verdict_key(result: Result | Exception) -> str:
 
 def _card(result: Result, stored: bool) -> dict[str, Any]:
     """What the card's template shows, but for the image; `stored` is whether there is one."""
-    heat = None
-    if result.heatmap is not None and has_heat(result):
-        heat = _encode(heat_layer(result.heatmap, (_HEAT_SIDE, _HEAT_SIDE)), "WEBP", quality=60)
+    heat = heat_layer(result, (_HEAT_SIDE, _HEAT_SIDE))
+    boxes = shown_boxes(result)
     return {
         "verdict": verdict(result),
         "manipulated": result.manipulated,
@@ -147,8 +146,11 @@ def _card(result: Result, stored: bool) -> dict[str, Any]:
         "caption": [
             (mark, list(run)) for mark, run in groupby(caption_pieces(result), lambda piece: piece.mark)
         ],
-        "heat": heat,
-        "box": face_box(result),
+        "heat": None if heat is None else _encode(heat, "WEBP", quality=60),
+        "scale": heat_scale(result),
+        "boxes": boxes,
+        "named": any(box.given for box in boxes),  # one alone is the network's, as on every card
+        "alternative": alternative(result),
     }
 
 
@@ -171,7 +173,7 @@ def environment(package: str) -> Environment:
 def _environment() -> Environment:
     made = environment("engine.cards")
     made.filters |= {"percent": percent, "threshold": threshold_percent}
-    made.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT))}
+    made.globals |= {"box_color": css(BOX), "heat_colors": ", ".join(map(css, HEAT_LAYER))}
     return made
 
 
@@ -200,9 +202,9 @@ def _encode(image: Image.Image, kind: str, quality: int) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def css(color: Color) -> str:
-    """Return a colour as CSS writes it."""
-    return "#{:02x}{:02x}{:02x}".format(*color)
+def css(color: Sequence[int]) -> str:
+    """Return a colour, RGB or RGBA, as CSS writes it."""
+    return "#" + "".join(f"{channel:02x}" for channel in color)
 
 
 def _allowed(text: str) -> str:

@@ -15,20 +15,22 @@ from PIL import Image, ImageDraw
 
 from engine.cards.card import (
     Bar,
+    HeatScale,
     Piece,
+    ShownBox,
     caption_pieces,
     evidence_notes,
-    face_box,
-    has_heat,
+    heat_scale,
     main_bar,
     model_note,
     ribbon,
+    shown_boxes,
     threshold_percent,
     type_bars,
     verdict,
 )
 from engine.cards.fonts import Fonts
-from engine.cards.sheet import INK, MANIPULATED, MUTED, SCALE, TRACK, WHITE, Color, Sheet
+from engine.cards.sheet import INK, MANIPULATED, MUTED, SCALE, TRACK, UNREAD, WHITE, Color, Sheet, mix
 from engine.cards.typeset import lacks_shaping
 from engine.errors import InputError
 from engine.inputs.preprocess import ImageInput, decode_image, make_thumbnail
@@ -48,7 +50,9 @@ DARK_AMBER: Color = (161, 83, 0)
 HEAT: tuple[Color, ...] = ((49, 18, 99), (150, 25, 115), (220, 50, 60), (245, 110, 20), (255, 190, 30))
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-_MAX_HEAT_OPACITY = 0.6
+# The anchors as they lie on an image, RGBA: the first leaves it as it is, and only high values hide it.
+HEAT_LAYER = tuple((*color, round(255 * 0.75 * (i / (len(HEAT) - 1)) ** 2)) for i, color in enumerate(HEAT))
+_DASH = 9  # pixels
 _MARGIN, _GAP, _RIBBON = 28, 24, 40
 _WIDTH, _LEAST_WIDTH, _PANEL = 984, 740, 360
 _HEIGHT_BESIDE, _HEIGHT_ABOVE = 640, 460
@@ -56,6 +60,7 @@ _PANEL_HEIGHT = {1: 350, 2: 220}  # about, by its columns
 _MAX_LINES = 12
 _TITLE, _BODY, _SMALL = 32, 19, 14
 _LEADING, _SMALL_LEADING = 36, 22
+_LEAST_GRADIENT = 80
 # Below this longer side the pixels of an image are shown as squares, not blurred; and how large they grow.
 _SQUARES, _SQUARES_SIDE = 128, 200
 
@@ -154,40 +159,45 @@ def fit_photo(photo: Image.Image, limit: tuple[float, float]) -> Image.Image:
 def annotate(result: Result, photo: Image.Image) -> Image.Image:
     """Return a copy of the photograph with the heat map and the box, where they mean something."""
     photo = photo.copy()
-    if result.heatmap is not None and has_heat(result):
-        heat = heat_layer(result.heatmap, photo.size)
+    if (heat := heat_layer(result, photo.size)) is not None:
         photo.paste(heat, mask=heat.getchannel("A"))
-    if (box := face_box(result)) is not None:
-        draw_box(photo, box, (1, 1))
+    for box in shown_boxes(result):
+        draw_box(photo, box)
     return photo
 
 
-def heat_layer(heatmap: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Return a heat map in [0, 1] as RGBA of (width, height) pixels, more opaque where it is higher."""
-    field = Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    values = np.clip(np.asarray(field), 0.0, 1.0)
-    anchors = np.linspace(0.0, 1.0, len(HEAT))
-    channels = [np.interp(values, anchors, [color[c] for color in HEAT]) for c in range(3)]
-    layers = np.stack([*channels, 255 * _MAX_HEAT_OPACITY * values], -1)
-    return Image.fromarray(np.rint(layers).astype(np.uint8), "RGBA")
+def heat_layer(result: Result, size: tuple[int, int]) -> Image.Image | None:
+    """Return the heat map as RGBA of (width, height) pixels, more opaque where it is higher; None without."""
+    if result.heatmap is None or (scale := heat_scale(result)) is None:
+        return None
+    field = Image.fromarray(result.heatmap.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    values = np.clip((np.asarray(field) - scale.low) / (scale.high - scale.low), 0.0, 1.0)
+    anchors = np.linspace(0.0, 1.0, len(HEAT_LAYER))
+    layers = [np.interp(values, anchors, [color[c] for color in HEAT_LAYER]) for c in range(4)]
+    return Image.fromarray(np.rint(np.stack(layers, -1)).astype(np.uint8), "RGBA")
 
 
-def draw_box(
-    photo: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], color: Color = BOX
-) -> None:
-    """Draw a box (x1, y1, x2, y2), given in pixels of a (width, height) image, on `photo` of any size."""
+def draw_box(photo: Image.Image, box: ShownBox) -> None:
+    """Draw a box on the image that it is of: the network's in its colour, the given one in white dashes."""
     draw = ImageDraw.Draw(photo)
-    scale = (photo.width / size[0], photo.height / size[1])
     last = (photo.width - 1, photo.height - 1)
-    x1, y1, x2, y2 = (min(value * scale[i % 2], last[i % 2]) for i, value in enumerate(box))
-    for grow, shade in ((1, INK), (0, color)):
-        corners = (max(x1 - grow, 0), max(y1 - grow, 0), x2 + grow, y2 + grow)
-        draw.rectangle(corners, outline=shade, width=3 + 2 * grow)
+    x1, y1, x2, y2 = (min(share * photo.size[i % 2], last[i % 2]) for i, share in enumerate(box.shares))
+    outer = (max(x1 - 1, 0), max(y1 - 1, 0), x2 + 1, y2 + 1)
+    draw.rectangle(outer, outline=INK, width=5)
+    if not box.given:
+        draw.rectangle((x1, y1, x2, y2), outline=BOX, width=3)
+        return
+    for left in np.arange(x1, x2, 2 * _DASH):
+        for top in (y1, y2 - 2):
+            draw.rectangle((left, top, min(left + _DASH, x2), top + 2), WHITE)
+    for top in np.arange(y1, y2, 2 * _DASH):
+        for left in (x1, x2 - 2):
+            draw.rectangle((left, top, left + 2, min(top + _DASH, y2)), WHITE)
 
 
 def _draw_images_and_panel(result: Result, photo: Image.Image, fonts: Fonts) -> Image.Image:
     """Draw the images, clean and with evidence, and the panel beside or below them."""
-    count = 2 if face_box(result) or has_heat(result) else 1
+    count = 2 if shown_boxes(result) or heat_scale(result) else 1
     layout = choose_layout(photo.size, count)
     images = _draw_images(result, photo, layout, count, fonts)
     width, height = images.width // SCALE, images.height // SCALE
@@ -216,20 +226,39 @@ def _draw_images(result: Result, photo: Image.Image, layout: Layout, count: int,
     for number, part in enumerate(images):
         block.paste(part, steps[0] * number, steps[1] * number)
     block.y = height + steps[1] * (count - 1)
-    if has_heat(result):
-        _draw_scale(block)
+    if (scale := heat_scale(result)) is not None:
+        _draw_scale(block, scale)
+    boxes = shown_boxes(result)
+    if any(box.given for box in boxes):  # one alone is the network's, as on every card
+        _draw_legend(block, boxes)
     return block.cut()
 
 
-def _draw_scale(sheet: Sheet) -> None:
-    """Draw the heat map's scale below what is there."""
-    y, label = sheet.y + 12, "patch evidence  0"
-    left = sheet.length(label, _SMALL) + 8
+def _draw_scale(sheet: Sheet, scale: HeatScale) -> None:
+    """Draw the heat map's scale below what is there: its name, and beside or below it the colours."""
+    y, label, end = sheet.y + 12, f"{scale.label}  ", f"{scale.high:g}"
+    low, left = f"{scale.low:g}", sheet.length(label, _SMALL)
     sheet.text(0, y, label, _SMALL, MUTED)
-    width = min(sheet.width - left - 20, 240)
-    sheet.gradient(left, y + 3, width, 10, HEAT)
-    sheet.text(left + width + 8, y, "1", _SMALL, MUTED)
-    sheet.y += 34
+    taken = sheet.length(low, _SMALL) + sheet.length(end, _SMALL) + 16
+    if sheet.width - left - taken < _LEAST_GRADIENT:
+        y, left = y + _SMALL_LEADING, 0
+    sheet.text(left, y, low, _SMALL, MUTED)
+    left += sheet.length(low, _SMALL) + 8
+    width = min(sheet.width - left - sheet.length(end, _SMALL) - 8, 240)
+    sheet.gradient(left, y + 3, width, 10, tuple(mix(WHITE, c[:3], c[3] / 255) for c in HEAT_LAYER))
+    sheet.text(left + width + 8, y, end, _SMALL, MUTED)
+    sheet.y = y + _SMALL_LEADING
+
+
+def _draw_legend(sheet: Sheet, boxes: list[ShownBox]) -> None:
+    """Say below what is there which box is whose, one a line."""
+    sheet.y += 12
+    for box in boxes:
+        swatch = Image.new("RGB", (22 * SCALE, 14 * SCALE), UNREAD)
+        draw_box(swatch, box._replace(shares=(0, 0, 1, 1)))
+        sheet.paste(swatch, 0, sheet.y + 2)
+        sheet.text(30, sheet.y, box.text, _SMALL, MUTED)
+        sheet.y += _SMALL_LEADING
 
 
 def _draw_panel(result: Result, width: int, fonts: Fonts, columns: int) -> Image.Image:

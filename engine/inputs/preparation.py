@@ -11,7 +11,7 @@ from PIL import Image
 
 from engine.errors import InputError
 from engine.inputs.absent import WARNINGS, Absent
-from engine.inputs.boxes import WHOLE, network_box
+from engine.inputs.boxes import WHOLE, Box, check_box, network_box
 from engine.inputs.budget import DECODING, KEPT
 from engine.inputs.network_input import make_slots, network_input
 from engine.inputs.options import ImageOptions
@@ -45,7 +45,7 @@ class Item(NamedTuple):
 
     caption: the text that the spans of `tokens.words` refer to.
     timing: milliseconds by stage.
-    box: as the network reads it, float32 [4]; None for a network that reads none.
+    box: the one to judge, in pixels of the upright image; None for a network that reads none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Item(NamedTuple):
     warnings: tuple[str, ...]
     timing: dict[str, float]
     absent: Absent
-    box: np.ndarray | None = None
+    box: Box | None = None
 
 
 class Preparation:
@@ -137,7 +137,7 @@ class Preparation:
         started = perf_counter()
         try:
             text, tokens = self._tokenizer("" if caption is None else caption)
-            read = self._read_box(box, picture.size)
+            judged, box_warnings = self._read_box(box, picture.size)
         except InputError as error:
             raise InputError(f"{name}: {error}" if name else str(error)) from error
         timing = picture.timing | {"tokenize": milliseconds(started, perf_counter())}
@@ -148,17 +148,19 @@ class Preparation:
                     f"{name or 'the pair'}: expected an image or a caption with words, got neither"
                 )
             absent = "words"
-        warnings = WARNINGS[absent] + picture.warnings
-        if caption is not None:
+        warnings = WARNINGS[absent] + picture.warnings + box_warnings
+        if absent == "words":  # which says already that there is none
+            warnings += tuple(text for text in tokens.warnings if not text.startswith("empty_text"))
+        elif caption is not None:
             warnings += tokens.warnings
-        return Item(name, picture, tokens, text, warnings, timing, absent, read)
+        return Item(name, picture, tokens, text, warnings, timing, absent, judged)
 
-    def _read_box(self, box: Any, size: tuple[int, int] | None) -> np.ndarray | None:
+    def _read_box(self, box: Any, size: tuple[int, int] | None) -> tuple[Box | None, tuple[str, ...]]:
         if self.box is not None:
-            return network_box(box, size)
+            return check_box(box, size)
         if box is not None:
             raise InputError("box: expected none, for this network finds the box itself; leave it out")
-        return None
+        return None, ()
 
     def _pixels(self, rgb: Image.Image, slot: np.ndarray | None = None) -> np.ndarray:
         spec = self._spec
@@ -182,7 +184,7 @@ class Preparation:
             attention_mask[row, : len(item.tokens.ids)] = 1
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.box is not None:
-            inputs[self.box] = np.stack([WHOLE if item.box is None else item.box for item in items])
+            inputs[self.box] = np.stack([_box_read(item) for item in items])
         return inputs
 
     def blank(self, pairs: int, tokens: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
@@ -197,6 +199,11 @@ class Preparation:
         if self.box is not None:
             text[self.box] = np.tile(WHOLE, (pairs, 1))
         return [image] * pairs, text
+
+
+def _box_read(item: Item) -> np.ndarray:
+    size = item.picture.size
+    return WHOLE if item.box is None or size is None else network_box(item.box, size)
 
 
 def milliseconds(start: float, end: float) -> float:

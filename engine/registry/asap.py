@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.registry import hammer
-from engine.registry.record import ANSWERS, DEAD, Keys, Network, Tensor
+from engine.registry.record import ANSWERS, DEAD, HeatMap, Keys, Network, Tensor
 
 
 def read_map(scores: np.ndarray, grid: int) -> np.ndarray:
@@ -35,5 +35,15 @@ NETWORK = Network(
     parameters={"base": 230_221_838, "tiny": 2_779_918},
     gflop=(57.5, 62.7),
     trainable=True,
-    outputs=(*ANSWERS, Tensor("attention_map", "float32", ("batch", "tokens", "image_tokens"), read_map)),
+    outputs=(
+        *ANSWERS,
+        Tensor(
+            "attention_map",
+            "float32",
+            ("batch", "tokens", "image_tokens"),
+            "how strongly each token points at the image as a whole and at each patch, row by row from the "
+            "top left; the heat map is the mean over the words of its sigmoid",
+            HeatMap(read_map, "patch evidence"),
+        ),
+    ),
 )

@@ -77,7 +77,7 @@ class NetworkConfig(Record):
         choices = one_of(*cls.known)
         name = raw.get("name", NOTHING)
         if not isinstance(name, str) or not choices.passes(name):
-            fail(f"{path}.name" if path else "name", choices.expected, name)
+            fail(f"{path}.name" if path else "name", choices.expected, name, cls.newer)
         return cast(type[Self], cls.known[name])
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.registry.config import BASE_SHAPE, TINY_SHAPE, Layers, NetworkConfig, Width
-from engine.registry.record import ANSWERS, BYTE_BPE, Keys, Network, Tensor
+from engine.registry.record import ANSWERS, BYTE_BPE, HeatMap, Keys, Network, Tensor
 
 FIRST_POSITION = 2  # RoBERTa's row of the first token
 _TEXT_POSITIONS = "meter.text_transformer.embeddings.position_embeddings.weight"
@@ -105,7 +105,18 @@ NETWORK = Network(
     ),
     parameters={"base": 460_810_506, "tiny": 6_458_250},
     gflop=(101.6, 111.2),
-    outputs=(*ANSWERS, Tensor("patch_scores", "float32", ("batch", "patches"), read_scores, jumps=True)),
+    outputs=(
+        *ANSWERS,
+        Tensor(
+            "patch_scores",
+            "float32",
+            ("batch", "patches"),
+            "how far each patch agrees with the caption, 0 to 1, row by row from the top left; the heat map "
+            "is 1 less it",
+            HeatMap(read_scores, "disagreement with the caption"),
+            jumps=True,
+        ),
+    ),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
     compares=True,
     residual=0.225,  # with more all tokens are alike, and the choice of neighbours is one of rounding

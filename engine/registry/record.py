@@ -6,14 +6,24 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.registry.config import TYPES, NetworkConfig
 
 Shape = tuple[int | str, ...]
-HeatMap = Callable[[np.ndarray, int], np.ndarray]
+
+
+class HeatMap(NamedTuple):
+    """How an output becomes the map that shows where an answer comes from.
+
+    read: float64 values of one pair, padding cut off, and the number of patches along a side to float32
+    [grid, grid] in [0, 1]. label: what a high value says of its patch, for a legend.
+    """
+
+    read: Callable[[np.ndarray, int], np.ndarray]
+    label: str
 
 
 @dataclass(frozen=True)
@@ -21,15 +31,16 @@ class Tensor:
     """One input or output of a graph.
 
     A dimension is a number, "batch", "tokens", "tokens - 1" (the words, without [CLS]), or the name of a
-    property of the network's config. heatmap: for an output that shows where the answer comes from, reads
-    float64 values of one pair, padding cut off, and the number of patches along a side into float32
-    [grid, grid]. jumps: single values follow a choice that rounding may decide, so that an exact form is held
-    to the RMS of its difference in place of the largest.
+    property of the network's config. meaning: what its values are, for whoever runs the graph; empty where
+    the name says it. heatmap: for an output that a heat map is read from. jumps: single values follow a
+    choice that rounding may decide, so that an exact form is held to the RMS of its difference in place of
+    the largest.
     """
 
     name: str
     dtype: str
     shape: Shape
+    meaning: str = ""
     heatmap: HeatMap | None = None
     jumps: bool = False
 
@@ -48,12 +59,18 @@ IMAGE = Tensor("image", "float32", ("batch", 3, "image_size", "image_size"))
 INPUT_IDS = Tensor("input_ids", "int64", ("batch", "tokens"))
 ATTENTION_MASK = Tensor("attention_mask", "int64", ("batch", "tokens"))
 PAIR = (IMAGE, INPUT_IDS, ATTENTION_MASK)
-BOX_GIVEN = Tensor("box_given", "float32", ("batch", 4))  # cx, cy, w, h as shares of the image
+_CORNERS = "(center x, center y, width, height) in parts of the image"
+BOX_GIVEN = Tensor("box_given", "float32", ("batch", 4), f"the box to judge, {_CORNERS}")
 ANSWERS = (
-    Tensor("logits_real_fake", "float32", ("batch", 2)),
-    Tensor("logits_multicls", "float32", ("batch", len(TYPES))),
-    Tensor("box", "float32", ("batch", 4)),
-    Tensor("logits_tok", "float32", ("batch", "tokens - 1", 2)),
+    Tensor("logits_real_fake", "float32", ("batch", 2), "the second speaks for manipulation; softmax"),
+    Tensor("logits_multicls", "float32", ("batch", len(TYPES)), f"{', '.join(TYPES)}; sigmoid of each"),
+    Tensor("box", "float32", ("batch", 4), f"the manipulated face, {_CORNERS}"),
+    Tensor(
+        "logits_tok",
+        "float32",
+        ("batch", "tokens - 1", 2),
+        "a row for each token but the first; the second speaks for manipulation; softmax",
+    ),
 )
 
 

@@ -21,7 +21,8 @@ SUFFIX = ".parquet"
 _ROWS, _PACKED_ROWS = 1024, 32  # of a list that are held at once, the latter with images in them
 _GROUP = 8192  # rows of answers that are held at once
 _FLAGS, _COUNTS = ("manipulated",), ("line", "words", "marked", "width", "height")
-_NUMBERS = ("score", *TYPES, "x1", "y1", "x2", "y2", "milliseconds")  # the other columns are text
+_BOXES = tuple(f"{box}{corner}" for box in ("", "given_") for corner in ("x1", "y1", "x2", "y2"))
+_NUMBERS = ("score", *TYPES, *_BOXES, "milliseconds")  # the other columns are text
 _WANTED = {"image": ("image", "file_name"), "caption": ("caption", "text"), "id": ("id",), "box": ("box",)}
 
 

@@ -79,7 +79,8 @@ def rounded(record: Record) -> Record:
     short["score"] = record["score"] and round(record["score"], _SCORE_DIGITS)
     short["types"] = {kind: x and round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
     short["words"] = [{**word, "score": round(word["score"], _SCORE_DIGITS)} for word in record["words"]]
-    short["box"] = record["box"] and [round(x, _PIXEL_DIGITS) for x in record["box"]]
+    for box in ("box", "box_given"):
+        short[box] = record[box] and [round(x, _PIXEL_DIGITS) for x in record[box]]
     short["timing"] = {stage: round(ms, _MS_DIGITS) for stage, ms in record["timing"].items()}
     if record.get("heatmap") is not None:
         short["heatmap"] = [[round(x, _SCORE_DIGITS) for x in line] for line in record["heatmap"]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import quoted
+from engine.inputs.boxes import box_of_text
 from engine.scoring.entries import CAPTION_NAMES, IMAGE_NAMES, SHOWN, Entry, failed, shown
 
 TABLES = (".csv", ".tsv")
@@ -102,18 +104,11 @@ class Table:
             place = column if column < self.caption else column + len(row) - self.columns
             return row[place].strip() or None if 0 <= place < len(row) and place != self.caption else None
 
-        box = cell(self.box)
-        return Entry(
-            number, cell(self.image), None, cell(self.id), box=None if box is None else _numbers(box)
-        )
-
-
-def _numbers(cell: str) -> list[float] | str:
-    """The numbers of a box, apart by commas or white space; the cell as it is where it has something else."""
-    try:
-        return [float(number) for number in cell.replace(",", " ").split()]
-    except ValueError:
-        return cell
+        box: list[float] | str | None = cell(self.box)
+        if isinstance(box, str):
+            with contextlib.suppress(ValueError):  # the predictor refuses the cell as it is
+                box = box_of_text(box)
+        return Entry(number, cell(self.image), None, cell(self.id), box=box)
 
 
 def _is_header(row: list[str]) -> bool:

@@ -41,6 +41,7 @@ async def page(request: Request) -> HTMLResponse:
         model=" ".join(service.predictor.model[part] for part in _MODEL),
         warning=service.predictor.manifest.weights.warning,
         needs_box=service.judges_box,
+        needs_caption=service.compares,
         needs_token=service.settings.token is not None,
         megabytes=service.settings.max_body // 2**20,
     )

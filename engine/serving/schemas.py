@@ -49,6 +49,7 @@ _Box = Annotated[
         max_length=4,
     ),
 ]
+_Corners = Annotated[list[float], Field(min_length=4, max_length=4)]
 _Score = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -82,13 +83,15 @@ class PredictionResponse(BaseModel):
     """The answer for one pair: the fields of `engine.Prediction`.
 
     `box` is (x1, y1, x2, y2) in pixels of the upright image; read it where a face type is detected.
+    `box_given` is the request's, for a network that judges a given one.
     """
 
     manipulated: bool | None
     score: _Score | None
     types: dict[str, _Score | None]
     detected: list[str]
-    box: Annotated[list[float], Field(min_length=4, max_length=4)] | None
+    box: _Corners | None
+    box_given: _Corners | None
     words: list[Word]
     caption: str
     size: Annotated[list[int], Field(min_length=2, max_length=2)] | None

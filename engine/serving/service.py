@@ -33,15 +33,16 @@ _WARM_UP_TOKENS = 48
 class Service:
     """One Predictor, its Batcher, and whether they can answer yet.
 
-    `judges_box` is whether a pair has to bring its box, `failure` the error of a warm-up that failed, `owned`
-    whether to close the Predictor at the end.
+    `judges_box` is whether a pair has to bring its box, in an image, `compares` whether it has to bring a
+    caption, `failure` the error of a warm-up that failed, `owned` whether to close the Predictor at the end.
     """
 
     def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics, owned: bool) -> None:
         self.predictor, self.settings, self.metrics = predictor, settings, metrics
         self._largest = largest_batch(predictor, settings.max_batch)
         self.name = settings.name or "-".join(predictor.model[key] for key in ("name", "size", "precision"))
-        self.judges_box = network_of(predictor.manifest.model.config).box is not None
+        network = network_of(predictor.manifest.model.config)
+        self.judges_box, self.compares = network.box is not None, network.compares
         self.failure: Exception | None = None
         self._batcher: Batcher | None = None
         self._owned, self._warm, self._draining = owned, False, False

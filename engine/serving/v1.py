@@ -13,6 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
+from engine.inputs.boxes import box_of_text
 from engine.inputs.pairs import Caption
 from engine.prediction import Prediction
 from engine.serving.problems import Refused, problem_of
@@ -157,15 +158,15 @@ async def _caption(form: FormData) -> Caption | None:
     return text
 
 
-def _box(form: FormData) -> tuple[float, ...] | None:
-    """The numbers of the box; None for a field that was left empty. What they have to be is the network's."""
+def _box(form: FormData) -> list[float] | None:
+    """The numbers of the box; None for a field that was left empty. The image is asked later."""
     given = form.get("box")
     if not given:
         return None
     got = "a file"
     if isinstance(given, str):
         try:
-            return tuple(float(x) for x in given.split(","))
+            return box_of_text(given)
         except ValueError:
             got = shown(given)
     text = f"box: expected x1,y1,x2,y2 in pixels of the upright image, got {got}"

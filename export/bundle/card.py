@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.layout import GRAPH
 from engine.manifest import Accuracy, EngineEntry, Limits, Manifest, Verification
-from engine.registry import network_of
+from engine.registry import TENSORS, network_of
 from engine.registry.record import TokenizerSpec
 from engine.scores import Rate
 from export.bundle.licences import licence_note
@@ -112,13 +112,12 @@ def _tensors(manifest: Manifest) -> str:
         for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs))
         for tensor in tensors
     ]
-    order, cls = ", ".join(manifest.types), _tokenizer(manifest).cls
-    notes = (
-        f"`logits_multicls` is in the order {order}. `box` is (center x, center y, width, height) in parts "
-        f"of the image. `logits_tok` has no row for the first token, {cls}; of two logits, the second "
-        "speaks for manipulation."
-    )
-    return _table(("side", "name", "dtype", "shape"), rows) + "\n\n" + notes
+    meanings = [
+        f"- `{tensor.name}`: {TENSORS[tensor.name].meaning}."
+        for tensor in (*manifest.inputs, *manifest.outputs)
+        if TENSORS[tensor.name].meaning
+    ]
+    return _table(("side", "name", "dtype", "shape"), rows) + "\n\n" + "\n".join(meanings)
 
 
 def _dimension(size: int | str) -> str:
@@ -132,9 +131,9 @@ def _preprocessing(manifest: Manifest) -> str:
         f"The image is made RGB and resized to {size} x {size} pixels ({spec.resample}, antialiased, "
         f"neither cropped nor padded), divided by 255, less the mean {_numbers(spec.mean)}, over the "
         f"deviation {_numbers(spec.std)}. The caption is lower-cased and freed of punctuation, cut to its "
-        f"first {spec.max_words} words and split by `tokenizer.json`; the ids are {cls} and the "
-        f"words, nothing after them, {spec.min_tokens} to {spec.max_tokens} tokens, padded at the end with "
-        "attention mask 0."
+        f"first {spec.max_words} words and split by `tokenizer.json`; the ids are {cls} and the words, "
+        f"nothing after them, at most {spec.max_tokens} tokens. Shorter captions have id 0 and attention "
+        f"mask 0 at the end, up to the longest of the batch and to {spec.min_tokens} tokens at least."
     )
 
 

@@ -25,6 +25,10 @@ from export.options import ExportOptions, check_options
 from export.output import check_output
 
 _NEEDED = ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
+_DRAWN = (
+    "dgm4: no trained weights of this network and size ship, so they are drawn, and the scores of this "
+    "bundle mean nothing; --checkpoint FILE brings trained ones\n"
+)
 _GRAPHS = ("fp32", "fp16", "int8")  # precisions whose ONNX graph Triton Inference Server can run
 
 
@@ -65,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         check_options(chosen)
     except InputError as error:
         options.parser.error(as_option(str(error), ExportOptions))
+    if chosen.checkpoint is None and not options.drawn and not options.quiet:
+        sys.stderr.write(_DRAWN)
     from export.pipeline import export_bundle
 
     with StageLines(not options.quiet) as lines:

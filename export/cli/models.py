@@ -17,8 +17,9 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "list",
         help="the networks, and what of them ships",
-        description="The networks at each size. Demo weights were trained on made images; a ready bundle is "
-        "opened by its name: dgm4 predict demo:asap IMAGE CAPTION.",
+        description="The networks at each size. Demo weights were trained on made images. Drawn ones, which "
+        "dgm4 export makes where it gets no checkpoint, mean nothing. A ready bundle is opened by its name: "
+        "dgm4 predict demo:asap IMAGE CAPTION.",
         epilog="examples:\n  dgm4 list\n  dgm4 list --json",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON array")

@@ -13,6 +13,7 @@ from engine.errors import InputError, did_you_mean, quoted, shorten
 from export.output import escaped
 
 _VERBS = "dgm4 --help lists the verbs"
+_NEGATIVE = re.compile(r"-\.?\d")  # the beginning of a value, for no option has a digit there
 _UNBROKEN = 10_000  # columns of the usage's line, which a terminal breaks where it likes
 
 
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
         self._given_usage, self._usage_line = self.usage, ""
+        self._negative_number_matcher = _NEGATIVE  # argparse knows no list of numbers, as a box is one
         loudness = self.add_mutually_exclusive_group()
         loudness.add_argument(
             *("-v", "--verbose"),

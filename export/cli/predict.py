@@ -15,9 +15,11 @@ from engine import ImageOptions, Predictor
 from engine.cards.markup import write_page
 from engine.cards.render import check_plot_path
 from engine.errors import Dgm4Error, InputError, quoted, shorten
+from engine.inputs.boxes import box_of_text
 from engine.inputs.sources import check_file
 from engine.predictor import THUMBNAIL_SIDE
 from engine.progress import progress_bar
+from engine.registry import network_of
 from engine.scoring.pairs import IMAGE_SUFFIXES, LIST_SUFFIXES, STDIN, PairList
 from engine.scoring.records import Answer, Record, answers, json_line, line_record
 from export.cli.answers import Answers, Maker
@@ -33,7 +35,8 @@ _EPILOG = """
 A list is JSON lines, a JSON array, CSV or Parquet with the columns image and caption; or a folder with
 one of these as captions.jsonl, .json, .csv, .tsv or .txt, or with NAME.txt beside each image. Paths are
 relative to the list. An image or a caption is judged alone beside null, an empty cell or an empty text file.
-In JSON a pair may have its box, [x1, y1, x2, y2], for a network that judges a given one.
+A pair may have its box, for a network that judges a given one: [x1, y1, x2, y2] in JSON and Parquet, four
+numbers in a cell of a CSV.
 A failed item gives a line with its error, and exit code 1.
 
 With --list and --out the answers gather in FILE.partial, which becomes FILE at the end. A run that was
@@ -94,10 +97,10 @@ def add_parser(verbs: Verbs) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
-def _box(text: str) -> tuple[float, ...]:
-    """X1,Y1,X2,Y2 as numbers; what they have to be the predictor checks."""
+def _box(text: str) -> list[float]:
+    """X1,Y1,X2,Y2 as numbers; whether they fit the image the predictor checks."""
     try:
-        return tuple(float(x) for x in text.split(","))
+        return box_of_text(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected X1,Y1,X2,Y2 in pixels, got {quoted(text)}") from None
 
@@ -154,6 +157,11 @@ def run(options: argparse.Namespace) -> int:
         if image is not None:
             check_file(image, quoted(options.image), ImageOptions())  # before the network is loaded
         predictor = stack.enter_context(_predictor(options))
+        if options.box is None and network_of(predictor.manifest.model.config).box is not None:
+            options.parser.error(
+                "--box X1,Y1,X2,Y2 is missing: this network judges a given box, in pixels of the upright "
+                "image, as a face detector finds it"
+            )
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
         picture = sys.stdin.buffer.read() if image is None else options.image

@@ -49,7 +49,12 @@ def add_parser(verbs: Verbs) -> None:
     add("--heatmap", action="store_true", help="keep the heat map in the JSON lines")
     add("--shard", type=POSITIVE, default=_SHARD, metavar="N", help="pairs a file (%(default)s)")
     add("--batch", type=POSITIVE, metavar="N", help=f"pairs a run; {_BATCH} or the bundle's largest")
-    add("--max-failed", type=WHOLE, metavar="N", help="stop where more pairs fail; any number by default")
+    add(
+        "--max-failed",
+        type=WHOLE,
+        metavar="N",
+        help="stop where more pairs fail; by default any number may, and the exit code is 0",
+    )
     add(
         "--backend",
         type=backend,

@@ -28,18 +28,24 @@ def summary(name: str, record: Record) -> str:
         threshold = record["thresholds"].get("manipulated")
         counted = "" if threshold is None else f" (threshold {percent(threshold)})"
         lines += row("probability", f"{percent(record['score'])} of manipulation{counted}")
+    if record["box_given"] is not None:
+        lines += row("box given", _corners(record["box_given"]))
     if record["manipulated"] is not False:
         types = [f"{kind} {percent(record['types'][kind])}" for kind in record["detected"]]
         lines += row("types", ", ".join(types) or "none reaches its threshold")
         if record["box"] is not None and any(kind in record["detected"] for kind in _FACE):
-            x1, y1, x2, y2 = (f"{x:.0f}" for x in record["box"])
-            lines += row("face", f"from ({x1}, {y1}) to ({x2}, {y2}), in pixels")
+            lines += row("face", _corners(record["box"]))
         marked = [f"[{w['text']}]" if w["manipulated"] else w["text"] for w in record["words"]]
         if marked:
             lines += row("words", " ".join(marked))
     for warning in record["warnings"]:
         lines += row("warning", warning)
     return "\n".join(map(printable, lines)) + "\n"
+
+
+def _corners(box: list[float]) -> str:
+    x1, y1, x2, y2 = (f"{x:.0f}" for x in box)
+    return f"from ({x1}, {y1}) to ({x2}, {y2}), in pixels"
 
 
 def row(name: str, text: str) -> list[str]:

@@ -91,3 +91,51 @@ def test_a_file_without_a_branch_is_named(published, small, tmp_path):
     state = {k: v for k, v in published.items() if not k.startswith("text_extra_model.")}
     with pytest.raises(CheckpointError, match=r"missing \(text_extra_model\."):
         dgm4.load_checkpoint(save(tmp_path / "cscl.pth", state), config=small)
+
+
+HALF = "meter."
+
+
+@pytest.mark.parametrize("chosen", [lambda k: k.startswith(HALF), lambda k: "word_embeddings" in k])
+def test_a_part_of_a_network_is_named(published, tmp_path, chosen):
+    path = save(tmp_path / "meter.pth", {k: v for k, v in published.items() if chosen(k)})
+    with pytest.raises(CheckpointError, match=r"got a part of CSCL \(meter\..*; give the whole state_dict"):
+        dgm4.load_checkpoint(path)
+
+
+def test_the_other_half_too(published, tmp_path):
+    state = {k: v for k, v in published.items() if not k.startswith(HALF)}
+    with pytest.raises(CheckpointError, match=r"key meter\..* which is missing; give the whole state_dict"):
+        dgm4.load_checkpoint(save(tmp_path / "rest.pth", state))
+
+
+def dropped(state):
+    return {k: v for k, v in state.items() if k != "itm_head.0.weight"}
+
+
+def renamed(state):
+    return dropped(state) | {"itm_head.one.weight": state["itm_head.0.weight"]}
+
+
+def misshapen(state):
+    return state | {"itm_head.0.weight": state["itm_head.0.weight"][:-1]}
+
+
+def infinite(state):
+    return state | {"itm_head.0.weight": state["itm_head.0.weight"] / 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dropped, "1 missing (itm_head.0.weight); give the whole state_dict() under the published names"),
+        (renamed, "(itm_head.one.weight); give the whole state_dict() under the published names"),
+        (misshapen, "; other shapes need a record of their own: docs/add-a-network.md"),
+        (infinite, "; fetch it again, or take an earlier one of the training"),
+    ],
+)
+def test_a_changed_file_is_refused_with_a_remedy(published, small, tmp_path, change, message):
+    path = save(tmp_path / "cscl.pth", change(published))
+    with pytest.raises(CheckpointError) as caught:
+        dgm4.load_checkpoint(path, config=small)
+    assert str(caught.value).endswith(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,6 +105,8 @@ def test_a_box_is_judged(backend, path, picture, predictor):
     want = predictor.predict(picture, CAPTION, box=BOX)
     assert alone.score == pytest.approx(want.score, abs=EXACT)
     assert shared[0].score == pytest.approx(want.score, abs=EXACT)
+    assert (alone.box_given, whole.box_given) == (want.box_given, others) and want.box_given == BOX
+    assert [want.to_row()[f"given_{corner}"] for corner in ("x1", "y1", "x2", "y2")] == list(BOX)
     assert abs(shared[1].score - whole.score) > EXACT
 
 
@@ -142,19 +145,29 @@ def test_on_the_command_line(path, picture, tmp_path, capsys):
     Image.fromarray(picture).save(tmp_path / "photo.png")
     photo = str(tmp_path / "photo.png")
     assert main(["predict", str(path), photo, CAPTION, "--box", "30,20,80,70"]) == 0
-    assert main(["predict", str(path), photo, CAPTION]) == 1
-    assert "box: expected (x1, y1, x2, y2)" in capsys.readouterr().err
+    (record,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert record["box_given"] == [30, 20, 80, 70]
+    for box in ("-5,0,50,50", "0,0,121,50"):  # as detectors give them
+        assert main(["predict", str(path), photo, CAPTION, "--box", box]) == 1
+        assert "box: expected (x1, y1, x2, y2)" in (told := capsys.readouterr().err)
+        assert "got [-5.0, 0.0, 50.0, 50.0]" in told or "121.0" in told
+        assert told.endswith("; clip it to the image\n")
     (tmp_path / "pairs.jsonl").write_text(
         '{"image": "photo.png", "caption": "A flag", "box": [30, 20, 80, 70]}\n'
         '{"image": "photo.png", "caption": "A flag"}\n'
     )
     assert main(["predict", str(path), "--list", str(tmp_path / "pairs.jsonl")]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert '"error"' not in out[0]
+    assert json.loads(out[0])["box_given"] == [30, 20, 80, 70]
     assert "line 2: box: expected" in out[1]
-    with pytest.raises(SystemExit):
-        main(["predict", str(path), photo, CAPTION, "--box", "30,x"])
-    assert "expected X1,Y1,X2,Y2 in pixels, got '30,x'" in capsys.readouterr().err
+    for given, message in (
+        (["--box", "30,20,80"], "expected X1,Y1,X2,Y2 in pixels, got '30,20,80'"),
+        (["--box", "30,20,80,x"], "expected X1,Y1,X2,Y2 in pixels, got '30,20,80,x'"),
+        ([], "--box X1,Y1,X2,Y2 is missing: this network judges a given box"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["predict", str(path), photo, CAPTION, *given])
+        assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_where_pairs_bring_no_box(path, annotated, tmp_path):

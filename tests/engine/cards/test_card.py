@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from predictions import TYPES, make_prediction
 
 from engine.cards.card import (
+    alternative,
     caption_pieces,
     evidence_notes,
     face_box,
-    has_heat,
+    heat_scale,
     main_bar,
     percent,
     ribbon,
+    shown_boxes,
     type_bars,
     verdict,
     weak_types,
@@ -75,7 +78,7 @@ def test_a_type_without_evidence_is_weak(fields, weak):
 
 def test_nothing_is_marked_on_a_pair_that_is_not_manipulated():
     innocent = make_prediction(manipulated=False)
-    assert face_box(innocent) is None and not has_heat(innocent)
+    assert face_box(innocent) is None and heat_scale(innocent) is None
     assert not any(bar.detected for bar in type_bars(innocent))
     assert all(piece.mark is None for piece in caption_pieces(innocent))
 
@@ -141,3 +144,47 @@ def test_notes_tell_of_the_image():
     assert evidence_notes(make_prediction(size=(2, 2), warnings=("tiny_image: 2 x 2 pixels",)), True) == []
     assert any("not stored" in note for note in evidence_notes(make_prediction(), False))
     assert evidence_notes(make_prediction(), True) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ((0.1321, 0.2512), (0.13, 0.26)),
+        ((0.0, 1.0), (0.0, 1.0)),
+        ((0.3, 0.3001), (0.3, 0.4)),
+        ((0.87, 0.87), (0.87, 0.97)),
+        ((0.99, 1.0), (0.9, 1.0)),
+    ],
+)
+def test_the_scale_of_a_heat_map_spans_its_own_values(values, ends):
+    scale = heat_scale(make_prediction(heatmap=np.array([values, values], np.float32)))
+    assert (scale.low, scale.high) == pytest.approx(ends, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("asap", "patch evidence"), ("cscl", "disagreement with the caption"), ("of tomorrow", "heat map")],
+)
+def test_the_record_of_the_network_names_its_heat_map(name, label):
+    assert heat_scale(make_prediction(model={"name": name})).label == label
+
+
+def test_the_box_that_was_given_is_shown_whatever_the_verdict():
+    given = (10.0, 8.0, 60.0, 40.0)
+    shown = shown_boxes(make_prediction(box_given=given, size=(100, 80)))
+    assert [(box.text, box.given) for box in shown] == [
+        ("box given 10, 8, 60, 40", True),
+        ("network's box 25, 20, 75, 60", False),
+    ]
+    assert shown[0].shares == pytest.approx((0.1, 0.1, 0.6, 0.5))
+    (only,) = shown_boxes(make_prediction(box_given=given, manipulated=False))
+    assert only.given
+
+
+def test_the_evidence_in_words():
+    text = alternative(make_prediction(box_given=(10, 8, 60, 40), model={"name": "cscl"}))
+    assert text == (
+        "the image with its evidence; box given 10, 8, 60, 40; network's box 25, 20, 75, 60; "
+        "heat map: disagreement with the caption, 0 to 1"
+    )
+    assert alternative(make_prediction(manipulated=False)) == "the image with its evidence"

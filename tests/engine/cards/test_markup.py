@@ -81,6 +81,25 @@ def test_the_fragment_says_what_the_card_says():
     assert ticks == ["left:25.00%"]
 
 
+def test_the_box_that_was_given_stands_beside_the_networks_in_legend_and_words():
+    document = Document(make_prediction(box_given=(10.0, 8.0, 60.0, 40.0)).to_html())
+    classes = [attributes.get("class") for attributes in document.attributes]
+    assert classes.count("layer given") == classes.count("layer box") == 1
+    assert classes.count("given") == classes.count("box") == 1
+    text = " ".join("".join(document.text).split())
+    assert "box given 10, 8, 60, 40 network's box 25, 20, 75, 60" in text
+    (alternative,) = (x["alt"] for x in document.attributes if "evidence" in x.get("alt", ""))
+    assert "box given 10, 8, 60, 40; network's box 25, 20, 75, 60" in alternative
+    alone = Document(make_prediction().to_html())
+    assert "network's box" not in "".join(alone.text)
+
+
+def test_the_scale_says_what_the_map_is_of_and_its_ends():
+    heatmap = np.linspace(0.2, 0.4, 256, dtype=np.float32).reshape(16, 16)
+    shown = Document(make_prediction(model={"name": "cscl"}, heatmap=heatmap).to_html())
+    assert "disagreement with the caption 0.2  0.4" in "".join(shown.text)
+
+
 def test_the_clean_image_stands_beside_the_one_with_evidence():
     images = lambda prediction: Document(prediction.to_html()).tags.count("img")  # noqa: E731
     assert images(make_prediction()) == 3  # the heat map is a layer

@@ -12,7 +12,7 @@ from engine.cards import fonts
 from engine.cards.card import Bar
 from engine.cards.fonts import Fonts
 from engine.cards.render import AMBER, BOX, annotate, choose_layout, draw_bar, fit_photo
-from engine.cards.sheet import INK, SCALE, Sheet
+from engine.cards.sheet import INK, SCALE, WHITE, Sheet
 from engine.errors import InputError
 
 PHOTO = (90, 120, 150)  # the colour of the predictions' plain image
@@ -42,6 +42,29 @@ def test_the_heat_map_is_drawn_where_it_is_hot():
     assert rows.mean() / 512 == pytest.approx(6 / 16, abs=0.03)
     assert columns.mean() / 640 == pytest.approx(6 / 16, abs=0.03)
     assert share(photo, PHOTO) == 1  # untouched: it is shown beside
+
+
+def test_a_low_map_is_as_readable_as_a_high_one():
+    photo, high = Image.new("RGB", (64, 64), PHOTO), make_prediction(box=None)
+    drawn = np.asarray(annotate(high, photo)).astype(int)
+    lowered = np.asarray(annotate(dataclasses.replace(high, heatmap=0.13 + 0.2 * high.heatmap), photo))
+    assert np.abs(drawn - PHOTO).max() > 100 and np.abs(drawn - lowered).max() <= 1
+
+
+def test_the_box_that_was_given_is_dashed_and_named():
+    given = make_prediction(box_given=(5.0, 5.0, 95.0, 75.0), heatmap=None)
+    marked = np.asarray(annotate(given, Image.new("RGB", (400, 320), PHOTO)))
+    top = marked[20, 30:370]
+    assert {tuple(pixel) for pixel in top} == {WHITE, INK}
+    assert (top == WHITE).all(axis=-1).mean() == pytest.approx(0.5, abs=0.1)
+    assert share(marked, BOX) > 0  # beside the network's own
+    assert given.plot().height > make_prediction(heatmap=None).plot().height  # the legend
+    assert share(make_prediction(box_given=(5.0, 5.0, 95.0, 75.0), manipulated=False).plot(), BOX) == 0
+
+
+@pytest.mark.parametrize("box", [(0, 0, 100, 80), (99.5, 0, 100, 80), (0, 0, 1e-9, 1e-9)])
+def test_any_box_can_be_drawn(box):
+    assert make_prediction(box_given=tuple(map(float, box))).plot()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_a_number_that_json_does_not_have_is_named(tmp_path):
     assert str(entry.error).endswith(": NaN is not a JSON number")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_json_lacks_is_named_in_an_array_too(tmp_path, number):
+    (tmp_path / "list.json").write_text(f'[{{"image": "a.jpg", "caption": "x", "box": [1, 2, {number}, 4]}}]')
+    with pytest.raises(InputError, match=f": {number} is not a JSON number"):
+        list(PairList(tmp_path / "list.json"))
+
+
 def test_every_form_holds_boxes(tmp_path):
     """Four numbers in JSON and Parquet, a cell of four numbers in a table; others are refused later."""
     (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "caption": "one", "box": [1, 2.5, 30, 40]}\n')

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import socket
 import threading
 import time
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
+from engine import Predictor
+from engine.registry import NETWORKS
+
+GIVEN = "box_given"
 NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")  # the extra `serve`
 if all(map(importlib.util.find_spec, NEEDED)):
     from starlette.testclient import TestClient
@@ -23,6 +30,30 @@ else:
 def jpeg(photo, encode):
     """The bytes of a small photograph."""
     return encode(photo, "JPEG")
+
+
+@pytest.fixture(scope="session")
+def judging(tmp_path_factory, network, bundle_dir, manifest_template, write_manifest):
+    """The network whose outputs can be computed by hand, with the box that is given as its box."""
+    graph = copy.deepcopy(network)
+    kept = [node for node in graph.graph.node if "attention_map" not in node.output]
+    for node in kept:
+        if "box" in node.output:
+            node.CopyFrom(helper.make_node("Identity", [GIVEN], ["box"]))
+    del graph.graph.node[:], graph.graph.output[-1]
+    graph.graph.node.extend(kept)
+    graph.graph.input.append(helper.make_tensor_value_info(GIVEN, TensorProto.FLOAT, ["batch", 4]))
+    directory, manifest = tmp_path_factory.mktemp("judging"), manifest_template()
+    onnx.save(graph, directory / "model.onnx")
+    for name in ("tokenizer.json", "README.md"):
+        (directory / name).write_bytes((bundle_dir / name).read_bytes())
+    config = NETWORKS["pmmd_refine"].sizes["tiny"]
+    manifest["model"] = {"name": config.name, "size": config.size, "config": config.to_dict()}
+    manifest["inputs"].append({"name": GIVEN, "dtype": "float32", "shape": ["batch", 4]})
+    del manifest["outputs"][-1]
+    write_manifest(directory, manifest)
+    with Predictor(directory, threads=1) as made:
+        yield made
 
 
 def await_ready(service):
@@ -89,7 +120,7 @@ def run_server(predictor):
     """Makes a server in a thread, with these settings."""
     with contextlib.ExitStack() as stack:
 
-        def run_server(connections=64, **settings):
-            return stack.enter_context(Running(create_app(predictor, Settings(**settings)), connections))
+        def run_server(connections=64, asked=predictor, **settings):
+            return stack.enter_context(Running(create_app(asked, Settings(**settings)), connections))
 
         yield run_server

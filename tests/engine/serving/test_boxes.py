@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import base64
-import copy
 import re
 import struct
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from starlette.testclient import TestClient
 
 from engine import Prediction, Predictor
-from engine.registry import NETWORKS
 from engine.serving import create_app
 
 CAPTION = "Obama speaks"
+REMEDY = r"give box=\(x1, y1, x2, y2\), as a face detector finds it"
 BOX = [8.0, 6.0, 40.0, 30.0]  # in the photo of 64 x 48
-GIVEN = "box_given"
 INFER = "/v2/models/pmmd_refine-tiny-fp32/infer"
-
-
-@pytest.fixture(scope="module")
-def judging(tmp_path_factory, network, bundle_dir, manifest_template, write_manifest):
-    """The network whose outputs can be computed by hand, with the box that is given as its box."""
-    graph = copy.deepcopy(network)
-    kept = [node for node in graph.graph.node if "attention_map" not in node.output]
-    for node in kept:
-        if "box" in node.output:
-            node.CopyFrom(helper.make_node("Identity", [GIVEN], ["box"]))
-    del graph.graph.node[:], graph.graph.output[-1]
-    graph.graph.node.extend(kept)
-    graph.graph.input.append(helper.make_tensor_value_info(GIVEN, TensorProto.FLOAT, ["batch", 4]))
-    directory, manifest = tmp_path_factory.mktemp("judging"), manifest_template()
-    onnx.save(graph, directory / "model.onnx")
-    for name in ("tokenizer.json", "README.md"):
-        (directory / name).write_bytes((bundle_dir / name).read_bytes())
-    config = NETWORKS["pmmd_refine"].sizes["tiny"]
-    manifest["model"] = {"name": config.name, "size": config.size, "config": config.to_dict()}
-    manifest["inputs"].append({"name": GIVEN, "dtype": "float32", "shape": ["batch", 4]})
-    del manifest["outputs"][-1]
-    write_manifest(directory, manifest)
-    with Predictor(directory, threads=1) as made:
-        yield made
 
 
 @pytest.fixture
@@ -73,6 +45,7 @@ def tensors(jpeg, box, **more):
 def test_a_form_and_json_bring_a_box(client, predictor, jpeg, image):
     expected = predictor.predict(jpeg, CAPTION, BOX)
     assert expected.box == pytest.approx(BOX)
+    assert expected.box_given == tuple(BOX)
     pair = {"image": image, "caption": CAPTION, "box": [8, 6, 40, 30]}
     for response in (form(client, jpeg, (None, "8, 6,40,30")), client.post("/v1/predict", json=pair)):
         assert Prediction.from_dict(response.json()) == expected
@@ -84,7 +57,10 @@ def test_each_pair_has_its_own_box(client, jpeg, image):
     first, missing, whole, outside = client.post("/v1/predict", json={"pairs": pairs}).json()["predictions"]
     assert (first["box"], whole["box"]) == (pytest.approx(BOX), pytest.approx([0, 0, 64, 48]))
     assert missing["error"]["code"] == outside["error"]["code"] == "invalid_input"
-    assert re.match("box: expected .* got none; a face detector finds one", missing["error"]["message"])
+    assert re.match(
+        rf"box: expected .* got none; {REMEDY}",
+        missing["error"]["message"],
+    )
     assert re.match(r"box: expected .*x2 <= 64 .* got \[0.0, 0.0, 65.0, 48.0\]", outside["error"]["message"])
 
 
@@ -120,9 +96,10 @@ def test_numbers_beyond_all_pixels(client, jpeg, image, number):
     ("box", "message"),
     [
         ((None, "8,x"), f"{NO_BOX}'8,x'"),
-        ((None, "8,6,40"), r"box: expected .* four numbers, got \(8.0, 6.0, 40.0\)"),
-        ((None, "8,6,nan,30"), r"box: expected .* got \(8.0, 6.0, nan, 30.0\); clip it to the image"),
-        ((None, ""), "box: expected .* got none; a face detector finds one"),
+        ((None, "8,6,40"), f"{NO_BOX}'8,6,40'"),
+        ((None, "-8,6,40,30"), r"box: expected .* got \[-8.0, 6.0, 40.0, 30.0\]; clip it to the image"),
+        ((None, "8,6,nan,30"), r"box: expected .* got \[8.0, 6.0, nan, 30.0\]; its left upper corner .*"),
+        ((None, ""), rf"box: expected .* got none; {REMEDY}"),
     ],
 )
 def test_what_is_no_box_in_a_form(client, jpeg, box, message):
@@ -171,7 +148,9 @@ def test_wrong_boxes_of_the_protocol(client, jpeg, box, more, message):
 
 
 def test_the_page_asks_for_a_box_where_one_is_judged(client):
-    assert client.get("/").text.count('id="box"') == 1
+    text = client.get("/").text
+    assert text.count('id="box"') == 1
+    assert "This network needs an image. Without a caption only a part is answered." in text
 
 
 def test_another_network_refuses_a_box(bundle_dir, jpeg, image):
@@ -182,6 +161,7 @@ def test_another_network_refuses_a_box(bundle_dir, jpeg, image):
         pair = {"image": image, "caption": CAPTION, "box": BOX}
         assert client.post("/v1/predict", json=pair).json()["message"] == message
         assert form(client, jpeg, (None, "8,6,40,30")).json()["message"] == message
-        assert 'id="box"' not in client.get("/").text
+        assert 'id="box"' not in (text := client.get("/").text)
+        assert "Without an image or without a caption only a part is answered." in text
         inputs = client.get("/v2/models/asap-tiny-fp32").json()["inputs"]
         assert [each["name"] for each in inputs] == ["image", "caption"]

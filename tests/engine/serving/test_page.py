@@ -137,8 +137,40 @@ def test_a_token_is_asked_for(open_page):
     assert page.locator("#card .verdict").inner_text() == "Not answered"
 
 
-def test_every_field_has_a_name(open_page):
-    page = open_page(token=TOKEN)
+def test_a_box_is_asked_for_checked_and_shown(open_page, file, judging):
+    """The network that judges a given box finds that very box here, so the two lie on each other."""
+    page = open_page(asked=judging, expected=["422"])
+    page.set_input_files("#image", file)
+    page.fill("#caption", "Obama speaks")
+    for box, message in (("", "got none; give box="), ("8,6,40", "got '8,6,40'"), ("8,6,99,30", "clip it")):
+        page.fill("#box", box)
+        page.click("#send")
+        page.wait_for_function(
+            "text => document.getElementById('problem').textContent.includes(text)", arg=message
+        )
+        assert not page.locator("#answer").is_visible()
+    page.fill("#box", "8, 6, 40, 30")
+    predict(page)
+    assert not page.locator("#problem").is_visible()
+    assert "box given 8, 6, 40, 30" in page.locator("#card .legend").inner_text()
+    image, given = (
+        page.locator(f"#card {what}").last.bounding_box()
+        for what in (".photo img:not(.layer)", ".layer.given")
+    )
+    assert given["x"] - image["x"] == pytest.approx(image["width"] * 8 / 64, abs=1)
+    assert given["width"] == pytest.approx(image["width"] * 32 / 64, abs=1)
+    assert given["height"] == pytest.approx(image["height"] * 24 / 48, abs=1)
+    page.click("summary")
+    shown = json.loads(page.locator("#json").inner_text())
+    assert shown["box_given"] == [8, 6, 40, 30]
+    page.locator("#marks").uncheck()
+    assert page.locator("#card .layer:visible").count() == 0
+
+
+@pytest.mark.parametrize("asked", ["predictor", "judging"])
+def test_every_field_has_a_name(open_page, request, asked):
+    page = open_page(token=TOKEN, asked=request.getfixturevalue(asked))
+    assert page.locator("#box").count() == (asked == "judging")
     for field in page.locator("input, textarea, button").all():
         if field.is_visible():
             label = field.evaluate("x => x.labels?.[0]?.innerText || x.innerText")

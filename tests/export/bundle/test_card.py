@@ -20,6 +20,8 @@ from engine.manifest import (
     Verification,
     Weights,
 )
+from engine.registry import NETWORKS
+from engine.registry.record import PAIR
 from export.bundle.card import largest_text, model_card
 from export.bundle.licences import licence_of
 
@@ -123,3 +125,19 @@ def test_card_tells_the_licence():
 )
 def test_the_licence_of_an_export(kind, stated, licence):
     assert licence_of(kind, stated) == licence
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_card_explains_the_tensors_and_the_padding_of_each_network(name):
+    network, config = NETWORKS[name], dgm4.model_config(name, "tiny")
+    sides = {
+        side: tuple(TensorSpec(x.name, x.dtype, x.shape_of(config)) for x in tensors)
+        for side, tensors in (("inputs", network.inputs), ("outputs", network.outputs))
+    }
+    spec = replace(MANIFEST.preprocess, min_tokens=network.tokenizer.min_tokens)
+    card = model_card(replace(MANIFEST, model=ModelInfo(name, "tiny", config), preprocess=spec, **sides))
+    assert f"\n# {network.title} (tiny, fp16)\n" in card
+    for tensor in (*network.inputs, *network.outputs):
+        assert tensor in PAIR or f"\n- `{tensor.name}`: {tensor.meaning}.\n" in card
+    padding = "Shorter captions have id 0 and attention mask 0 at the end, up to the longest of the batch"
+    assert f"{padding} and to {network.tokenizer.min_tokens} tokens at least." in card

@@ -250,6 +250,28 @@ def test_drawn_weights_on_request(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "sample.png"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--model", "cscl"], True),
+        (["--model", "asap", "--size", "base"], True),
+        (["--model", "cscl", "--drawn"], False),
+        (["--model", "cscl", "-q"], False),
+        (["--model", "asap"], False),
+    ],
+)
+def test_weights_that_nobody_asked_to_draw_are_told_before_the_work(
+    tmp_path, capsys, monkeypatch, flags, told
+):
+    def export_bundle(*_):
+        assert ("they are drawn" in capsys.readouterr().err) == told
+        raise InputError("begun")
+
+    monkeypatch.setattr("export.pipeline.export_bundle", export_bundle)
+    assert cli.main(["export", *flags, "--out", str(tmp_path / "b")]) == 1
+    assert "begun" in capsys.readouterr().err
+
+
 def test_the_script_shows_its_help_from_another_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"],

@@ -81,6 +81,8 @@ def test_list(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(dgm4.list_models())
+    weights = {tuple(line.split()[:2]): line for line in lines}
+    assert "your checkpoint" in weights["cscl", "base"] and " drawn " in weights["cscl", "tiny"]
     assert [line for line in lines if "demo:asap" in line][0].split()[:2] == ["asap", "tiny"]
 
 

@@ -118,3 +118,25 @@ def test_a_verb_reads_all_its_options(verb):
     offered = {action.dest for action in PARSERS[verb]._actions if action.dest not in COMMON}
     assert module.__name__.startswith("export.cli.")
     assert offered <= read_by(module)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["predict", "b", "i.jpg", "c", "--box", "-5,0,50,50"], "box", [-5, 0, 50, 50]),
+        (["predict", "b", "i.jpg", "c", "--box", "-.5 0 50 50"], "box", [-0.5, 0, 50, 50]),
+        (["predict", "b", "i.jpg", "-5° in Paris"], "caption", "-5° in Paris"),
+        (["predict", "b", "i.jpg", "-5°"], "caption", "-5°"),
+    ],
+)
+def test_a_value_that_begins_with_a_minus_is_none_the_less_a_value(arguments, name, value):
+    options, unknown = app.make_parser().parse_known_args(arguments)
+    assert unknown == [] and getattr(options, name) == value
+
+
+@pytest.mark.parametrize("value", ["-0.5", "words=-1"])
+def test_a_negative_threshold_is_told_as_such(value, capsys):
+    with pytest.raises(SystemExit) as left:
+        app.run(["predict", "b", "i.jpg", "c", "--threshold", value])
+    assert left.value.code == 2
+    assert "with P from 0 to 1 and NAME one of" in (told := capsys.readouterr().err) and repr(value) in told
