@@ -123,8 +123,8 @@ def measure_engine(
         return {**row, **speed(bundle), "load": round(os.getloadavg()[0], 2)}
 
 
-def part(network: str) -> Iterator[Row]:
-    """A part of `python -m benchmarks.gpu`: full TensorRT's engines, with our kernels and with its own.
+def part(network: str, precision: str) -> Iterator[Row]:
+    """A part of `python -m benchmarks.gpu`: full TensorRT's engine, with our kernels and with its own.
 
     Raises RuntimeError at the end if one failed.
     """
@@ -132,7 +132,7 @@ def part(network: str) -> Iterator[Row]:
         yield {"missing": _reasons()}
         return
     failed = []
-    for case in cases([network], ("fp16", "bf16")):
+    for case in cases([network], [precision]):
         try:
             yield measure_engine(*case)
         except BackendError as error:  # the other engines are still measured

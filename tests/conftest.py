@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -131,6 +132,26 @@ def worst_outputs(answers, golden):
         rows = {"logits_tok": valid[:, 1:], "attention_map": valid}.get(name)
         worst[name] = float(difference.max() if rows is None else difference[rows].max())
     return worst
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Say which libraries are found: `libraries(triton=True, onnx=False)`.
+
+    Of all others the machine is asked. A fixture that this test is the first to need asks too, and what it
+    makes is shared.
+    """
+    find = importlib.util.find_spec
+
+    def say(**installed):
+        def answer(name, package=None):
+            if name not in installed:
+                return find(name, package)
+            return importlib.machinery.ModuleSpec(name, None) if installed[name] else None
+
+        monkeypatch.setattr(importlib.util, "find_spec", answer)
+
+    return say
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from dgm4.seeded import draw
 from engine import Predictor, registry
 from engine.errors import BundleError, CheckpointError
 from engine.network.model import build_model
+from engine.network.precision import to_precision
+from engine.network.released import fold_network
 from engine.registry.config import NetworkConfig
 from export.options import ExportOptions
 from export.pipeline import export_bundle
@@ -72,6 +74,7 @@ def test_a_network_has_its_three_files(name):
     }
 
 
+@pytest.mark.parametrize("name", registry.NAMES)
 @pytest.mark.parametrize("size", registry.SIZES)
 def test_parameters_are_counted(name, size):
     with torch.device("meta"):
@@ -79,18 +82,31 @@ def test_parameters_are_counted(name, size):
     assert sum(p.numel() for p in model.parameters()) == registry.NETWORKS[name].parameters[size]
 
 
+def feeds(config, tokens):
+    """Inputs of one pair, as the record has them."""
+    sizes = {"batch": 1, "tokens": tokens}
+    kinds = {"float32": torch.float32, "int64": torch.int64}
+    return {
+        x.name: torch.ones([sizes.get(d, d) for d in x.shape_of(config)], dtype=kinds[x.dtype])
+        for x in registry.network_of(config).inputs
+    }
+
+
+@pytest.mark.parametrize("name", [*registry.NAMES, "glance"])
+def test_answers_are_float32_whatever_is_inside(added, name):
+    config = registry.NETWORKS[name].sizes["tiny"]
+    with torch.device("meta"), torch.inference_mode():
+        answers = to_precision(build_model(config), torch.float16)(**feeds(config, 24))
+    assert {x.dtype for x in answers if x is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_products_are_counted(name):
     """As torch counts those of the form for inference; the fused operators' few are not among them."""
     config, network = registry.NETWORKS[name].sizes["base"], registry.NETWORKS[name]
     for tokens, stated in zip((24, 50), network.gflop, strict=True):
-        sizes = {"batch": 1, "tokens": tokens}
-        kinds = {"float32": torch.float32, "int64": torch.int64}
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
-            feeds = {
-                x.name: torch.ones([sizes.get(d, d) for d in x.shape_of(config)], dtype=kinds[x.dtype])
-                for x in network.inputs
-            }
-            build_model(config)(**feeds)
+            build_model(config)(**feeds(config, tokens))
         assert counter.get_total_flops() / 1e9 == pytest.approx(stated, rel=0.02)
 
 
@@ -113,7 +129,7 @@ def rows():
 
 @pytest.fixture
 def added():
-    """The network of eighty lines among the others."""
+    """The network of sixty lines among the others."""
     registry.register(glance.NETWORK)
     yield glance.NETWORK
     del registry.NETWORKS["glance"], NetworkConfig.known["glance"]
@@ -127,8 +143,24 @@ def checkpoint_of(network, path):
     return path, sum(x.numel() for x in state.values())
 
 
+def test_it_has_sixty_lines():
+    assert len(Path(glance.__file__).read_text().splitlines()) <= 60
+
+
+def test_names_that_are_the_models_own_are_read_as_strictly(added):
+    config = added.sizes["tiny"]
+    state = glance.Model(config).state_dict()
+    assert all(x.data_ptr() == state[key].data_ptr() for key, x in fold_network(state, config).items())
+    for key in state:
+        rest = {other: value for other, value in state.items() if other != key}
+        with pytest.raises(CheckpointError, match=f"expected the tensor '{key}'"):
+            fold_network(rest, config)
+    with pytest.raises(CheckpointError, match="1 tensors are none of glance's, the first is 'queue'"):
+        fold_network({**state, "queue": torch.zeros(1)}, config)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_network_of_eighty_lines(added, tmp_path, precision):
+def test_a_network_of_sixty_lines(added, tmp_path, precision):
     """From its checkpoint, recognised by the keys, to answers of two backends."""
     path, count = checkpoint_of(added, tmp_path / "glance.safetensors")
     assert count == added.parameters["tiny"]

@@ -45,14 +45,14 @@ def measure(
     if device == "cpu":
         kind, activity = DeviceType.CPU, ProfilerActivity.CPU
     model = seeded_model(name, size).to(device)
-    given = inputs(int(batch), int(tokens), device, model.config.vocabulary)
+    given = inputs(model.config, int(batch), int(tokens), device)
     run = build(model)
     with torch.inference_mode():
         for _ in range(RUNS):
-            run(*given)
+            run(**given)
         with profile(activities=list({ProfilerActivity.CPU, activity})) as profiler:
             for _ in range(RUNS):
-                run(*given)
+                run(**given)
             if device == "cuda":
                 torch.cuda.synchronize()
     yield from table(profiler.events(), kind, RUNS)

@@ -23,28 +23,34 @@ from engine.backends.float32 import full_float32
 from engine.network.linear import E4M3
 from engine.network.model import Output
 from engine.network.precision import fp8_layers, set_precision
-from engine.registry import NETWORKS
+from engine.registry import NETWORKS, network_of
+from engine.registry.config import NetworkConfig
 from export.graph.rewrite import rewrite
 from export.quantization.calibrate import calibrate
 
 SHAPES = tuple((batch, tokens) for batch in (1, 8, 64, 256) for tokens in (24, 50))
+LARGEST_GFLOP = 22_000  # of a call, 256 pairs of CALS; a larger network has no rows beyond it
 LARGEST_PUBLISHED = 64  # of CALS, which holds 201 MB a picture in each of several tensors
 JUDGED = {"batch": 16, "tokens": 50}  # inputs of the errors, and of FP8's calibration
 PHOTOGRAPH = (480, 640)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = dict[str, Tensor]  # by the names that the network's record gives them
 Answers = tuple[Tensor | None, ...]  # an Output, of the trained network or of ours
 Network = Callable[..., Answers]
 Row = dict[str, Any]
 
 
-def inputs(batch: int, tokens: int, device: str, vocabulary: int, seed: int = 0) -> Inputs:
-    """Random pictures and ids; every row is full, the worst case."""
-    generator = torch.Generator(device).manual_seed(seed)
-    image = torch.randn(batch, 3, 256, 256, device=device, generator=generator)
-    ids = torch.randint(0, vocabulary, (batch, tokens), device=device, generator=generator)
-    return image, ids, torch.ones_like(ids)
+def inputs(config: NetworkConfig, batch: int, tokens: int, device: str, seed: int = 0) -> Inputs:
+    """Random pictures and ids, and boxes where the network judges them; all rows are full, the worst case."""
+    draw: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
+    side = config.image_size
+    image = torch.randn(batch, 3, side, side, **draw)
+    ids = torch.randint(0, config.vocabulary, (batch, tokens), **draw)
+    given = {"image": image, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name, shape in network_of(config).further(config).items():
+        given[name] = 0.25 + torch.rand(batch, *map(int, shape), **draw) / 2
+    return given
 
 
 def published(model: Detector, precision: str, mode: str | None = None) -> Network:
@@ -52,7 +58,7 @@ def published(model: Detector, precision: str, mode: str | None = None) -> Netwo
     dtype = HALVES.get(precision, torch.float32)
     form = Published(model).to(dtype)
     run = torch.compile(form, mode=mode, dynamic=False) if mode else form
-    return lambda image, ids, mask: run(image.to(dtype), ids, mask)
+    return lambda image, **rest: run(image=image.to(dtype), **rest)
 
 
 def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
@@ -60,8 +66,7 @@ def ours(model: Detector, precision: str, calibrated: bool = False) -> Network:
     device, network = next(model.parameters()).device, rewrite(model)
     scales = None
     if calibrated:
-        image, ids, mask = inputs(**JUDGED, device=str(device), vocabulary=model.config.vocabulary, seed=1)
-        batch = {"image": image, "input_ids": ids, "attention_mask": mask}
+        batch = inputs(model.config, **JUDGED, device=str(device), seed=1)
         scales = calibrate(network, fp8_layers(network), [batch], E4M3)
     return set_precision(network, precision, scales).to(device)
 
@@ -80,22 +85,25 @@ VARIANTS: dict[str, tuple[Callable[[Detector], Network], bool]] = {
 
 
 def distance(outputs: Answers, exact: Answers) -> dict[str, float]:
-    """RMS of the difference over RMS of the float32 answer, by output."""
+    """RMS of the difference over RMS of the float32 answer, by output; 0 where they are equal."""
     pairs = zip(Output._fields, outputs, exact, strict=True)
     return {
-        k: float((x.float() - y).norm() / y.norm()) for k, x, y in pairs if x is not None and y is not None
+        # Boxes may all be empty.
+        k: 0.0 if torch.equal(x.float(), y) else float((x.float() - y).norm() / y.norm())
+        for k, x, y in pairs
+        if x is not None and y is not None
     }
 
 
 def _judged(model: Detector, build: Callable[[Detector], Network], device: str) -> tuple[Network, Row]:
     """The built network, and its distance from the trained one in float32 without TF32."""
-    given = inputs(**JUDGED, device=device, vocabulary=model.config.vocabulary)
+    given = inputs(model.config, **JUDGED, device=device)
     with full_float32(torch.device(device).type):
         with torch.inference_mode():
-            exact = model(*given)
+            exact = model(**given)
         run = build(model)
         with torch.inference_mode():
-            return run, distance(run(*given), exact)
+            return run, distance(run(**given), exact)
 
 
 def measure(
@@ -107,6 +115,7 @@ def measure(
 ) -> Iterator[Row]:
     """A row with the error, then a row a shape; `shapes` may be text, "64x50,1x24".
 
+    Shapes that do not fit (`fits`) are left out.
     Raises RuntimeError where a shape failed otherwise than for lack of memory.
     """
     if isinstance(shapes, str):
@@ -115,7 +124,7 @@ def measure(
     facts = {"network": name, "variant": variant}
     failed: list[str] = []
     model = seeded_model(name, size).to(device)
-    vocabulary = model.config.vocabulary
+    config = model.config
     if variant.startswith("compile"):  # whose every shape costs minutes
         run = build(model)
     else:
@@ -123,9 +132,11 @@ def measure(
         yield {**facts, "error": error}
     del model
     for batch, tokens in shapes:
+        if not fits(name, batch, tokens):
+            continue
         if name == "cals" and not graphed and batch > LARGEST_PUBLISHED:
             continue
-        times = shape_row(run, inputs(batch, tokens, device, vocabulary), graphed, name)
+        times = shape_row(run, inputs(config, batch, tokens, device), graphed, name)
         yield {**facts, "batch": batch, "tokens": tokens, **times}
         failed += [f"{batch}x{tokens}: {times['failed']}"] if "failed" in times else []
     if failed:
@@ -148,38 +159,48 @@ def pictures(
     dtype = HALVES.get(variant.split("-")[1], torch.bfloat16)
     tokens = 50
     model = seeded_model(name, size).to(device)
-    run, vocabulary = build(model), model.config.vocabulary
+    run, config = build(model), model.config
     del model
     for batch in batches:
         pixels = photographs(device, batch, *PHOTOGRAPH)
-        resized = prepared(batch, *PHOTOGRAPH, 256, dtype, device)
-        _, ids, mask = inputs(batch, tokens, device, vocabulary)
+        resized = prepared(batch, *PHOTOGRAPH, config.image_size, dtype, device)
+        given = inputs(config, batch, tokens, device) | {"image": pixels}
         host = pixels.cpu().pin_memory() if device == "cuda" else pixels.clone()
 
-        def from_device(pixels: Tensor, ids: Tensor, mask: Tensor) -> Answers:
-            return run(resized(pixels), ids, mask)  # noqa: B023 - called within the turn
+        def from_device(image: Tensor, **rest: Tensor) -> Answers:
+            return run(image=resized(image), **rest)  # noqa: B023 - called within the turn
 
-        def from_host(pixels: Tensor, *rest: Tensor) -> Answers:
-            return from_device(pixels.copy_(host, non_blocking=True), *rest)  # noqa: B023
+        def from_host(image: Tensor, **rest: Tensor) -> Answers:
+            return from_device(image.copy_(host, non_blocking=True), **rest)  # noqa: B023
 
         for place, form in (("device", from_device), ("pinned memory", from_host)):
             row = {"network": name, "variant": variant, "batch": batch, "tokens": tokens, "from": place}
-            row |= shape_row(form, (pixels, ids, mask), True, name)
+            row |= shape_row(form, given, True, name)
             yield row
             failed += [f"{batch} from {place}: {row['failed']}"] if "failed" in row else []
     if failed:
         raise RuntimeError("; ".join(failed))
 
 
+def gflop(name: str, tokens: int) -> float:
+    """Of a pair at base size, after the exact rewrites."""
+    return NETWORKS[name].gflop[0 if tokens <= 24 else 1]
+
+
+def fits(name: str, batch: int, tokens: int) -> bool:
+    """Whether a shape has no more work than `LARGEST_GFLOP`, which bounds the time of a part."""
+    return batch * gflop(name, tokens) <= LARGEST_GFLOP
+
+
 @torch.inference_mode()
 def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
     """Times, throughput and memory at one shape, or why it failed; the graph is freed at the end."""
-    on_gpu = given[0].is_cuda
+    on_gpu = given["image"].is_cuda
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        call: Callable[[], Any] = partial(run, *given)
+        call: Callable[[], Any] = partial(run, **given)
         times = time_ms(capture(call) if graphed else call)
     except torch.OutOfMemoryError as failure:
         return {"too large": str(failure)[:200]}
@@ -187,8 +208,7 @@ def shape_row(run: Network, given: Inputs, graphed: bool, name: str) -> Row:
         if on_gpu:
             torch.cuda.synchronize()  # a fault leaves the process useless: better to end here
         return {"failed": f"{type(failure).__name__}: {failure}"[:300]}
-    batch, tokens = given[1].shape
+    batch, tokens = given["input_ids"].shape
     second = batch / times["p50_ms"] * 1e3
-    gflop = NETWORKS[name].gflop[0 if tokens <= 24 else 1]
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
-    return {**times, "pairs_s": second, "tflop_s": second * gflop / 1e3, "peak_gb": peak}
+    return {**times, "pairs_s": second, "tflop_s": second * gflop(name, tokens) / 1e3, "peak_gb": peak}

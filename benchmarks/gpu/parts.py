@@ -7,10 +7,14 @@ from pathlib import Path
 from benchmarks.gpu.checks import OPERATORS, TOOLS
 from benchmarks.gpu.edges import OWN
 from benchmarks.gpu.runner import Part
+from engine.registry import NAMES
 
 NETWORK, PICTURES = "benchmarks.gpu.networks:measure", "benchmarks.gpu.networks:pictures"
 CHECKS, HOTSPOTS = "benchmarks.gpu.checks", "benchmarks.gpu.hotspots:measure"
 EDGES, SERVING = "benchmarks.gpu.edges", "benchmarks.gpu.serving:check"
+ENGINES = "benchmarks.engines:part"
+ASKED = "asap"  # the network that most figures of benchmarks/gpu/targets.py are about
+OTHERS = tuple(name for name in NAMES if name != ASKED)
 TUNED = ("attention", "conv_fusion")
 LAUNCHES = ("tests/kernels/test_launch.py", "tests/kernels/test_launch_codes.py")
 NO_GPU = ("tests/kernels/tools", "tests/kernels/onnx")  # compilers and graphs
@@ -19,7 +23,6 @@ ENGINE = (
     "tests/engine/backends/test_graphs.py",
     "tests/engine/network",
 )
-PRECISIONS = ("ours-bf16", "ours-fp8", "ours-fp16")
 
 
 def _network(name: str, variant: str) -> Part:
@@ -72,9 +75,9 @@ def _sanitizers() -> list[Part]:
 
 
 def parts() -> list[Part]:
-    """All of them, in order."""
-    published = ("published-fp32", "published-bf16")
-    rest = [_network(name, variant) for name in ("cals", "hammer") for variant in (*PRECISIONS, *published)]
+    """All of them, in order; every network at every precision beside its published form."""
+    variants = ("ours-bf16", "published-fp32", "ours-fp8", "ours-fp16", "published-bf16")
+    rest = [_network(name, variant) for variant in variants for name in OTHERS]
     return [
         Part("machine", f"{CHECKS}:machine", limit_s=90),
         Part("smoke", f"{CHECKS}:smoke", limit_s=200),
@@ -82,28 +85,24 @@ def parts() -> list[Part]:
         *_edges(),
         Part("plugins", "benchmarks.gpu.plugins:check", limit_s=300, needs_s=60),
         Part("rtx", "benchmarks.gpu.rtx:check", limit_s=200, needs_s=60),
-        *(_network("asap", variant) for variant in ("ours-bf16", "published-fp32", "ours-fp8")),
+        *(_network(ASKED, variant) for variant in variants[:3]),
         *(
-            Part(f"pictures-asap-{variant}", PICTURES, ("asap", variant), needs_s=30)
-            for variant in PRECISIONS[:2]
+            Part(f"{kind}-{ASKED}-{variant}", call, (ASKED, variant), needs_s=30)
+            for kind, call in (("pictures", PICTURES), ("profile", HOTSPOTS))
+            for variant in ("ours-bf16", "ours-fp8")
         ),
-        *(
-            Part(f"profile-asap-{variant}", HOTSPOTS, ("asap", variant), needs_s=30)
-            for variant in PRECISIONS[:2]
-        ),
-        *(_network("asap", variant) for variant in ("published-bf16", "ours-fp16", "ours-fp8-rows")),
+        *(_network(ASKED, variant) for variant in (*variants[3:], "ours-fp8-rows")),
         *_serving(),
         *rest,
         *_tests(),
         *(Part(f"tune-{name}", f"{CHECKS}:tune", (name,), limit_s=250, needs_s=90) for name in TUNED),
         *_sanitizers(),
         *(
-            Part(f"engine-{name}", "benchmarks.engines:part", (name,), limit_s=530, needs_s=30)
-            for name in ("asap", "cals", "hammer")
+            Part(f"engine-{name}-{precision}", ENGINES, (name, precision), limit_s=530, needs_s=30)
+            for precision in ("fp16", "bf16")
+            for name in (ASKED, *OTHERS)
         ),
-        _compiled("asap", "default", "64x50"),
-        _compiled("asap", "max-autotune", "64x50"),
-        _compiled("cals", "max-autotune", "64x50"),
-        _compiled("hammer", "max-autotune", "64x50"),
-        _compiled("asap", "max-autotune", "1x50", "8x50", "256x50"),
+        _compiled(ASKED, "default", "64x50"),
+        *(_compiled(name, "max-autotune", "64x50") for name in (ASKED, *OTHERS)),
+        _compiled(ASKED, "max-autotune", "1x50", "8x50", "256x50"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,8 @@ class Output(NamedTuple):
     logits_tok: Tensor
     attention_map: Tensor | None = None
     patch_scores: Tensor | None = None
+
+    def widened(self) -> Output:
+        """The same in float32, or in float64 from a network that is, whatever a network's inner dtype."""
+        out = torch.promote_types(self.logits_real_fake.dtype, torch.float32)
+        return Output._make(None if x is None else x.to(out) for x in self)

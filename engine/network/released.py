@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -81,6 +82,13 @@ def fold_network(state: Mapping[str, Tensor], config: NetworkConfig, stacked: bo
             "expected the weights of that network alone"
         )
     return folded
+
+
+def unchanged(released: Released, config: NetworkConfig, stacked: bool) -> State:
+    """The `fold` of a network whose released names are those of its `Model`."""
+    with torch.device("meta"):
+        names = network_of(config).load_model().Model(config, stacked).state_dict()
+    return {name: released.tensor(name) for name in names}
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor] | Affine) -> State:

@@ -34,6 +34,7 @@ NETWORK = Network(
     ),
     parameters={"base": 230_221_838, "tiny": 2_779_918},
     gflop=(57.5, 62.7),
+    trainable=True,
     outputs=(
         *ANSWERS,
         Tensor(

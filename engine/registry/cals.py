@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from engine.registry import hammer
@@ -48,19 +48,18 @@ def _kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {"caformer_kernels": kernels} if kernels else {}
 
 
-def _shape(config: FusionConfig, **own: Any) -> CalsConfig:
-    common = {field.name: getattr(config, field.name) for field in fields(config)}
-    return CalsConfig(**common | {"name": "cals"} | own)
-
-
 NETWORK = Network(
     name="cals",
     title="CALS",
     source=str(__doc__),
     licence="not stated",
     sizes={
-        "base": _shape(hammer.BASE, caformer_start=8, caformer_heads=8, guidance_widths=(64, 128, 256)),
-        "tiny": _shape(hammer.TINY, caformer_start=2, caformer_heads=2, guidance_widths=(16, 32, 64)),
+        "base": CalsConfig.like(
+            hammer.BASE, name="cals", caformer_start=8, caformer_heads=8, guidance_widths=(64, 128, 256)
+        ),
+        "tiny": CalsConfig.like(
+            hammer.TINY, name="cals", caformer_start=2, caformer_heads=2, guidance_widths=(16, 32, 64)
+        ),
     },
     keys=Keys(
         marks=("visual_encoder.Conv.", "CARA.", "cls_token_local_e"),
@@ -73,4 +72,5 @@ NETWORK = Network(
     ),
     parameters={"base": 235_861_455, "tiny": 2_971_775},
     gflop=(79.0, 84.2),
+    trainable=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Self, cast
 
 from engine.schema import NOTHING, Record, fail, matching, one_of, whole, within
@@ -45,6 +45,11 @@ class NetworkConfig(Record):
     patch_size: _Pixels
     vocabulary: Annotated[int, whole(1, 4_000_000)]
     positions: Annotated[int, whole(1, LARGEST_CAPTION)]
+
+    @classmethod
+    def like(cls, other: NetworkConfig, **own: Any) -> Self:
+        """A config with the values of `other`, but for `own`; raises TypeError where a field is left open."""
+        return cls(**vars(other) | own)
 
     @property
     def grid(self) -> int:
@@ -95,6 +100,25 @@ class NetworkConfig(Record):
             yield "patch_size", f"a divisor of image_size {self.image_size}", self.patch_size
         if self.grid > _LARGEST_GRID:
             yield "image_size", f"at most {_LARGEST_GRID} patches of {self.patch_size}", self.image_size
+
+
+# ViT-B/16 and BERT, which most networks have for encoders, and the same in a test's size.
+BASE_SHAPE = NetworkConfig(
+    name="",
+    size="base",
+    width=768,
+    heads=12,
+    vision_depth=12,
+    text_depth=12,
+    mlp_ratio=4,
+    image_size=256,
+    patch_size=16,
+    vocabulary=30522,
+    positions=512,
+)
+TINY_SHAPE = replace(
+    BASE_SHAPE, size="tiny", width=128, heads=2, vision_depth=4, text_depth=4, vocabulary=2048
+)
 
 
 @dataclass(frozen=True, kw_only=True)

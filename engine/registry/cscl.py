@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.registry.config import Layers, NetworkConfig, Width
+from engine.registry.config import BASE_SHAPE, TINY_SHAPE, Layers, NetworkConfig, Width
 from engine.registry.record import ANSWERS, BYTE_BPE, HeatMap, Keys, Network, Tensor
 
 FIRST_POSITION = 2  # RoBERTa's row of the first token
@@ -47,18 +47,11 @@ def read_scores(scores: np.ndarray, grid: int) -> np.ndarray:
     return (1 - scores).reshape(grid, grid).astype(np.float32)
 
 
-BASE = CsclConfig(
+BASE = CsclConfig.like(
+    BASE_SHAPE,
     name="cscl",
-    size="base",
-    width=768,
-    heads=12,
     vision_depth=11,
-    text_depth=12,
-    mlp_ratio=4,
-    image_size=256,
-    patch_size=16,
     vocabulary=50265,
-    positions=512,
     fusion_depth=6,
     intra_depth=3,
     intra_hidden=1024,
@@ -67,18 +60,11 @@ BASE = CsclConfig(
     image_neighbours=16,
     text_neighbours=8,
 )
-TINY = CsclConfig(
+TINY = CsclConfig.like(
+    TINY_SHAPE,
     name="cscl",
-    size="tiny",
-    width=128,
-    heads=2,
     vision_depth=3,
     text_depth=2,
-    mlp_ratio=4,
-    image_size=256,
-    patch_size=16,
-    vocabulary=2048,
-    positions=512,
     fusion_depth=2,
     intra_depth=2,
     intra_hidden=192,
@@ -132,7 +118,6 @@ NETWORK = Network(
         ),
     ),
     tokenizer=replace(BYTE_BPE, min_tokens=1 + BASE.text_neighbours),
-    trainable=False,
     compares=True,
     residual=0.225,  # with more all tokens are alike, and the choice of neighbours is one of rounding
 )

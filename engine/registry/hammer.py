@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from engine.registry.config import FusionConfig
+from engine.registry.config import BASE_SHAPE, TINY_SHAPE, FusionConfig
 from engine.registry.record import DEAD, Keys, Network
 
-BASE = FusionConfig(
-    name="hammer",
-    size="base",
-    width=768,
-    heads=12,
-    vision_depth=12,
-    text_depth=12,
-    mlp_ratio=4,
-    image_size=256,
-    patch_size=16,
-    vocabulary=30522,
-    positions=512,
-    fusion_start=6,
-    projection=256,
-)
-TINY = replace(
-    BASE,
-    size="tiny",
-    width=128,
-    heads=2,
-    vision_depth=4,
-    text_depth=4,
-    vocabulary=2048,
-    fusion_start=2,
-    projection=64,
-)
+BASE = FusionConfig.like(BASE_SHAPE, name="hammer", fusion_start=6, projection=256)
+TINY = FusionConfig.like(TINY_SHAPE, name="hammer", fusion_start=2, projection=64)
 NETWORK = Network(
     name="hammer",
     title="HAMMER",
@@ -42,4 +16,5 @@ NETWORK = Network(
     keys=Keys(marks=("it_cross_attn.", "bbox_head.", "cls_token_local"), dead=DEAD),
     parameters={"base": 227_859_468, "tiny": 2_713_868},
     gflop=(56.1, 61.3),
+    trainable=True,
 )

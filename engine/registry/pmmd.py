@@ -57,9 +57,9 @@ def _check_types(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return check_types({key.removeprefix("refine."): shape for key, shape in shapes.items()})
 
 
-def _shape(size: str, locate_vision_depth: int, locate_text_depth: int) -> PmmdConfig:
-    depths = {"locate_vision_depth": locate_vision_depth, "locate_text_depth": locate_text_depth}
-    return PmmdConfig(**vars(pmmd_refine.NETWORK.sizes[size]) | depths | {"name": "pmmd"})
+def _shape(size: str, vision_depth: int, text_depth: int) -> PmmdConfig:
+    depths = {"locate_vision_depth": vision_depth, "locate_text_depth": text_depth}
+    return PmmdConfig.like(pmmd_refine.NETWORK.sizes[size], name="pmmd", **depths)
 
 
 NETWORK = Network(
@@ -79,5 +79,4 @@ NETWORK = Network(
     ),
     parameters={"base": 526_621_464, "tiny": 5_203_224},
     gflop=(167.3, 179.9),
-    trainable=False,
 )

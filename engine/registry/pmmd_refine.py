@@ -40,8 +40,8 @@ NETWORK = Network(
     source="PMMD's second stage, github.com/zj-stu/PMMD",
     licence="not stated",
     sizes={
-        "base": RefineConfig(**vars(hammer.BASE) | {"name": "pmmd_refine"}, guidance_widths=(64, 128, 256)),
-        "tiny": RefineConfig(**vars(hammer.TINY) | {"name": "pmmd_refine"}, guidance_widths=(16, 32, 64)),
+        "base": RefineConfig.like(hammer.BASE, name="pmmd_refine", guidance_widths=(64, 128, 256)),
+        "tiny": RefineConfig.like(hammer.TINY, name="pmmd_refine", guidance_widths=(16, 32, 64)),
     },
     keys=Keys(
         marks=("gem.", "MIG.", "LIG."),
@@ -58,5 +58,4 @@ NETWORK = Network(
     parameters={"base": 228_713_676, "tiny": 2_763_516},
     gflop=(63.9, 71.9),
     inputs=(*PAIR, BOX_GIVEN),
-    trainable=False,
 )

@@ -131,10 +131,12 @@ class Network:
     paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
     size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
     scale of drawn weights where a residual branch ends (`dgm4.seeded`). compares: all answers but the verdict
-    come of comparing the image with words, so that a caption without any leaves the verdict alone.
+    come of comparing the image with words, so that a caption without any leaves the verdict alone. trainable:
+    `dgm4 train` has an objective for it.
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
-    `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints.
+    `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints. A
+    network that is registered from outside names in `module` the one that has all three.
     """
 
     name: str
@@ -148,11 +150,10 @@ class Network:
     inputs: tuple[Tensor, ...] = PAIR
     outputs: tuple[Tensor, ...] = ANSWERS
     tokenizer: TokenizerSpec = WORDPIECE
-    trainable: bool = True
+    trainable: bool = False
     residual: float = 1.5
     compares: bool = False
-    model: str = ""
-    published: str = ""
+    module: str = ""
 
     @property
     def config(self) -> type[NetworkConfig]:
@@ -175,8 +176,8 @@ class Network:
 
     def load_model(self) -> ModuleType:
         """The module of the form for inference; it imports torch."""
-        return importlib.import_module(self.model or f"engine.network.models.{self.name}")
+        return importlib.import_module(self.module or f"engine.network.models.{self.name}")
 
     def load_published(self) -> ModuleType:
         """The module of the published form; it imports torch and dgm4."""
-        return importlib.import_module(self.published or f"dgm4.models.{self.name}")
+        return importlib.import_module(self.module or f"dgm4.models.{self.name}")

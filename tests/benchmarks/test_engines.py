@@ -53,6 +53,6 @@ def test_rows_have_one_order_and_a_key_each():
 def test_a_part_without_full_tensorrt_says_what_is_missing(monkeypatch):
     builders = (trt.BuilderInfo("tensorrt", None, False, "not installed"),)
     monkeypatch.setattr(trt, "describe_builders", lambda: builders)
-    assert list(engines.part("asap")) == [{"missing": "tensorrt: not installed"}]
+    assert list(engines.part("asap", "fp16")) == [{"missing": "tensorrt: not installed"}]
     monkeypatch.setattr(rtx, "LIBRARY", "no_such_library")
     assert list(rtx.check()) == [{"missing": "no_such_library is not installed"}]

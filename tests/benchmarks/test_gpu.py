@@ -165,6 +165,34 @@ def test_parts_are_found_and_named_once():
     assert {p.arguments[1] for p in found if p.name.startswith("network")} <= set(networks.VARIANTS)
 
 
+def test_every_network_is_measured_in_every_way():
+    """As the record has them, so that a new one is measured without being named."""
+    found = [part.name for part in parts.parts()]
+    ways = ["ours-bf16", "ours-fp16", "ours-fp8", "published-fp32", "published-bf16"]
+    wanted = [f"network-{name}-{way}" for name in NETWORKS for way in (*ways, "compile-max-autotune-64x50")]
+    wanted += [f"engine-{name}-{precision}" for name in NETWORKS for precision in ("fp16", "bf16")]
+    assert sorted(set(wanted) - set(found)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "asap"])
+@pytest.mark.parametrize("variant", ["ours-fp16", "published-fp32"])
+def test_every_network_gets_its_own_inputs(name, variant, monkeypatch):
+    """A box where it judges one; and none gets a batch that would take longer than the others' largest."""
+    monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
+    monkeypatch.setitem(networks.JUDGED, "batch", 2)
+    error, *rows = networks.measure(name, variant, "2x12,1000x50", device="cpu", size="tiny")
+    assert set(error["error"]) == {x.name for x in NETWORKS[name].outputs}
+    assert all(0 <= e < 0.1 for e in error["error"].values())
+    assert [(row["batch"], row["pairs_s"]) for row in rows] == [(2, 1000)]
+
+
+def test_a_batch_with_too_much_work_is_left_out():
+    shapes = {name: [s for s in networks.SHAPES if networks.fits(name, *s)] for name in NETWORKS}
+    assert [name for name, own in shapes.items() if (64, 50) not in own] == []
+    assert shapes["cals"] == list(networks.SHAPES)
+    assert (256, 50) not in shapes["pmmd"]
+
+
 @pytest.mark.parametrize("variant", ["ours-fp8", "published-bf16"])
 def test_a_network_is_timed_beside_its_error(variant, monkeypatch):
     monkeypatch.setattr(networks, "time_ms", lambda run: run() and {"p50_ms": 2.0})
@@ -176,8 +204,8 @@ def test_a_network_is_timed_beside_its_error(variant, monkeypatch):
 
 
 def test_a_shape_that_fails_leaves_the_others(monkeypatch):
-    def run(image, ids, mask):
-        if len(ids) > 1:
+    def run(image, input_ids, attention_mask):
+        if len(input_ids) > 1:
             raise torch.OutOfMemoryError("no room")
         return (torch.zeros(1),)
 
@@ -188,8 +216,8 @@ def test_a_shape_that_fails_leaves_the_others(monkeypatch):
 
 
 def test_a_shape_that_fails_otherwise_fails_its_part_at_the_end(monkeypatch):
-    def run(image, ids, mask):
-        if len(ids) > 1:
+    def run(image, input_ids, attention_mask):
+        if len(input_ids) > 1:
             raise RuntimeError("odd")
         return (torch.zeros(1),)
 

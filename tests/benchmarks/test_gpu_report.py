@@ -76,6 +76,10 @@ RECORD = {
             state="failed",
         ),
         "memcheck-test_launch": part({"missing": "no tool"}),
+        # Whose answers follow a choice that rounding may decide.
+        "network-cscl-ours-bf16": part(
+            {"network": "cscl", "variant": "ours-bf16", "error": {"logits_multicls": 0.2}}
+        ),
         "engine-cals": part({"missing": "tensorrt: not installed"}),
         "engine-asap": part(
             {

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,11 +126,8 @@ def test_no_library(bundle_dir, monkeypatch):
         Predictor(bundle_dir, backend="ort")
 
 
-def test_a_library_beside_torch_is_named(bundle_dir, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
-    )
+def test_a_library_beside_torch_is_named(bundle_dir, libraries):
+    libraries(safetensors=False)
     assert [name for name in backends.available() if name != "openvino"] == ["ort"]
     with pytest.raises(BackendError, match="the backend 'torch' needs safetensors, which is not installed"):
         Predictor(bundle_dir, backend="torch")
@@ -154,16 +150,14 @@ def test_a_device_that_nobody_knows(bundle_dir, backend, device):
     assert len(str(caught.value)) < 200
 
 
-def test_what_was_probably_meant(bundle_dir, monkeypatch):
+def test_what_was_probably_meant(bundle_dir, libraries):
     with pytest.raises(BackendError, match="; did you mean cuda?"):
         Predictor(bundle_dir, device="cudaa")
     with pytest.raises(BackendError, match="; did you mean openvino?"):
         Predictor(bundle_dir, backend="openvion")
     with pytest.raises(InputError, match="; did you mean manipulated?"):
         Predictor(bundle_dir, thresholds={"manipulate": 0.5})
-    find = importlib.util.find_spec
-    lacking = ("torch", "safetensors")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
+    libraries(torch=False, safetensors=False)
     with pytest.raises(BackendError, match="needs torch and safetensors, which are not installed"):
         Predictor(bundle_dir, backend="torch")
 

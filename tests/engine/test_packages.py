@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 
-from engine import backends, packages
+from engine import backends
 from engine.errors import BackendError
 from engine.packages import find_conflict, install_command, lacking, require
 
@@ -15,9 +15,9 @@ def test_the_command_names_the_extras():
     assert install_command("cpu", "export") == 'pip install "dgm4[cpu,export]"'
 
 
-def test_what_is_absent_is_named(monkeypatch):
+def test_what_is_absent_is_named(libraries):
     require("this", "onnxruntime")
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    libraries(torch=False, onnx=False, onnxruntime=False)
     with pytest.raises(BackendError) as caught:
         require("dgm4 export", "torch", "onnx", "onnxruntime")
     assert str(caught.value) == ('dgm4 export needs torch, onnx, onnxruntime: pip install "dgm4[export,cpu]"')

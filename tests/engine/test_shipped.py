@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Bundle, BundleError, Predictor, shipped
+from engine import Bundle, BundleError, Predictor
 from engine.shipped import locate, shipped_bundles
 
 
@@ -48,8 +48,8 @@ def test_a_name_without_its_prefix(name, hint, tmp_path, monkeypatch):
     assert str(caught.value).endswith(f"that dgm4 export writes, got nothing{hint}")
 
 
-def test_without_the_package_no_bundle_ships(monkeypatch):
-    monkeypatch.setattr(shipped.importlib.util, "find_spec", lambda name: None)
+def test_without_the_package_no_bundle_ships(libraries):
+    libraries(dgm4=False)
     assert shipped_bundles() == []
     with pytest.raises(BundleError, match="ready bundle \\(not installed\\)"):
         Bundle.open("demo:asap")

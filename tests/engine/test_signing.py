@@ -153,7 +153,7 @@ def test_openssl_verifies_it(signed, keys):
     assert "Signature Verified Successfully" in done.stdout, done.stderr
 
 
-def test_without_the_library(signed, keys, monkeypatch):
-    monkeypatch.setattr("engine.packages.importlib.util.find_spec", lambda name: None)
+def test_without_the_library(signed, keys, libraries):
+    libraries(cryptography=False)
     with pytest.raises(BackendError, match=r"needs cryptography: pip install .dgm4\[sign\]"):
         Bundle.open(signed, public_key=keys[1])

@@ -227,14 +227,13 @@ class Model(InferenceModel):
         faces, texts = self.image_classes(picture), self.text_classes(caption)
         box = self.bbox_head(picture.to(dtype_of(self.bbox_head))).sigmoid()
         text_scores = text_scores.masked_fill(words == 0, PADDING_SCORE)
-        out = text_scores.dtype
         return Output(
-            self.itm_head(self.fusion_head(pooled)).to(out),
-            torch.cat([faces, texts], dim=-1).to(out),
-            torch.where(faces.amax(-1, keepdim=True) < NO_FACE, 0, box.to(out)),
+            self.itm_head(self.fusion_head(pooled)),
+            torch.cat([faces, texts], dim=-1),
+            torch.where(faces.amax(-1, keepdim=True) < NO_FACE, 0, box),
             torch.stack([text_scores, 1 - text_scores], dim=-1).clamp(min=FLOOR).log(),
             patch_scores=image_scores,
-        )
+        ).widened()
 
     def fuse(self, image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams [B, 1+P, D] and [B, N, D] through their layers, each of which reads the old pair."""

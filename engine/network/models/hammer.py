@@ -50,8 +50,7 @@ class Model(InferenceModel):
         fused, guide = self.text.fuse(text, mask, for_text)
         box, real_fake, classes = self.branch(for_image, text, mask, fused[:, 0])
         tokens = self.text.classifier(fused[:, 1:])
-        out = torch.promote_types(real_fake.dtype, torch.float32)
-        return Output(real_fake.to(out), classes.to(out), box.to(out), tokens.to(out), guide)
+        return Output(real_fake, classes, box, tokens, guide).widened()
 
 
 def fold(released: Released, config: FusionConfig, stacked: bool) -> State:

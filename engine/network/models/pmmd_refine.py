@@ -10,7 +10,7 @@ from engine.network.model import InferenceModel
 from engine.network.models import hammer
 from engine.network.models.cals import fold_guidance
 from engine.network.output import Output
-from engine.network.released import Released, State, fold_cross, under
+from engine.network.released import Released, State, under
 from engine.network.text import Text
 from engine.network.vision import Vision
 from engine.registry.pmmd_refine import RefineConfig
@@ -47,15 +47,10 @@ class Model(InferenceModel):
         fused, words = streams.unflatten(0, (2, -1)).unbind(0)
         box, real_fake, classes = self.branch(guided, text, mask, fused[:, 0])
         tokens = self.text.classifier(words[:, 1:])
-        out = torch.promote_types(real_fake.dtype, torch.float32)
-        return Output(real_fake.to(out), classes.to(out), box.to(out), tokens.to(out))
+        return Output(real_fake, classes, box, tokens).widened()
 
 
 def fold(released: Released, config: RefineConfig, stacked: bool) -> State:
     """The tensors of `Model`."""
-    branch = hammer.fold_branch(released, config) | under("cross", fold_cross(released, "it_cross_attn"))
-    return {
-        **hammer.fold_encoders(released, config, stacked),
-        **under("guidance", fold_guidance(released.at("gem.conv_net"))),
-        **under("branch", branch),
-    }
+    guidance = fold_guidance(released.at("gem.conv_net"))
+    return hammer.fold(released, config, stacked) | under("guidance", guidance)

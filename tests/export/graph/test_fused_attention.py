@@ -109,8 +109,8 @@ def test_where_it_is_not_tried(building, precision, version, features):
     assert building(precision, full, features=features)[:2] == (0, ["model.onnx"])
 
 
-def test_without_onnx_a_serving_machine_builds_without_it(building, monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_without_onnx_a_serving_machine_builds_without_it(building, libraries, caplog):
+    libraries(onnx=False)
     assert building("fp16")[:2] == (0, ["model.onnx"])
     assert "pip install onnx" in caplog.text
 

@@ -333,8 +333,8 @@ def test_builders_are_described_without_loading_them():
     assert done.stdout == "[] False False\n"
 
 
-def test_tensorrt_needs_a_gpu_and_rtx_does_not(monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+def test_tensorrt_needs_a_gpu_and_rtx_does_not(libraries, monkeypatch):
+    libraries(tensorrt=True, tensorrt_rtx=True)
     no_driver = {"compute_capability": None, "gpu": None, "reason": "no CUDA driver"}
     monkeypatch.setattr(build, "_probe_driver", lambda: no_driver)
     assert [info.usable for info in describe_builders()] == [False, True]
@@ -345,9 +345,9 @@ def test_tensorrt_needs_a_gpu_and_rtx_does_not(monkeypatch):
     assert (find_builder().library, find_builder().gpu) == ("tensorrt", "H")
 
 
-def test_no_library_at_all(monkeypatch, tmp_path):
+def test_no_library_at_all(libraries, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"onnx")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    libraries(tensorrt=False, tensorrt_rtx=False)
     assert find_builder() is None
     with pytest.raises(BackendError, match=r'pip install "dgm4\[rtx\]"'):
         build_engine(EngineSpec(tmp_path / "model.onnx", [PROFILE]), tmp_path / "model.engine")

@@ -198,8 +198,8 @@ def test_options_that_do_not_fit(tmp_path, fields, message):
         (SAME, None),
     ],
 )
-def test_our_kernels_and_such_engines(tmp_path, monkeypatch, features, why):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+def test_our_kernels_and_such_engines(tmp_path, libraries, features, why):
+    libraries(triton=True)
 
     auto, on = (EngineOptions(plugins, features=features) for plugins in ("auto", "on"))
     assert auto.takes_plugins(FULL) is (why is None)

@@ -27,8 +27,8 @@ def options(tmp_path):
 
 
 @pytest.fixture
-def triton_found(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+def triton_found(libraries):
+    libraries(triton=True)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_what_was_asked_for_and_cannot_be_is_refused(triton_found, builder, mess
         EngineOptions("on").takes_plugins(builder)
 
 
-def test_without_triton_there_are_none(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_without_triton_there_are_none(libraries):
+    libraries(triton=False, torch=False, onnx=False)
     assert not EngineOptions("auto").takes_plugins(FULL)
     with pytest.raises(BackendError, match="is not installed: pip install triton torch onnx"):
         EngineOptions("on").takes_plugins(FULL)
