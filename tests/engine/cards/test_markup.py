@@ -97,7 +97,7 @@ def test_the_box_that_was_given_stands_beside_the_networks_in_legend_and_words()
 def test_the_scale_says_what_the_map_is_of_and_its_ends():
     heatmap = np.linspace(0.2, 0.4, 256, dtype=np.float32).reshape(16, 16)
     shown = Document(make_prediction(model={"name": "cscl"}, heatmap=heatmap).to_html())
-    assert "disagreement with the caption 0.2  0.4" in "".join(shown.text)
+    assert "disagreement with the caption 0.20  0.40" in "".join(shown.text)
 
 
 def test_the_clean_image_stands_beside_the_one_with_evidence():
