@@ -14,7 +14,7 @@ import argparse
 import copy
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import dgm4
 from benchmarks.results import ResultFile
 from engine.network.model import InferenceModel
 from engine.network.precision import set_precision
-from engine.registry import NAMES, SIZES
+from engine.registry import NAMES, NETWORKS, SIZES
 from export.graph.choices import changed_choices, choice_scores, chosen, margins
 from export.graph.parity import Arrays, case_inputs, onnx_outputs, relative_errors, torch_outputs
 from export.graph.rewrite import rewrite, sharing
@@ -108,6 +108,30 @@ def measure(name: str, size: str) -> Row:
     return {**row, "precisions": precision_rows(network, feeds)}
 
 
+def table(rows: Iterable[Row]) -> str:
+    """The documentation's: float32's largest difference, and each precision's error in its worst output."""
+    lines = [_line("network", "fp32, largest", *PRECISIONS), _line(*["---"] * (2 + len(PRECISIONS)))]
+    for row in rows:
+        apart = max(max(shape["largest"].values()) for shape in row["float32"])
+        errors = [f"{100 * max(x['relative'].values()):.1f} %" for x in row["precisions"]]
+        lines.append(_line(NETWORKS[row["network"]].title, f"{apart:.0e}", *errors))
+    return "".join(lines)
+
+
+def choice_table(rows: Iterable[Row]) -> str:
+    """The documentation's: of a network's choices, how many each precision changes."""
+    lines = [_line("network", "choices", "fp32", *PRECISIONS), _line(*["---"] * (3 + len(PRECISIONS)))]
+    for row in rows:
+        if row["choice"] is not None:
+            changed = [str(x["changed"]) for x in (row["choice"], *row["precisions"])]
+            lines.append(_line(NETWORKS[row["network"]].title, str(row["choice"]["choices"]), *changed))
+    return "".join(lines)
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
 def main() -> int:
     """Measure, write and print; 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
@@ -121,6 +145,7 @@ def main() -> int:
         with result.case(name):
             rows.append(measure(name, options.size))
         result.save({"weights": "drawn", "size": options.size, "rounded_case": ROUNDED_CASE, "rows": rows})
+    print(table(rows), choice_table(rows), sep="\n", end="")
     return result.exit_code
 
 
