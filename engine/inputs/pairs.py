@@ -30,13 +30,18 @@ def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | N
         if "image" not in pair or caption not in pair:
             names = quoted(", ".join(map(str, pair)))
             raise InputError(f"{name}: expected {expected}, got the names {names}; None stands for neither")
-        return pair["image"], pair[caption], pair.get("box")
+        return pair["image"], pair[caption], box_of(pair)
     if isinstance(pair, (tuple, list)):
         image, caption, *box = pair if len(pair) > 1 else (None, None, None, None)
         if not box or (len(box) == 1 and not isinstance(box[0], str)):
             return image, caption, box[0] if box else None
     actual = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
     raise InputError(f"{name}: expected {expected}, got {actual}")
+
+
+def box_of(record: Mapping[str, Any]) -> Any:
+    """The box that a pair brings: "box_given" of an answer that is read again, whose "box" is the network's."""
+    return record["box_given"] if "box_given" in record else record.get("box")
 
 
 def join_pairs(

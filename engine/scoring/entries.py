@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from engine.errors import InputError, quoted, shorten
+from engine.inputs.pairs import box_of
 
 IMAGE_NAMES, CAPTION_NAMES = ("image", "file_name"), ("caption", "text")
 SHOWN = 60  # characters of a faulty line that a message repeats
@@ -71,7 +72,7 @@ def make_entry(record: Any, empty: Entry, shown: str) -> Entry:
         empty = replace(empty, image=known, id=record.get("id"))
         neither = image is None and caption is None and empty.content is None
         if known == image and isinstance(caption, str | None) and not neither:
-            return replace(empty, caption=caption, box=record.get("box"))
+            return replace(empty, caption=caption, box=box_of(record))
     return failed(empty, f"{_EXPECTED}, got {shown}")
 
 

@@ -133,7 +133,9 @@ def test_agreement(run, bundle, monkeypatch):
     code, result = run(agreement, "--size", "tiny", "--network", "cscl")
     assert (code, cases(result)) == (0, [])
     (row,) = result["rows"]
-    assert 0 < max(row["float32"][0]["largest"].values()) < 1e-4
+    (shape,) = row["float32"]
+    assert 0 < max(shape["largest"].values()) < 1e-4
+    assert shape["jumped"] == {"patch_scores": 0} and shape["values"] == {"patch_scores": 256}
     assert 0 < row["precisions"][0]["changed"] < row["precisions"][0]["choices"] == row["choice"]["choices"]
     assert 0 < row["choice"]["noise"] < 1e-6
 

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, decoding, demo, engines, inference_server, preprocessing, projection, serving
+from benchmarks import (
+    accuracy,
+    agreement,
+    decoding,
+    demo,
+    engines,
+    inference_server,
+    preprocessing,
+    projection,
+    serving,
+)
 from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.registry import TENSORS
@@ -45,6 +55,11 @@ def result(name):
     ("name", "page", "make"),
     [
         ("accuracy-cpu", "precision-and-accuracy", lambda result: accuracy.table(result["bundles"])),
+        (
+            "agreement-cpu",
+            "precision-and-accuracy",
+            lambda result: agreement.table(result["rows"]) + agreement.choice_table(result["rows"]),
+        ),
         ("ablations", "training", demo.table),
         ("demo", "training", demo.table),
         ("inference-server-cpu", "triton-server", inference_server.table),

@@ -170,6 +170,26 @@ def test_on_the_command_line(path, picture, tmp_path, capsys):
         assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_answers_are_a_list_of_the_boxes_that_were_given(path, picture, predictor, tmp_path, capsys):
+    """And not of the network's own, be they read from a file or asked again as mappings."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"image": "photo.png", "caption": CAPTION, "box": BOX}) + "\n"
+    )
+    answers = []
+    for name in ("pairs.jsonl", "answers.jsonl"):
+        assert main(["predict", str(path), "--list", str(tmp_path / name)]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+        (tmp_path / "answers.jsonl").write_text(json.dumps(answers[-1]))
+    first, second = answers
+    assert first["box_given"] == second["box_given"] == list(BOX) != first["box"]
+    assert first["score"] == second["score"]
+    (again,) = predictor.predict_batch([{**first, "image": picture}])
+    assert again.box_given == BOX
+
+
 def test_where_pairs_bring_no_box(path, annotated, tmp_path):
     opened = Bundle.open(path)
     with pytest.raises(InputError, match="pmmd_refine judges a box that each pair brings"):
