@@ -40,7 +40,7 @@ def unpack_pair(name: str, pair: object) -> tuple[ImageInput | None, Caption | N
 
 
 def box_of(record: Mapping[str, Any]) -> Any:
-    """The box that a pair brings: "box_given" of an answer that is read again, whose "box" is the network's."""
+    """The box that a pair brings; that of an answer read again is "box_given", "box" being the network's."""
     return record["box_given"] if "box_given" in record else record.get("box")
 
 
