@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -15,12 +14,12 @@ from engine.errors import InputError
 from engine.files import open_file, replacing
 from engine.layout import MANIFEST
 from engine.manifest import FORMAT
+from export.writing import writing
 
 Rows = list[tuple[str, ...]]
 
 # File names need not be UTF-8: the bytes of others come as surrogates, written as \udce9.
 ERRORS = "backslashreplace"
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk answers
 
 
 @contextlib.contextmanager
@@ -40,36 +39,22 @@ def open_output(
         yield sys.stdout
         return
     check_output(path, option, inputs)
-    with full_disk_as_input_error(path, option), replacing(path) as partial:
-        try:
-            file = partial.open("w", encoding="utf-8", errors=ERRORS)
-        except OSError as error:
-            raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
-        with file:
-            yield file
+    with (
+        writing(path, option),
+        replacing(path) as partial,
+        partial.open("w", encoding="utf-8", errors=ERRORS) as file,
+    ):
+        yield file
 
 
-@contextlib.contextmanager
-def full_disk_as_input_error(path: Path, option: str) -> Iterator[None]:
-    """Raise InputError, which names the option, where the disk of `path` is full."""
-    try:
-        yield
-    except OSError as error:  # of the caller's block too, so no other kind is taken for ours
-        if error.errno not in FULL:
-            raise
-        raise InputError(
-            f"{option} {path}: cannot be written: {error.strerror}; free space or choose another place"
-        ) from error
+def write_whole(path: Path, content: bytes, option: str, instead: str = "") -> None:
+    """Write a file that appears whole or not at all; raises InputError where it cannot be written.
 
-
-def write_whole(path: Path, content: bytes, option: str) -> None:
-    """Write a file that appears whole or not at all; raises InputError where it cannot be written."""
+    `instead` is as for `writing`.
+    """
     check_output(path, option)
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
+    with writing(path, option, instead), replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def check_output(path: Path, option: str, inputs: Sequence[Path | None] = ()) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from dgm4.checkpoint import ALBEF, Checkpoint, grid_of
 from dgm4.config import ModelConfig
 from dgm4.model import Detector
 from dgm4.places import check_checkpoint
+from dgm4.saving import save_safetensors
 from dgm4.shipped import demo_of
 from dgm4.state import some
 from dgm4.tokenizer import build_tokenizer, vocabulary_digest, vocabulary_of
@@ -135,7 +135,7 @@ def _write_weights(job: Job, model: Detector) -> None:
         if half:
             state = {name: _narrowed(value) for name, value in state.items()}
         path = job.writer.path(WEIGHTS)
-        safetensors.torch.save_file(state, path, metadata={"config": json.dumps(model.config.to_dict())})
+        save_safetensors(state, path, {"config": json.dumps(model.config.to_dict())})
         stage.text = (
             f"{len(state)} tensors, {path.stat().st_size / 1e6:.0f} MB, {'float16' if half else 'float32'}"
         )

@@ -45,9 +45,10 @@ ROOMS = {
     "dgm4": "engine engine.errors engine.files engine.inputs engine.registry engine.network.output "
     "engine.packages engine.progress engine.shipped",
     "export.flags": "engine.errors",
-    "export.output": "engine.errors engine.files engine.layout engine.manifest",
+    "export.writing": "engine.errors",
+    "export.output": "engine.errors engine.files engine.layout engine.manifest export.writing",
     "export.bundle": "engine engine.bundle engine.errors engine.files engine.layout engine.manifest "
-    "engine.registry engine.scores",
+    "engine.registry engine.scores export.writing",
     "export.graph": "dgm4 engine.backends engine.errors engine.layout engine.manifest engine.network "
     "engine.registry kernels",
     "export.quantization": "dgm4 engine engine.backends engine.bundle engine.errors engine.inputs "
@@ -70,7 +71,8 @@ ROOMS = {
     "engine.files "
     "engine.inputs engine.layout engine.logs engine.packages engine.progress engine.scores engine.scoring "
     "engine.registry engine.serving engine.shipped engine.signing export export.bench export.bundle "
-    "export.evaluation export.flags export.inference_server export.output export.quantization export.trt",
+    "export.evaluation export.flags export.inference_server export.output export.quantization export.trt "
+    "export.writing",
     "export.to_trt": "export.cli",  # the front door
 }
 ROOMS["benchmarks"] = " ".join(room for room in ROOMS if room not in ("export.cli", "export.to_trt"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from dgm4.checkpoint import load_checkpoint
+from dgm4.saving import save_safetensors
 from engine.errors import CheckpointError
 
 
@@ -24,5 +24,5 @@ def release(checkpoint: Path, out: Path, metadata: dict[str, str]) -> int:
         state[name] = value.to(torch.float16)
         if not bool(state[name].isfinite().all()):
             raise CheckpointError(f"{checkpoint}: {name} does not fit float16")
-    safetensors.torch.save_file(state, out, metadata=metadata)
+    save_safetensors(state, out, metadata)
     return out.stat().st_size

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgm4.config import ModelConfig
+from dgm4.saving import save_pickle
 from dgm4.state import read_content
 from dgm4.training.trainee import Trainee
 from engine.errors import CheckpointError
@@ -80,9 +81,9 @@ def load_released(trainee: Trainee, state: dict[str, Tensor]) -> None:
 
 
 def write_snapshot(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds the old one or the whole new one."""
+    """Write a checkpoint so that `path` holds the old one or the whole new one; raises OSError."""
     with replacing(path, only_writer=True) as partial:
-        torch.save(content, partial)
+        save_pickle(content, partial)
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:

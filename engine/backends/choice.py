@@ -97,7 +97,10 @@ def write(choice: Choice) -> Path:
         with replacing(path) as partial:
             partial.write_text(json.dumps(choice.to_dict(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise BackendError(f"{path}: the choice cannot be written: {error.strerror or error}") from error
+        raise BackendError(
+            f"{path}: the choice cannot be written: {error.strerror or error}; free space there, or set "
+            "XDG_CACHE_HOME to another folder"
+        ) from error
     return path
 
 

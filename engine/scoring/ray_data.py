@@ -69,6 +69,8 @@ class ShardActor:
             done = self._worker(shard).to_dict()
         except Dgm4Error as error:
             return {"error": type(error).__name__, "message": str(error)}
+        except OSError as error:  # the disk is full, as the driver tells it for its own
+            return {"refused": [error.errno, error.strerror or str(error), error.filename]}
         tries.unlink(missing_ok=True)
         return done
 
@@ -85,6 +87,8 @@ def score_on(cluster: Cluster, work: Work, shards: Sequence[Shard]) -> Iterator[
         try:
             for row in _dataset(cluster, work, shards).iter_rows():
                 done = json.loads(row["done"])
+                if "refused" in done:
+                    raise OSError(*done["refused"])
                 if "error" in done:
                     raise getattr(errors, done["error"])(done["message"])
                 yield Tally(done["pairs"], Counter(done["failed"]))

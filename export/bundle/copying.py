@@ -13,6 +13,7 @@ from typing import Any
 from engine.bundle import Bundle
 from engine.errors import BundleError
 from engine.layout import MANIFEST
+from export.writing import FULL
 
 
 def carry(source: Path, target: Path) -> None:
@@ -28,6 +29,8 @@ def carry(source: Path, target: Path) -> None:
         if not target.exists():
             shutil.copyfile(source, target)
     except OSError as error:
+        if error.errno in FULL:
+            raise  # of the new bundle, whose writer tells it
         raise BundleError(f"{source}: cannot be copied into the new bundle: {error.strerror}") from error
 
 

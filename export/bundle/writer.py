@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import BufferedReader
@@ -31,7 +31,7 @@ from engine.errors import BundleError, quoted
 from engine.files import begin_unfinished, end_unfinished, sha256_of, temporary_name
 from engine.layout import MANIFEST, SIGNATURE
 from engine.manifest import FORMAT, FORMAT_VERSION, manifest_digest, parse_manifest
-from export.bundle.write_errors import as_bundle_error, refusal, write_error
+from export.writing import cannot_write, refusal
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class BundleWriter:
         self._sealed: dict[Path, tuple[_State, dict[str, Any]]] = {}
 
     def __enter__(self) -> BundleWriter:
-        with as_bundle_error(self.noun, self.out):
+        with self._writing():
             self.check_replaceable(self.out, self.overwrite)
             sweep_partials(self.out)
             self._directory, self._lock = _make_locked(self.out)
@@ -73,7 +73,7 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         directory = self._opened()
-        refused = None if error is None else refusal(error, directory)
+        refused = None if error is None else refusal(error, self.out)
         try:
             # After a swap this name holds the bundle that was replaced, after a plain rename nothing.
             _remove_tree(directory)
@@ -85,7 +85,7 @@ class BundleWriter:
             self._directory = None
             os.close(self._lock)
         if refused is not None:
-            raise write_error(self.noun, self.out, refused) from error
+            raise self._error(refused) from error
 
     @classmethod
     def check_replaceable(cls, out: Path, overwrite: bool) -> None:
@@ -128,7 +128,7 @@ class BundleWriter:
     def add_bytes(self, name: str, content: bytes) -> Path:
         """Write `content` as the file `name` and return its path; raises `BundleError`."""
         path = self.path(name)
-        with as_bundle_error(self.noun, self.out):
+        with self._writing():
             path.write_bytes(content)
         return path
 
@@ -142,7 +142,7 @@ class BundleWriter:
         manifest as for `commit`, which still has to follow and writes its own. Raises `BundleError`.
         """
         directory = self._opened()
-        with as_bundle_error(self.noun, self.out):
+        with self._writing():
             self._write_manifest(manifest)
         return directory
 
@@ -155,7 +155,7 @@ class BundleWriter:
         to write; `out` is then as it was before.
         """
         directory = self._opened()
-        with as_bundle_error(self.noun, self.out):
+        with self._writing():
             filled = self._write_manifest(manifest)
             for folder in (directory, *filter(Path.is_dir, directory.rglob("*"))):
                 _sync_directory(folder)
@@ -203,6 +203,17 @@ class BundleWriter:
 
     def _check_manifest(self, content: bytes) -> None:
         parse_manifest(content)  # what the reader would refuse is never published
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise an OSError of the block as BundleError."""
+        try:
+            yield
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> BundleError:
+        return BundleError(cannot_write(f"the {self.noun} {self.out}", error, "choose another --out"))
 
     def _opened(self) -> Path:
         if self._directory is None:

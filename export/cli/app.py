@@ -43,7 +43,8 @@ from export.cli import (
 from export.cli.arguments import check_device
 from export.cli.parser import Parser, usage_errors
 from export.cli.stopping import exit_on_sigterm
-from export.output import ERRORS, FULL, escaped
+from export.output import ERRORS, escaped
+from export.writing import FULL, cannot_write
 
 # By purpose. Each has `add_parser(verbs)` and `run(options)`, and imports torch and the like only then.
 PURPOSES = {
@@ -96,9 +97,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno in FULL:  # a file that is full is named by its option
             _drop_stdout()
-            error = OSError(
-                f"stdout: cannot be written: {error.strerror}; free space or choose another place"
-            )
+            error = OSError(cannot_write("stdout", error, "choose another place"))
         return _fail(error, _BAD_INPUT, verbose)
 
 

@@ -10,6 +10,7 @@ from dgm4.places import check_checkpoint
 from engine.errors import quoted
 from export.cli.arguments import Verbs
 from export.output import check_output
+from export.writing import writing
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -40,9 +41,8 @@ def run(options: argparse.Namespace) -> int:
         )
     check_checkpoint(options.checkpoint)
     check_output(options.out, "OUT")
-    from safetensors.torch import save_file
-
     from dgm4.checkpoint import join_states
+    from dgm4.saving import save_safetensors
     from dgm4.state import find_state
     from engine.files import replacing
 
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
         state = join_states({options.checkpoint: state, options.join: other.state})
     # A copy of each: safetensors holds no two tensors that share memory.
     state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    with replacing(options.out) as partial:
-        save_file(state, partial)
+    with writing(options.out, "OUT"), replacing(options.out) as partial:
+        save_safetensors(state, partial)
     size = options.out.stat().st_size / 1e6
     taken = f"the state {found.place}" if found.place else "the whole file"
     if options.join is not None:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     image, caption = demo_sample()
     with Predictor(BUNDLE) as predictor:
         prediction = predictor.predict(image, caption)
-    save_plot(prediction, options.out)
+    save_plot(prediction, options.out, "--out")
     with open_output(None) as out:
         out.write(summary(image.name, prediction.to_dict(heatmap=False)))
         out.write(f"{'  card':<15}{options.out}\n")

@@ -74,17 +74,15 @@ def run(options: argparse.Namespace) -> int:
     from export.evaluation.page import write_page
     from export.evaluation.report import write_table
 
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(open_output(options.out, [options.data]))
-        page = (
-            stack.enter_context(open_output(options.html, [options.data], "--html")) if options.html else None
-        )
-        result = _evaluate(options, bundle)
-        _report_problems(result)
-        failures = find_failures(result)
+    html = open_output(options.html, [options.data], "--html") if options.html else contextlib.nullcontext()
+    with open_output(options.out, [options.data]) as out:
+        with html as page:  # nothing else is written in it, so that an error is the page's
+            result = _evaluate(options, bundle)
+            _report_problems(result)
+            failures = find_failures(result)
+            if page is not None:
+                page.write(write_page(result, failures))
         out.write(_json(result, failures) if options.json else write_table(result, failures))
-        if page is not None:
-            page.write(write_page(result, failures))
     if options.gate and failures:
         raise VerificationError(f"the accuracy gate failed: {'; '.join(map(str, failures))}")
     return 0

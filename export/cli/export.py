@@ -180,7 +180,7 @@ def _try(bundle: Path, plot: Path | None, weights: str | None) -> dict[str, Any]
         box = sample.box if network_of(predictor.manifest.model.config).box else None
         prediction = predictor.predict(sample.image, sample.caption, box)
     if plot is not None:
-        save_plot(prediction, plot, "; the bundle itself is whole")
+        save_plot(prediction, plot, instead="choose another; the bundle itself is whole")
     head = {"picture": sample.image.name, "truth": sample.truth, "drawn": plot and str(plot)}
     return {**head, **prediction.to_dict(heatmap=False)}
 

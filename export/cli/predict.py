@@ -27,7 +27,8 @@ from export.cli.arguments import Verbs, add_backend, add_decode, add_thresholds,
 from export.cli.plot import save_plot
 from export.cli.summary import summary
 from export.flags import POSITIVE
-from export.output import check_output, full_disk_as_input_error, open_output, printable
+from export.output import check_output, open_output, printable
+from export.writing import writing
 
 _BAD_INPUT = 1
 _BATCH = 8
@@ -200,7 +201,7 @@ def _predict_list(options: argparse.Namespace) -> int:
         if options.out is None or options.html:
             out = stack.enter_context(open_output(options.out, inputs))
         else:
-            stack.enter_context(full_disk_as_input_error(options.out, "--out"))
+            stack.enter_context(writing(options.out, "--out"))
             out = stack.enter_context(Answers(options.out))
         predictor = stack.enter_context(_predictor(options))
         if options.resume and isinstance(out, Answers):

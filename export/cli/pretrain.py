@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dgm4.places import check_data
 from export.cli.arguments import Verbs
+from export.writing import writing
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     place = (options.data, options.out)
-    loss = pretrain(recipe, *place, tokenizer, options.device, options.cache, progress=not options.quiet)
+    with writing(options.out, "--out"):
+        loss = pretrain(recipe, *place, tokenizer, options.device, options.cache, progress=not options.quiet)
     seconds = round(time.perf_counter() - start, 1)
     sys.stdout.write(json.dumps({"out": str(options.out), "loss": loss, "seconds": seconds}) + "\n")
     return 0

@@ -16,6 +16,7 @@ from engine.signing import key_in_use
 from export.cli.arguments import Verbs, add_device, add_thresholds, backend, check_batch
 from export.flags import POSITIVE, WHOLE
 from export.output import is_bundle
+from export.writing import writing
 
 _BATCH, _SHARD = 32, 2000
 _EPILOG = """
@@ -81,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     work = _work(options)
     cluster = Cluster(options.ray, options.workers, work.threads or 1) if options.ray else None
-    tally = score(work, options.shard, options.max_failed, cluster, options.quiet)
+    with writing(options.out, "--out"):
+        tally = score(work, options.shard, options.max_failed, cluster, options.quiet)
     failed = ", ".join(f"{kind} {count}" for kind, count in tally.failed.most_common())
     why = f" ({failed}; their rows hold the errors)" if failed else ""
     sys.stdout.write(f"{options.out}: {tally.pairs} pairs, {tally.failed.total()} failed{why}\n")

@@ -15,6 +15,7 @@ from engine.packages import require
 from engine.shipped import locate
 from engine.signing import is_public, read_key, why_no_key
 from export.cli.arguments import Verbs
+from export.writing import writing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -49,11 +50,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{options.bundle}: ships with the package; sign a copy of {bundle.path}")
     bundle.verify_all()
     path = bundle.path / SIGNATURE
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(key.sign((bundle.path / MANIFEST).read_bytes()))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    with writing(path, "the signature", "sign a copy of the bundle"), replacing(path) as partial:
+        partial.write_bytes(key.sign((bundle.path / MANIFEST).read_bytes()))
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     Bundle.open(bundle.path, public_key=public)  # what was signed stands there
     sys.stdout.write(f"{path}: signed\n")

@@ -16,6 +16,7 @@ from export.cli.arguments import Verbs, add_device
 from export.cli.stopping import stop_first
 from export.flags import WHOLE, read_options
 from export.output import write_whole
+from export.writing import writing
 
 if TYPE_CHECKING:
     from dgm4.training.trainer import Place, Progress
@@ -78,11 +79,12 @@ def run(options: argparse.Namespace) -> int:
     if options.init or options.init_vision:
         initialisation = Initialisation(options.init, options.init_vision)
     place = read_options(Place, options, progress=not options.quiet)
-    trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
-    if trainer.rank == 0:
-        write_whole(copy, vocabulary.read_bytes(), "--out")
-    with stop_first(trainer.stop) as signals:
-        progress = trainer.run()
+    with writing(options.out, "--out"):
+        trainer = Trainer(recipe, place, tokenizer, pieces, initialisation)
+        if trainer.rank == 0:
+            write_whole(copy, vocabulary.read_bytes(), "--out")
+        with stop_first(trainer.stop) as signals:
+            progress = trainer.run()
     finished = progress.epoch >= recipe.epochs
     if trainer.rank == 0:
         sys.stdout.write(_summary(place, progress, finished) + "\n")

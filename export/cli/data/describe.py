@@ -12,6 +12,7 @@ from dgm4.places import check_data
 from engine.progress import progress_bar
 from export.cli.arguments import Verbs, add_data, add_device
 from export.flags import POSITIVE
+from export.writing import writing
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -56,14 +57,15 @@ def run(options: argparse.Namespace) -> int:
     captioner = Captioner(options.captioner, options.device) if options.captioner else None
     instructor = Instructor(options.instructor, options.device) if options.instructor else None
     record: dict[str, Any] = {"data": str(options.data), "pictures": len(samples)}
-    if captioner:
-        with progress_bar("captions", len(samples), "images", not options.quiet) as bar:
-            done = library.write_captions(options.data, samples, captioner, pace, bar.update)
-        record["captions"] = vars(done)
-    if instructor:
-        with progress_bar("explanations", len(samples), "images", not options.quiet) as bar:
-            done = library.write_explanations(options.data, samples, instructor, pace, bar.update)
-        record["explanations"] = vars(done)
+    with writing(options.data / "metadata", "--data"):
+        if captioner:
+            with progress_bar("captions", len(samples), "images", not options.quiet) as bar:
+                done = library.write_captions(options.data, samples, captioner, pace, bar.update)
+            record["captions"] = vars(done)
+        if instructor:
+            with progress_bar("explanations", len(samples), "images", not options.quiet) as bar:
+                done = library.write_explanations(options.data, samples, instructor, pace, bar.update)
+            record["explanations"] = vars(done)
     sys.stdout.write(json.dumps(record) + "\n")
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.progress import progress_bar
 from export.cli.arguments import Verbs
 from export.flags import WHOLE, Number
+from export.writing import writing
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -41,7 +42,10 @@ def run(options: argparse.Namespace) -> int:
     """Write the sample set; stdout tells how many pairs of each class there are."""
     from dgm4.data.make import make_sample_set
 
-    with progress_bar("make", options.pairs, "pairs", not options.quiet) as bar:
+    with (
+        writing(options.out, "--out"),
+        progress_bar("make", options.pairs, "pairs", not options.quiet) as bar,
+    ):
         counts = make_sample_set(options.out, options.pairs, options.seed, bar.update)
     sys.stdout.write(json.dumps({"out": str(options.out), "counts": counts}) + "\n")
     return 0

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
+from export.bundle.write_errors import refusal
 from onnx import TensorProto, helper
 from PIL import Image
 
 from dgm4.shipped import demo_checkpoint
 from engine.errors import BundleError, InputError
 from export import cli
-from export.bundle.write_errors import refusal
 from export.cli.plot import save_plot
 from export.output import open_output, write_whole
 from export.trt import probe, worker
