@@ -129,6 +129,8 @@ def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn
 
 def _foreign(head: bytes) -> str:
     """What a file of no known format is, by its first bytes."""
+    if not head:
+        return "the file is empty; fetch or write it again"
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself (git lfs pull)"
     if head.startswith(b"\x1f\x8b"):

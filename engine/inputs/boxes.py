@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -42,9 +43,11 @@ def check_box(box: Any, size: tuple[int, int] | None) -> tuple[Box, tuple[str, .
     numbers = list(box) if isinstance(box, Iterable) and not isinstance(box, str | bytes) else []
     if len(numbers) != 4 or not all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers):
         raise InputError(f"box: {_EXPECTED}, four numbers, got {quoted(box)}")
+    if not all(-inf < x < inf for x in numbers):  # nor is NaN
+        raise InputError(f"box: {_EXPECTED}, four finite numbers, got {quoted(box)}")
     width, height = size
     x1, y1, x2, y2 = numbers
-    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):  # nor is NaN
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         meets = max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)
         corners = "its left upper corner comes first, then its right lower one"
         remedy = "clip it to the image" if meets else corners

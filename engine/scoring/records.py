@@ -74,13 +74,15 @@ def table_row(head: Record, answer: Answer) -> Record:
 
 
 def rounded(record: Record) -> Record:
-    """A prediction's record without digits that mean nothing: probabilities to 1e-6, pixels to 0.1."""
+    """A prediction's record without digits that mean nothing: probabilities to 1e-6, pixels to 0.1.
+
+    The box that was given stays as it was: it is read again, and rounding could leave nothing of it.
+    """
     short = dict(record)
     short["score"] = record["score"] and round(record["score"], _SCORE_DIGITS)
     short["types"] = {kind: x and round(x, _SCORE_DIGITS) for kind, x in record["types"].items()}
     short["words"] = [{**word, "score": round(word["score"], _SCORE_DIGITS)} for word in record["words"]]
-    for box in ("box", "box_given"):
-        short[box] = record[box] and [round(x, _PIXEL_DIGITS) for x in record[box]]
+    short["box"] = record["box"] and [round(x, _PIXEL_DIGITS) for x in record["box"]]
     short["timing"] = {stage: round(ms, _MS_DIGITS) for stage, ms in record["timing"].items()}
     if record.get("heatmap") is not None:
         short["heatmap"] = [[round(x, _SCORE_DIGITS) for x in line] for line in record["heatmap"]]

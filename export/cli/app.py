@@ -145,7 +145,12 @@ def _log_warning(
     file: object = None,
     line: object = None,
 ) -> None:
-    """A library's warning in one line; Python shows each once."""
+    """A library's warning in one line; Python shows each once.
+
+    But Pillow's of large images, which are refused by a lower limit in words of our own.
+    """
+    if category.__name__ == "DecompressionBombWarning":
+        return
     text = (str(message).strip().splitlines() or [""])[0]
     logging.getLogger(__name__).warning("%s: %s (%s, line %d)", category.__name__, text, filename, lineno)
 

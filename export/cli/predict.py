@@ -72,6 +72,7 @@ def add_parser(verbs: Verbs) -> None:
     add("caption", nargs="?")
     add(
         "--box",
+        action="append",  # to tell of a second one
         type=_box,
         metavar="X1,Y1,X2,Y2",
         help="for a network that judges a given box, where it is: pixels of the upright image",
@@ -118,6 +119,8 @@ def _usage_error(options: argparse.Namespace) -> str | None:
         return f"{options.image} is a folder: --list {options.image} answers the images in it"
     if given not in ((True, True, False), (False, False, True)):
         return "expected either IMAGE and CAPTION or --list FILE"
+    if options.box and len(options.box) > 1:
+        return f"--box is given {len(options.box)} times: expected one for a pair; a list has one for each"
     if options.box and options.list:
         return '--box is for a single pair; a list has them as "box"'
     if options.plot and options.list:
@@ -166,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
         # The bytes as the shell gave them: with a locale that is not UTF-8, Python has misread them.
         caption = os.fsencode(options.caption)
         picture = sys.stdin.buffer.read() if image is None else options.image
-        prediction = predictor.predict(picture, caption, options.box)
+        prediction = predictor.predict(picture, caption, options.box and options.box[0])
         _write(out, options, [(options.image, {"image": options.image}, prediction)])
         if options.plot:
             save_plot(prediction, options.plot)

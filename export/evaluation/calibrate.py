@@ -26,7 +26,7 @@ from export.bundle.writer import BundleWriter
 from export.evaluation.curves import AtThreshold, Reliability, at_threshold, reliability
 from export.evaluation.decisions import Decisions, read_decisions
 from export.evaluation.fitting import draw_half, fit_temperature, fit_threshold, log_loss, needed
-from export.evaluation.running import BUNDLE, RunOptions, run_bundle
+from export.evaluation.running import BUNDLE, RunOptions, check_network, run_bundle
 
 _VERDICT = "manipulated"
 _FEW_FOUND = 0.1  # of what is manipulated: hardly a detector
@@ -86,6 +86,7 @@ def calibrate(
     if not 0 < options.false_alarms < 1:
         raise InputError(f"false_alarms: expected a rate between 0 and 1, got {options.false_alarms}")
     opened = Bundle.open(bundle)
+    check_network(opened, "calibrate")
     if out.resolve() == opened.path.resolve():
         raise BundleError(f"--out {out}: is the bundle itself, which stays as it is; choose another place")
     BundleWriter.check_replaceable(out, overwrite=True)

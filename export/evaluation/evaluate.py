@@ -24,7 +24,7 @@ from engine.scores import ScoreCalibration
 from export.evaluation.agreement import Agreement, Case, measure_agreement, worst_cases
 from export.evaluation.curves import Judgement, judge
 from export.evaluation.decisions import read_decisions
-from export.evaluation.running import BUNDLE, REFERENCE, Run, RunOptions, run_bundle
+from export.evaluation.running import BUNDLE, REFERENCE, Run, RunOptions, check_network, run_bundle
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_network(opened, "evaluate")  # before a reference is loaded
     manifest = opened.manifest
     manifest = replace(manifest, thresholds=manifest.thresholds.replaced(options.thresholds))
     run, source, notes = _run(opened, data, options, progress)

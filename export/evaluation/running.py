@@ -69,11 +69,7 @@ def run_bundle(
     `progress` shows a bar on stderr.
     """
     manifest = bundle.manifest
-    if network_of(manifest.model.config).box is not None:
-        raise InputError(
-            f"{bundle.path}: {manifest.model.name} judges a box that each pair brings, which annotations "
-            "do not have; evaluate a network that finds it itself"
-        )
+    check_network(bundle, "evaluate")
     annotations = read_split(data, options.split, options.on_bad)
     samples = _draw(annotations.usable(f"{data}, split {options.split}"), options)
     pairs = Pairs(samples, CaptionTokenizer.of(bundle), manifest, options.decode)
@@ -91,6 +87,15 @@ def run_bundle(
     return Run(
         scored, {**model, "backend": network.name, "device": network.device}, dict(problems.most_common())
     )
+
+
+def check_network(bundle: Bundle, verb: str) -> None:
+    """Raise InputError, which says what to `verb` instead, unless annotations have what the network reads."""
+    if network_of(bundle.manifest.model.config).box is not None:
+        raise InputError(
+            f"{bundle.path}: {bundle.manifest.model.name} judges a box that each pair brings, which "
+            f"annotations do not have; {verb} a network that finds it itself"
+        )
 
 
 def _load_network(bundle: Bundle, options: RunOptions) -> Backend[Any]:

@@ -91,7 +91,7 @@ def check_options(manifest: Manifest, plan: bool, options: ServerOptions) -> Non
     if network_of(manifest.model.config).box is not None:
         raise InputError(
             f"{manifest.model.name} judges a box that each pair brings, for which a model repository has no "
-            "input; serve it with dgm4 predict or engine.Predictor"
+            "input; serve it with dgm4 serve, dgm4 predict or engine.Predictor"
         )
     if options.form not in FORMS:
         raise InputError(f"with: expected one of {', '.join(FORMS)}, got {options.form!r}")
