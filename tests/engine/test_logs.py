@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from engine import logs
 from engine.errors import InputError
@@ -78,6 +79,7 @@ def test_a_librarys_warning_is_one_line(caplog):
         warnings.simplefilter("always")
         warnings.showwarning = app._log_warning
         warnings.warn("two\nlines", UserWarning, stacklevel=1)
+        warnings.warn("large", Image.DecompressionBombWarning, stacklevel=1)  # our own limit tells it
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith("UserWarning: two (") and "\n" not in message

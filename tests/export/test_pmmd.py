@@ -12,6 +12,8 @@ import torch
 from engine import Batcher, Bundle, InputError, Predictor, backends
 from engine.registry import NETWORKS
 from export.cli import main
+from export.evaluation.calibrate import CalibrateOptions, calibrate
+from export.evaluation.evaluate import evaluate
 from export.evaluation.running import RunOptions, run_bundle
 from export.graph.trace import example_inputs
 from export.inference_server.repository import write_repository
@@ -147,6 +149,8 @@ def test_on_the_command_line(path, picture, tmp_path, capsys):
     assert main(["predict", str(path), photo, CAPTION, "--box", "30,20,80,70"]) == 0
     (record,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert record["box_given"] == [30, 20, 80, 70]
+    assert main(["predict", str(path), photo, CAPTION, "--box", "10,20,10.01,20.01"]) == 0
+    assert json.loads(capsys.readouterr().out)["box_given"] == [10, 20, 10.01, 20.01]
     for box in ("-5,0,50,50", "0,0,121,50"):  # as detectors give them
         assert main(["predict", str(path), photo, CAPTION, "--box", box]) == 1
         assert "box: expected (x1, y1, x2, y2)" in (told := capsys.readouterr().err)
@@ -163,6 +167,7 @@ def test_on_the_command_line(path, picture, tmp_path, capsys):
     for given, message in (
         (["--box", "30,20,80"], "expected X1,Y1,X2,Y2 in pixels, got '30,20,80'"),
         (["--box", "30,20,80,x"], "expected X1,Y1,X2,Y2 in pixels, got '30,20,80,x'"),
+        (["--box", "30,20,80,70", "--box", "0,0,9,9"], "--box is given 2 times: expected one for a pair"),
         ([], "--box X1,Y1,X2,Y2 is missing: this network judges a given box"),
     ):
         with pytest.raises(SystemExit) as left:
@@ -194,8 +199,13 @@ def test_where_pairs_bring_no_box(path, annotated, tmp_path):
     opened = Bundle.open(path)
     with pytest.raises(InputError, match="pmmd_refine judges a box that each pair brings"):
         run_bundle(opened, annotated(), RunOptions())
-    with pytest.raises(InputError, match="pmmd_refine judges a box that each pair brings"):
+    with pytest.raises(InputError, match="brings, .* serve it with dgm4 serve, dgm4 predict or engine"):
         write_repository({"refine": opened}, tmp_path / "models")
+    nowhere = tmp_path / "nowhere"  # asked before the pairs are read
+    with pytest.raises(InputError, match="annotations do not have; calibrate a network that finds it itself"):
+        calibrate(path, nowhere, tmp_path / "out", CalibrateOptions(split="test", false_alarms=0.01))
+    with pytest.raises(InputError, match="annotations do not have; evaluate a network that finds it itself"):
+        evaluate(path, nowhere)
 
 
 @pytest.mark.parametrize(("name", "precision"), [("pmmd", "fp16"), ("pmmd_refine", "fp32")])

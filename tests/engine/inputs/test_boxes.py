@@ -39,7 +39,8 @@ def test_the_whole_image_is_a_box():
         ((20, 10, 201, 60), r"x2 <= 200.*; clip it to the image"),
         ((20, 10, 120, 100.5), r"y2 <= 100.*; clip it to the image"),
         ((201, 10, 220, 60), r"x2 <= 200.*; its left upper corner comes first"),
-        ((20, 10, float("nan"), 60), r"x1 < x2.*; its left upper corner comes first"),
+        ((20, 10, float("nan"), 60), "four finite numbers, got .*nan"),
+        ((float("-inf"), 10, 30, 60), "four finite numbers, got .*-inf"),
     ],
 )
 def test_what_is_no_box_in_the_image(box, message):

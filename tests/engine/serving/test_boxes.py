@@ -98,7 +98,7 @@ def test_numbers_beyond_all_pixels(client, jpeg, image, number):
         ((None, "8,x"), f"{NO_BOX}'8,x'"),
         ((None, "8,6,40"), f"{NO_BOX}'8,6,40'"),
         ((None, "-8,6,40,30"), r"box: expected .* got \[-8.0, 6.0, 40.0, 30.0\]; clip it to the image"),
-        ((None, "8,6,nan,30"), r"box: expected .* got \[8.0, 6.0, nan, 30.0\]; its left upper corner .*"),
+        ((None, "8,6,nan,30"), r"box: expected .* four finite numbers, got \[8.0, 6.0, nan, 30.0\]"),
         ((None, ""), rf"box: expected .* got none; {REMEDY}"),
     ],
 )
@@ -125,6 +125,8 @@ def test_the_protocol_has_boxes(client, predictor, jpeg):
     headers = {"Inference-Header-Content-Length": str(len(text))}
     response = client.post(INFER, content=text + np.array(BOX, "<f4").tobytes(), headers=headers)
     assert Prediction.from_json(response.json()["outputs"][-1]["data"][0]) == expected
+    wrong = client.post(INFER, content=text + np.array([1, -np.inf, 3, 4], "<f4").tobytes(), headers=headers)
+    assert "four finite numbers, got [1.0, -inf, 3.0, 4.0]" in wrong.json()["error"]
 
 
 @pytest.mark.parametrize(

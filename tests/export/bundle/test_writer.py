@@ -189,7 +189,7 @@ def test_file_in_the_place_of_the_bundle_is_refused(tmp_path):
 @pytest.mark.parametrize("parent", ["file", "missing"])
 def test_parent_that_cannot_hold_it(tmp_path, parent):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match=r"cannot write the bundle .*/b: .*(create it|not a directory)"):
+    with pytest.raises(BundleError, match=r"the bundle .*/b: cannot be written: .*(create it|is a file)"):
         write(tmp_path / parent / "b")
 
 
@@ -228,7 +228,10 @@ def test_full_disk_keeps_the_old_bundle(tmp_path, monkeypatch, place):
         monkeypatch.setattr(Path, "write_bytes", full)
     if place == "fsync":
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BundleError, match="disk is full"), BundleWriter(tmp_path / "b") as writer:
+    with (
+        pytest.raises(BundleError, match="No space left on device; free space or"),
+        BundleWriter(tmp_path / "b") as writer,
+    ):
         if place == "body":
             full()
         writer.add_text("model.onnx", "two")
@@ -250,7 +253,10 @@ def test_really_full_disk(tmp_path):
         pytest.skip("no permission to mount")
     try:
         write(mount / "b", "one")
-        with pytest.raises(BundleError, match="disk is full"), BundleWriter(mount / "b") as writer:
+        with (
+            pytest.raises(BundleError, match="No space left on device; free space or"),
+            BundleWriter(mount / "b") as writer,
+        ):
             for index in range(100):
                 writer.add_bytes(f"model.{index}", bytes(10_000))
         assert read_whole(mount / "b") == "one"

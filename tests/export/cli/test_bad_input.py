@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from export.bundle.write_errors import refusal
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -27,6 +26,7 @@ from export.cli.plot import save_plot
 from export.output import open_output, write_whole
 from export.trt import probe, worker
 from export.trt.worker import RefusedError
+from export.writing import refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -71,15 +71,16 @@ def test_an_onnx_file_in_place_of_a_checkpoint(theirs, tmp_path, capsys):
 def test_a_full_disk_in_the_words_of_a_library(tmp_path):
     """safetensors tells the system's number in words, NumPy none at all; a limit stands in for the disk."""
     code = """
-        import errno, resource, signal, sys
-        import numpy as np, safetensors.numpy
+        import resource, signal, sys
+        import numpy as np, torch
         from pathlib import Path
+        from dgm4.saving import save_safetensors
         from engine.errors import BundleError
         from export.bundle.writer import BundleWriter
 
         array = np.zeros(200_000, np.float32)
         writes = {
-            "safetensors": lambda path: safetensors.numpy.save_file({"a": array}, path),
+            "safetensors": lambda path: save_safetensors({"a": torch.zeros(200_000)}, path),
             "numpy": lambda path: array.tofile(path),
             "python": lambda path: path.write_bytes(bytes(800_000)),
         }
@@ -90,26 +91,24 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path):
                 writes[sys.argv[2]](writer.path("model.safetensors"))
         except BundleError as error:
             print(error)
-        except OSError as error:
-            print("OSError", error.errno == errno.EFBIG)
     """
     told = {}
     for library in ("safetensors", "numpy", "python"):
         command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "b"), library]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         told[library] = done.stdout
-    start = f"cannot write the bundle {tmp_path / 'b'}: "
-    assert told["safetensors"].startswith(f"{start}File too large; larger than the file system or a limit")
+    start = f"the bundle {tmp_path / 'b'}: cannot be written: "
+    large = "File too large; it is larger than the file system or a limit (ulimit -f) allows: choose another"
+    assert told["safetensors"] == told["python"] == f"{start}{large} --out\n"
     assert told["numpy"].startswith(start)
     assert told["numpy"].endswith("; check whether the disk is full, or choose another --out\n")
-    assert told["python"] == "OSError True\n"  # has its number and its file's name: the command prints them
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("error", "room", "number"),
     [
-        (RuntimeError("I/O error: No space left on device (os error 28)"), 1 << 30, errno.ENOSPC),
+        (OSError(errno.EFBIG, "File too large"), 1 << 30, errno.EFBIG),
         (RuntimeError("write failed"), 1000, errno.ENOSPC),
         (RuntimeError("write failed"), 1 << 30, None),
         (OSError("1048576 requested and 131072 written"), 1000, errno.ENOSPC),
@@ -147,10 +146,10 @@ def test_a_file_that_does_not_fit_is_not_left(tmp_path, monkeypatch):
 def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(FULL))
     prediction = SimpleNamespace(plot=lambda: Image.new("RGB", (4, 4)))
-    with pytest.raises(InputError, match=r"--plot .*a.png: .*No space left on device; choose another place"):
+    with pytest.raises(InputError, match=r"--plot .*a.png: .*; free space or choose another --plot"):
         save_plot(prediction, tmp_path / "a.png")
-    with pytest.raises(InputError, match="No space left on device; the bundle itself is whole"):
-        save_plot(prediction, tmp_path / "a.png", "; the bundle itself is whole")
+    with pytest.raises(InputError, match="free space or choose another; the bundle itself is whole"):
+        save_plot(prediction, tmp_path / "a.png", instead="choose another; the bundle itself is whole")
     assert not list(tmp_path.iterdir())
 
 
@@ -243,9 +242,10 @@ def test_a_driver_that_is_too_old(monkeypatch):
 def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     """Where the weights are written; the demo's checkpoint, nothing traced."""
     import safetensors.torch
+    from safetensors import SafetensorError
 
     def full(*_, **__):
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     arguments = [
@@ -260,7 +260,7 @@ def test_a_full_disk_in_the_middle_of_an_export(tmp_path, monkeypatch, capsys):
     assert cli.main([str(argument) for argument in arguments]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
-        f"dgm4: error: cannot write the bundle {tmp_path / 'b'}: No space left on device; "
-        "the disk is full: free space or choose another --out"
+        f"dgm4: error: the bundle {tmp_path / 'b'}: cannot be written: No space left on device; "
+        "free space or choose another --out"
     )
     assert not list(tmp_path.iterdir())
