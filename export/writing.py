@@ -46,7 +46,8 @@ def writing(path: Path, option: str, instead: str = "") -> Iterator[None]:
 def cannot_write(what: str, error: OSError, instead: str) -> str:
     """The message for a refused write of `what`."""
     remedy = _REMEDIES.get(error.errno or 0, "check whether the disk is full, or {instead}")
-    return f"{what}: cannot be written: {error.strerror or error}; {remedy.format(instead=instead)}"
+    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow adds words
+    return f"{what}: cannot be written: {reason}; {remedy.format(instead=instead)}"
 
 
 def refusal(error: BaseException, place: Path) -> OSError | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 from PIL import Image
@@ -18,7 +22,11 @@ from safetensors import SafetensorError
 from dgm4.data.make import make_sample_set
 from dgm4.saving import save_pickle, save_safetensors
 from dgm4.shipped import demo_checkpoint, demo_sample
+from engine import Bundle
 from engine.errors import InputError
+from engine.layout import SIGNATURE
+from engine.scoring import PairList, Work, ray_data
+from engine.scoring.shards import cut
 from export.cli import main
 from export.writing import writing
 
@@ -113,6 +121,42 @@ def test_each_command_names_the_users_own_path(command, number, disk, data, tmp_
     said = capsys.readouterr().err.splitlines()[-1].replace("/vocab.txt", "")
     option = what.split()[0] if what.split()[0] != "the" else "--out"
     assert said == f"dgm4: error: {told(number, what, option)}"
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=["full", "read-only"])
+def test_a_signature(number, disk, tmp_path, capsys):
+    """It has no other place."""
+    private = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519").Ed25519PrivateKey
+    kinds = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    key = private.generate().private_bytes(
+        kinds.Encoding.PEM, kinds.PrivateFormat.PKCS8, kinds.NoEncryption()
+    )
+    (tmp_path / "key.pem").write_bytes(key)
+    copy = shutil.copytree(Bundle.open("demo:asap").path, tmp_path / "disk" / "b")
+    disk(number)
+    assert main(["sign", str(copy), "--key", str(tmp_path / "key.pem")]) == 1
+    expected = told(number, f"the signature {copy / SIGNATURE}").removesuffix("choose another --out")
+    assert capsys.readouterr().err == f"dgm4: error: {expected}sign a copy of the bundle\n"
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=["full", "read-only"])
+def test_a_worker_of_ray(number, disk, tmp_path, monkeypatch):
+    """Its error reaches the driver with its number, and is told there as one of this machine's."""
+    pytest.importorskip("ray")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.jpg", "caption": "A man"}\n')
+    out = tmp_path / "disk" / "sc"
+    out.mkdir()
+    disk(number)
+    work = Work(bundle="demo:asap", digest="", source=tmp_path / "pairs.jsonl", out=out)
+    shards = list(cut(PairList(work.source), 1))
+    monkeypatch.setattr(ray_data.Worker, "_open", lambda _: None)
+    monkeypatch.setattr("engine.scoring.worker.answers", lambda *_: [])
+    rows = [{"done": row} for row in ray_data.ShardActor(work, shards)({"id": np.array([0])})["done"]]
+    monkeypatch.setattr(ray_data, "_connected", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ray_data, "_dataset", lambda *_: SimpleNamespace(iter_rows=lambda: rows))
+    with pytest.raises(InputError) as caught, writing(out, "--out"):
+        list(ray_data.score_on(ray_data.Cluster(), work, shards))
+    assert str(caught.value) == told(number, f"--out {out}")
 
 
 def test_a_checkpoint_that_does_not_fit(disk, tmp_path):
