@@ -136,7 +136,8 @@ class Network:
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints. A
-    network that is registered from outside names in `module` the one that has all three.
+    network whose `Published` is its `Model`, or that is registered from outside, names in `module` the one
+    that has all three.
     """
 
     name: str
