@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from dgm4.shipped import demo_record
-from engine.registry import NETWORKS, SIZES
+from engine.registry import NETWORKS
 from engine.shipped import shipped_bundles
 
 # Of the weights that ship or are drawn; the published ones' are as their authors state them.
@@ -32,7 +31,7 @@ class ModelEntry:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return every network at every size, by name.
+    """Return every network at each of its sizes, by name.
 
     Examples:
         >>> [entry.bundle for entry in list_models() if entry.bundle]
@@ -42,7 +41,8 @@ def list_models() -> list[ModelEntry]:
     """
     demos, ready = demo_record()["networks"], shipped_bundles()
     entries = []
-    for (name, network), size in itertools.product(NETWORKS.items(), SIZES):
+    for network, size in [(x, size) for x in NETWORKS.values() for size in x.sizes]:
+        name = network.name
         shipped, bundle = size == "tiny" and name in demos, f"demo:{name}"
         weights = "demo" if shipped else None if size == "base" else "drawn"
         entries.append(

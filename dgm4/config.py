@@ -27,10 +27,11 @@ BERT_MASK = -10000.0  # added to the scores of padded tokens; not -inf, which ma
 def model_config(name: str, size: str = "base") -> ModelConfig:
     """Return the published shape ("base") or the small one with the same code ("tiny").
 
-    Raises InputError for a name or a size that does not exist.
+    Raises InputError for a name that does not exist, or a size that this network does not have.
     """
     if name not in NETWORKS:
         raise InputError(f"unknown network {quoted(name)}: expected one of {', '.join(NETWORKS)}")
-    if size not in SIZES:
-        raise InputError(f"unknown size {quoted(size)}: expected one of {', '.join(SIZES)}")
-    return NETWORKS[name].sizes[size]
+    sizes = NETWORKS[name].sizes
+    if size not in sizes:
+        raise InputError(f"unknown size {quoted(size)} of {name}: expected one of {', '.join(sizes)}")
+    return sizes[size]

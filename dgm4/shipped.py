@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dgm4.config import MODEL_NAMES
 from engine.errors import CheckpointError, InputError, quoted
+from engine.registry import NETWORKS
 
 _HERE = Path(__file__).resolve().parent
 DEMO = _HERE / "demo"
@@ -25,8 +25,8 @@ def demo_checkpoint(name: str) -> Path:
 
     Raises InputError for an unknown network, CheckpointError where the file is not installed.
     """
-    if name not in MODEL_NAMES:
-        raise InputError(f"unknown network {quoted(name)}: expected one of {', '.join(MODEL_NAMES)}")
+    if name not in NETWORKS:
+        raise InputError(f"unknown network {quoted(name)}: expected one of {', '.join(NETWORKS)}")
     path = DEMO / f"{name}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path}: the demo weights are not there; install the whole package")

@@ -106,13 +106,18 @@ class Predictor:
             spec,
             network_of(manifest.model.config),
             tokenizer,
-            image_options or ImageOptions(),
+            self.image_options,
             thumbnail,
             resize=not self._backend.resizes,
         )
         warnings = _weights_warning(manifest)
         self._runner = Runner(self._backend, self._preparation, self._manifest, self.model, warnings)
         logger.debug("%r is ready", self)
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """How images are read, and the largest that are."""
+        return self._options["image_options"] or ImageOptions()
 
     @property
     def manifest(self) -> Manifest:

@@ -48,8 +48,9 @@ class Result(Record):
 
     Attributes:
         manipulated: `score` reaches its threshold; None where the pair has no score.
-        score: probability in [0, 1] that the pair is manipulated; None without a caption or an image.
-        types: probability in [0, 1] of face_swap, face_attribute, text_swap, text_attribute; independent of
+        score: in [0, 1], how sure the network is that the pair is manipulated; None without a caption or
+            an image. Scores are probabilities only after `dgm4 calibrate`.
+        types: scores in [0, 1] of face_swap, face_attribute, text_swap, text_attribute; independent of
             each other and of `score`. None for the text types without a caption, for the face types without
             an image.
         detected: the types that reach their thresholds; meaningful where `manipulated` is not False.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.errors import BundleError, did_you_mean, shorten
 from engine.layout import MANIFEST
-from engine.registry import NAMES
+from engine.registry import NETWORKS
 
 _PREFIX, _SUFFIX = "demo:", "-int8"
 
@@ -32,7 +32,9 @@ def locate(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     folder = _folder()
     if name not in known or folder is None:
         network = name.removeprefix(_PREFIX)
-        make = f"; make one: dgm4 export --model {network}" if network in NAMES else did_you_mean(name, known)
+        make = (
+            f"; make one: dgm4 export --model {network}" if network in NETWORKS else did_you_mean(name, known)
+        )
         ready = ", ".join(known) or "not installed"
         raise BundleError(f"{shorten(name)}: expected the name of a ready bundle ({ready}){make}")
     return folder / f"{name.removeprefix(_PREFIX)}{_SUFFIX}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ class Flag:
     help: str
     name: str
     metavar: str | None
-    choices: tuple[str, ...] | None
+    choices: Collection[str] | None
     type: Callable[[str], Any] | None
 
 
@@ -56,7 +56,7 @@ def flag(
     help: str,  # noqa: A002 (as argparse calls it)
     name: str = "",
     metavar: str | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     type: Callable[[str], Any] | None = None,  # noqa: A002
 ) -> Any:
     """A dataclass field that is a flag too: one of `choices`, or what `type` makes of text."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dgm4.config import model_config
 from engine.errors import BackendError, InputError, quoted
 from engine.manifest import LARGEST_BATCH, PRECISIONS
-from engine.registry import NAMES, SIZES
+from engine.registry import DEFAULT, NETWORKS, SIZES
 from export.flags import POSITIVE, WHOLE, Number, check_values, flag, group
 from export.trt import build
 from export.trt.options import EngineOptions
@@ -63,7 +64,7 @@ class ExportOptions:
     """
 
     out: Path
-    model: str | None = flag(None, "network; read off a checkpoint", choices=NAMES)
+    model: str | None = flag(None, "network; read off a checkpoint", choices=NETWORKS)
     checkpoint: Path | None = flag(
         None, ".pth or .safetensors; else the trained demo", metavar="FILE", type=Path
     )
@@ -119,6 +120,8 @@ def check_options(options: ExportOptions) -> None:
     Raises BackendError where the builder of this machine lacks what is asked for.
     """
     check_values(options)
+    if options.checkpoint is None:
+        model_config(options.model or DEFAULT, options.size or "tiny")
     if options.sha256 is not None and options.checkpoint is None:
         raise InputError("sha256: is that of a checkpoint; give one")
     if options.calibration is not None and options.precision not in CALIBRATED:

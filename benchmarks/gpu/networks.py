@@ -183,7 +183,7 @@ def pictures(
 
 
 def gflop(name: str, tokens: int) -> float:
-    """Of a pair at base size, after the exact rewrites."""
+    """Of a pair at the network's largest size, after the exact rewrites."""
     return NETWORKS[name].gflop[0 if tokens <= 24 else 1]
 
 

@@ -25,7 +25,7 @@ _ROUNDING = 1e-4  # of float32, in hundredths
 
 
 class Bar(NamedTuple):
-    """A labelled probability; `score` is None where the network did not answer, `threshold` where unknown."""
+    """A labelled score in [0, 1]; None where the network did not answer. `threshold`: None where unknown."""
 
     label: str
     score: float | None
@@ -83,7 +83,7 @@ class Piece(NamedTuple):
 
 
 def percent(score: float, threshold: float | None = None) -> str:
-    """Return a probability in percent, never rounded to 0 or 100 nor across its threshold."""
+    """Return a score in percent, never rounded to 0 or 100 nor across its threshold."""
     if score > 0.999:
         return "> 99.9 %"
     if score < 0.001:
@@ -117,7 +117,7 @@ def ribbon(result: Result) -> str | None:
 def main_bar(result: Result) -> Bar:
     """Return the bar of the verdict."""
     threshold = result.thresholds.get("manipulated")
-    return Bar("Probability of manipulation", result.score, threshold, bool(result.manipulated))
+    return Bar("Manipulation score", result.score, threshold, bool(result.manipulated))
 
 
 def type_bars(result: Result) -> list[Bar]:

@@ -16,9 +16,15 @@ TENSORS: dict[str, Tensor] = {}  # of all networks; a name means the same in eac
 
 
 def register(network: Network) -> None:
-    """Make a network known under its name; raises ValueError where that or a tensor's name is taken."""
+    """Make a network known under its name.
+
+    Raises ValueError where that or a tensor's name is taken, or the parameters are not those of its sizes.
+    """
     if network.name in NETWORKS:
         raise ValueError(f"there is a network {network.name!r} already")
+    if not network.sizes or set(network.sizes) != set(network.parameters):
+        sizes, counted = ", ".join(network.sizes) or "none", ", ".join(network.parameters) or "none"
+        raise ValueError(f"{network.name}: expected parameters for each size ({sizes}), got {counted}")
     for tensor in (*network.inputs, *network.outputs):
         if TENSORS.setdefault(tensor.name, tensor) != tensor:
             raise ValueError(f"{network.name}: another network's {tensor.name} is a different tensor")

@@ -128,15 +128,16 @@ class Network:
     """One network.
 
     title: as its paper writes it; source: the paper. licence: of the published weights. sizes: "base", the
-    paper's shape, and "tiny", the same code in a test's size. parameters: how many are live at inference, by
-    size. gflop: of the form for inference, for a pair of 24 and of 50 tokens at base size. residual: the
-    scale of drawn weights where a residual branch ends (`dgm4.seeded`). compares: all answers but the verdict
-    come of comparing the image with words, so that a caption without any leaves the verdict alone. trainable:
-    `dgm4 train` has an objective for it.
+    paper's shape, and "tiny", the same code in a test's size; one of them is enough, and the larger is first.
+    parameters: how many are live at inference, for each of the sizes. gflop: of the form for inference at the
+    first size, for a pair of 24 and of 50 tokens. residual: the scale of drawn weights where a residual
+    branch ends (`dgm4.seeded`). compares: all answers but the verdict come of comparing the image with words,
+    so that a caption without any leaves the verdict alone. trainable: `dgm4 train` has an objective for it.
 
     Modules with the computation, by convention: `engine.network.models.<name>` has `Model` and `fold`,
     `dgm4.models.<name>` has `Published`, the published form under the names of the released checkpoints. A
-    network that is registered from outside names in `module` the one that has all three.
+    network whose `Published` is its `Model`, or that is registered from outside, names in `module` the one
+    that has all three.
     """
 
     name: str

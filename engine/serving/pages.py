@@ -43,7 +43,7 @@ async def page(request: Request) -> HTMLResponse:
         needs_box=service.judges_box,
         needs_caption=service.compares,
         needs_token=service.settings.token is not None,
-        megabytes=service.settings.max_body // 2**20,
+        megabytes=min(service.settings.max_body, service.predictor.image_options.max_bytes) // 2**20,
     )
 
 

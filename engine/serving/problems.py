@@ -36,7 +36,7 @@ CODES = {
     "rate_limited": "429: the client sent more than its share; see Retry-After",
     "internal": "500: a fault of the service",
     "overloaded": "503: too many pairs are waiting; see Retry-After",
-    "not_ready": "503: the service is starting; see Retry-After",
+    "not_ready": "503: the service is starting or stopping; see Retry-After",
     "deadline_exceeded": "504: there was no answer within the time limit",
 }
 

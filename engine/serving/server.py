@@ -27,6 +27,7 @@ _HEAD_BYTES = 64 * 2**10
 _WRITE_S = 30.0  # that a client may take to read what was sent
 _KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection: the one that reuses it closes it first
 _SPARE_S = 5.0  # for an answer after its deadline
+_TICK_S = 0.1  # uvicorn's own
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -118,12 +119,15 @@ class Server(uvicorn.Server):
         self._stop_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop being ready at the first signal, stop `drain_s` later, at a second signal at once.
+        """Each signal goes a step further: not ready for `drain_s`; answer what was taken; stop at once.
 
         A signal strikes between any two instructions of the loop, with whatever lock is held there, and the
         next strikes in here. So this only notes it; `on_tick` logs it and sets the metrics.
         """
-        if self._stop_at == math.inf and self._drain_s:
+        if self.should_exit:
+            self.force_exit = True
+            self._captured_signals.append(sig)
+        elif self._stop_at == math.inf and self._drain_s:
             self._stop_at = time.monotonic() + self._drain_s
             self._captured_signals.append(sig)
         else:
@@ -131,10 +135,25 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """See uvicorn, which calls it every 0.1 s."""
+        if time.monotonic() >= self._stop_at or self._service.failure is not None:
+            self.should_exit = True
         if self.should_exit or self._stop_at < math.inf:
             self._service.drain()
-        late = time.monotonic() >= self._stop_at
-        return await super().on_tick(counter) or late or self._service.failure is not None
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn; a further signal cuts the connections that it waits for."""
+        cutting = asyncio.create_task(self._cut_when_forced())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cutting.cancel()
+
+    async def _cut_when_forced(self) -> None:
+        while not self.force_exit:
+            await asyncio.sleep(_TICK_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def configure(app: FastAPI, connections: int, proxies: str | None = None) -> uvicorn.Config:

@@ -27,7 +27,7 @@ def summary(name: str, record: Record) -> str:
     if record["score"] is not None:
         threshold = record["thresholds"].get("manipulated")
         counted = "" if threshold is None else f" (threshold {percent(threshold)})"
-        lines += row("probability", f"{percent(record['score'])} of manipulation{counted}")
+        lines += row("score", f"{percent(record['score'])}{counted}")
     if record["box_given"] is not None:
         lines += row("box given", _corners(record["box_given"]))
     if record["manipulated"] is not False:
@@ -58,7 +58,7 @@ def row(name: str, text: str) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A probability in percent; never 0 or 100, which no network knows."""
+    """A score in percent; never 0 or 100, which no network knows."""
     if share > 0.999:
         return "> 99.9 %"
     return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"

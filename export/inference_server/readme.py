@@ -43,13 +43,13 @@ a batch of 1: the server makes batches of requests, and a pair that fails is an 
 
 ## What comes back
 
-- `score` FP32 [batch, 1]: probability that the pair is manipulated.
-- `types` FP32 [batch, 4]: probabilities of {types}.
+- `score` FP32 [batch, 1]: how sure the network is that the pair is manipulated, 0 to 1.
+- `types` FP32 [batch, 4]: scores of {types}.
 - `box` FP32 [batch, 4]: left, top, right, bottom of a manipulated face in pixels; read it where a face type
   is detected.
 - `words` INT32 [batch, words, 2]: begin and end of each word that was read, in characters (code points) of
   the caption.
-- `word_scores` FP32 [batch, words]: probability that the word is manipulated.
+- `word_scores` FP32 [batch, words]: score of each word.
 - `prediction` BYTES [batch, 1]: the whole answer as JSON, with the verdict, thresholds and warnings;
   `Prediction.from_json` of the package `dgm4` reads it.
 

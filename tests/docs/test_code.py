@@ -8,12 +8,15 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from engine import registry
+from engine.registry.config import NetworkConfig
 from export.cli.app import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +79,12 @@ def test_concurrency_runs(place, blocks, capsys):
     spaces = run(blocks("python")["concurrency"])
     assert len(capsys.readouterr().out.split()) == 2
     assert spaces[-1]["batcher"].statistics().answered == 3
+
+
+def test_add_a_network_runs(place, blocks, capsys):
+    with patch.dict(registry.NETWORKS), patch.dict(NetworkConfig.known):
+        run(blocks("python")["add-a-network"])
+    assert "glance tiny" in capsys.readouterr().err
 
 
 def test_only_tested_languages(pages):

@@ -28,7 +28,7 @@ from dgm4.training.options import TrainOptions
 from engine import ImageOptions, backends, errors, manifest, scores
 from engine.registry import TENSORS
 from engine.schema import Record
-from export.bundle.licences import UPSTREAM
+from export.bundle.licences import upstream
 from export.cli.app import make_parser
 from export.evaluation.gate import GATES
 
@@ -229,7 +229,7 @@ def test_stages(tables):
 
 
 def test_licences(tables):
-    assert {row[0]: row[1] for row in tables("licences")[1:]} == UPSTREAM
+    assert {row[0]: row[1] for row in tables("licences")[1:]} == upstream()
 
 
 def test_extras(tables):

@@ -46,7 +46,7 @@ def test_the_bar_of_the_verdict_is_the_probability_of_manipulation_whatever_the_
     innocent = make_prediction(manipulated=False, thresholds={"manipulated": 0.95})
     assert verdict(innocent) == "Not manipulated"
     bar = main_bar(innocent)
-    assert (bar.label, bar.value, bar.threshold) == ("Probability of manipulation", "93.0 %", 0.95)
+    assert (bar.label, bar.value, bar.threshold) == ("Manipulation score", "93.0 %", 0.95)
     assert verdict(make_prediction()) == "Manipulated"
 
 

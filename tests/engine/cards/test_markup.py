@@ -70,7 +70,7 @@ def test_the_fragment_says_what_the_card_says():
     shown = make_prediction(marked=(1, 2), box=None, thresholds={"manipulated": 0.25})
     document = Document(shown.to_html())
     text = " ".join("".join(document.text).split())
-    assert "Manipulated Probability of manipulation93.0 % threshold 25 %" in text
+    assert "Manipulated Manipulation score93.0 % threshold 25 %" in text
     assert "face swap weak90.0 %" in text and "Weak evidence: no face box." in text
     assert document.marks == ["mayor opens"]
     ticks = [

@@ -346,6 +346,13 @@ def test_security_headers(client):
     assert "script-src 'self';" in client.get("/").headers["content-security-policy"]
 
 
+@pytest.mark.parametrize(("body", "most"), [(48, 32), (8, 8)])
+def test_the_page_tells_the_largest_image(open_client, body, most):
+    """Which a body of the largest size may not be."""
+    client = open_client(max_body=body * 2**20, max_buffered=body * 2**20)
+    assert f"At most {most} MB." in client.get("/").text
+
+
 def test_request_ids(client):
     assert client.get("/healthz", headers={"x-request-id": "abc-1.2"}).headers["x-request-id"] == "abc-1.2"
     for odd in ("a" * 65, "a b", "<script>", "\xe9"):

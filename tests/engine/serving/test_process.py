@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -120,6 +121,20 @@ def test_two_signals_and_an_address_that_is_taken(start, bundle_dir, tmp_path):
     process.await_line("draining")
     process.popen.send_signal(signal.SIGTERM)
     assert process.end()[0] == 143
+
+
+def test_a_second_signal_does_not_wait_for_what_was_taken(start, bundle_dir):
+    process = start(bundle_dir)
+    process.await_line("ready")
+    with socket.create_connection((process.address.hostname, process.address.port)) as stalled:
+        stalled.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        time.sleep(0.3)
+        process.popen.send_signal(signal.SIGTERM)
+        process.await_line("draining")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.popen.wait(1)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(5) == 143
 
 
 def test_a_second_signal_amid_the_first_is_kept(predictor, monkeypatch):

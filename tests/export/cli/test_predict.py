@@ -236,7 +236,7 @@ def test_a_summary_for_people(served, photo, capsys, monkeypatch):
     assert main(["predict", served, str(photo), "a \x1b[31mman", "--threshold", "0"]) == 0
     first, second, *_ = out = capsys.readouterr().out.splitlines()
     assert first == f"{photo}: manipulated"
-    assert re.fullmatch(r"  probability  [<> \d.]+ % of manipulation \(threshold < 0.1 %\)", second)
+    assert re.fullmatch(r"  score  +[<> \d.]+ % \(threshold < 0.1 %\)", second)
     assert [line.split()[0] for line in out[2:] if line[:3] != "   "][-2:] == ["words", "warning"]
     assert not any("\x1b" in line for line in out)
     assert main(["predict", served, str(photo), "a man", "--threshold", "1"]) == 0
