@@ -69,12 +69,12 @@ def test_an_onnx_file_in_place_of_a_checkpoint(theirs, tmp_path, capsys):
 
 
 def test_a_full_disk_in_the_words_of_a_library(tmp_path):
-    """safetensors tells the system's number in words, NumPy none at all; a limit stands in for the disk."""
+    """safetensors tells the number in words, torch and NumPy none; a limit stands in for a disk."""
     code = """
         import resource, signal, sys
         import numpy as np, torch
         from pathlib import Path
-        from dgm4.saving import save_safetensors
+        from dgm4.saving import save_pickle, save_safetensors
         from engine.errors import BundleError
         from export.bundle.writer import BundleWriter
 
@@ -83,6 +83,7 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path):
             "safetensors": lambda path: save_safetensors({"a": torch.zeros(200_000)}, path),
             "numpy": lambda path: array.tofile(path),
             "python": lambda path: path.write_bytes(bytes(800_000)),
+            "torch": lambda path: save_pickle({"a": torch.zeros(200_000)}, path),
         }
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -93,13 +94,13 @@ def test_a_full_disk_in_the_words_of_a_library(tmp_path):
             print(error)
     """
     told = {}
-    for library in ("safetensors", "numpy", "python"):
+    for library in ("safetensors", "torch", "numpy", "python"):
         command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "b"), library]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         told[library] = done.stdout
     start = f"the bundle {tmp_path / 'b'}: cannot be written: "
     large = "File too large; it is larger than the file system or a limit (ulimit -f) allows: choose another"
-    assert told["safetensors"] == told["python"] == f"{start}{large} --out\n"
+    assert told["safetensors"] == told["torch"] == told["python"] == f"{start}{large} --out\n"
     assert told["numpy"].startswith(start)
     assert told["numpy"].endswith("; check whether the disk is full, or choose another --out\n")
     assert not list(tmp_path.iterdir())
