@@ -123,8 +123,8 @@ def test_a_verb_reads_all_its_options(verb):
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
-        (["predict", "b", "i.jpg", "c", "--box", "-5,0,50,50"], "box", [-5, 0, 50, 50]),
-        (["predict", "b", "i.jpg", "c", "--box", "-.5 0 50 50"], "box", [-0.5, 0, 50, 50]),
+        (["predict", "b", "i.jpg", "c", "--box", "-5,0,50,50"], "box", [[-5, 0, 50, 50]]),
+        (["predict", "b", "i.jpg", "c", "--box", "-.5 0 50 50"], "box", [[-0.5, 0, 50, 50]]),
         (["predict", "b", "i.jpg", "-5° in Paris"], "caption", "-5° in Paris"),
         (["predict", "b", "i.jpg", "-5°"], "caption", "-5°"),
     ],
