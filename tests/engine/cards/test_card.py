@@ -38,11 +38,11 @@ from engine.cards.card import (
         (0.73126, 0.73125, "at least 73.12 %"),
     ],
 )
-def test_a_probability_is_never_rounded_to_certainty_or_over_its_threshold(score, threshold, shown):
+def test_a_score_is_never_rounded_to_certainty_or_over_its_threshold(score, threshold, shown):
     assert percent(score, threshold) == shown
 
 
-def test_the_bar_of_the_verdict_is_the_probability_of_manipulation_whatever_the_verdict():
+def test_the_bar_of_the_verdict_is_the_manipulation_score_whatever_the_verdict():
     innocent = make_prediction(manipulated=False, thresholds={"manipulated": 0.95})
     assert verdict(innocent) == "Not manipulated"
     bar = main_bar(innocent)

@@ -64,7 +64,7 @@ def test_export_prints_the_answer_for_the_sample(bundle, capsys, monkeypatch):
     assert cli.main(export(made.path)) == 0
     out, err = capsys.readouterr()
     assert out.startswith("astronaut.png: ")
-    assert "\n  probability" in out and "\n  timing" in out
+    assert "\n  score " in out and "\n  timing" in out
     assert [line.split()[0] for line in err.splitlines()] == [s.name for s in made.stages for _ in range(2)]
     assert err.splitlines()[0] == f"{made.stages[0].name} ..."
     assert cli.main([*export(made.path), "-q"]) == 0
