@@ -177,12 +177,12 @@ def traced_before(bundle, monkeypatch):
 
 def spoil_file(monkeypatch):
     """Write one weight that is not the network's."""
-    save = source.safetensors.torch.save_file
+    save = source.save_safetensors
 
     def wrong(state, path, metadata):
         save({**state, "itm_head.0.weight": 2 * state["itm_head.0.weight"]}, path, metadata)
 
-    monkeypatch.setattr(source.safetensors.torch, "save_file", wrong)
+    monkeypatch.setattr(source, "save_safetensors", wrong)
 
 
 def spoil_answer(monkeypatch):
